@@ -1,0 +1,131 @@
+"""One training sequence, and the loss weights that turn a list of them into one global batch.
+
+A *global batch* is a plain ``list[Sample]``: everything that goes into one optimizer step. Every rank holds all of it
+(token ids are small), so every rank derives the same split without communication.
+
+Any aggregation of a per-token loss is a choice of weights over the global batch: ``loss = sum(weights * token_loss)``.
+The weights are fixed before the batch is cut into micro-batches, so the loss and its gradient do not depend on
+micro-batch size, packing or data parallelism, and partial results combine by addition alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
+"""How a per-token loss becomes one number; see :func:`aggregation_weights`."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Sample:
+    """One sequence. All tensors are on the CPU, have one dimension and the same length (at least 1).
+
+    Per-token values are aligned to the token they belong to *as a target*: entry ``t`` concerns the prediction of
+    ``tokens[t]`` from ``tokens[:t]``. Nothing predicts the first token, so ``weights[0]`` is 0 and the first entry of
+    the other three is never read. Nor is any entry whose weight is 0, so those may be NaN.
+
+    Raises:
+        ValueError: wrong dtype, shape or device; a negative or non-finite weight; a trained first token; a non-finite
+            advantage or log probability on a trained token.
+    """
+
+    tokens: Tensor
+    """int64 [length]: token ids."""
+    weights: Tensor
+    """float32 [length]: weight of the token's loss in the global batch; 0 where the token is not trained."""
+    advantages: Tensor | None = None
+    """float32 [length]."""
+    old_logprobs: Tensor | None = None
+    """float32 [length]: natural log probabilities under the policy that sampled the tokens."""
+    reference_logprobs: Tensor | None = None
+    """float32 [length]: natural log probabilities under the reference policy of the KL penalty."""
+
+    def __post_init__(self) -> None:
+        _check_tensor("tokens", self.tokens, torch.int64, None)
+        _check_tensor("weights", self.weights, torch.float32, self.length)
+        if not bool(((self.weights >= 0) & self.weights.isfinite()).all()):
+            raise ValueError("Sample.weights must be finite and not negative")
+        if self.weights[0] != 0:
+            raise ValueError(f"Sample.weights[0] is {self.weights[0].item()}, must be 0: nothing predicts token 0")
+        trained = self.weights > 0
+        for name in ("advantages", "old_logprobs", "reference_logprobs"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            _check_tensor(name, value, torch.float32, self.length)
+            if not bool(value[trained].isfinite().all()):
+                raise ValueError(f"Sample.{name} is not finite on a token with a weight")
+
+    @property
+    def length(self) -> int:
+        """Number of tokens, prompt included."""
+        return self.tokens.numel()
+
+
+def _check_tensor(name: str, value: Tensor, dtype: torch.dtype, length: int | None) -> None:
+    if value.dtype != dtype or value.dim() != 1 or value.device.type != "cpu" or value.numel() == 0:
+        raise ValueError(
+            f"Sample.{name} must be a non-empty {dtype} CPU tensor with one dimension, "
+            f"got {value.dtype} {list(value.shape)} on {value.device}"
+        )
+    if length is not None and value.numel() != length:
+        raise ValueError(f"Sample.{name} has {value.numel()} entries for {length} tokens")
+
+
+def aggregation_weights(loss_masks: Sequence[Tensor], mode: Aggregation) -> list[Tensor]:
+    """Per-token weights with which ``sum(weights * token_loss)`` over the global batch is the chosen aggregate.
+
+    With T trained tokens in the global batch, len_i of them in sequence i, and N sequences that have at least one:
+
+    ======================= ==================== ==================================================================
+    mode                    weight of a token    meaning
+    ======================= ==================== ==================================================================
+    ``token-mean``          1 / T                every token counts the same (DAPO, arXiv 2503.14476, eq. 8)
+    ``seq-mean-token-sum``  1 / N                mean over sequences of their summed loss (REINFORCE)
+    ``seq-mean-token-mean`` 1 / (N * len_i)      every sequence counts the same (GRPO, arXiv 2402.03300, eq. 3)
+    ======================= ==================== ==================================================================
+
+    A sequence without a trained token (an empty answer, or one that was filtered out) gets zeros and does not count
+    in N: it has no loss to average. If no sequence has one, all weights are zero, so the loss and its gradient are
+    zero as well.
+
+    Args:
+        loss_masks: one per sequence, bool or 0/1 of any dtype, [length]; true where the token is trained. The first
+            entry must be false.
+        mode: the aggregation.
+
+    Returns:
+        float32 [length] tensors on the CPU, one per sequence, in the same order.
+
+    Raises:
+        ValueError: unknown mode; a mask that is not one-dimensional, not 0/1, or true at position 0.
+    """
+    if mode not in get_args(Aggregation):
+        raise ValueError(f"unknown loss aggregation {mode!r}: use one of {', '.join(get_args(Aggregation))}")
+    masks = [_as_bool(index, mask) for index, mask in enumerate(loss_masks)]
+    counts = [int(mask.sum()) for mask in masks]
+    trained_tokens = sum(counts)
+    trained_sequences = sum(count > 0 for count in counts)
+
+    def token_weight(count: int) -> float:
+        if count == 0:
+            return 0.0
+        if mode == "token-mean":
+            return 1 / trained_tokens
+        if mode == "seq-mean-token-sum":
+            return 1 / trained_sequences
+        return 1 / (trained_sequences * count)
+
+    return [mask.to(torch.float32) * token_weight(count) for mask, count in zip(masks, counts, strict=True)]
+
+
+def _as_bool(index: int, mask: Tensor) -> Tensor:
+    result = mask.to("cpu", torch.bool)
+    if mask.dim() != 1 or mask.numel() == 0 or not torch.equal(result.to(mask.dtype), mask.cpu()):
+        raise ValueError(f"loss mask {index} must be a non-empty one-dimensional tensor of 0 and 1")
+    if result[0]:
+        raise ValueError(f"loss mask {index} trains token 0, which nothing predicts")
+    return result
