@@ -1,0 +1,39 @@
+"""Fixtures and rules that hold for the tests of every package and app."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from testing.gang import Gang, WorkerPool
+
+
+@pytest.fixture(scope="session")
+def worker_pool() -> Iterator[WorkerPool]:
+    """Worker processes shared by the gangs; none is started before a test runs something in it."""
+    pool = WorkerPool()
+    yield pool
+    pool.close()
+
+
+@pytest.fixture(scope="session")
+def gang2(worker_pool: WorkerPool) -> Gang:
+    """Two gloo workers: `gang2.run(function, *args)` calls a module-level function on both."""
+    return Gang(2, worker_pool)
+
+
+@pytest.fixture(scope="session")
+def gang4(worker_pool: WorkerPool) -> Gang:
+    """Four gloo workers, the first two of which are those of `gang2`."""
+    return Gang(4, worker_pool)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` where there is no GPU. Torch is asked only if there is such a test."""
+    gpu_items = [item for item in items if item.get_closest_marker("gpu") is not None]
+    if not gpu_items:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in gpu_items:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))

@@ -1,0 +1,1 @@
+"""Helpers of this repository's own tests; no part of any package."""

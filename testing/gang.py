@@ -1,0 +1,240 @@
+"""Gangs: long-lived gloo worker processes in which tests run module-level functions, one call on every rank.
+
+    def on_rank(shift: int) -> int:
+        return torch.distributed.get_rank() + shift
+
+    def test_ranks(gang2: Gang) -> None:
+        assert gang2.run(on_rank, 10) == [10, 11]
+
+Importing Megatron takes 10 s or more a process, so the workers outlive the tests: a `WorkerPool` starts a worker
+when a rank is first needed, and gangs of every size share the workers of the lower ranks (4 processes serve
+gangs of 2 and of 4). Every call gets a fresh process group. After a failure the workers are ended and new ones
+start with the next call.
+"""
+
+import atexit
+import contextlib
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+WORKER_SCRIPT = Path(__file__).with_name("gang_worker.py")
+# Importing the test file, and with it Megatron, is not part of a case's own time.
+IMPORT_TIMEOUT = 300.0
+# How long the other ranks may still run once one has failed: time to fail by themselves, with their own message.
+GRACE = 2.0
+DUMP_TIME = 0.5
+
+
+class GangError(AssertionError):
+    """A call failed on some rank. The text holds every rank's traceback and output."""
+
+
+class Worker:
+    """One worker process: its pipe, its log file with stdout and stderr, and its state in the current call."""
+
+    def __init__(self, rank: int, directory: Path) -> None:
+        self.rank = rank
+        self.log = directory / f"rank_{rank}_{time.monotonic_ns()}.log"
+        self.log_offset = 0
+        self.connection, child_connection = Pipe()
+        # Only this process holds the write end, so it closes with this process.
+        lifeline_read, self._lifeline = os.pipe()
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"}
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(WORKER_SCRIPT), str(child_connection.fileno()), str(lifeline_read)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                pass_fds=(child_connection.fileno(), lifeline_read),
+                # A process group of its own: Ctrl-C reaches pytest alone, and `end` reaches children of a worker.
+                start_new_session=True,
+            )
+        child_connection.close()
+        os.close(lifeline_read)
+
+    @property
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    def output(self) -> str:
+        """What the worker wrote since the current call began."""
+        with self.log.open("rb") as log:
+            log.seek(self.log_offset)
+            return log.read().decode(errors="replace").strip()
+
+    def end(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.connection.close()
+        if self._lifeline >= 0:
+            os.close(self._lifeline)
+            self._lifeline = -1
+
+
+class WorkerPool:
+    """Workers by rank, started when first needed."""
+
+    def __init__(self) -> None:
+        self._directory = tempfile.TemporaryDirectory(prefix="mbridge-gang-")
+        self._workers: dict[int, Worker] = {}
+        self._calls = 0
+        atexit.register(self.close)
+
+    def workers(self, world_size: int) -> list[Worker]:
+        for rank in range(world_size):
+            worker = self._workers.get(rank)
+            if worker is not None and not worker.running:
+                self.end([worker])
+            if rank not in self._workers:
+                self._workers[rank] = Worker(rank, Path(self._directory.name))
+        return [self._workers[rank] for rank in range(world_size)]
+
+    def new_store(self) -> str:
+        self._calls += 1
+        return str(Path(self._directory.name) / f"store_{self._calls}")
+
+    def end(self, workers: list[Worker]) -> None:
+        for worker in workers:
+            worker.end()
+            self._workers.pop(worker.rank, None)
+
+    def close(self) -> None:
+        """End every worker and remove the log files. The pool can be closed twice."""
+        self.end(list(self._workers.values()))
+        self._directory.cleanup()
+        atexit.unregister(self.close)
+
+
+class Gang:
+    """The lowest `world_size` ranks of a pool."""
+
+    def __init__(self, world_size: int, pool: WorkerPool) -> None:
+        self.world_size = world_size
+        self._pool = pool
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0, **kwargs: Any) -> list[Any]:
+        """Call `function(*args, **kwargs)` on every rank at once; return what each returned, by rank.
+
+        Args:
+            function: defined at the top level of a test file (or of any importable module); it is found by name.
+                Gloo is initialised when it starts, and every process group is destroyed when it returns.
+            timeout: seconds the call may take once the function's module is imported on every rank.
+            args, kwargs, and the results are pickled. Results should be small.
+
+        Raises:
+            GangError: a rank raised, ended, or was not done in time; with all ranks' tracebacks and output.
+        """
+        module = sys.modules[function.__module__]
+        if "<" in function.__qualname__ or module.__file__ is None:
+            raise TypeError(f"{function.__qualname__} has no name that a worker can find: move it to the top level")
+        workers = self._pool.workers(self.world_size)
+        store_path = self._pool.new_store()
+        try:
+            for worker in workers:
+                worker.log_offset = worker.log.stat().st_size
+                case = dict(
+                    module_name=function.__module__,
+                    path=module.__file__,
+                    function_name=function.__qualname__,
+                    arguments=pickle.dumps((args, kwargs)),
+                    rank=worker.rank,
+                    world_size=self.world_size,
+                    store_path=store_path,
+                    timeout=timeout,
+                    search_path=sys.path,
+                )
+                with contextlib.suppress(BrokenPipeError):  # an ended worker is reported by `_collect`
+                    worker.connection.send_bytes(pickle.dumps(case))
+            results = _collect(workers, timeout, f"{function.__name__} on {self.world_size} ranks")
+        except BaseException:  # Ctrl-C and pytest-timeout leave the ranks in the middle of the call, too
+            self._pool.end(workers)
+            raise
+        for worker in workers:
+            if output := worker.output():
+                print(f"[rank {worker.rank}]\n{output}")
+        return results
+
+
+def _collect(workers: list[Worker], timeout: float, title: str) -> list[Any]:
+    """Wait for every rank's answer; on any failure gather what every rank was doing."""
+    results: dict[int, Any] = {}
+    failures: dict[int, str] = {}
+    importing = {worker.rank for worker in workers}
+    deadline = time.monotonic() + IMPORT_TIMEOUT
+    reason = ""
+    while pending := [w for w in workers if w.rank not in results and w.rank not in failures]:
+        ready = _ready(pending, deadline - time.monotonic())
+        if not ready:
+            reason = reason or (
+                f"rank {_ranks(importing)} did not import the test file in {IMPORT_TIMEOUT:.0f} s"
+                if importing
+                else f"not done in {timeout:.0f} s: rank {_ranks(w.rank for w in pending)}"
+            )
+            break
+        for worker in ready:
+            kind, value = _receive(worker)
+            if kind == "started":
+                importing.discard(worker.rank)
+                if not importing and not failures:
+                    deadline = time.monotonic() + timeout
+            elif kind == "returned":
+                results[worker.rank] = value
+            else:
+                importing.discard(worker.rank)
+                failures[worker.rank] = value
+                deadline = min(deadline, time.monotonic() + GRACE)
+    if not failures and not reason:
+        return [results[worker.rank] for worker in workers]
+    if failures:
+        reason = f"rank {_ranks(failures)} failed"
+    raise GangError(f"{title}: {reason}\n" + "\n".join(_report(workers, results, failures)))
+
+
+def _ready(pending: list[Worker], seconds: float) -> list[Worker]:
+    """The workers that have an answer or have ended."""
+    ready = wait([worker.connection for worker in pending], max(seconds, 0))
+    return [worker for worker in pending if worker.connection in ready]
+
+
+def _receive(worker: Worker) -> tuple[str, Any]:
+    connection: Connection = worker.connection
+    try:
+        kind, value = pickle.loads(connection.recv_bytes())
+        return (kind, pickle.loads(value)) if kind == "returned" else (kind, value)
+    except (EOFError, ConnectionResetError):
+        return "raised", f"the process ended with code {worker.process.wait()} (negative: signal)"
+    except Exception as error:  # noqa: BLE001 - whatever unpickling a result may raise
+        return "raised", f"its result cannot be unpickled: {type(error).__name__}: {error}"
+
+
+def _report(workers: list[Worker], results: dict[int, Any], failures: dict[int, str]) -> Iterator[str]:
+    hung = [worker for worker in workers if worker.rank not in results and worker.rank not in failures]
+    for worker in hung:
+        if worker.running:
+            worker.process.send_signal(signal.SIGUSR1)
+    if hung:
+        time.sleep(DUMP_TIME)
+    for worker in workers:
+        state = "raised" if worker.rank in failures else "returned" if worker.rank in results else "was still running"
+        yield f"\n===== rank {worker.rank} {state} ====="
+        if output := worker.output():
+            yield f"{output}\n"
+        if worker.rank in failures:
+            yield failures[worker.rank].rstrip()
+
+
+def _ranks(ranks: Any) -> str:
+    return ", ".join(str(rank) for rank in sorted(ranks))

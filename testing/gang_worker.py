@@ -1,0 +1,148 @@
+"""One worker of a gang: runs the cases that `testing.gang` sends through a pipe, until the pipe closes.
+
+Started as `python gang_worker.py CONNECTION_FD LIFELINE_FD`, never imported by tests.
+
+Every case gets a fresh default process group, so that no case sees groups, threads or sockets of the one before.
+Nothing here imports Megatron; what a case imports stays imported, which is why the workers live long.
+"""
+
+import contextlib
+import faulthandler
+import importlib
+import importlib.util
+import os
+import pickle
+import random
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+@dataclass(kw_only=True, slots=True)
+class Case:
+    """A call, as the parent sends it. `arguments` is pickled on its own: it may name classes of the test file."""
+
+    module_name: str
+    path: str
+    function_name: str
+    arguments: bytes
+    rank: int
+    world_size: int
+    store_path: str
+    timeout: float
+    search_path: list[str]
+
+
+def main() -> None:
+    connection, lifeline = Connection(int(sys.argv[1])), int(sys.argv[2])
+    # The dump is written by the signal handler itself, so it also shows a thread stuck in native code.
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    faulthandler.enable()
+    threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
+    while True:
+        try:
+            case: Case = _load(connection.recv_bytes())
+        except EOFError:
+            return
+        try:
+            function = _find(case)
+            arguments, keywords = pickle.loads(case.arguments)
+            connection.send_bytes(pickle.dumps(("started", None)))
+            with _process_group(case):
+                answer = pickle.dumps(("returned", pickle.dumps(function(*arguments, **keywords))))
+        except BaseException as error:  # noqa: BLE001 - also SystemExit and pytest's own outcomes
+            answer = pickle.dumps(("raised", "".join(traceback.format_exception(_below_worker(error)))))
+        sys.stdout.flush()
+        sys.stderr.flush()
+        connection.send_bytes(answer)
+
+
+def _load(message: bytes) -> Case:
+    return Case(**pickle.loads(message))
+
+
+def _end_with_parent(lifeline: int) -> None:
+    """The parent never writes: `read` returns when the parent has ended, however it ended."""
+    os.read(lifeline, 1)
+    os._exit(1)
+
+
+def _below_worker(error: BaseException) -> BaseException:
+    """Cut this file's own frames off the top of the traceback."""
+    frames = error.__traceback__
+    while frames is not None and frames.tb_next is not None and frames.tb_frame.f_code.co_filename == __file__:
+        frames = frames.tb_next
+    return error.with_traceback(frames)
+
+
+def _find(case: Case) -> Callable[..., Any]:
+    for entry in case.search_path:
+        if entry not in sys.path:
+            sys.path.append(entry)
+    found: Any = _module(case.module_name, case.path)
+    for part in case.function_name.split("."):
+        found = getattr(found, part)
+    function: Callable[..., Any] = found
+    return function
+
+
+def _module(name: str, path: str) -> ModuleType:
+    """Under the parent's name for it, so that pickled classes of a test file are found on both sides."""
+    if name in sys.modules:
+        return sys.modules[name]
+    with contextlib.suppress(ModuleNotFoundError, ValueError):
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.origin is not None and Path(spec.origin).resolve() == Path(path).resolve():
+            return importlib.import_module(name)
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+@contextlib.contextmanager
+def _process_group(case: Case) -> Iterator[None]:
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    environment, seed = dict(os.environ), 1234
+    os.environ.update(RANK=str(case.rank), LOCAL_RANK=str(case.rank), WORLD_SIZE=str(case.world_size))
+    os.environ.update(LOCAL_WORLD_SIZE=str(case.world_size))
+    random.seed(seed)
+    torch.manual_seed(seed)
+    # A file needs no port, so nothing can be taken by another run on the machine. Gloo's own timeout is longer
+    # than the parent's, which has the better message.
+    store = dist.FileStore(case.store_path, case.world_size)
+    dist.init_process_group(
+        "gloo", store=store, rank=case.rank, world_size=case.world_size, timeout=timedelta(seconds=case.timeout + 60)
+    )
+    yield
+    # Reached on success only: after a failure the parent ends the gang.
+    if not dist.is_initialized():
+        raise RuntimeError("the case destroyed the default process group, which belongs to the gang")
+    dist.barrier()
+    parallel_state = sys.modules.get("megatron.core.parallel_state")
+    if parallel_state is not None:
+        parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(environment)
+
+
+if __name__ == "__main__":
+    main()
