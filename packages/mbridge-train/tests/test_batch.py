@@ -41,7 +41,7 @@ def test_batch_without_trained_tokens_has_zero_weights() -> None:
 
 
 def test_aggregation_rejects_bad_input() -> None:
-    with pytest.raises(ValueError, match="unknown loss aggregation 'mean'.*token-mean"):
+    with pytest.raises(ValueError, match=r"unknown loss aggregation 'mean'.*token-mean"):
         aggregation_weights(MASKS, "mean")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="loss mask 1 trains token 0"):
         aggregation_weights([torch.tensor([0, 1]), torch.tensor([1, 1])], "token-mean")
