@@ -127,9 +127,12 @@ def _process_group(case: Case) -> Iterator[None]:
     torch.manual_seed(seed)
     # A file needs no port, so nothing can be taken by another run on the machine. Gloo's own timeout is longer
     # than the parent's, which has the better message.
-    store = dist.FileStore(case.store_path, case.world_size)
     dist.init_process_group(
-        "gloo", store=store, rank=case.rank, world_size=case.world_size, timeout=timedelta(seconds=case.timeout + 60)
+        "gloo",
+        init_method=f"file://{case.store_path}",
+        rank=case.rank,
+        world_size=case.world_size,
+        timeout=timedelta(seconds=case.timeout + 60),
     )
     yield
     # Reached on success only: after a failure the parent ends the gang.
