@@ -1,0 +1,160 @@
+"""CPU equivalents of the torch.cuda functions that raise where there is no GPU.
+
+Work on a CPU is done when the call returns, so streams have nothing to order and events nothing to wait for. There is
+one random generator, the CPU's: `torch.cuda.get_rng_state()` and `torch.get_rng_state()` are the same state.
+"""
+
+import contextlib
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any, Self, TypeVar
+
+import torch
+from torch import Tensor
+
+Movable = TypeVar("Movable", Tensor, torch.nn.Module)
+
+
+class Event:
+    """A point in time. All work that was issued before `record` is done by then."""
+
+    def __init__(
+        self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False, external: bool = False
+    ) -> None:
+        self._seconds: float | None = None
+
+    def record(self, stream: "Stream | None" = None) -> None:
+        self._seconds = time.perf_counter()
+
+    def wait(self, stream: "Stream | None" = None) -> None:
+        """Return at once."""
+
+    def synchronize(self) -> None:
+        """Return at once."""
+
+    def query(self) -> bool:
+        return True
+
+    def elapsed_time(self, end_event: "Event") -> float:
+        """Milliseconds from this event to `end_event`; both must have been recorded."""
+        if self._seconds is None or end_event._seconds is None:
+            raise ValueError("both events must be recorded before elapsed_time is asked for")
+        return (end_event._seconds - self._seconds) * 1000.0
+
+
+class Stream:
+    """A queue of work, all of which is done already."""
+
+    def __init__(self, device: Any = None, priority: int = 0, **kwargs: Any) -> None:
+        self.device = torch.device("cpu")
+        self.priority = priority
+        self._previous: list[Stream] = []
+
+    @staticmethod
+    def priority_range() -> tuple[int, int]:
+        return (0, 0)
+
+    def wait_stream(self, stream: "Stream") -> None:
+        """Return at once."""
+
+    def wait_event(self, event: Event) -> None:
+        """Return at once."""
+
+    def synchronize(self) -> None:
+        """Return at once."""
+
+    def query(self) -> bool:
+        return True
+
+    def record_event(self, event: Event | None = None) -> Event:
+        event = event or Event()
+        event.record(self)
+        return event
+
+    def __enter__(self) -> Self:
+        self._previous.append(current_stream())
+        set_stream(self)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        set_stream(self._previous.pop())
+
+
+_default_stream = Stream()
+_current_stream = _default_stream
+
+
+def current_stream(device: Any = None) -> Stream:
+    return _current_stream
+
+
+def default_stream(device: Any = None) -> Stream:
+    return _default_stream
+
+
+def set_stream(stream: Stream | None) -> None:
+    global _current_stream
+    if stream is not None:
+        _current_stream = stream
+
+
+@contextlib.contextmanager
+def stream(stream: Stream | None) -> Iterator[None]:
+    """Make `stream` current in the block; None changes nothing, as in torch.cuda."""
+    with stream or contextlib.nullcontext():
+        yield
+
+
+def current_device() -> torch.device:
+    """The CPU as a device. On a GPU this is an int; Megatron passes either straight to `device=`."""
+    return torch.device("cpu")
+
+
+def set_device(device: Any) -> None:
+    """Each process has one CPU device, which is always set."""
+
+
+def synchronize(device: Any = None) -> None:
+    """Return at once."""
+
+
+def is_current_stream_capturing() -> bool:
+    """False: there are no graphs to capture."""
+    return False
+
+
+def nothing(*args: Any, **kwargs: Any) -> None:
+    """For statistics to reset and profiler ranges to mark, of which there are none."""
+
+
+def memory_stats(device: Any = None) -> dict[str, int]:
+    """Zero for every key that may be asked for."""
+    return defaultdict(int)
+
+
+def mem_get_info(device: Any = None) -> tuple[int, int]:
+    """(free, total) bytes of GPU memory: none."""
+    return (0, 0)
+
+
+def manual_seed(seed: int) -> None:
+    # Not torch.manual_seed, which would call torch.cuda.manual_seed_all for every generator of the process.
+    torch.default_generator.manual_seed(int(seed))
+
+
+def get_rng_state(device: Any = "cuda") -> Tensor:
+    return torch.get_rng_state()
+
+
+def set_rng_state(new_state: Tensor, device: Any = "cuda") -> None:
+    torch.set_rng_state(new_state)
+
+
+def initial_seed() -> int:
+    return torch.initial_seed()
+
+
+def stay(movable: Movable, *args: Any, **kwargs: Any) -> Movable:
+    """`Tensor.cuda`, `Module.cuda`, `Tensor.pin_memory`: where it is, is where it shall be."""
+    return movable
