@@ -1,0 +1,90 @@
+"""After conversion: other spellings are moved to their key, and what was left null gets its value."""
+
+from typing import Any
+
+from mbridge_config.convert import Unfit, check_range, fit
+from mbridge_config.keys import get, known_keys, put
+from mbridge_config.origin import Origin
+from mbridge_config.problems import Problem
+from mbridge_config.schema.actor import ActorConfig
+from mbridge_config.schema.algorithm import AlgorithmConfig
+from mbridge_config.schema.data import DataConfig
+from mbridge_config.schema.runner import RunnerConfig
+
+
+def derive(config: Any) -> None:
+    """Move aliases and fill null keys of `config` in place; conflicts go to `config.origin.problems`."""
+    move_aliases(config, config.origin)
+    derive_runner(config.runner)
+    derive_actor(config.actor, config.runner)
+    if hasattr(config, "algorithm"):
+        derive_algorithm(config.algorithm, config.runner, config.data)
+        derive_batches(config.actor, config.algorithm, config.data)
+
+
+def move_aliases(config: Any, origin: Origin) -> None:
+    """Give each key the value of its other spelling, where only that one was set."""
+    schema: type = type(config)
+    keys = known_keys(schema)
+    for path, info in keys.items():
+        target = info.spec.alias_of
+        if target is None or (raw := get(config, path)) is None:
+            continue
+        where, place = origin.where(path), origin.where(target)
+        try:
+            value = fit(not raw if info.spec.inverted else raw, keys[target].type, keys[target].spec)
+            check_range(value, keys[target].spec)
+        except Unfit as unfit:
+            origin.failed.add(target)
+            origin.problems.append(
+                Problem(id=unfit.identity, key=path, value=raw, reason=unfit.reason, fix=unfit.fix, where=where)
+            )
+            continue
+        if origin.was_set(target) and get(config, target) not in (None, value):
+            reason = f"another spelling of {target}, which is {get(config, target)} at {place}"
+            origin.problems.append(
+                Problem(id="alias-conflict", key=path, value=raw, reason=reason, fix=f"remove {path}", where=where)
+            )
+            continue
+        put(config, target, value)
+        if where is not None:
+            origin.places[target] = where
+
+
+def derive_runner(runner: RunnerConfig) -> None:
+    """Directory and name of the logs, and the token budget of a dynamic batch."""
+    runner.max_tokens_per_mbs = runner.max_tokens_per_mbs or runner.seq_length
+    runner.logger.experiment_name = runner.logger.experiment_name or runner.experiment_name
+    runner.logger.log_path = runner.logger.log_path or f"{runner.output_dir}/{runner.experiment_name}"
+
+
+def derive_actor(actor: ActorConfig, runner: RunnerConfig) -> None:
+    """Lengths, number formats, learning rates."""
+    model, optim, schedule = actor.model, actor.optim, actor.lr_sched
+    model.seq_length = model.seq_length or runner.seq_length
+    optim.bf16 = model.precision == "bf16" if optim.bf16 is None else optim.bf16
+    optim.fp16 = model.precision == "fp16" if optim.fp16 is None else optim.fp16
+    schedule.max_lr = optim.lr if schedule.max_lr is None else schedule.max_lr
+    schedule.min_lr = optim.min_lr if schedule.min_lr is None else schedule.min_lr
+    if schedule.start_weight_decay is None:
+        schedule.start_weight_decay = optim.weight_decay
+    if schedule.end_weight_decay is None:
+        schedule.end_weight_decay = optim.weight_decay
+
+
+def derive_algorithm(algorithm: AlgorithmConfig, runner: RunnerConfig, data: DataConfig) -> None:
+    """Clip ranges and the longest answer."""
+    if algorithm.clip_ratio_low is None:
+        algorithm.clip_ratio_low = algorithm.ratio_clip_eps
+    if algorithm.clip_ratio_high is None:
+        algorithm.clip_ratio_high = algorithm.ratio_clip_eps
+    sampling = algorithm.sampling_params
+    if sampling.max_new_tokens is None:
+        sampling.max_new_tokens = max(1, runner.seq_length - data.max_prompt_length)
+
+
+def derive_batches(actor: ActorConfig, algorithm: AlgorithmConfig, data: DataConfig) -> None:
+    """The global batch: an equal share of the step's answers for each minibatch."""
+    if actor.global_batch_size is None:
+        answers = data.rollout_batch_size * algorithm.group_size
+        actor.global_batch_size = max(1, answers // algorithm.n_minibatches)

@@ -1,0 +1,153 @@
+"""Declaring a key: a dataclass field that also says what it means, what it may be, and what it does here."""
+
+import dataclasses
+import enum
+import functools
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+
+class Status(enum.Enum):
+    """What mbridge does with a key."""
+
+    HONOURED = "honoured"
+    CHECKED = "checked"  # must agree with the model's config.json, which stays the only source of the fact
+    ALIAS = "alias"  # another spelling of a key
+    NO_EFFECT = "no effect"
+
+
+@dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
+class KeySpec:
+    """What is declared about one key beside its type and default."""
+
+    doc: str
+    unit: str | None = None
+    status: Status = Status.HONOURED
+    why: str | None = None  # the reason, for a key without effect
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)  # other spelling -> value
+    refused: Mapping[str, str] = dataclasses.field(default_factory=dict)  # value -> why it is refused
+    alias_of: str | None = None
+    inverted: bool = False  # an alias that means the opposite
+
+
+@dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
+class KeyInfo:
+    """One row of the reference table."""
+
+    path: str
+    type: Any
+    default: Any
+    spec: KeySpec
+
+    @property
+    def type_name(self) -> str:
+        """The type as the reference table spells it."""
+        return describe_type(self.type)
+
+
+def key(default: Any, doc: str, **spec: Any) -> Any:
+    """A field with `default`; the keyword arguments are those of `KeySpec`."""
+    metadata = {"spec": KeySpec(doc=doc, **spec)}
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=functools.partial(type(default), default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def no_effect(default: Any, why: str, doc: str | None = None) -> Any:
+    """A field that other trainers read and that changes nothing here."""
+    return key(default, doc or "Read by other trainers.", status=Status.NO_EFFECT, why=why)
+
+
+def alias(of: str, doc: str | None = None, *, inverted: bool = False) -> Any:
+    """A field that is another spelling of the key `of` (its opposite, if `inverted`)."""
+    meaning = f"The opposite of `{of}`." if inverted else f"Another name of `{of}`."
+    return key(None, doc or meaning, status=Status.ALIAS, alias_of=of, inverted=inverted)
+
+
+def section(kind: type, doc: str) -> Any:
+    """A field that holds a section, a dataclass of keys."""
+    return dataclasses.field(default_factory=kind, metadata={"spec": KeySpec(doc=doc)})
+
+
+@functools.cache
+def hints(kind: type) -> dict[str, Any]:
+    """Type hints of a section by field name."""
+    return typing.get_type_hints(kind)
+
+
+def spec_of(field: "dataclasses.Field[Any]") -> KeySpec | None:
+    """What was declared of a field; None for a field that is not a key."""
+    return field.metadata.get("spec")
+
+
+def is_section(kind: Any) -> bool:
+    """Whether a type hint names a section."""
+    return isinstance(kind, type) and dataclasses.is_dataclass(kind)
+
+
+def default_of(field: "dataclasses.Field[Any]") -> Any:
+    """The default of a field, made new where it is mutable."""
+    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+
+
+def key_table(kind: type, prefix: str = "") -> Iterator[KeyInfo]:
+    """All keys under the section `kind`, in the order they were declared."""
+    for field in dataclasses.fields(kind):
+        spec = spec_of(field)
+        if spec is None:
+            continue
+        path, hint = f"{prefix}{field.name}", hints(kind)[field.name]
+        if is_section(hint):
+            yield from key_table(hint, f"{path}.")
+        else:
+            yield KeyInfo(path=path, type=hint, default=default_of(field), spec=spec)
+
+
+@functools.cache
+def known_keys(kind: type) -> dict[str, KeyInfo]:
+    """The key table by full key."""
+    return {info.path: info for info in key_table(kind)}
+
+
+@functools.cache
+def known_sections(kind: type, prefix: str = "") -> tuple[str, ...]:
+    """Full names of all sections under `kind`."""
+    names: list[str] = []
+    for field in dataclasses.fields(kind):
+        hint = hints(kind)[field.name]
+        if spec_of(field) is not None and is_section(hint):
+            names += [f"{prefix}{field.name}", *known_sections(hint, f"{prefix}{field.name}.")]
+    return tuple(names)
+
+
+def get(config: Any, path: str) -> Any:
+    """The value at the full key `path`."""
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def put(config: Any, path: str, value: Any) -> None:
+    """Set the value at the full key `path`."""
+    *parents, name = path.split(".")
+    setattr(get(config, ".".join(parents)) if parents else config, name, value)
+
+
+def describe_type(kind: Any) -> str:
+    """`int | null`, `fp32 | bf16`, `list of text` and the like."""
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " | ".join(describe_type(part) for part in typing.get_args(kind))
+    if origin is typing.Literal:
+        return " | ".join(str(choice) for choice in typing.get_args(kind))
+    if origin is list:
+        return f"list of {describe_type(typing.get_args(kind)[0])}"
+    if origin is dict or kind is dict:
+        return "section"
+    names = {type(None): "null", bool: "true | false", int: "integer", float: "number", str: "text", Any: "anything"}
+    return names.get(kind, getattr(kind, "__name__", str(kind)))

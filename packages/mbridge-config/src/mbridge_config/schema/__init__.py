@@ -1,0 +1,1 @@
+"""The schema: one dataclass a section, one field a key."""

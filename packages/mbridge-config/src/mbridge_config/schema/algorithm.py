@@ -1,0 +1,91 @@
+"""The RL algorithm: sampling, advantages, policy loss."""
+
+import dataclasses
+from typing import Literal
+
+from mbridge_config.keys import alias, key, no_effect, section
+
+_LOGPROBS = "log-probabilities use the micro-batches of training"
+_GENERATION = "generation batches are set by rollout.max_running_requests"
+_CRITIC = "there is no critic in this version"
+_REINFORCE = "belongs to REINFORCE++, which this version does not have"
+
+PENALTY_SPELLINGS = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class SamplingConfig:
+    """`algorithm.sampling_params`: how answers are sampled."""
+
+    use_greedy: bool = key(False, "Take the most likely token each time.")
+    temperature: float = key(1.0, "Logits are divided by it, in generation and in training.", above=0.0)
+    top_k: int = key(-1, "Sample from the k most likely tokens; -1 or more than the vocabulary: all.", minimum=-1)
+    top_p: float = key(1.0, "Sample from the smallest set of tokens with this probability.", above=0.0, maximum=1.0)
+    repetition_penalty: float = key(1.0, "Penalty on tokens already there; 1: none.", above=0.0)
+    max_new_tokens: int | None = key(
+        None,
+        "Longest answer. null: runner.seq_length - data.max_prompt_length.",
+        unit="tokens",
+        minimum=1,
+    )
+    min_new_tokens: int = key(1, "Shortest answer.", unit="tokens", minimum=0)
+    do_sample: bool | None = alias("algorithm.sampling_params.use_greedy", inverted=True)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class AlgorithmConfig:
+    """`algorithm`: GRPO (DeepSeekMath, section 4.1) with a clipped policy loss."""
+
+    group_size: int = key(8, "Answers sampled for each prompt.", minimum=1)
+    n_minibatches: int = key(1, "Optimizer steps on the answers of one rollout.", minimum=1)
+    adv_type: Literal["grpo", "math_grpo"] = key(
+        "grpo",
+        "Advantages: reward less the mean of its group. Both names mean the same.",
+        refused={
+            "gae": "PPO with a critic is not in this version",
+            "reinpp": "REINFORCE++ is not in this version",
+            "raw": "advantages without a group baseline are not in this version",
+        },
+    )
+    normalize_advantages: bool = key(True, "Divide advantages by the standard deviation of their group.")
+    kl_beta: float = key(0.0, "Weight of the KL penalty against the reference model; 0: no reference.", minimum=0.0)
+    kl_penalty_type: Literal["k1", "abs", "k2", "k3"] = key(
+        "k3",
+        "Estimator of the KL divergence (Schulman, Approximating KL Divergence).",
+        spellings=PENALTY_SPELLINGS,
+    )
+    ratio_clip_eps: float = key(0.2, "Clip range of the probability ratio, both sides.", minimum=0.0)
+    clip_ratio_low: float | None = key(None, "Lower clip range. null: ratio_clip_eps.", minimum=0.0, maximum=1.0)
+    clip_ratio_high: float | None = key(None, "Upper clip range. null: ratio_clip_eps.", minimum=0.0)
+    clip_ratio_c: float | None = key(None, "Dual clip: bound of the loss for negative advantages.", above=1.0)
+    entropy_bonus: float = key(0.0, "Weight of the entropy bonus.", minimum=0.0)
+    calculate_entropy: bool = key(True, "Measure entropy even where the bonus is 0.")
+    loss_agg_func: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = key(
+        "token-mean", "How token losses become one loss, over the whole global batch."
+    )
+    recompute_logprobs: bool = key(
+        True, "Old log-probabilities from the trained model before the update, not from generation."
+    )
+    shuffle_rollout: bool = key(True, "Shuffle answers before they are cut into minibatches.")
+    use_valid_token_scale: bool = key(False, "Scale the loss by the share of tokens that are trained.")
+    early_stop_imp_ratio: float | None = key(
+        None, "Skip a minibatch whose mean probability ratio is above this. null: never.", above=0.0
+    )
+    sampling_params: SamplingConfig = section(SamplingConfig, "Sampling of answers.")
+
+    training_batch_size_per_gpu: int | None = alias("actor.micro_batch_size")
+    rollout_batch_size_per_gpu: int | None = no_effect(None, _GENERATION)
+    val_rollout_batch_size_per_gpu: int | None = no_effect(None, _GENERATION)
+    logprob_forward_micro_batch_size: int | None = no_effect(None, _LOGPROBS)
+    loss_type: str | None = no_effect(None, "the policy loss is the only one")
+    max_num_gen_batches: int | None = no_effect(None, "each step generates once")
+    gamma: float | None = no_effect(None, _CRITIC)
+    gae_lambda: float | None = no_effect(None, _CRITIC)
+    value_clip: float | None = no_effect(None, _CRITIC)
+    critic_warmup_steps: int | None = no_effect(None, _CRITIC)
+    reinpp_kl_beta: float | None = no_effect(None, _REINFORCE)
+    use_reinpp_baseline: bool | None = no_effect(None, _REINFORCE)
+    importance_sampling_fix: bool = key(
+        False, "Weight tokens by the ratio of training to rollout probability.", refused={"True": "not in this version"}
+    )
+    importance_sampling_clip: float | None = no_effect(None, "importance_sampling_fix is not in this version")

@@ -1,0 +1,39 @@
+"""What a run does over its whole length: steps, saving, logging, resuming."""
+
+import dataclasses
+from typing import Literal
+
+from mbridge_config.keys import key, no_effect, section
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class LoggerConfig:
+    """`runner.logger`: where metrics go beside `metrics.jsonl`, which is always written."""
+
+    log_path: str | None = key(None, "Directory of the logs. null: `<output_dir>/<experiment_name>`.")
+    project_name: str = key("mbridge", "Project name that wandb and swanlab show.")
+    experiment_name: str | None = key(None, "Run name in the backends. null: `runner.experiment_name`.")
+    logger_backends: list[str] = key([], "Further backends: tensorboard, wandb, swanlab (each an optional extra).")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class RunnerConfig:
+    """`runner`: the loop around training steps."""
+
+    task_type: Literal["reasoning", "sft"] = key("reasoning", "What is trained: RL on verifiable answers, or SFT.")
+    max_epochs: int = key(1, "Passes over the training data.", unit="epochs", minimum=1)
+    max_steps: int = key(-1, "Training steps; -1: as many as max_epochs makes.", unit="steps", minimum=-1)
+    save_interval: int = key(-1, "Steps between checkpoints; -1: only the last step.", unit="steps", minimum=-1)
+    val_check_interval: int = key(-1, "Steps between validations; -1: none on the way.", unit="steps", minimum=-1)
+    seq_length: int = key(2048, "Longest sequence, prompt and answer together.", unit="tokens", minimum=2)
+    resume_dir: str | None = key(None, "A `global_step_<n>` directory to go on from.")
+    experiment_name: str = key("default", "Name of the run; its files go to `<output_dir>/<experiment_name>`.")
+    output_dir: str = key("results", "Directory that holds the runs.")
+    enable_dynamic_batch_size: bool = key(
+        False, "Fill micro-batches up to max_tokens_per_mbs tokens, not with micro_batch_size sequences."
+    )
+    max_tokens_per_mbs: int | None = key(
+        None, "Most tokens in one micro-batch of a dynamic batch. null: seq_length.", unit="tokens", minimum=1
+    )
+    logger: LoggerConfig = section(LoggerConfig, "Logging.")
+    enable_decoupled_mode: bool | None = no_effect(None, "generation and training take turns on the same ranks")
