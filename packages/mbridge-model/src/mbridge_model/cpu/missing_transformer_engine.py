@@ -11,7 +11,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableSequence, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -47,7 +47,7 @@ class _PlaceholderType(type):
 class _PlaceholderModule(ModuleType):
     """A module of which every attribute is a placeholder: a class where the name is a class's, else a module."""
 
-    __path__: Sequence[str] = ()
+    __path__: MutableSequence[str] = []  # noqa: RUF012 - a package, and nothing is found in it
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):

@@ -48,7 +48,7 @@ class Patch:
     reason: str
     replacement: Any = None
     wrapper: Callable[[Any], Any] | None = None
-    constants: Mapping[object, object] = field(default_factory=dict)
+    constants: Mapping[Any, Any] = field(default_factory=dict)
     names: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -111,7 +111,7 @@ def _resolve(target: str) -> tuple[Any, str]:
     return owner, name
 
 
-def rewrite_code(code: CodeType, constants: Mapping[object, object], names: Mapping[str, str]) -> CodeType:
+def rewrite_code(code: CodeType, constants: Mapping[Any, Any], names: Mapping[str, str]) -> CodeType:
     """A copy of `code`, functions nested in it included, with constants and looked-up names exchanged.
 
     Raises:
@@ -124,9 +124,7 @@ def rewrite_code(code: CodeType, constants: Mapping[object, object], names: Mapp
     return rewritten
 
 
-def _rewrite(
-    code: CodeType, constants: Mapping[object, object], names: Mapping[str, str], missing: set[object]
-) -> CodeType:
+def _rewrite(code: CodeType, constants: Mapping[Any, Any], names: Mapping[str, str], missing: set[object]) -> CodeType:
     def exchange(constant: object) -> object:
         if isinstance(constant, CodeType):
             return _rewrite(constant, constants, names, missing)

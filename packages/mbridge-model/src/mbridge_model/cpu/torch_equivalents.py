@@ -8,12 +8,10 @@ import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
 import torch
 from torch import Tensor
-
-Movable = TypeVar("Movable", Tensor, torch.nn.Module)
 
 
 class Event:
@@ -155,6 +153,6 @@ def initial_seed() -> int:
     return torch.initial_seed()
 
 
-def stay(movable: Movable, *args: Any, **kwargs: Any) -> Movable:
+def stay[Movable: (Tensor, torch.nn.Module)](movable: Movable, *args: Any, **kwargs: Any) -> Movable:
     """`Tensor.cuda`, `Module.cuda`, `Tensor.pin_memory`: where it is, is where it shall be."""
     return movable
