@@ -1,1 +1,40 @@
-"""x."""
+"""HuggingFace checkpoints as Megatron-Core models, and back, with or without Transformer Engine or a GPU.
+
+    model, handle = load("Qwen2.5-1.5B", Parallel(tensor=2))
+    for name, tensor in export(model, handle): ...
+    save_hf(model, handle, "out")
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mbridge_model.cpu import enable_cpu
+    from mbridge_model.errors import ModelError
+    from mbridge_model.model import ModelHandle, export, load
+    from mbridge_model.parallel import Parallel
+    from mbridge_model.save import save_hf
+
+__all__ = ["ModelError", "ModelHandle", "Parallel", "enable_cpu", "export", "load", "save_hf"]
+
+# Importing Megatron takes seconds, so a name's module is imported when the name is first used.
+_HOME = {
+    "ModelError": "errors",
+    "ModelHandle": "model",
+    "Parallel": "parallel",
+    "enable_cpu": "cpu",
+    "export": "model",
+    "load": "model",
+    "save_hf": "save",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        from importlib import import_module
+
+        return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,125 @@
+"""A HuggingFace model directory: what must be there, checked before anything is built.
+
+Only JSON and the headers of safetensors files are read, so a mistake costs milliseconds, not a loaded model.
+"""
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mbridge_model.errors import ModelError
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_LARGEST_HEADER = 100 * 2**20  # safetensors' own limit on the header, in bytes
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HFDirectory:
+    """A checked directory.
+
+    Attributes:
+        path: the directory.
+        config: the content of config.json.
+        weight_files: the safetensors files; empty where weights were not asked for.
+    """
+
+    path: Path
+    config: dict[str, Any]
+    weight_files: tuple[Path, ...]
+
+    @property
+    def architecture(self) -> str:
+        """The first entry of `architectures`, such as "Qwen2ForCausalLM"."""
+        return self.config["architectures"][0]
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding, without the padding that tensor parallelism may add."""
+        return int(self.config.get("text_config", self.config)["vocab_size"])
+
+
+def open_directory(path: str | Path, *, needs_weights: bool = True) -> HFDirectory:
+    """Check a HuggingFace model directory.
+
+    Args:
+        path: the directory. A model name on a hub is not resolved: download it first.
+        needs_weights: also check that the safetensors files are all there and whole.
+
+    Raises:
+        ModelError: naming the file, what is wrong with it, and the fix.
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise ModelError(
+            f"model directory {directory} does not exist; give the path of a HuggingFace checkpoint "
+            "(a directory with config.json and *.safetensors)"
+        )
+    config = _read_json(directory / "config.json", "a HuggingFace checkpoint has one; is this the right directory?")
+    if not config.get("architectures"):
+        raise ModelError(
+            f"{directory / 'config.json'} has no 'architectures'; it must name the model class, for example "
+            '"architectures": ["Qwen2ForCausalLM"]'
+        )
+    files = _weight_files(directory) if needs_weights else ()
+    for file in files:
+        check_safetensors(file)
+    return HFDirectory(path=directory, config=config, weight_files=files)
+
+
+def _weight_files(directory: Path) -> tuple[Path, ...]:
+    index_path = directory / _INDEX
+    if index_path.exists():
+        names = sorted(set(_read_json(index_path, "").get("weight_map", {}).values()))
+        missing = [name for name in names if not (directory / name).is_file()]
+        if missing:
+            raise ModelError(
+                f"{index_path} names {len(missing)} file(s) that are not there, first {missing[0]!r}; "
+                "complete the download"
+            )
+        return tuple(directory / name for name in names)
+    if (directory / _SINGLE).is_file():
+        return (directory / _SINGLE,)
+    raise ModelError(
+        f"{directory} has neither {_SINGLE} nor {_INDEX}; only safetensors weights are read "
+        "(convert older files with transformers' save_pretrained)"
+    )
+
+
+def check_safetensors(path: Path) -> None:
+    """Check that a safetensors file is as long as its header says.
+
+    Raises:
+        ModelError: the file is cut short, too long, or its header is not a safetensors header.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
+        if header_size < 2 or header_size > _LARGEST_HEADER or 8 + header_size > size:
+            raise ModelError(f"{path} is not a whole safetensors file ({size} bytes); download it again")
+        try:
+            header = json.loads(file.read(header_size))
+            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise ModelError(f"{path} has a broken safetensors header ({error}); download it again") from None
+    expected = 8 + header_size + max(ends, default=0)
+    if size != expected:
+        word = "truncated" if size < expected else "too long"
+        raise ModelError(
+            f"{path} is {word}: its header describes {expected} bytes, the file has {size}; download it again"
+        )
+
+
+def _read_json(path: Path, hint: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist; {hint}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} holds a JSON {type(content).__name__}, not an object; download it again")
+    return content

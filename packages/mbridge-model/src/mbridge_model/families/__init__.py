@@ -1,0 +1,17 @@
+"""Model families: what each forces on the provider, one file a family, all of the same shape."""
+
+from mbridge_model.families import llama, qwen2, qwen3
+from mbridge_model.families.family import Family, Force
+
+FAMILIES: tuple[Family, ...] = (llama.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+
+# Dense architectures without a file here go the same way; they just have nothing forced.
+GENERIC = Family(name="generic", architectures=(), forces=())
+
+
+def find_family(architecture: str) -> Family:
+    """The family of a HuggingFace model class name, `GENERIC` for one that needs no rule of its own."""
+    return next((family for family in FAMILIES if architecture in family.architectures), GENERIC)
+
+
+__all__ = ["FAMILIES", "GENERIC", "Family", "Force", "find_family"]

@@ -1,0 +1,34 @@
+"""What a model family is to this package."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Force:
+    """A provider field that the family's weights leave no choice about.
+
+    Attributes:
+        field: name of a field of the Megatron provider.
+        value: what it must be.
+        reason: one clause for the log and for the error on a user's override that contradicts it.
+    """
+
+    field: str
+    value: Any
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Family:
+    """A group of HuggingFace architectures with the same rules.
+
+    Attributes:
+        name: for logs.
+        architectures: HuggingFace model class names.
+        forces: provider fields fixed by the family.
+    """
+
+    name: str
+    architectures: tuple[str, ...]
+    forces: tuple[Force, ...]

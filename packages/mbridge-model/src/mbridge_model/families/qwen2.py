@@ -1,0 +1,15 @@
+"""Qwen2 and Qwen2.5, and what was distilled into them (DeepSeek-R1-Distill-Qwen): Llama's layer with biases on Q, K, V."""
+
+from mbridge_model.families.family import Family, Force
+
+FAMILY = Family(
+    name="qwen2",
+    architectures=("Qwen2ForCausalLM",),
+    forces=(
+        Force(
+            field="add_qkv_bias",
+            value=True,
+            reason="Qwen2 checkpoints hold q_proj, k_proj and v_proj biases, and config.json does not say so",
+        ),
+    ),
+)

@@ -1,0 +1,15 @@
+"""Qwen3: no biases on Q, K, V, but an RMSNorm over each head's queries and keys."""
+
+from mbridge_model.families.family import Family, Force
+
+FAMILY = Family(
+    name="qwen3",
+    architectures=("Qwen3ForCausalLM",),
+    forces=(
+        Force(
+            field="qk_layernorm",
+            value=True,
+            reason="Qwen3 checkpoints hold q_norm and k_norm, and config.json does not say so",
+        ),
+    ),
+)

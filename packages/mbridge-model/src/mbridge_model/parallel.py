@@ -1,0 +1,68 @@
+"""How a model is split over processes."""
+
+from dataclasses import dataclass
+
+import torch
+
+from mbridge_model.errors import ModelError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Parallel:
+    """Sizes of the model-parallel groups. Data parallelism takes what is left of the world size.
+
+    Attributes:
+        tensor: ranks that share each layer's matrices.
+        pipeline: stages that the layers are divided into.
+        sequence: also split activations outside attention and MLP along the sequence, over the tensor ranks.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    sequence: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline"):
+            if getattr(self, name) < 1:
+                raise ModelError(f"Parallel.{name} is {getattr(self, name)}; it must be at least 1")
+
+    @property
+    def model(self) -> int:
+        """Ranks that hold one copy of the model."""
+        return self.tensor * self.pipeline
+
+
+def initialize_parallel(parallel: Parallel, seed: int) -> None:
+    """Make Megatron-Core's process groups for `parallel` and seed its random streams, unless they are there already.
+
+    Without a process group this process becomes a world of one, so that a notebook needs no launcher.
+
+    Raises:
+        ModelError: the world size is not a multiple of tensor x pipeline, or groups of other sizes exist.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    if not torch.distributed.is_initialized():
+        backend = "nccl" if torch.cuda.is_available() else "gloo"
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+    if not parallel_state.model_parallel_is_initialized():
+        world_size = torch.distributed.get_world_size()
+        if world_size % parallel.model:
+            raise ModelError(
+                f"world size {world_size} is not a multiple of tensor x pipeline = {parallel.tensor} x "
+                f"{parallel.pipeline} = {parallel.model}; start a multiple of {parallel.model} processes"
+            )
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline
+        )
+        model_parallel_cuda_manual_seed(seed)
+    existing = (
+        parallel_state.get_tensor_model_parallel_world_size(),
+        parallel_state.get_pipeline_model_parallel_world_size(),
+    )
+    if existing != (parallel.tensor, parallel.pipeline):
+        raise ModelError(
+            f"process groups exist for tensor x pipeline = {existing[0]} x {existing[1]}, but {parallel.tensor} x "
+            f"{parallel.pipeline} was asked for; destroy them first or ask for the same"
+        )

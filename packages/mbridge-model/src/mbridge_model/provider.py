@@ -1,0 +1,156 @@
+"""What is changed on the provider that Megatron-Bridge returns, and nothing else.
+
+A provider is a Megatron `TransformerConfig` filled from the HuggingFace config.json. It is changed only in the fields
+that the layout, the precision, the backend or a family rule decides, or that the user sets; each change is logged with
+the old value, the new one and the reason. Nothing is reset wholesale to defaults.
+"""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Literal
+
+import torch
+
+from mbridge_model.errors import ModelError
+from mbridge_model.families import Family
+from mbridge_model.parallel import Parallel
+
+logger = logging.getLogger("mbridge_model")
+
+Backend = Literal["auto", "te", "torch"]
+
+
+def resolve_backend(backend: Backend) -> Literal["te", "torch"]:
+    """`auto` takes Transformer Engine where it imports and a GPU is there, else plain torch.
+
+    Raises:
+        ModelError: an unknown name, or `te` where Transformer Engine or a GPU is missing.
+    """
+    if backend not in ("auto", "te", "torch"):
+        raise ModelError(f"backend {backend!r} is unknown; use 'auto', 'te' or 'torch'")
+    if backend == "torch" or (backend == "auto" and not torch.cuda.is_available()):
+        return "torch"
+    if not torch.cuda.is_available():
+        raise ModelError("backend 'te' needs a GPU, and torch sees none; use backend 'auto' or 'torch'")
+    from megatron.core.extensions.transformer_engine import HAVE_TE
+
+    if HAVE_TE:
+        return "te"
+    if backend == "te":
+        raise ModelError(
+            "backend 'te' needs Transformer Engine, which does not import here; run: "
+            "pip install 'transformer-engine[pytorch]', or use backend 'auto' or 'torch'"
+        )
+    return "torch"
+
+
+def configure_provider(
+    provider: Any,
+    *,
+    family: Family,
+    parallel: Parallel,
+    dtype: torch.dtype,
+    backend: Literal["te", "torch"],
+    overrides: Mapping[str, Any],
+) -> None:
+    """Change `provider` in place and finalize it.
+
+    Args:
+        provider: as Megatron-Bridge returned it.
+        family: whose forced fields apply.
+        parallel: tensor and pipeline sizes, sequence parallelism.
+        dtype: of parameters and activations: float32, bfloat16 or float16.
+        backend: which layers are built.
+        overrides: provider field -> value, from the user. They win over everything but a family's forced field.
+
+    Raises:
+        ModelError: an override names no field, or contradicts the family, or Megatron-Core refuses the combination.
+    """
+    changes = _Changes(provider)
+    changes.update(_layout_fields(parallel), "the layout asked for")
+    changes.update(_precision_fields(dtype), f"precision {str(dtype).removeprefix('torch.')}")
+    changes.set("should_pad_vocab", True, "rows of the vocabulary are divided over the tensor-parallel ranks")
+    if backend == "torch":
+        changes.update(_torch_backend_fields(), "the torch backend")
+    else:
+        # Megatron-Core's output layer would ask for Apex's kernel, which no package index has.
+        changes.set("gradient_accumulation_fusion", False, "the fused kernel belongs to Apex")
+    for name, value in overrides.items():
+        forced = next((force for force in family.forces if force.field == name), None)
+        if forced is not None and forced.value != value:
+            raise ModelError(f"override {name}={value!r} cannot be: {forced.reason}; leave it out")
+        changes.set(name, value, "set by the user")
+    for force in family.forces:
+        changes.set(force.field, force.value, f"{force.reason} (family {family.name})")
+    try:
+        provider.finalize()
+    except (AssertionError, ValueError, RuntimeError) as error:
+        raise ModelError(f"Megatron-Core refuses this combination of settings: {error}") from error
+
+
+class _Changes:
+    """Sets provider fields and logs those whose value changes."""
+
+    def __init__(self, provider: Any) -> None:
+        self.provider = provider
+        self.names = {field.name for field in fields(provider)}
+
+    def set(self, name: str, value: Any, reason: str) -> None:
+        if name not in self.names:
+            from difflib import get_close_matches
+
+            near = get_close_matches(name, self.names, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ModelError(f"override {name!r} is no field of {type(self.provider).__name__}{hint}")
+        old = getattr(self.provider, name)
+        if old is value or (type(old) is type(value) and old == value):
+            return
+        setattr(self.provider, name, value)
+        logger.info("provider.%s: %s -> %s (%s)", name, _brief(old), _brief(value), reason)
+
+    def update(self, values: Mapping[str, Any], reason: str) -> None:
+        for name, value in values.items():
+            self.set(name, value, reason)
+
+
+def _layout_fields(parallel: Parallel) -> dict[str, Any]:
+    return {
+        "tensor_model_parallel_size": parallel.tensor,
+        "pipeline_model_parallel_size": parallel.pipeline,
+        "sequence_parallel": parallel.sequence and parallel.tensor > 1,
+        # Micro-batches have different lengths, so stages exchange shapes before activations.
+        "variable_seq_lengths": parallel.pipeline > 1,
+    }
+
+
+def _precision_fields(dtype: torch.dtype) -> dict[str, Any]:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ModelError(f"dtype {dtype} cannot be trained in; use float32, bfloat16 or float16")
+    return {
+        "bf16": dtype == torch.bfloat16,
+        "fp16": dtype == torch.float16,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "autocast_dtype": dtype,
+    }
+
+
+def _torch_backend_fields() -> dict[str, Any]:
+    from mbridge_model.torch_backend import torch_block_spec
+
+    values: dict[str, Any] = {
+        "transformer_layer_spec": torch_block_spec,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        "masked_softmax_fusion": False,
+    }
+    if not torch.cuda.is_available():
+        # These are torch.compile'd functions. On a CPU they would need a C++ compiler and cost minutes.
+        values |= {"bias_activation_fusion": False, "bias_dropout_fusion": False}
+    return values
+
+
+def _brief(value: Any) -> str:
+    return getattr(value, "__name__", None) or repr(value)

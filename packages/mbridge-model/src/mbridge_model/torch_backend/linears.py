@@ -1,0 +1,59 @@
+"""The one linear layer that Megatron-Core lacks: norm and column-parallel linear under one name.
+
+Transformer Engine fuses the input norm of attention and of the MLP into the linear layer that follows it, so that the
+parameters are called `linear_qkv.layer_norm_weight`, `linear_qkv.weight`, ... This layer has the same names, and is
+Megatron-Core's `ColumnParallelLinear` otherwise.
+"""
+
+from typing import Any
+
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
+from torch import Tensor
+
+from mbridge_model.torch_backend.norms import check_normalization, make_norm_parameter, normalize
+
+
+class TorchLayerNormColumnParallelLinear(ColumnParallelLinear):
+    """Norm over the last dimension, then a linear layer whose output features are split over tensor parallel.
+
+    Parameters: `layer_norm_weight` [input_size] (and `layer_norm_bias` for LayerNorm), replicated; `weight`
+    [output_size / TP, input_size] and `bias` [output_size / TP], split.
+
+    With sequence parallelism the norm runs on this rank's slice of the sequence, before the all-gather.
+    """
+
+    # The class name ends as Megatron-Bridge expects of a fused layer: the norm replicated, the rest column-parallel.
+    def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **arguments: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **arguments)
+        check_normalization(config)
+        self.layer_norm_weight = make_norm_parameter(config, input_size, is_bias=False)
+        self.layer_norm_bias = (
+            make_norm_parameter(config, input_size, is_bias=True) if config.normalization == "LayerNorm" else None
+        )
+
+    def forward(
+        self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[sequence, batch, input_size] in; [sequence, batch, output_size / TP] and the bias, if skipped, out."""
+        normalised = normalize(
+            self.config, input_, self.layer_norm_weight, self.layer_norm_bias, self.config.layernorm_epsilon
+        )
+        return super().forward(normalised, weight, runtime_gather_output)
+
+    def sharded_state_dict(
+        self,
+        prefix: str = "",
+        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
+        metadata: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """Megatron-Core's distributed-checkpoint view: `weight` and `bias` split along dimension 0, the norm whole."""
+        return make_sharded_tensors_for_checkpoint(
+            self.state_dict(prefix="", keep_vars=True),
+            prefix,
+            {"weight": 0, "bias": 0},
+            sharded_offsets,
+            tp_group=self.tp_group,
+            dp_cp_group=(metadata or {}).get("dp_cp_group"),
+        )

@@ -1,0 +1,83 @@
+"""RMSNorm and LayerNorm with sequence-parallel marks.
+
+Megatron-Core's own torch fallback refuses sequence parallelism. Nothing in a norm forbids it: each rank normalises its
+slice of the sequence, and the weight's gradient, then partial, is summed over the tensor-parallel group by
+`finalize_model_grads` for every parameter marked `sequence_parallel`.
+"""
+
+import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+
+def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float, zero_centered: bool) -> Tensor:
+    """Root mean square normalisation over the last dimension (Zhang & Sennrich 2019, eq. 4).
+
+    The order of operations is that of the HuggingFace models, which is what makes fp32 logits agree exactly:
+    normalise in fp32, cast back, then multiply by the weight. With `zero_centered` weights (Gemma) the scale
+    1 + weight is applied in fp32, before the cast.
+    """
+    dtype = hidden.dtype
+    normalised = hidden.float()
+    normalised = normalised * torch.rsqrt(normalised.square().mean(-1, keepdim=True) + epsilon)
+    if zero_centered:
+        return (normalised * (1.0 + weight.float())).to(dtype)
+    return weight * normalised.to(dtype)
+
+
+def layer_norm(hidden: Tensor, weight: Tensor, bias: Tensor, epsilon: float, zero_centered: bool) -> Tensor:
+    """Layer normalisation over the last dimension (Ba et al. 2016)."""
+    scale = weight + 1.0 if zero_centered else weight
+    return nn.functional.layer_norm(hidden, scale.shape, scale, bias, epsilon)
+
+
+def make_norm_parameter(config: TransformerConfig, size: int, *, is_bias: bool) -> nn.Parameter:
+    """A norm's weight or bias [size] in the parameter dtype, at its identity value, marked for sequence parallelism."""
+    identity = 0.0 if is_bias or config.layernorm_zero_centered_gamma else 1.0
+    device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+    parameter = nn.Parameter(torch.full((size,), identity, dtype=config.params_dtype, device=device))
+    parameter.sequence_parallel = config.sequence_parallel
+    return parameter
+
+
+class TorchNorm(nn.Module):
+    """RMSNorm or LayerNorm, as `config.normalization` says; parameters `weight` and, for LayerNorm, `bias`.
+
+    Args:
+        config: decides normalisation, parameter dtype, zero-centred weights and the sequence-parallel mark.
+        hidden_size: size of the last dimension.
+        eps: added to the mean square (RMSNorm) or to the variance (LayerNorm).
+
+    Raises:
+        ValueError: `config.normalization` is neither "RMSNorm" nor "LayerNorm".
+    """
+
+    # "Norm" in the class name is how Megatron-Bridge knows that these parameters are replicated over tensor parallel.
+    def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        check_normalization(config)
+        self.config = config
+        self.epsilon = eps
+        self.weight = make_norm_parameter(config, hidden_size, is_bias=False)
+        self.bias = (
+            make_norm_parameter(config, hidden_size, is_bias=True) if config.normalization == "LayerNorm" else None
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., hidden_size] in, the same shape and dtype out."""
+        return normalize(self.config, hidden, self.weight, self.bias, self.epsilon)
+
+
+def check_normalization(config: TransformerConfig) -> None:
+    """Raise ValueError for a normalisation that this backend does not have."""
+    if config.normalization not in ("RMSNorm", "LayerNorm"):
+        raise ValueError(
+            f"normalization {config.normalization!r} is not built in the torch backend, which has RMSNorm and LayerNorm"
+        )
+
+
+def normalize(config: TransformerConfig, hidden: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    """Apply the norm that `config.normalization` names."""
+    if bias is None:
+        return rms_norm(hidden, weight, epsilon, config.layernorm_zero_centered_gamma)
+    return layer_norm(hidden, weight, bias, epsilon, config.layernorm_zero_centered_gamma)

@@ -1,0 +1,131 @@
+"""The torch backend as Megatron-Core's `BackendSpecProvider`, and the block specification built from it."""
+
+from functools import partial
+from typing import Any
+
+from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
+from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLPSubmodules
+from megatron.core.transformer.moe.experts import SequentialMLP
+from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
+from megatron.core.transformer.enums import LayerType
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.torch_norm import L2Norm
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.transformer.transformer_layer import (
+    TransformerLayer,
+    TransformerLayerSubmodules,
+    get_transformer_layer_offset,
+)
+
+from mbridge_model.torch_backend.attention import TorchDotProductAttention
+from mbridge_model.torch_backend.linears import TorchLayerNormColumnParallelLinear
+from mbridge_model.torch_backend.norms import TorchNorm
+
+
+class TorchSpecProvider(BackendSpecProvider):
+    """Which module serves each place of a layer. The counterpart of Megatron-Core's `TESpecProvider`."""
+
+    def column_parallel_linear(self) -> type:
+        return ColumnParallelLinear
+
+    def row_parallel_linear(self) -> type:
+        return RowParallelLinear
+
+    def fuse_layernorm_and_linear(self) -> bool:
+        return True
+
+    def column_parallel_layer_norm_linear(self) -> type:
+        return TorchLayerNormColumnParallelLinear
+
+    def layer_norm(self, rms_norm: bool = False, for_qk: bool = False, has_residual: bool = False) -> Any:
+        return TorchNorm
+
+    def core_attention(self) -> type:
+        return TorchDotProductAttention
+
+    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
+        # Experts one after another: grouped matrix products belong to the Transformer Engine backend for now.
+        return partial(
+            SequentialMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
+        )
+
+    def activation_func(self) -> None:
+        return None
+
+
+def torch_layer_spec(config: TransformerConfig, *, is_moe: bool, qk_l2_norm: bool = False) -> ModuleSpec:
+    """One transformer layer; the same places as Megatron-Core's Transformer Engine layer, filled with torch modules."""
+    backend = TorchSpecProvider()
+    qk_norm: Any = IdentityOp
+    if qk_l2_norm:
+        qk_norm = L2Norm
+    elif config.qk_layernorm:
+        qk_norm = backend.layer_norm(for_qk=True)
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=ModuleSpec(
+                module=SelfAttention,
+                params={"attn_mask_type": AttnMaskType.causal},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=backend.column_parallel_layer_norm_linear(),
+                    core_attention=backend.core_attention(),
+                    linear_proj=backend.row_parallel_linear(),
+                    q_layernorm=qk_norm,
+                    k_layernorm=qk_norm,
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            # A dense MLP has its norm fused into linear_fc1; a router needs the normalised input itself.
+            pre_mlp_layernorm=backend.layer_norm() if is_moe else IdentityOp,
+            mlp=get_mlp_module_spec_for_backend(
+                backend=backend, num_experts=config.num_moe_experts if is_moe else None, moe_grouped_gemm=False
+            ),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )
+
+
+def torch_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """The layers of this pipeline stage and the final norm.
+
+    A bare layer specification would make Megatron-Core choose the final norm itself, and its torch fallback refuses
+    sequence parallelism.
+
+    Raises:
+        ValueError: multi-latent attention, which this backend does not have.
+    """
+    if config.multi_latent_attention:
+        raise ValueError("multi-latent attention is not built in the torch backend; use backend 'te' on a GPU")
+    qk_l2_norm = getattr(config, "qk_l2_norm", False)
+    layers = [
+        torch_layer_spec(config, is_moe=is_moe, qk_l2_norm=qk_l2_norm)
+        for is_moe in _moe_pattern(config, _layer_numbers(config, vp_stage))
+    ]
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TorchNorm)
+
+
+def _layer_numbers(config: TransformerConfig, vp_stage: int | None) -> list[int]:
+    """Global, zero-based numbers of the layers on this stage."""
+    layout = config.pipeline_model_parallel_layout
+    if isinstance(layout, PipelineParallelLayerLayout):
+        return layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage)
+    offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    return list(range(offset, offset + get_num_layers_to_build(config, vp_stage=vp_stage)))
+
+
+def _moe_pattern(config: TransformerConfig, layer_numbers: list[int]) -> list[bool]:
+    """Which of these layers have experts: every n-th for an integer `moe_layer_freq`, else as its list says."""
+    if not config.num_moe_experts:
+        return [False] * len(layer_numbers)
+    frequency = config.moe_layer_freq
+    if isinstance(frequency, int):
+        return [number % frequency == 0 for number in layer_numbers]
+    return [bool(frequency[number]) for number in layer_numbers]
