@@ -83,7 +83,7 @@ def aggregation_weights(loss_masks: Sequence[Tensor], mode: Aggregation) -> list
     ======================= ==================== ==================================================================
     mode                    weight of a token    meaning
     ======================= ==================== ==================================================================
-    ``token-mean``          1 / T                every token counts the same (DAPO, arXiv 2503.14476, eq. 8)
+    ``token-mean``          1 / T                every token counts the same (DAPO, arXiv 2503.14476, 3.3)
     ``seq-mean-token-sum``  1 / N                mean over sequences of their summed loss (REINFORCE)
     ``seq-mean-token-mean`` 1 / (N * len_i)      every sequence counts the same (GRPO, arXiv 2402.03300, eq. 3)
     ======================= ==================== ==================================================================
