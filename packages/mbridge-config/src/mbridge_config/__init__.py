@@ -1,8 +1,31 @@
 """Schema, defaults and rules of mbridge runs, checked before anything is loaded. Imports no torch."""
 
 from mbridge_config.arguments import Arguments, parse_arguments
+from mbridge_config.check import Report, check
 from mbridge_config.compose import compose
+from mbridge_config.directories import hf_directory, tokenizer_directory
+from mbridge_config.hf_facts import HFFacts
+from mbridge_config.keys import KeyInfo, Status, key_table
+from mbridge_config.plan import ParallelPlan, make_plan
 from mbridge_config.problems import ConfigError, Problem, Severity
 from mbridge_config.schema.reasoning import ReasoningConfig
 
-__all__ = ["Arguments", "ConfigError", "Problem", "ReasoningConfig", "Severity", "compose", "parse_arguments"]
+__all__ = [
+    "Arguments",
+    "ConfigError",
+    "HFFacts",
+    "KeyInfo",
+    "ParallelPlan",
+    "Problem",
+    "ReasoningConfig",
+    "Report",
+    "Severity",
+    "Status",
+    "check",
+    "compose",
+    "hf_directory",
+    "key_table",
+    "make_plan",
+    "parse_arguments",
+    "tokenizer_directory",
+]

@@ -31,9 +31,8 @@ def compose(
     overrides: Sequence[str] = (),
     *,
     package_config: str | None = None,
-    schema: type[Schema] = ReasoningConfig,  # type: ignore[assignment]
     strict: bool = True,
-) -> Schema:
+) -> ReasoningConfig:
     """The config `config_name` with `overrides` (`key=value`, `+key=value`, `++key=value`, `~key`).
 
     The name is looked up in `config_path`; without one, in the configs of the app with the import name
@@ -43,11 +42,11 @@ def compose(
     """
     file, directory = find_config(config_name, _directories(config_path, package_config))
     tree, places = hydra_tree(file, directory, overrides)
-    return from_tree(tree, Origin(name=config_name, file=str(file), places=places), schema=schema, strict=strict)
+    return from_tree(tree, Origin(name=config_name, file=str(file), places=places), ReasoningConfig, strict=strict)
 
 
-def from_tree(tree: Mapping[Any, Any], origin: Origin, *, schema: type[Schema], strict: bool = True) -> Schema:
-    """A config from the plain `tree` of a YAML file, interpolations unresolved. Raises as `compose` does."""
+def from_tree(tree: Mapping[Any, Any], origin: Origin, schema: type[Schema], *, strict: bool = True) -> Schema:
+    """A config of the kind `schema` from a plain tree with unresolved interpolations. Raises as `compose` does."""
     complete = resolve(laid_over(tree, defaults_tree(schema)), origin)
     config = convert(schema, complete, origin)
     config.origin = origin

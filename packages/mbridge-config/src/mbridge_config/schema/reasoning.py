@@ -18,11 +18,14 @@ class QuickstartConfig:
     """`quickstart`: the tiny model that is made where no model is given."""
 
     enabled: bool = key(False, "Make the model at ckpt_convertor.hf_model_path if it is not there.")
-    num_layers: int = key(2, "Layers of the made model.", minimum=1)
-    hidden_size: int = key(128, "Width of the made model.", minimum=1)
-    ffn_hidden_size: int = key(256, "Width of its MLP.", minimum=1)
+    num_hidden_layers: int = key(2, "Layers of the made model.", minimum=1)
+    hidden_size: int = key(128, "Width of the made model; 32 for each query head.", minimum=1)
+    intermediate_size: int = key(384, "Width of its MLP.", minimum=1)
     num_attention_heads: int = key(4, "Query heads of the made model.", minimum=1)
-    num_query_groups: int = key(2, "Key and value heads of the made model.", minimum=1)
+    num_key_value_heads: int = key(2, "Key and value heads of the made model.", minimum=1)
+    max_position_embeddings: int = key(512, "Longest sequence of the made model.", unit="tokens", minimum=2)
+    tie_word_embeddings: bool = key(False, "Input and output embeddings are one tensor.")
+    vocab_size: int = key(384, "Largest vocabulary of the made tokenizer.", minimum=300)
     warmup_steps: int = key(300, "SFT steps before GRPO.", unit="optimizer steps", minimum=0)
     warmup_batch_size: int = key(64, "Sequences of one SFT step.", unit="sequences", minimum=1)
     warmup_lr: float = key(2e-3, "Learning rate of the SFT steps.", above=0.0)

@@ -1,7 +1,7 @@
 """Generation of answers, and their reward."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from mbridge_config.keys import alias, key, no_effect, section
 
@@ -26,7 +26,9 @@ class RolloutConfig:
     """`rollout`: generation of answers."""
 
     model: RolloutModelConfig = section(RolloutModelConfig, "The generating model.")
-    rollout_backend: str = key("transformers", "Engine that generates; this version has transformers alone.")
+    rollout_backend: Literal["transformers", "vllm", "sglang"] = key(
+        "transformers", "Engine that generates; in this version all of them mean transformers."
+    )
     max_running_requests: int = key(64, "Sequences that one rank generates at once.", minimum=1)
     print_outputs: bool = key(False, "Print each answer.")
     return_logprobs: bool = key(True, "Keep the log-probabilities of generation; they measure the mismatch.")
@@ -56,7 +58,9 @@ class RolloutConfig:
 class RewardConfig:
     """`reward`: what an answer is worth."""
 
-    reward_type: str = key("math", "math: math-verify. reasoning_gym: the scorer of the task.")
+    reward_type: Literal["math", "reasoning_gym"] = key(
+        "math", "math: math-verify. reasoning_gym: the scorer of the task."
+    )
     reward_scale: float = key(1.0, "Reward of a right answer.", above=0.0)
     timeout: float = key(10.0, "Longest time one answer may take to verify.", unit="seconds", above=0.0)
     use_reward_model: bool = key(

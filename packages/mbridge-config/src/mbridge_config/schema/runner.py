@@ -13,7 +13,9 @@ class LoggerConfig:
     log_path: str | None = key(None, "Directory of the logs. null: `<output_dir>/<experiment_name>`.")
     project_name: str = key("mbridge", "Project name that wandb and swanlab show.")
     experiment_name: str | None = key(None, "Run name in the backends. null: `runner.experiment_name`.")
-    logger_backends: list[str] = key([], "Further backends: tensorboard, wandb, swanlab (each an optional extra).")
+    logger_backends: list[Literal["tensorboard", "wandb", "swanlab"]] = key(
+        [], "Further backends; each is an optional extra."
+    )
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

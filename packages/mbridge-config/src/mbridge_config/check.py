@@ -1,0 +1,123 @@
+"""All that is wrong with a config, at once, before anything is loaded.
+
+report = check(config, world_size=8)
+report.raise_for_errors()
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from mbridge_config.directories import TOKENIZER_KEY, hf_directory, hf_key, tokenizer_directory
+from mbridge_config.hf_facts import HFFacts
+from mbridge_config.plan import ParallelPlan, expected_world_size, make_plan
+from mbridge_config.problems import ConfigError, Problem, Severity, ordered, render
+from mbridge_config.rules import REASONING, Context
+from mbridge_config.schema.reasoning import ReasoningConfig
+from mbridge_config.tokenizer_facts import tokenizer_size
+
+_Read = TypeVar("_Read")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class Report:
+    """What `check` found. `facts` and `plan` are None where they could not be made out."""
+
+    problems: list[Problem]
+    facts: HFFacts | None = None
+    tokenizer_size: int | None = None
+    world_size: int | None = None
+    plan: ParallelPlan | None = None
+
+    @property
+    def errors(self) -> list[Problem]:
+        """The problems that keep the config from running."""
+        return [problem for problem in self.problems if problem.severity is Severity.ERROR]
+
+    def raise_for_errors(self) -> None:
+        """Raise `ConfigError` with all problems if one of them is an error."""
+        if self.errors:
+            raise ConfigError(self.problems)
+
+    def __str__(self) -> str:
+        return render(self.problems)
+
+
+def check(config: ReasoningConfig, world_size: int | None = None) -> Report:
+    """Apply every rule to `config`, and add what `compose(..., strict=False)` found.
+
+    Rules on ranks need `world_size`; without it they use launcher.nproc_per_node x cluster.num_nodes, and are
+    skipped where that is not set either. Reads config.json and tokenizer files; raises nothing.
+    """
+    problems = list(config.origin.problems)
+    world_size = expected_world_size(config) if world_size is None else world_size
+    facts = _read(config, hf_key(config), hf_directory, _model_facts(config), problems)
+    size = _read(config, TOKENIZER_KEY, tokenizer_directory, _tokenizer_size(config), problems)
+    context = Context(config=config, facts=facts, tokenizer_size=size, world_size=world_size)
+    for rule in REASONING:
+        problems += rule.problems(context)
+    model = config.actor.model
+    ranks = world_size or model.tensor_model_parallel_size * model.pipeline_model_parallel_size
+    return Report(
+        problems=ordered(problems),
+        facts=facts,
+        tokenizer_size=size,
+        world_size=world_size,
+        plan=make_plan(config, None if facts is None else facts.num_layers, ranks),
+    )
+
+
+def _read(
+    config: ReasoningConfig,
+    key: str,
+    locate: Callable[[ReasoningConfig], Path],
+    read: Callable[[Path], _Read],
+    problems: list[Problem],
+) -> _Read | None:
+    """What `read` finds in the directory that `key` names; its problems get the key and the place of the key."""
+    if key in config.origin.failed:
+        return None
+    try:
+        return read(locate(config))
+    except ConfigError as error:
+        for problem in error.problems:
+            where = problem.where or config.origin.where(key)
+            problems.append(dataclasses.replace(problem, key=key, where=where))
+        return None
+
+
+def _model_facts(config: ReasoningConfig) -> Callable[[Path], HFFacts]:
+    def read(directory: Path) -> HFFacts:
+        if config.quickstart.enabled and not directory.exists():
+            return quickstart_facts(config, directory)
+        return HFFacts.load(directory)
+
+    return read
+
+
+def _tokenizer_size(config: ReasoningConfig) -> Callable[[Path], int | None]:
+    def read(directory: Path) -> int | None:
+        return None if config.quickstart.enabled and not directory.exists() else tokenizer_size(directory)
+
+    return read
+
+
+def quickstart_facts(config: ReasoningConfig, directory: Path) -> HFFacts:
+    """The facts of the model that the quickstart is going to make in `directory`."""
+    made = config.quickstart
+    return HFFacts(
+        directory=directory,
+        architectures=("Qwen2ForCausalLM",),
+        model_type="qwen2",
+        num_layers=made.num_hidden_layers,
+        hidden_size=made.hidden_size,
+        num_attention_heads=made.num_attention_heads,
+        num_query_groups=made.num_key_value_heads,
+        head_dim=max(1, made.hidden_size // made.num_attention_heads),
+        ffn_hidden_size=made.intermediate_size,
+        max_position_embeddings=made.max_position_embeddings,
+        tied_embeddings=made.tie_word_embeddings,
+        qkv_bias=True,
+        activation="silu",
+    )

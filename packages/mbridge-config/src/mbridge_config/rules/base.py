@@ -1,0 +1,76 @@
+"""What a rule is: a pure function from a `Context` to its findings, with a stable id."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from mbridge_config.hf_facts import HFFacts
+from mbridge_config.keys import get
+from mbridge_config.problems import Problem, Severity, json_ready
+
+
+@dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
+class Context:
+    """All that rules look at. `facts`, `tokenizer_size` and `world_size` are None where they are not known."""
+
+    config: Any
+    facts: HFFacts | None = None
+    tokenizer_size: int | None = None
+    world_size: int | None = None
+
+    @property
+    def data_parallel(self) -> int | None:
+        """Data-parallel ranks, where the world size is known and can be shared."""
+        model = self.config.actor.model
+        share: int = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
+        if self.world_size is None or self.world_size % share:
+            return None
+        return self.world_size // share
+
+
+@dataclasses.dataclass(slots=True, frozen=True)
+class Finding:
+    """What a rule found wrong with `key`: the reason, and the fix."""
+
+    key: str
+    reason: str
+    fix: str
+    severity: Severity = Severity.ERROR
+
+
+Check = Callable[[Context], Iterable[Finding]]
+
+
+@dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
+class Rule:
+    """A check, its id, and the keys it reads; its docstring is the cause that the reference of errors gives."""
+
+    id: str
+    reads: tuple[str, ...]
+    check: Check
+
+    @property
+    def cause(self) -> str:
+        """When the rule speaks."""
+        return " ".join((self.check.__doc__ or "").split())
+
+    def problems(self, context: Context) -> Iterable[Problem]:
+        """The findings as problems; none if a key that the rule reads could not be used."""
+        origin = context.config.origin
+        if any(key in origin.failed for key in self.reads):
+            return
+        for finding in self.check(context):
+            yield Problem(
+                id=self.id,
+                key=finding.key,
+                value=json_ready(get(context.config, finding.key)),
+                reason=finding.reason,
+                fix=finding.fix,
+                severity=finding.severity,
+                where=origin.where(finding.key) if origin.was_set(finding.key) else None,
+            )
+
+
+def rule(identity: str, *reads: str) -> Callable[[Check], Rule]:
+    """Make a check function into the rule `identity`, which reads the keys `reads`."""
+    return lambda check: Rule(id=identity, reads=reads, check=check)

@@ -1,0 +1,133 @@
+"""Number formats, recomputation, optimizer and learning rate."""
+
+from collections.abc import Iterable
+
+from mbridge_config.problems import Severity
+from mbridge_config.rules.base import Context, Finding, rule
+
+PRECISION = "actor.model.precision"
+GRANULARITY = "actor.model.recompute_granularity"
+METHOD = "actor.model.recompute_method"
+RECOMPUTED = "actor.model.recompute_num_layers"
+OPTIM = "actor.optim."
+SCHEDULE = "actor.lr_sched."
+
+
+@rule("precision-conflict", PRECISION, f"{OPTIM}bf16", f"{OPTIM}fp16")
+def precision(context: Context) -> Iterable[Finding]:
+    """The optimizer's number format is not that of the model."""
+    actor = context.config.actor
+    for name in ("bf16", "fp16"):
+        value, expected = getattr(actor.optim, name), actor.model.precision == name
+        if value != expected:
+            spelled = str(expected).lower()
+            reason = f"{PRECISION} is {actor.model.precision}"
+            yield Finding(f"{OPTIM}{name}", reason, f"set {OPTIM}{name}={spelled}, remove it, or change {PRECISION}")
+
+
+@rule("loss-scale-without-fp16", PRECISION, f"{OPTIM}loss_scale")
+def loss_scale(context: Context) -> Iterable[Finding]:
+    """A loss scale is set, which only fp16 uses."""
+    actor = context.config.actor
+    if actor.optim.loss_scale is not None and actor.model.precision != "fp16":
+        reason = f"only fp16 scales the loss, and {PRECISION} is {actor.model.precision}"
+        yield Finding(f"{OPTIM}loss_scale", reason, "remove it", Severity.WARNING)
+
+
+@rule("recompute", GRANULARITY, METHOD, RECOMPUTED)
+def recompute(context: Context) -> Iterable[Finding]:
+    """The recompute settings do not fit together: full needs a method and a number of layers, selective takes
+    neither number, and without a granularity nothing is recomputed."""
+    model = context.config.actor.model
+    if model.recompute_granularity == "full":
+        if model.recompute_method is None:
+            yield Finding(METHOD, f"{GRANULARITY} full needs a method", f"set {METHOD}=uniform or block")
+        if model.recompute_num_layers is None:
+            yield Finding(RECOMPUTED, f"{GRANULARITY} full needs a number of layers", f"set {RECOMPUTED}=1 or more")
+    elif model.recompute_granularity == "selective":
+        if model.recompute_num_layers is not None:
+            reason = f"{GRANULARITY} selective recomputes attention in all layers"
+            yield Finding(RECOMPUTED, reason, f"remove {RECOMPUTED}, or set {GRANULARITY}=full")
+    else:
+        for key, value in ((METHOD, model.recompute_method), (RECOMPUTED, model.recompute_num_layers)):
+            if value is not None:
+                reason = f"{GRANULARITY} is null, so nothing is recomputed"
+                yield Finding(key, reason, f"set {GRANULARITY}=full, or remove {key}", Severity.WARNING)
+
+
+@rule("recompute-layers", RECOMPUTED, "actor.model.pipeline_model_parallel_size", GRANULARITY)
+def recompute_layers(context: Context) -> Iterable[Finding]:
+    """More layers are to be recomputed than a pipeline stage has."""
+    model, facts = context.config.actor.model, context.facts
+    if facts is None or model.recompute_granularity != "full" or model.recompute_num_layers is None:
+        return
+    stage = facts.num_layers // model.pipeline_model_parallel_size
+    if model.recompute_num_layers > stage:
+        reason = f"a pipeline stage has {stage} layers"
+        yield Finding(RECOMPUTED, reason, f"use {stage} or less", Severity.WARNING)
+
+
+@rule("learning-rate-twice", f"{OPTIM}lr", f"{SCHEDULE}max_lr")
+def learning_rate(context: Context) -> Iterable[Finding]:
+    """optim.lr and lr_sched.max_lr are both set and differ; the schedule's is used."""
+    actor, origin = context.config.actor, context.config.origin
+    if origin.was_set(f"{OPTIM}lr") and actor.optim.lr != actor.lr_sched.max_lr:
+        reason = f"{SCHEDULE}max_lr {actor.lr_sched.max_lr:g} is used"
+        yield Finding(f"{OPTIM}lr", reason, "make them equal, or remove one", Severity.WARNING)
+
+
+@rule("lowest-learning-rate", f"{SCHEDULE}min_lr", f"{SCHEDULE}max_lr", f"{OPTIM}lr", f"{OPTIM}min_lr")
+def lowest(context: Context) -> Iterable[Finding]:
+    """The learning rate would end above where it starts."""
+    schedule = context.config.actor.lr_sched
+    if schedule.min_lr > schedule.max_lr:
+        reason = f"above the highest learning rate {schedule.max_lr:g}"
+        yield Finding(f"{SCHEDULE}min_lr", reason, f"use {schedule.max_lr:g} or less")
+    if schedule.lr_warmup_init > schedule.max_lr:
+        reason = f"above the highest learning rate {schedule.max_lr:g}"
+        yield Finding(f"{SCHEDULE}lr_warmup_init", reason, f"use {schedule.max_lr:g} or less")
+
+
+@rule("schedule-lengths", *(f"{SCHEDULE}{name}" for name in ("lr_decay_iters", "lr_warmup_iters", "lr_decay_style")))
+def schedule_lengths(context: Context) -> Iterable[Finding]:
+    """The warm-up is not shorter than the schedule, or WSD has no length for its last decay."""
+    schedule = context.config.actor.lr_sched
+    total = schedule.lr_decay_iters
+    if total is not None and schedule.lr_warmup_fraction is None and schedule.lr_warmup_iters >= total:
+        reason = f"not shorter than lr_decay_iters {total}"
+        yield Finding(f"{SCHEDULE}lr_warmup_iters", reason, f"use less than {total}")
+    if schedule.lr_decay_style == "WSD":
+        key, last = f"{SCHEDULE}lr_wsd_decay_iters", schedule.lr_wsd_decay_iters
+        if last is None:
+            yield Finding(key, "WSD needs the length of its last decay", f"set {key}")
+        elif total is not None and last > total:
+            yield Finding(key, f"longer than lr_decay_iters {total}", f"use {total} or less")
+
+
+@rule(
+    "overlap",
+    *(f"{OPTIM}{name}" for name in ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")),
+)
+def overlap(context: Context) -> Iterable[Finding]:
+    """overlap_param_gather needs the distributed optimizer and overlap_grad_reduce."""
+    optim, key = context.config.actor.optim, f"{OPTIM}overlap_param_gather"
+    if not optim.overlap_param_gather:
+        return
+    if not optim.use_distributed_optimizer:
+        yield Finding(
+            key, "only the distributed optimizer gathers weights", f"set {OPTIM}use_distributed_optimizer=true"
+        )
+    elif not optim.overlap_grad_reduce:
+        yield Finding(key, "it needs overlap_grad_reduce", f"set {OPTIM}overlap_grad_reduce=true, or {key}=false")
+
+
+RULES = (
+    precision,
+    loss_scale,
+    recompute,
+    recompute_layers,
+    learning_rate,
+    lowest,
+    schedule_lengths,
+    overlap,
+)

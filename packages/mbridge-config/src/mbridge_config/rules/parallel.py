@@ -1,0 +1,130 @@
+"""Ranks against the model: heads, layers, world size."""
+
+from collections.abc import Iterable
+
+from mbridge_config.problems import Severity
+from mbridge_config.rules.base import Context, Finding, rule
+
+TP = "actor.model.tensor_model_parallel_size"
+PP = "actor.model.pipeline_model_parallel_size"
+CP = "actor.model.context_parallel_size"
+EP = "actor.model.expert_model_parallel_size"
+ETP = "actor.model.expert_tensor_parallel_size"
+VPP = "actor.model.virtual_pipeline_model_parallel_size"
+SP = "actor.model.sequence_parallel"
+
+
+def divisors(number: int, limit: int = 64) -> str:
+    """The divisors of `number` up to `limit`, as text."""
+    return ", ".join(str(n) for n in range(1, min(number, limit) + 1) if number % n == 0)
+
+
+@rule("tensor-parallel-heads", TP)
+def heads(context: Context) -> Iterable[Finding]:
+    """The query heads cannot be shared evenly by the tensor-parallel ranks."""
+    facts, tensor = context.facts, context.config.actor.model.tensor_model_parallel_size
+    if facts is not None and facts.num_attention_heads % tensor:
+        yield Finding(
+            TP,
+            f"the model's {facts.num_attention_heads} attention heads cannot be shared by {tensor} ranks",
+            f"use one of {divisors(facts.num_attention_heads)}",
+        )
+
+
+@rule("tensor-parallel-kv-groups", TP)
+def kv_groups(context: Context) -> Iterable[Finding]:
+    """The key and value heads are neither a multiple nor a divisor of the tensor-parallel ranks, which
+    Megatron-Core needs to share or repeat them."""
+    facts, tensor = context.facts, context.config.actor.model.tensor_model_parallel_size
+    if facts is not None and facts.num_query_groups % tensor and tensor % facts.num_query_groups:
+        fitting = [
+            str(n)
+            for n in range(1, facts.num_attention_heads + 1)
+            if facts.num_attention_heads % n == 0
+            and (facts.num_query_groups % n == 0 or n % facts.num_query_groups == 0)
+        ]
+        yield Finding(
+            TP,
+            f"the model's {facts.num_query_groups} key-value heads (groups) are neither a multiple nor a divisor of "
+            f"{tensor} ranks",
+            f"use one of {', '.join(fitting)}",
+        )
+
+
+@rule("tensor-parallel-ffn", TP)
+def ffn(context: Context) -> Iterable[Finding]:
+    """The width of the MLP cannot be shared evenly by the tensor-parallel ranks."""
+    facts, tensor = context.facts, context.config.actor.model.tensor_model_parallel_size
+    if facts is not None and facts.ffn_hidden_size is not None and facts.ffn_hidden_size % tensor:
+        reason = f"the model's MLP width {facts.ffn_hidden_size} cannot be shared by {tensor} ranks"
+        yield Finding(TP, reason, f"use one of {divisors(facts.ffn_hidden_size)}")
+
+
+@rule("world-size", TP, PP)
+def world_size(context: Context) -> Iterable[Finding]:
+    """The number of ranks is not a multiple of tensor-parallel times pipeline-parallel ranks."""
+    model, world = context.config.actor.model, context.world_size
+    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    if world is not None and world % (tensor * pipeline):
+        yield Finding(
+            TP,
+            f"a world size of {world} is not a multiple of tensor {tensor} x pipeline {pipeline} = {tensor * pipeline}",
+            f"start a multiple of {tensor * pipeline} ranks, or choose {TP} and {PP} whose product divides {world}",
+        )
+
+
+@rule("pipeline-parallel-layers", PP)
+def layers(context: Context) -> Iterable[Finding]:
+    """The layers cannot be shared evenly by the pipeline stages."""
+    facts, pipeline = context.facts, context.config.actor.model.pipeline_model_parallel_size
+    if facts is not None and facts.num_layers % pipeline:
+        reason = f"the model's {facts.num_layers} layers cannot be shared by {pipeline} stages"
+        yield Finding(PP, reason, f"use one of {divisors(facts.num_layers)}")
+
+
+def _more_than_one(context: Context, key: str, value: int | None, what: str) -> Iterable[Finding]:
+    if value is not None and value > 1:
+        yield Finding(key, f"{what} is not built yet in this version of mbridge", f"set {key}=1, or remove it")
+
+
+@rule("context-parallel-not-built", CP)
+def context_parallel(context: Context) -> Iterable[Finding]:
+    """Context parallelism was asked for, which this version refuses."""
+    return _more_than_one(context, CP, context.config.actor.model.context_parallel_size, "context parallelism")
+
+
+@rule("expert-parallel-not-built", EP, ETP)
+def expert_parallel(context: Context) -> Iterable[Finding]:
+    """Expert parallelism was asked for, which this version refuses."""
+    model = context.config.actor.model
+    yield from _more_than_one(context, EP, model.expert_model_parallel_size, "expert parallelism")
+    yield from _more_than_one(context, ETP, model.expert_tensor_parallel_size, "expert tensor parallelism")
+
+
+@rule("virtual-pipeline-not-built", VPP)
+def virtual_pipeline(context: Context) -> Iterable[Finding]:
+    """A virtual (interleaved) pipeline was asked for, which this version refuses."""
+    value = context.config.actor.model.virtual_pipeline_model_parallel_size
+    return _more_than_one(context, VPP, value, "a virtual pipeline")
+
+
+@rule("sequence-parallel-without-tensor-parallel", SP, TP)
+def sequence_parallel(context: Context) -> Iterable[Finding]:
+    """Sequence parallelism splits activations over the tensor-parallel ranks, and there is only one."""
+    model = context.config.actor.model
+    if model.sequence_parallel and model.tensor_model_parallel_size == 1:
+        reason = "it has no effect with one tensor-parallel rank"
+        yield Finding(SP, reason, f"set {SP}=false, or {TP} above 1", Severity.WARNING)
+
+
+RULES = (
+    heads,
+    kv_groups,
+    ffn,
+    world_size,
+    layers,
+    context_parallel,
+    expert_parallel,
+    virtual_pipeline,
+    sequence_parallel,
+)

@@ -1,0 +1,147 @@
+"""What a run starts from: HuggingFace weights, a Megatron checkpoint, or an earlier run."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from mbridge_config.directories import TOKENIZER_KEY, hf_key
+from mbridge_config.hf_facts import read_json_object
+from mbridge_config.keys import get
+from mbridge_config.problems import ConfigError
+from mbridge_config.rules.base import Context, Finding, rule
+from mbridge_config.sources import shown
+
+CHECKPOINT = "actor.model.megatron_checkpoint"
+USE_HF = "actor.megatron.use_hf_ckpt"
+MBRIDGE = "actor.megatron.mbridge"
+RESUME = "runner.resume_dir"
+ROLLOUT_MODEL = "rollout.model.model_path"
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+_INDEX = "model.safetensors.index.json"
+
+
+@rule("megatron-checkpoint-required", CHECKPOINT, USE_HF, RESUME)
+def required(context: Context) -> Iterable[Finding]:
+    """use_hf_ckpt is false, so weights come from a Megatron checkpoint, and neither it nor a run to resume is
+    named."""
+    actor = context.config.actor
+    if not actor.megatron.use_hf_ckpt and not actor.model.megatron_checkpoint and not context.config.runner.resume_dir:
+        yield Finding(
+            CHECKPOINT,
+            "model.megatron_checkpoint is required if use_hf_ckpt is False",
+            f"set {CHECKPOINT} or {RESUME} to a global_step_<n> directory, or {USE_HF}=true",
+        )
+
+
+@rule("megatron-checkpoint-forbidden", CHECKPOINT, USE_HF)
+def forbidden(context: Context) -> Iterable[Finding]:
+    """use_hf_ckpt is true, so weights come from the HuggingFace directory, and a Megatron checkpoint is named
+    as well."""
+    actor = context.config.actor
+    if actor.megatron.use_hf_ckpt and actor.model.megatron_checkpoint:
+        yield Finding(
+            CHECKPOINT,
+            "model.megatron_checkpoint should be None if use_hf_ckpt is True",
+            f"remove {CHECKPOINT}, or set {USE_HF}=false to start from it",
+        )
+
+
+@rule("mbridge-off", MBRIDGE, USE_HF)
+def mbridge_off(context: Context) -> Iterable[Finding]:
+    """HuggingFace weights are to be loaded with mbridge switched off; there is no other way to load them."""
+    megatron = context.config.actor.megatron
+    if not megatron.mbridge and megatron.use_hf_ckpt:
+        yield Finding(
+            MBRIDGE,
+            "HuggingFace weights are loaded through Megatron-Bridge alone; there is no conversion step beside it",
+            f"set {MBRIDGE}=true, or {USE_HF}=false to start from a Megatron checkpoint made by mbridge",
+        )
+
+
+@rule("megatron-checkpoint-missing", CHECKPOINT)
+def checkpoint_missing(context: Context) -> Iterable[Finding]:
+    """The Megatron checkpoint to start from is not there."""
+    value = context.config.actor.model.megatron_checkpoint
+    if value and not context.config.actor.megatron.use_hf_ckpt and not Path(value).expanduser().is_dir():
+        yield Finding(CHECKPOINT, "there is no such directory", "give a directory of a Megatron checkpoint")
+
+
+@rule("resume-directory", RESUME)
+def resume(context: Context) -> Iterable[Finding]:
+    """The run to resume is not there, or is not a `global_step_<n>` directory with a Megatron checkpoint."""
+    value = context.config.runner.resume_dir
+    if not value:
+        return
+    directory = Path(value).expanduser()
+    if not directory.is_dir():
+        yield Finding(RESUME, "there is no such directory", "give a global_step_<n> directory of an earlier run")
+    elif not (directory / "actor").is_dir():
+        steps = [path for path in directory.rglob("global_step_*") if path.is_dir()]
+        newest = max(steps, key=lambda path: _step(path.name), default=None)
+        fix = "give a global_step_<n> directory" if newest is None else f"set {RESUME}={shown(newest)}"
+        yield Finding(RESUME, "it holds no `actor` directory, so it is not a checkpoint", fix)
+
+
+def _step(name: str) -> int:
+    number = name.rpartition("_")[2]
+    return int(number) if number.isdecimal() else -1
+
+
+@rule("weights-missing", USE_HF, CHECKPOINT, RESUME)
+def weights(context: Context) -> Iterable[Finding]:
+    """The HuggingFace directory has no weights, or lacks files that its index names."""
+    config, facts = context.config, context.facts
+    if facts is None or not config.actor.megatron.use_hf_ckpt or not facts.directory.is_dir():
+        return
+    directory = facts.directory
+    if not any(path for pattern in _WEIGHTS for path in directory.glob(pattern)):
+        fix = "copy model.safetensors, or its shards and index, into the directory"
+        yield Finding(hf_key(config), "there are no weights in the directory", fix)
+        return
+    if not (directory / _INDEX).is_file():
+        return
+    try:
+        shards = read_json_object(directory / _INDEX, "weights-missing").get("weight_map")
+    except ConfigError as error:
+        for problem in error.problems:
+            yield Finding(hf_key(config), problem.reason, problem.fix)
+        return
+    names = {name for name in shards.values() if isinstance(name, str)} if isinstance(shards, dict) else set()
+    if missing := sorted(name for name in names if not (directory / name).is_file()):
+        listing = ", ".join(missing[:3]) + (" and more" if len(missing) > 3 else "")
+        reason = f"{len(missing)} of {len(names)} weight files that {_INDEX} names are missing: {listing}"
+        yield Finding(hf_key(config), reason, "copy the missing files")
+
+
+@rule("rollout-model", ROLLOUT_MODEL, "actor.megatron.ckpt_convertor.hf_model_path")
+def rollout_model(context: Context) -> Iterable[Finding]:
+    """The model that generates is not the model that is trained."""
+    config = context.config
+    generating, trained = config.rollout.model.model_path, get(config, hf_key(config))
+    if generating and trained and Path(generating).expanduser().resolve() != Path(trained).expanduser().resolve():
+        reason = f"the trained model is another one: {hf_key(config)} is {trained}"
+        yield Finding(ROLLOUT_MODEL, reason, f"set {hf_key(config)}=${{{ROLLOUT_MODEL}}}, or remove one")
+
+
+@rule("tokenizer-vocabulary", TOKENIZER_KEY, "actor.megatron.ckpt_convertor.hf_model_path")
+def vocabulary(context: Context) -> Iterable[Finding]:
+    """The tokenizer makes token ids that the model has no embedding for."""
+    facts, size = context.facts, context.tokenizer_size
+    if facts is not None and facts.vocab_size is not None and size is not None and size > facts.vocab_size:
+        yield Finding(
+            TOKENIZER_KEY,
+            f"the tokenizer has {size} tokens and the model embeddings for {facts.vocab_size} "
+            f"(vocab_size in {shown(facts.directory / 'config.json')})",
+            "use the tokenizer that belongs to the model",
+        )
+
+
+RULES = (
+    required,
+    forbidden,
+    mbridge_off,
+    checkpoint_missing,
+    resume,
+    weights,
+    rollout_model,
+    vocabulary,
+)
