@@ -1,7 +1,6 @@
 """Finding configs: directories of installed apps, names in them, and the one that a name means."""
 
 import difflib
-import importlib.metadata
 import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
@@ -40,6 +39,8 @@ def config_directory(package: str) -> Path:
 
 def installed_directories() -> dict[str, Path]:
     """Config directories of all installed apps by app name (entry point group `mbridge.configs`)."""
+    import importlib.metadata  # slow to import, and only this function needs it
+
     found: dict[str, Path] = {}
     for entry in importlib.metadata.entry_points(group=ENTRY_POINTS):
         try:

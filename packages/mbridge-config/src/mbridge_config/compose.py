@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 from mbridge_config.catalog import config_directory, find_config, given_directory, installed_directories
 from mbridge_config.convert import convert
 from mbridge_config.derive import derive
-from mbridge_config.hydra_tree import hydra_tree
 from mbridge_config.keys import default_of, hints, is_section, spec_of
 from mbridge_config.origin import Origin
 from mbridge_config.problems import ConfigError, Severity
@@ -40,6 +39,8 @@ def compose(
     wrong in names, syntax, keys and types; with `strict=False` mistakes in keys and types are left in
     `config.origin.problems`, for `check` to report them together with its own.
     """
+    from mbridge_config.hydra_tree import hydra_tree  # YAML and Hydra take most of a second to import
+
     file, directory = find_config(config_name, _directories(config_path, package_config))
     tree, places = hydra_tree(file, directory, overrides)
     return from_tree(tree, Origin(name=config_name, file=str(file), places=places), ReasoningConfig, strict=strict)

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mbridge_config.problems import ConfigError, Problem, Where
-from mbridge_config.sources import shown
+from mbridge_config.problems import ConfigError, Problem, Where, shown
 
 # config.json leaves this out where it is the family's default, which is true only for these
 _TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3", "gemma3_text", "gpt2")

@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from mbridge_config.problems import ConfigError, Problem, Where
+from mbridge_config.problems import ConfigError, Problem, Where, shown
 from mbridge_config.resolvers import register
-from mbridge_config.sources import places_of, shown, yaml_error
+from mbridge_config.sources import places_of, yaml_error
 
 
 def hydra_tree(file: Path, directory: Path, overrides: Sequence[str]) -> tuple[dict[Any, Any], dict[str, Where]]:

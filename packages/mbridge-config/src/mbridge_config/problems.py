@@ -2,7 +2,9 @@
 
 import dataclasses
 import enum
+import os
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 
@@ -67,6 +69,12 @@ def short(value: Any, limit: int = 100) -> str:
     spelled = {None: "null", True: "true", False: "false"}.get(value) if isinstance(value, bool | None) else None
     text = spelled if spelled is not None else (value if isinstance(value, str) and value else repr(value))
     return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def shown(path: Path) -> str:
+    """`path` as messages show it: relative to the working directory where that is shorter."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
 
 
 def json_ready(value: Any) -> Any:

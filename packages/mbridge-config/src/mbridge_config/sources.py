@@ -1,20 +1,13 @@
 """File and line of every key in a YAML file."""
 
-import os
 from pathlib import Path
 
 import yaml
 
-from mbridge_config.problems import ConfigError, Problem, Where
+from mbridge_config.problems import ConfigError, Problem, Where, shown
 
 # the C loader where there is one: three times faster on a config of 300 lines
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-
-
-def shown(path: Path) -> str:
-    """`path` as messages show it: relative to the working directory where that is shorter."""
-    relative = os.path.relpath(path)
-    return str(path) if relative.startswith("..") else relative
 
 
 def places_of(file: Path, prefix: str = "") -> dict[str, Where]:

@@ -6,9 +6,8 @@ from pathlib import Path
 from mbridge_config.directories import TOKENIZER_KEY, hf_key
 from mbridge_config.hf_facts import read_json_object
 from mbridge_config.keys import get
-from mbridge_config.problems import ConfigError
+from mbridge_config.problems import ConfigError, shown
 from mbridge_config.rules.base import Context, Finding, rule
-from mbridge_config.sources import shown
 
 CHECKPOINT = "actor.model.megatron_checkpoint"
 USE_HF = "actor.megatron.use_hf_ckpt"
