@@ -1,1 +1,54 @@
-"""x."""
+"""Training checkpoints that are never half there, run no code, and fit any parallel layout.
+
+Importing this does not import torch; writing or reading a tensor does.
+"""
+
+from mbridge_ckpt.checkpoint import Checkpoint, PassedOver, Resume, find_resume, list_checkpoints, open_checkpoint
+from mbridge_ckpt.errors import (
+    CheckpointError,
+    CorruptCheckpointError,
+    IncompleteCheckpointError,
+    LayoutError,
+    SaveError,
+    UnsafeCheckpointError,
+)
+from mbridge_ckpt.layout import HF_DIRECTORY, Layout, model_file, mp_rank_directory, optimizer_file
+from mbridge_ckpt.manifest import FileRecord, Manifest, TensorRecord
+from mbridge_ckpt.placement import ParameterPlacement, place_parameter
+from mbridge_ckpt.state import capture_random_state, restore_random_state
+from mbridge_ckpt.torch_files import load_torch
+from mbridge_ckpt.transaction import Save, begin_save
+from mbridge_ckpt.verify import Problem, VerifyReport, verify
+
+__all__ = [
+    "HF_DIRECTORY",
+    "Checkpoint",
+    "CheckpointError",
+    "CorruptCheckpointError",
+    "FileRecord",
+    "IncompleteCheckpointError",
+    "Layout",
+    "LayoutError",
+    "Manifest",
+    "ParameterPlacement",
+    "PassedOver",
+    "Problem",
+    "Resume",
+    "Save",
+    "SaveError",
+    "TensorRecord",
+    "UnsafeCheckpointError",
+    "VerifyReport",
+    "begin_save",
+    "capture_random_state",
+    "find_resume",
+    "list_checkpoints",
+    "load_torch",
+    "model_file",
+    "mp_rank_directory",
+    "open_checkpoint",
+    "optimizer_file",
+    "place_parameter",
+    "restore_random_state",
+    "verify",
+]

@@ -1,0 +1,29 @@
+"""What can go wrong with a checkpoint, one class a kind of fault, so that a caller can tell them apart."""
+
+from typing import ClassVar
+
+
+class CheckpointError(Exception):
+    """Root of every error a user can cause or meet; the message names the file, the reason and the fix."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class IncompleteCheckpointError(CheckpointError):
+    """Not a committed checkpoint: no manifest, or a file that the manifest lists is not there."""
+
+
+class CorruptCheckpointError(CheckpointError):
+    """A file is there but is not what was written: wrong size, wrong checksum, malformed content."""
+
+
+class UnsafeCheckpointError(CheckpointError):
+    """A file would run code, expand without bound or reach outside its directory; it was not opened further."""
+
+
+class SaveError(CheckpointError):
+    """A save did not commit on any rank; the checkpoints that existed before are untouched."""
+
+
+class LayoutError(CheckpointError):
+    """The parallel layout asked for cannot hold this checkpoint, or the checkpoint does not say enough to be cut."""

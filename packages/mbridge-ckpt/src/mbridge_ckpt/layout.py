@@ -1,0 +1,146 @@
+"""Where things lie: the parallel layout, and the names of directories and files inside a checkpoint.
+
+checkpoints/
+  latest -> global_step_10
+  global_step_10/
+    manifest.json
+    actor/latest_checkpointed_iteration.txt
+    actor/iter_0000010/mp_rank_00/{model_optim_rng.pt,distrib_optim.pt}
+    actor/hf_model/...
+    state/rank_00000.pt
+"""
+
+import re
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mbridge_ckpt.errors import CorruptCheckpointError, LayoutError, UnsafeCheckpointError
+
+MANIFEST_FILE = "manifest.json"
+LATEST_LINK = "latest"
+TRACKER_FILE = "actor/latest_checkpointed_iteration.txt"
+HF_DIRECTORY = "actor/hf_model"
+_STEP_DIRECTORY = re.compile(r"global_step_(0|[1-9][0-9]{0,17})")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Layout:
+    """Sizes of the parallel groups that wrote a checkpoint.
+
+    `virtual_pipeline` is the number of model chunks on each pipeline stage (1: no interleaving);
+    `expert_tensor` the tensor-parallel size inside an expert.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    virtual_pipeline: int = 1
+    data: int = 1
+    context: int = 1
+    expert: int = 1
+    expert_tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            size = getattr(self, field.name)
+            if type(size) is not int or size < 1:
+                raise LayoutError(f"layout: {field.name} is {size!r}; it must be an integer of at least 1")
+
+    @property
+    def world_size(self) -> int:
+        """Ranks of a job with this layout (expert groups lie across data and context ranks and add none)."""
+        return self.tensor * self.pipeline * self.data * self.context
+
+    def to_json(self) -> dict[str, int]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any) -> "Layout":
+        """Raises CorruptCheckpointError for anything but an object of known names and positive integers."""
+        known = {field.name for field in fields(cls)}
+        if not isinstance(value, dict) or not set(value) <= known:
+            raise CorruptCheckpointError(f"layout: expected an object with keys among {sorted(known)}, found {value!r}")
+        try:
+            return cls(**value)
+        except LayoutError as error:
+            raise CorruptCheckpointError(str(error)) from None
+
+
+def step_directory(step: int) -> str:
+    """Name of a committed checkpoint, `global_step_10`."""
+    if type(step) is not int or step < 0:
+        raise ValueError(f"step must be a non-negative integer, not {step!r}")
+    return f"global_step_{step}"
+
+
+def step_of(name: str) -> int | None:
+    """Step of a committed checkpoint's name; None for any other name, leading zeros included."""
+    match = _STEP_DIRECTORY.fullmatch(name)
+    return int(match.group(1)) if match else None
+
+
+def mp_rank_directory(layout: Layout, *, tensor_rank: int, pipeline_rank: int = 0, expert_rank: int = 0) -> str:
+    """Megatron-LM's name for a model-parallel rank: mp_rank_TT, mp_rank_TT_PPP or mp_rank_TT[_PPP]_EEE.
+
+    The pipeline and expert parts appear only where that kind of parallelism is used.
+    """
+    name = f"mp_rank_{tensor_rank:02d}"
+    if layout.pipeline > 1:
+        name += f"_{pipeline_rank:03d}"
+    if layout.expert > 1:
+        name += f"_{expert_rank:03d}"
+    return name
+
+
+def iteration_directory(step: int) -> str:
+    """Relative path of the Megatron part of a checkpoint."""
+    return f"actor/iter_{step:07d}"
+
+
+def model_file(step: int, layout: Layout, *, tensor_rank: int, pipeline_rank: int = 0, expert_rank: int = 0) -> str:
+    """Relative path of a model-parallel rank's weights, schedule and iteration."""
+    rank = mp_rank_directory(layout, tensor_rank=tensor_rank, pipeline_rank=pipeline_rank, expert_rank=expert_rank)
+    return f"{iteration_directory(step)}/{rank}/model_optim_rng.pt"
+
+
+def optimizer_file(step: int, layout: Layout, *, tensor_rank: int, pipeline_rank: int = 0, expert_rank: int = 0) -> str:
+    """Relative path of a model-parallel rank's optimizer state, held by parameter name."""
+    rank = mp_rank_directory(layout, tensor_rank=tensor_rank, pipeline_rank=pipeline_rank, expert_rank=expert_rank)
+    return f"{iteration_directory(step)}/{rank}/distrib_optim.pt"
+
+
+def rank_state_file(rank: int) -> str:
+    """Relative path of what one rank of the job needs to go on: random number generators, data position, loop."""
+    return f"state/rank_{rank:05d}.pt"
+
+
+def relative_path(text: str) -> PurePosixPath:
+    """Check a path that is to stay inside a checkpoint: relative, no `..`, no empty or hidden-device parts.
+
+    Raises ValueError with the reason; callers name the file the path came from.
+    """
+    if not isinstance(text, str) or not text or "\x00" in text or "\\" in text:
+        raise ValueError(f"path {text!r} is empty or holds a NUL or a backslash")
+    if text.startswith("/"):
+        raise ValueError(f"path {text!r} is absolute")
+    parts = text.split("/")
+    if any(part in ("", ".", "..") for part in parts):
+        raise ValueError(f"path {text!r} has an empty, '.' or '..' part")
+    return PurePosixPath(text)
+
+
+def inside(root: Path, text: str) -> Path:
+    """The file `text` under `root`; follows symlinks and refuses what ends outside `root`.
+
+    Raises UnsafeCheckpointError. The file need not exist.
+    """
+    try:
+        path = root / relative_path(text)
+    except ValueError as error:
+        raise UnsafeCheckpointError(f"{root}: {error}; a checkpoint's files must lie inside its directory") from None
+    real_root, real_path = root.resolve(), path.resolve()
+    if real_root not in real_path.parents:
+        raise UnsafeCheckpointError(
+            f"{path} is a symlink to {real_path}, outside the checkpoint; replace it with a copy of the file"
+        )
+    return path

@@ -1,0 +1,124 @@
+"""How one parameter of a rank's file fits into the whole model: all that resharding needs to know, and no Megatron."""
+
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from mbridge_ckpt.errors import CorruptCheckpointError, LayoutError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Stage = Literal["first", "layer", "last", "every"]
+_LAYER = re.compile(r"((?:^|.*\.)decoder\.layers\.)([0-9]+)(\..*)")
+_EXPERT = re.compile(r"(.*\.local_experts\.)([0-9]+)(\..*)")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ParameterPlacement:
+    """One parameter as it stands in a model-parallel rank's file.
+
+    name: its key in that file, with the layer index local to the stage (Megatron-Core's numbering).
+    global_name: the same with the layer index (and expert index) of the whole model; unique in the model.
+    stage: where pipelining puts it: "first" (embedding, vision tower), "last" (final norm, output layer), "layer"
+        (with its transformer layer) or "every" (a copy on each stage).
+    layer: global layer number, counted from 0; None unless stage is "layer".
+    expert: global expert number of an expert's own parameter; None otherwise.
+    partition_dim: the dimension cut by tensor parallelism; -1 for a parameter that every tensor rank holds whole.
+    partition_stride: number of equal blocks that are cut separately along `partition_dim` and then laid together on
+        each rank, Megatron's `partition_stride`. 1: one contiguous piece a rank (attention's fused query-key-value is
+        grouped by key-value head and so needs no more). 2: gated linear units, [gate piece; up piece] on each rank.
+    vocabulary_rows: rows of dimension 0 that are real tokens, for embedding and output layer, whose row count is
+        padded to fit the tensor-parallel size; None otherwise.
+    last_stage_copy: for a tied embedding, the name under which the last stage holds a copy where it is not the first.
+    """
+
+    name: str
+    global_name: str
+    stage: Stage
+    layer: int | None = None
+    expert: int | None = None
+    partition_dim: int = -1
+    partition_stride: int = 1
+    vocabulary_rows: int | None = None
+    last_stage_copy: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.layer is not None) != (self.stage == "layer"):
+            raise LayoutError(
+                f"{self.name}: layer is {self.layer} but stage is {self.stage!r}; give a layer number with"
+                " stage 'layer' and with no other"
+            )
+        if self.partition_stride < 1 or (self.partition_dim < 0 and self.partition_stride != 1):
+            raise LayoutError(
+                f"{self.name}: partition_stride {self.partition_stride} with partition_dim"
+                f" {self.partition_dim}; a stride needs a partitioned dimension and is at least 1"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Only what differs from the defaults: a large model has tens of thousands of these in its manifest."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return {key: value for key, value in asdict(self).items() if value != defaults[key]}
+
+    @classmethod
+    def from_json(cls, value: Any) -> "ParameterPlacement":
+        """Raises CorruptCheckpointError when a key is unknown, missing or of the wrong type."""
+        if not isinstance(value, dict):
+            raise CorruptCheckpointError(f"placement: expected an object, found {type(value).__name__}")
+        texts, integers = ("name", "global_name"), ("partition_dim", "partition_stride")
+        optional_integers = ("layer", "expert", "vocabulary_rows")
+        known = {field.name for field in fields(cls)}
+        wrong = [key for key in value if key not in known]
+        wrong += [key for key in texts if not isinstance(value.get(key), str)]
+        wrong += [key for key in integers if key in value and type(value[key]) is not int]
+        wrong += [key for key in optional_integers if key in value and type(value[key]) not in (int, type(None))]
+        wrong += ["stage"] if value.get("stage") not in get_args(Stage) else []
+        wrong += ["last_stage_copy"] if not isinstance(value.get("last_stage_copy"), (str, type(None))) else []
+        if wrong:
+            raise CorruptCheckpointError(
+                f"placement of {value.get('name')!r}: bad or unknown keys {sorted(set(wrong))}"
+            )
+        try:
+            return cls(**value)
+        except LayoutError as error:
+            raise CorruptCheckpointError(str(error)) from None
+
+
+def place_parameter(
+    name: str,
+    parameter: "Tensor",
+    *,
+    stage: Stage,
+    layer_offset: int = 0,
+    expert_offset: int = 0,
+    partition_stride: int | None = None,
+    vocabulary_rows: int | None = None,
+    last_stage_copy: str | None = None,
+) -> ParameterPlacement:
+    """Placement of one Megatron-Core parameter, from its name and the marks that Megatron leaves on it.
+
+    Reads `tensor_model_parallel`, `partition_dim` and `partition_stride` of `parameter`. `layer_offset` is the global
+    number of the stage's (or model chunk's) first layer and `expert_offset` of the rank's first expert. A name with
+    `decoder.layers.N.` gets stage "layer" whatever `stage` says; vision towers, which use other names, keep `stage`.
+    `partition_stride` overrides the mark, for parameters whose marks are known to be wrong.
+    """
+    global_name, layer, expert = name, None, None
+    if match := _LAYER.fullmatch(name):
+        layer = int(match[2]) + layer_offset
+        global_name, stage = f"{match[1]}{layer}{match[3]}", "layer"
+    if match := _EXPERT.fullmatch(global_name):
+        expert = int(match[2]) + expert_offset
+        global_name = f"{match[1]}{expert}{match[3]}"
+    parallel = bool(getattr(parameter, "tensor_model_parallel", False))
+    stride = int(getattr(parameter, "partition_stride", 1)) if partition_stride is None else partition_stride
+    return ParameterPlacement(
+        name=name,
+        global_name=global_name,
+        stage=stage,
+        layer=layer,
+        expert=expert,
+        partition_dim=int(getattr(parameter, "partition_dim", -1)) if parallel else -1,
+        partition_stride=stride if parallel else 1,
+        vocabulary_rows=vocabulary_rows,
+        last_stage_copy=last_stage_copy,
+    )

@@ -1,0 +1,75 @@
+"""Turn a finished temporary directory into a checkpoint: the rename, and the names a save leaves while it runs."""
+
+import os
+import platform
+import re
+import shutil
+import uuid
+from dataclasses import dataclass
+from importlib import metadata as installed
+from pathlib import Path
+
+from mbridge_ckpt.durable import exchange, fsync_path, fsync_tree_directories, point_link
+from mbridge_ckpt.layout import LATEST_LINK, step_directory
+
+WRITER_FILE = ".writer"
+_LEFTOVER = re.compile(r"\.global_step_([0-9]+)\.(saving|replaced)-[0-9a-f]{12}")
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """A directory of a save that did not finish ("saving"), or an old checkpoint moved aside by one ("replaced")."""
+
+    path: Path
+    step: int
+    kind: str
+
+
+def temporary_directory(directory: Path, step: int) -> Path:
+    """A fresh name, beside the final one (so that the rename stays in one file system), hidden from `ls` and globs."""
+    return directory / f".{step_directory(step)}.saving-{uuid.uuid4().hex[:12]}"
+
+
+def find_leftovers(directory: Path) -> list[Leftover]:
+    """Directories of unfinished saves in a checkpoints directory, by name."""
+    found = []
+    for path in sorted(directory.iterdir()):
+        match = _LEFTOVER.fullmatch(path.name)
+        if match and path.is_dir() and not path.is_symlink():
+            found.append(Leftover(path, int(match[1]), match[2]))
+    return found
+
+
+def publish(temporary: Path, step: int) -> Path:
+    """Rename a complete temporary directory to `global_step_N`, then move `latest`; all of it durable on return.
+
+    A checkpoint of the same step is replaced: by one atomic exchange where the file system can, else it is first
+    moved aside, and `prune` moves it back should the process die between the two renames.
+    """
+    directory, final = temporary.parent, temporary.parent / step_directory(step)
+    fsync_tree_directories(temporary)
+    if not os.path.lexists(final):
+        os.rename(temporary, final)
+        old = None
+    elif exchange(temporary, final):
+        old = temporary
+    else:
+        old = directory / temporary.name.replace(".saving-", ".replaced-")
+        os.rename(final, old)
+        os.rename(temporary, final)
+    fsync_path(directory)
+    point_link(directory / LATEST_LINK, final.name)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def writer_versions() -> dict[str, str]:
+    """Versions of what writes the bytes."""
+    versions = {"python": platform.python_version()}
+    for name in ("mbridge-ckpt", "torch"):
+        try:
+            versions[name] = installed.version(name)
+        except installed.PackageNotFoundError:
+            versions[name] = "unknown"
+    return versions

@@ -1,0 +1,197 @@
+"""Look into a torch.save file without torch and without running anything in it.
+
+A `.pt` file is a zip of stored (not compressed) entries: one pickle and one entry of raw bytes for each storage. The
+pickle is read here by an unpickler that knows a handful of names, all of them mapped to inert stand-ins, so the
+worst a hostile file can do is to be refused. The same reading gives names, shapes and dtypes of the tensors.
+"""
+
+import io
+import pickle
+import pickletools
+import zipfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mbridge_ckpt.errors import CorruptCheckpointError, UnsafeCheckpointError
+from mbridge_ckpt.manifest import TensorRecord
+
+MAXIMUM_PICKLE_BYTES = 256 << 20
+MAXIMUM_DEPTH = 64
+
+# torch's storage class for each dtype that has one; the rest are stored untyped and name the dtype itself.
+_STORAGES = {
+    "DoubleStorage": ("float64", 8), "FloatStorage": ("float32", 4), "HalfStorage": ("float16", 2),
+    "BFloat16Storage": ("bfloat16", 2), "LongStorage": ("int64", 8), "IntStorage": ("int32", 4),
+    "ShortStorage": ("int16", 2), "CharStorage": ("int8", 1), "ByteStorage": ("uint8", 1), "BoolStorage": ("bool", 1),
+    "UntypedStorage": ("bytes", 1),
+}  # fmt: skip
+DTYPE_BYTES = {name: size for name, size in _STORAGES.values() if name != "bytes"} | {
+    "uint16": 2, "uint32": 4, "uint64": 8, "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1,
+    "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class _Dtype:
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Storage:
+    dtype: str
+    key: str
+    elements: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Tensor:
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def _rebuild_tensor_v2(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> _Tensor:
+    return _checked_tensor(storage, offset, size, stride, storage.dtype)
+
+
+def _rebuild_tensor_v3(
+    storage: _Storage, offset: int, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: _Dtype, *_: Any
+) -> _Tensor:
+    return _checked_tensor(storage, offset, size, stride, dtype.name)
+
+
+def _checked_tensor(storage: _Storage, offset: int, size: Any, stride: Any, dtype: str) -> _Tensor:
+    size, stride = tuple(size), tuple(stride)
+    numbers = (offset, *size, *stride)
+    if len(size) != len(stride) or not all(type(number) is int and number >= 0 for number in numbers):
+        raise CorruptCheckpointError(f"tensor with offset {offset!r}, size {size!r}, stride {stride!r}")
+    width = DTYPE_BYTES[dtype] if storage.dtype == "bytes" else 1
+    last = offset + sum((extent - 1) * step for extent, step in zip(size, stride, strict=True)) if 0 not in size else -1
+    if (last + 1) * width > storage.elements:
+        raise CorruptCheckpointError(f"tensor of size {size} reaches beyond its storage of {storage.elements} elements")
+    return _Tensor(size, dtype)
+
+
+_GLOBALS: dict[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): OrderedDict,
+    ("torch", "Size"): tuple,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2,
+    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
+    **{("torch", name): _Storage for name in _STORAGES},
+    ("torch.storage", "UntypedStorage"): _Storage,
+    **{("torch", name): _Dtype(name) for name in DTYPE_BYTES},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds plain containers and the stand-ins above; any other name ends the reading."""
+
+    def __init__(self, data: bytes, storages: dict[str, int]) -> None:
+        super().__init__(io.BytesIO(data))
+        self._storages = storages
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in _GLOBALS:
+            raise UnsafeCheckpointError(
+                f"its pickle calls {module}.{name}, which a checkpoint never needs; do not load this file"
+            )
+        if name in _STORAGES:
+            return _STORAGES[name]
+        return _GLOBALS[module, name]
+
+    def persistent_load(self, identifier: Any) -> _Storage:
+        match identifier:
+            case ("storage", (str(dtype), int(width)), str(key), str(), int(elements)):
+                if key not in self._storages or elements < 0 or elements * width > self._storages[key]:
+                    raise CorruptCheckpointError(f"storage {key!r} of {elements} elements is not in the file in full")
+                return _Storage(dtype, key, elements)
+        raise CorruptCheckpointError(f"malformed storage reference {identifier!r}")
+
+
+def inspect_torch_file(path: Path) -> tuple[TensorRecord, ...]:
+    """Tensors in a torch.save file, in the order of the file; reads the directory and the pickle, no tensor bytes.
+
+    Raises CorruptCheckpointError (not such a file, damaged) or UnsafeCheckpointError (would run code, compressed
+    entries that expand without bound, entries outside the archive); the message names `path`.
+    """
+    try:
+        with path.open("rb") as stream:
+            return tuple(_flatten(_read(stream), "", 0))
+    except (CorruptCheckpointError, UnsafeCheckpointError) as error:
+        raise type(error)(f"{path}: {error}") from None
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CorruptCheckpointError(f"{path}: cannot be read: {error}") from None
+    except Exception as error:  # noqa: BLE001 - a malformed pickle can make the unpickler raise nearly anything
+        raise CorruptCheckpointError(f"{path}: damaged pickle: {type(error).__name__}: {error}") from None
+
+
+def _read(stream: Any) -> Any:
+    try:
+        entries = zipfile.ZipFile(stream).infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeDecodeError) as error:
+        raise CorruptCheckpointError(f"not a torch.save file, or cut short: {error}") from None
+    file_bytes = stream.seek(0, io.SEEK_END)
+    names = [entry.filename for entry in entries]
+    if len(set(names)) != len(names):
+        raise UnsafeCheckpointError("two entries of the archive have the same name")
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise UnsafeCheckpointError(
+                f"entry {entry.filename} is compressed ({entry.compress_size} to {entry.file_size} bytes), which"
+                " torch.save never does; it may expand to fill the memory"
+            )
+        if entry.filename.startswith("/") or ".." in entry.filename.split("/"):
+            raise UnsafeCheckpointError(f"entry {entry.filename!r} lies outside the archive")
+    if sum(entry.file_size for entry in entries) > file_bytes:
+        raise UnsafeCheckpointError("its entries overlap: together they are larger than the file")
+    pickles = [entry for entry in entries if entry.filename.count("/") == 1 and entry.filename.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise CorruptCheckpointError(f"not a torch.save file: {len(pickles)} entries named data.pkl, expected 1")
+    if pickles[0].file_size > MAXIMUM_PICKLE_BYTES:
+        raise UnsafeCheckpointError(
+            f"its pickle is {pickles[0].file_size} bytes; at most {MAXIMUM_PICKLE_BYTES} are read"
+        )
+    prefix = pickles[0].filename.removesuffix("data.pkl") + "data/"
+    storages = {e.filename.removeprefix(prefix): e.file_size for e in entries if e.filename.startswith(prefix)}
+    data = _stored_bytes(stream, pickles[0])
+    _check_memo(data)
+    return _Unpickler(data, storages).load()
+
+
+def _stored_bytes(stream: Any, entry: zipfile.ZipInfo) -> bytes:
+    # Not ZipFile.read: it insists on the zip's own CRC-32, which our writer leaves out (the manifest has a checksum).
+    stream.seek(entry.header_offset)
+    header = stream.read(30)
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise CorruptCheckpointError(f"entry {entry.filename} has no local header")
+    stream.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), io.SEEK_CUR)
+    data: bytes = stream.read(entry.file_size)
+    if len(data) < entry.file_size:
+        raise CorruptCheckpointError(f"entry {entry.filename} is cut short")
+    return data
+
+
+def _check_memo(data: bytes) -> None:
+    """Refuse a memo index out of proportion: the unpickler would allocate a table of that many slots."""
+    for operation, argument, _ in pickletools.genops(data):
+        if operation.name in ("LONG_BINPUT", "PUT") and int(argument or 0) > len(data):
+            raise UnsafeCheckpointError(
+                f"its pickle has memo index {argument} in {len(data)} bytes, to fill the memory"
+            )
+
+
+def _flatten(value: Any, name: str, depth: int) -> Iterator[TensorRecord]:
+    if depth > MAXIMUM_DEPTH:
+        raise UnsafeCheckpointError(f"containers nested deeper than {MAXIMUM_DEPTH} at {name[:80]}")
+    if isinstance(value, _Tensor):
+        yield TensorRecord(name, value.shape, value.dtype)
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from _flatten(item, f"{name}/{key}" if name else str(key), depth + 1)
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            yield from _flatten(item, f"{name}/{index}" if name else str(index), depth + 1)
