@@ -1,0 +1,50 @@
+"""Advantages of sampled answers relative to the other answers to the same prompt."""
+
+import torch
+from torch import Tensor
+
+from mbridge_train.errors import TrainError
+
+
+def grpo_advantages(rewards: Tensor, *, divide_by_std: bool = True, epsilon: float = 1e-6) -> Tensor:
+    """Group-relative advantages: the reward less the mean of its group, the mean being the baseline.
+
+    With ``divide_by_std`` they are divided by the group's standard deviation plus ``epsilon`` (GRPO, arXiv 2402.03300,
+    section 4.1.2), the unbiased one with group_size - 1 in the denominator, as ``torch.std`` has it. Without, prompts
+    of which nearly all or nearly no answers are right do not get larger updates than others (Dr. GRPO,
+    arXiv 2503.20783).
+
+    A group whose rewards are all equal teaches nothing: its advantages are exactly 0, free of rounding.
+
+    Args:
+        rewards: float [groups, group_size]: a row per prompt.
+        divide_by_std: whether to divide.
+        epsilon: added to the standard deviation.
+
+    Returns:
+        float32 [groups, group_size], one for all tokens of an answer.
+
+    Raises:
+        TrainError: groups of one answer, or rewards that are not finite.
+        ValueError: not two dimensions, or an integer dtype.
+    """
+    if rewards.dim() != 2 or not rewards.is_floating_point():
+        raise ValueError(f"rewards must be float [groups, group_size], got {rewards.dtype} {list(rewards.shape)}")
+    if rewards.shape[1] < 2:
+        raise TrainError(
+            f"group_size is {rewards.shape[1]}, but an answer is judged against the others of its group: "
+            "set group_size to 2 or more"
+        )
+    finite = rewards.isfinite()
+    if not bool(finite.all()):
+        group, answer = (~finite).nonzero()[0].tolist()
+        raise TrainError(
+            f"the reward of answer {answer} to prompt {group} is {rewards[group, answer].item()}: "
+            "the reward function must return finite numbers"
+        )
+    exact = rewards.double()
+    advantages = exact - exact.mean(dim=1, keepdim=True)
+    if divide_by_std:
+        advantages = advantages / (exact.std(dim=1, keepdim=True) + epsilon)
+    all_equal = (rewards == rewards[:, :1]).all(dim=1, keepdim=True)
+    return torch.where(all_equal, 0, advantages).float()
