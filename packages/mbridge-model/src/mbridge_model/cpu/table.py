@@ -136,6 +136,11 @@ MEGATRON_PATCHES: tuple[Patch, ...] = (
         reason="gloo sends contiguous tensors only",
         wrapper=megatron_equivalents.send_contiguous,
     ),
+    Patch(
+        target="megatron.core.transformer.moe.moe_utils:maybe_move_tensor_to_cpu",
+        reason="it gives the all-to-all its split sizes as numbers only if they come from a GPU",
+        names={"is_cuda": "is_cpu"},
+    ),
     # Gradients
     Patch(target="megatron.core.utils:local_multi_tensor_l2_norm", reason="it returns a GPU tensor", constants=_DEVICE),
     Patch(
