@@ -1,5 +1,7 @@
 """Logits against transformers in fp32, and the bit-exact way back, for each family under each layout."""
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,32 +28,36 @@ MODELS = [(family, tied) for family in ("llama", "qwen2", "qwen3") for tied in (
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory a model, with what transformers says of it in reference.pt."""
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, bool], Path]:
+    """Makes a model directory once, with what transformers says of the model in a .pt file beside it."""
     root = tmp_path_factory.mktemp("parity")
-    for family, tied in [*MODELS, ("r1-distill-qwen-1.5b", False)]:
+
+    @cache
+    def make(family: str, tied: bool) -> Path:
         directory = root / f"{family}-{tied}"
         model = make_model(family, tied, directory)
         generator = torch.Generator().manual_seed(1)
         dense = torch.randint(VOCAB_SIZE, (3, 18), generator=generator)
         packed = [torch.randint(VOCAB_SIZE, (length,), generator=generator) for length in PACKED_LENGTHS]
         with torch.no_grad():
-            reference = {
+            content = {
                 "dense": (dense, model(dense).logits),
                 "packed": (packed, [model(tokens[None]).logits[0] for tokens in packed]),
                 "weights": {name: tensor.clone() for name, tensor in model.state_dict().items()},
             }
-        torch.save(reference, root / f"{directory.name}.pt")
-    return root
+        torch.save(content, directory.with_suffix(".pt"))
+        return directory
+
+    return make
 
 
-def compare(root: str, name: str, parallel: Parallel) -> dict[str, float | list[str]]:
+def compare(directory: Path, parallel: Parallel) -> dict[str, float | list[str]]:
     """On each rank: the largest differences on the last stage, and the exported tensors that are not bit-exact."""
     from mbridge_model import export, load
     from megatron.core import parallel_state
 
-    reference = torch.load(Path(root, f"{name}.pt"), weights_only=True)
-    model, handle = load(Path(root, name), parallel)
+    reference = torch.load(directory.with_suffix(".pt"), weights_only=True)
+    model, handle = load(directory, parallel)
     try:
         for chunk in model:
             chunk.eval()
@@ -140,17 +146,17 @@ def check(results: list[dict[str, float | list[str]]]) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS_2)
 @pytest.mark.parametrize(("family", "tied"), MODELS)
-def test_two_ranks(gang2: Gang, models: Path, family: str, tied: bool, layout: str) -> None:
-    check(gang2.run(compare, str(models), f"{family}-{tied}", LAYOUTS_2[layout]))
+def test_two_ranks(gang2: Gang, reference: Callable[[str, bool], Path], family: str, tied: bool, layout: str) -> None:
+    check(gang2.run(compare, reference(family, tied), LAYOUTS_2[layout]))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS_4)
 @pytest.mark.parametrize(("family", "tied"), MODELS)
-def test_four_ranks(gang4: Gang, models: Path, family: str, tied: bool, layout: str) -> None:
-    check(gang4.run(compare, str(models), f"{family}-{tied}", LAYOUTS_4[layout]))
+def test_four_ranks(gang4: Gang, reference: Callable[[str, bool], Path], family: str, tied: bool, layout: str) -> None:
+    check(gang4.run(compare, reference(family, tied), LAYOUTS_4[layout]))
 
 
 @pytest.mark.parametrize("layout", ["TP 1", "TP 2", "PP 2"])
-def test_geometry_of_deepseek_r1_distill_qwen(gang2: Gang, models: Path, layout: str) -> None:
+def test_geometry_of_deepseek_r1_distill_qwen(gang2: Gang, reference: Callable[[str, bool], Path], layout: str) -> None:
     """Untied, 12 query heads on 2 groups: its log probabilities came out wrong in Megatron-Bridge issue 506."""
-    check(gang2.run(compare, str(models), "r1-distill-qwen-1.5b-False", LAYOUTS_2[layout]))
+    check(gang2.run(compare, reference("r1-distill-qwen-1.5b", False), LAYOUTS_2[layout]))

@@ -115,13 +115,16 @@ class _Changes:
 
 
 def _layout_fields(parallel: Parallel) -> dict[str, Any]:
-    return {
+    values: dict[str, Any] = {
         "tensor_model_parallel_size": parallel.tensor,
         "pipeline_model_parallel_size": parallel.pipeline,
         "sequence_parallel": parallel.sequence and parallel.tensor > 1,
-        # Micro-batches have different lengths, so stages exchange shapes before activations.
-        "variable_seq_lengths": parallel.pipeline > 1,
     }
+    if parallel.pipeline > 1:
+        # Micro-batches have different lengths, so stages exchange shapes before activations; Megatron-Core then
+        # accepts no other token dispatcher, in dense models neither.
+        values |= {"variable_seq_lengths": True, "moe_token_dispatcher_type": "alltoall"}
+    return values
 
 
 def _precision_fields(dtype: torch.dtype) -> dict[str, Any]:
