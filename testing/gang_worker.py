@@ -17,6 +17,7 @@ import signal
 import sys
 import threading
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -46,6 +47,8 @@ def main() -> None:
     # The dump is written by the signal handler itself, so it also shows a thread stuck in native code.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     faulthandler.enable()
+    # Megatron's import says a dozen times that Transformer Engine is not there; a failing case should stand out.
+    warnings.filterwarnings("ignore", module=r"megatron\.")
     threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
     while True:
         try:
