@@ -1,0 +1,82 @@
+"""The display of a running training: one line per step, and on a terminal a progress bar below them."""
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+
+class TrainingProgress:
+    """Prints the key figures of each step; use it as a context manager.
+
+    Where output is not a terminal (a log file, CI), lines are plain text without a bar or escape sequences.
+
+    Args:
+        total_steps: of the whole run, those before a resume included.
+        figures: label to show for each metric, by the metric's name, in the order to show them in. A metric that a
+            step has not measured is left out of its line.
+        first_step: steps done before, if the run was resumed.
+        description: what the bar is labelled.
+        console: where to print; None: standard output.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        figures: Mapping[str, str],
+        *,
+        first_step: int = 0,
+        description: str = "training",
+        console: Console | None = None,
+    ) -> None:
+        self._console = console or Console()
+        self._total_steps = total_steps
+        self._figures = dict(figures)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._task = self._bar.add_task(description, total=total_steps, completed=first_step)
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show that ``step`` steps are done, and the figures of the last one."""
+        width = len(str(self._total_steps))
+        line = Text.assemble(("step ", "dim"), (f"{step:>{width}}/{self._total_steps}", "bold"))
+        for name, label in self._figures.items():
+            if name in metrics:
+                line.append("  ").append(f"{label} ", style="dim").append(format_figure(metrics[name]))
+        self._print(line)
+        self._bar.update(self._task, completed=step)
+
+    def message(self, text: str) -> None:
+        """Print a line of text above the bar, as it is."""
+        self._print(Text(text))
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def _print(self, line: Text) -> None:
+        # A line in a log must stay one line, however narrow rich believes the file to be.
+        self._console.print(line, soft_wrap=True, highlight=False)
+
+
+def format_figure(value: float) -> str:
+    """At most four significant digits, whole numbers in full."""
+    if isinstance(value, int) or (value.is_integer() and abs(value) < 1e9):
+        return str(int(value))
+    return f"{value:.4g}"
