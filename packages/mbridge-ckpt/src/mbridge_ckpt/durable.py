@@ -4,9 +4,7 @@ import ctypes
 import errno
 import os
 import uuid
-from io import FileIO
 from pathlib import Path
-from typing import IO
 
 import xxhash
 
@@ -61,22 +59,16 @@ def hash_bytes(data: bytes) -> str:
     return xxhash.xxh3_128(data).hexdigest()
 
 
-def hash_stream(stream: IO[bytes] | FileIO) -> tuple[int, str]:
-    """Bytes left in `stream` and their XXH3-128; memory is one block."""
-    digest = xxhash.xxh3_128()
-    block = bytearray(READ_BLOCK)
-    view = memoryview(block)
-    total = 0
-    while count := stream.readinto(view):  # type: ignore[attr-defined]
-        digest.update(view[:count])
-        total += count
-    return total, digest.hexdigest()
-
-
 def hash_file(path: Path) -> tuple[int, str]:
-    """Size of a file and its XXH3-128."""
+    """Size of a file and its XXH3-128; memory is one block."""
+    digest = xxhash.xxh3_128()
+    view = memoryview(bytearray(READ_BLOCK))
+    total = 0
     with path.open("rb", buffering=0) as stream:
-        return hash_stream(stream)
+        while count := stream.readinto(view):
+            digest.update(view[:count])
+            total += count
+    return total, digest.hexdigest()
 
 
 def fsync_path(path: Path) -> None:

@@ -1,0 +1,281 @@
+"""Kill, starve and break saves in every place; what was committed before or during them must load and be equal."""
+
+import errno
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from mbridge_ckpt import (
+    Layout,
+    begin_save,
+    find_resume,
+    list_checkpoints,
+    model_file,
+    open_checkpoint,
+    optimizer_file,
+    verify,
+)
+from mbridge_ckpt.publish import find_leftovers
+
+WORKER = Path(__file__).with_name("fault_worker.py")
+
+
+class Worker:
+    """The process of fault_worker.py."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(WORKER)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._count = 0
+
+    def save(self, directory: Path, step: int, world: int = 1, **fault: object) -> list[dict | None]:
+        self._count += 1
+        command = {"directory": str(directory), "step": step, "world": world} | fault
+        command["rendezvous"] = str(self._scratch / f"rendezvous_{self._count}")
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+
+@pytest.fixture(scope="module")
+def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    worker = Worker(tmp_path_factory.mktemp("rendezvous"))
+    yield worker
+    worker.process.stdin.close()
+    worker.process.wait(timeout=30)
+
+
+def content(step: int, rank: int) -> dict:
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return {"model": {f"layer.{i}": torch.randn(61, 67, generator=generator) for i in range(4)}, "iteration": step}
+
+
+def assert_newest_is_whole(directory: Path, at_least: int, world: int = 1) -> int:
+    """The newest checkpoint is committed, needs no passing over, and equals what its save was given."""
+    resume = find_resume(directory)
+    assert resume.checkpoint is not None and resume.checkpoint.step >= at_least
+    assert all("unfinished" in item.reason for item in resume.passed_over), resume.passed_over
+    step = resume.checkpoint.step
+    assert verify(resume.checkpoint.path).ok and verify(resume.checkpoint.path).notes == ()
+    for rank in range(world):
+        expected = content(step, rank)
+        found = resume.checkpoint.load_torch(model_file(step, Layout(tensor=world), tensor_rank=rank))
+        moments = resume.checkpoint.load_torch(optimizer_file(step, Layout(tensor=world), tensor_rank=rank))
+        assert found["iteration"] == moments["step"] == step
+        for name, tensor in expected["model"].items():
+            assert torch.equal(found["model"][name], tensor) and torch.equal(moments["exp_avg"][name], tensor)
+    link = directory / "latest"
+    assert open_checkpoint(link).step in (step, at_least)
+    return step
+
+
+def test_killed_at_200_random_moments(worker, tmp_path):
+    begin = time.monotonic()
+    assert worker.save(tmp_path, 0)[0]["error"] is None
+    seconds = time.monotonic() - begin
+    newest, committed, killed = 0, 0, 0
+    random_moments = random.Random(20)
+    for step in range(1, 201):
+        result = worker.save(tmp_path, step, kill_after=random_moments.uniform(0, 1.1 * seconds))
+        killed += result[0] is None
+        found = assert_newest_is_whole(tmp_path, newest)
+        committed += found == step
+        newest = found
+        assert result[0] is None or found == step
+        if step % 20 == 0:  # keep the directory small; the newest stays
+            for path in list_checkpoints(tmp_path)[1:]:
+                subprocess.run(["rm", "-r", path], check=True)
+            for leftover in find_leftovers(tmp_path):
+                subprocess.run(["rm", "-r", leftover.path], check=True)
+    assert killed >= 50 and committed >= 10, "the kills did not fall into the saves"
+
+
+@pytest.mark.parametrize("replaces", [False, True])
+def test_killed_before_and_after_every_system_call(worker, tmp_path, replaces):
+    step = 1 if replaces else 2
+    assert worker.save(tmp_path, 1)[0]["error"] is None
+    calls = worker.save(tmp_path / "rehearsal", 1)[0]["calls"]
+    if replaces:
+        calls = worker.save(tmp_path / "rehearsal", 1)[0]["calls"]
+        assert "exchange" in worker.save(tmp_path / "rehearsal", 1)[0]["trace"]
+    committed = []
+    for position in range(2 * calls):
+        assert worker.save(tmp_path, step, kill_at=position) == [None]
+        committed.append(assert_newest_is_whole(tmp_path, 1) == step)
+        if not replaces and committed[-1]:
+            subprocess.run(["rm", "-r", tmp_path / "global_step_2", tmp_path / "latest"], check=True)
+            (tmp_path / "latest").symlink_to("global_step_1")
+    assert replaces or (not committed[0] and committed[-1] and committed == sorted(committed))
+
+
+def test_one_rank_or_all_ranks_killed(worker, tmp_path):
+    results = worker.save(tmp_path, 0, world=2)
+    assert [result["error"] for result in results] == [None, None]
+    calls = [result["calls"] for result in results]
+    newest = 0
+    for step in range(1, 17):
+        victim = step % 2
+        position = 2 * calls[victim] * step // 17
+        results = worker.save(tmp_path, step, world=2, victim=victim, kill_at=position)
+        assert results[victim] is None
+        other = results[1 - victim]
+        newest = assert_newest_is_whole(tmp_path, newest, world=2)
+        if other["error"] is not None:
+            assert (
+                other["kind"] == "SaveError" and f"global_step_{step} was not saved: a rank is gone" in other["error"]
+            )
+    for step in range(17, 22):
+        worker.save(tmp_path, step, world=2, victim="all", kill_after=0.02 * (step - 16))
+        newest = assert_newest_is_whole(tmp_path, newest, world=2)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+def test_every_system_call_fails_in_turn(worker, tmp_path, number):
+    assert worker.save(tmp_path, 1)[0]["error"] is None
+    rehearsal = worker.save(tmp_path / "rehearsal", 1)[0]
+    for call, name in enumerate(rehearsal["trace"]):
+        result = worker.save(tmp_path, 2, fail_at=call, errno=number)[0]
+        found = assert_newest_is_whole(tmp_path, 1)
+        if result["error"] is None:
+            assert found == 2, (call, name)
+        else:
+            assert result["kind"] == "SaveError" and "global_step_2" in result["error"], (call, name, result)
+            assert os.strerror(number) in result["error"]
+        if found == 2:
+            subprocess.run(["rm", "-r", tmp_path / "global_step_2", tmp_path / "latest"], check=True)
+            (tmp_path / "latest").symlink_to("global_step_1")
+
+
+@pytest.mark.parametrize("limit", [0, 5, 3000, 40_000, 66_000])
+def test_file_size_limit_names_the_file_and_leaves_nothing(worker, tmp_path, limit):
+    assert worker.save(tmp_path, 1)[0]["error"] is None
+    error = worker.save(tmp_path, 2, file_limit=limit)[0]["error"]
+    assert "global_step_2/" in error and "File too large" in error
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["global_step_1", "latest"]
+    assert assert_newest_is_whole(tmp_path, 1) == 1
+
+
+def test_full_disk(tmp_path):
+    # A tmpfs of our own in a mount namespace; the script prints what the save said and what was left.
+    script = f"""
+import sys; sys.path.insert(0, {str(WORKER.parent)!r})
+from pathlib import Path; import fault_worker
+target = Path({str(tmp_path)!r})
+fault_worker.save(target, 1, 1, 0, False)
+try:
+    fault_worker.save(target, 2, 1, 0, False)
+except fault_worker.mbridge_ckpt.SaveError as error:
+    print(error)
+print(sorted(path.name for path in target.iterdir()), fault_worker.mbridge_ckpt.find_resume(target).checkpoint.step)
+"""
+    mount = f'mount -t tmpfs -o size=220k tmpfs {tmp_path} && exec {sys.executable} -c "$0"'
+    namespace = ["unshare", "--map-root-user", "--mount"]
+    if subprocess.run([*namespace, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("no user namespaces here")
+    done = subprocess.run([*namespace, "sh", "-c", mount, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "global_step_2/actor" in done.stdout and "No space left on device" in done.stdout
+    assert done.stdout.strip().endswith("['global_step_1', 'latest'] 1")
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_failing_rank_makes_all_ranks_raise_and_is_named(worker, tmp_path, victim):
+    assert worker.save(tmp_path, 1, world=2)[0]["error"] is None
+    results = worker.save(tmp_path, 2, world=2, victim=victim, raise_at=1)
+    assert results[victim]["kind"] == "ValueError"
+    assert results[1 - victim]["kind"] == "SaveError"
+    assert f"rank {victim} (" in results[1 - victim]["error"] and "model is broken" in results[1 - victim]["error"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["global_step_1", "latest"]
+
+
+def test_a_rank_whose_disk_fails_makes_all_ranks_raise_alike(worker, tmp_path):
+    results = worker.save(tmp_path, 2, world=2, victim=1, fail_at=2, errno=errno.EDQUOT)
+    assert results[0]["error"] == results[1]["error"] and results[0]["kind"] == results[1]["kind"] == "SaveError"
+    assert "rank 1 (" in results[0]["error"] and os.strerror(errno.EDQUOT) in results[0]["error"]
+    assert "mp_rank_01/model_optim_rng.pt" in results[0]["error"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_renamed_before_it_is_on_the_disk(tmp_path, monkeypatch):
+    """Replays the order of calls: at the rename, every file and directory under it was synced after its last change."""
+    unsynced, opened, renamed = set(), {}, []
+    real = {name: getattr(os, name) for name in ("open", "write", "fsync", "mkdir", "rename", "replace")}
+
+    def traced_open(path, flags, *rest, **options):
+        descriptor = real["open"](path, flags, *rest, **options)
+        opened[descriptor] = str(path)
+        if flags & os.O_CREAT:
+            unsynced.update({str(path), os.path.dirname(path)})
+        return descriptor
+
+    def traced_write(descriptor, data):
+        unsynced.add(opened[descriptor])
+        return real["write"](descriptor, data)
+
+    def traced_fsync(descriptor):
+        unsynced.discard(opened[descriptor])
+        real["fsync"](descriptor)
+
+    def traced_mkdir(path, *rest, **options):
+        real["mkdir"](path, *rest, **options)
+        unsynced.update({str(path), os.path.dirname(path)})
+
+    def traced_rename(source, target):
+        renamed.append((Path(target).name, {path for path in unsynced if path.startswith(str(source))}))
+        real["rename"](source, target)
+        unsynced.add(os.path.dirname(target))
+
+    def traced_replace(source, target):
+        renamed.append((Path(target).name, {path for path in unsynced if path == os.path.dirname(target)}))
+        real["replace"](source, target)
+
+    for name, function in list(locals().items()):
+        if name.startswith("traced_"):
+            monkeypatch.setattr(os, name.removeprefix("traced_"), function)
+    with begin_save(tmp_path, step=3, layout=Layout()) as writing:
+        writing.write_torch("actor/iter_0000003/mp_rank_00/model_optim_rng.pt", content(3, 0))
+        writing.write_json("a/b/c.json", 1)
+        writing.commit()
+    writer_mark = {path for _, paths in renamed for path in paths if path.endswith(".writer")}
+    assert len(writer_mark) == 1  # removed before the rename, so it need not be on the disk
+    assert [(name, paths - writer_mark) for name, paths in renamed] == [("global_step_3", set()), ("latest", set())]
+
+
+def test_truncation_and_bit_flips_in_every_file(worker, tmp_path):
+    for step in (1, 2):
+        assert worker.save(tmp_path, step)[0]["error"] is None
+    newest = tmp_path / "global_step_2"
+    files = sorted(path for path in newest.rglob("*") if path.is_file())
+    assert len(files) == 7
+    moments = random.Random(5)
+    for path in files:
+        whole = path.read_bytes()
+        damaged = [whole[:-1], b"", whole[: len(whole) // 2], whole + b"\0", None]
+        for _ in range(6):
+            bit = moments.randrange(8 * len(whole))
+            damaged.append(whole[: bit // 8] + bytes([whole[bit // 8] ^ (1 << bit % 8)]) + whole[bit // 8 + 1 :])
+        for data in damaged:
+            path.unlink()
+            if data is not None:
+                path.write_bytes(data)
+            resume = find_resume(tmp_path)
+            relative = path.relative_to(newest)
+            if str(relative).startswith("actor/hf_model/"):
+                assert resume.checkpoint.step == 2
+                assert str(path) in verify(newest).problems[0].message
+            else:
+                assert resume.checkpoint.step == 1
+                assert relative.name in resume.passed_over[0].reason and "global_step_2" in resume.passed_over[0].reason
+            path.write_bytes(whole)
+    assert find_resume(tmp_path).checkpoint.step == 2
