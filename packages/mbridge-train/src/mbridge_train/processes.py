@@ -1,0 +1,62 @@
+"""The processes of a run: joining the process group, seeding, leaving.
+
+Megatron-Core's model-parallel groups inside it are made when the model is loaded (`mbridge_model.load`).
+"""
+
+import os
+import random
+from datetime import timedelta
+
+import numpy
+import torch
+from mbridge_model import enable_cpu
+from torch import distributed
+
+from mbridge_train.errors import TrainError
+
+
+def join(timeout_minutes: float = 30.0) -> torch.device:
+    """Join the process group that the launcher described in the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...).
+
+    Returns:
+        This rank's device: its own GPU with nccl, or the CPU with gloo where there is no GPU.
+
+    Raises:
+        TrainError: more ranks on this host than GPUs.
+    """
+    enable_cpu()
+    if not torch.cuda.is_available():
+        if not distributed.is_initialized():
+            distributed.init_process_group("gloo", timeout=timedelta(minutes=timeout_minutes))
+        return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= torch.cuda.device_count():
+        raise TrainError(
+            f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}; "
+            "start one process a GPU (launcher.nproc_per_node)"
+        )
+    torch.cuda.set_device(local_rank)
+    device = torch.device("cuda", local_rank)
+    if not distributed.is_initialized():
+        # gloo beside nccl: checkpoints and Python objects are exchanged on the CPU.
+        distributed.init_process_group(
+            "cpu:gloo,cuda:nccl", timeout=timedelta(minutes=timeout_minutes), device_id=device
+        )
+    return device
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python, numpy and torch alike on every rank. Megatron-Core's own streams are seeded with its groups."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def leave() -> None:
+    """Destroy model-parallel groups and the process group, so that a later run in this process starts clean."""
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
