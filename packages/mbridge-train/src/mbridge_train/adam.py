@@ -21,7 +21,7 @@ _NO_BIAS_CORRECTION_STEP = 1e9
 class Adam(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2019, algorithm 2), or Adam with L2 regularisation (Kingma and Ba 2015).
 
-    One fused kernel a device and dtype, of torch, on CPU and CUDA: equal bit for bit to `torch.optim.AdamW(fused=True)`.
+    One call of torch's fused kernel a device and dtype, on CPU and CUDA, bit for bit `torch.optim.AdamW(fused=True)`.
     State of a parameter: `exp_avg` and `exp_avg_sq`, of its shape and dtype. State of a group: `step`, an int.
 
     Args:
