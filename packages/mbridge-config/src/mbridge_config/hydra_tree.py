@@ -35,27 +35,26 @@ def hydra_tree(file: Path, directory: Path, overrides: Sequence[str]) -> tuple[d
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(file.parent)):
             tree = OmegaConf.to_container(compose(name, overrides=arguments), resolve=False)
-            loader = GlobalHydra.instance().config_loader()
-            defaults = loader.compute_defaults_list(name, arguments, RunMode.RUN).defaults
+            defaults: list[Any] = []
+            # asking Hydra again for the files it used costs as much as composing: only where there may be others
+            if "defaults" in own_places or any(not argument.startswith("++") for argument in arguments):
+                loader = GlobalHydra.instance().config_loader()
+                defaults = loader.compute_defaults_list(name, arguments, RunMode.RUN).defaults
     except yaml.MarkedYAMLError as error:
         raise yaml_error(error, shown(file)) from error
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
         raise _failed(error, file, overrides) from error
     assert isinstance(tree, dict)
-    places: dict[str, Where] = {}
+    places: dict[str, Where] = {} if defaults else own_places
     for default in defaults:
-        if default.config_path is None or default.config_path.startswith("hydra/"):
-            continue
-        for folder in folders:
-            if (part := folder / f"{default.config_path}.yaml").is_file():
-                places |= own_places if part == file else places_of(part, default.package or "")
-                break
+        files = [folder / f"{default.config_path}.yaml" for folder in folders]
+        if part := next((part for part in files if part.is_file()), None):
+            places |= own_places if part == file else places_of(part, default.package or "")
     for override in overrides:
-        key = override.partition("=")[0].lstrip("+~")
-        places[key] = Where(argument=override)
-        for below in [place for place in places if place.startswith(f"{key}.")]:
-            if "=" in override and not isinstance(_at(tree, key), Mapping):
-                del places[below]
+        if not override.startswith("~"):
+            places[override.partition("=")[0].lstrip("+")] = Where(argument=override)
+    # what an argument deleted or replaced is no longer set
+    places = {key: place for key, place in places.items() if _has(tree, key)}
     _complete(tree, places, Where(file=shown(file)), "")
     return tree, places
 
@@ -84,10 +83,12 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def _at(tree: Any, path: str) -> Any:
+def _has(tree: Any, path: str) -> bool:
     for name in path.split("."):
-        tree = tree.get(name) if isinstance(tree, Mapping) else None
-    return tree
+        if not isinstance(tree, Mapping) or name not in tree:
+            return False
+        tree = tree[name]
+    return True
 
 
 def _complete(tree: Mapping[Any, Any], places: dict[str, Where], around: Where, prefix: str) -> None:

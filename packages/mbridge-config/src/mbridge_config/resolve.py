@@ -53,14 +53,13 @@ def resolve(tree: dict[Any, Any], origin: Origin) -> dict[Any, Any]:
             value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         except InterpolationToMissingValueError:
             origin.failed.add(key)
-        except RecursionError:
+        except (RecursionError, OmegaConfBaseException, ValueError, TypeError, ArithmeticError, KeyError) as error:
             origin.failed.add(key)
-            origin.problems.append(_problem(origin, key, raw, "the interpolation leads back to itself"))
-        except (OmegaConfBaseException, ValueError, TypeError, ArithmeticError, KeyError) as error:
-            origin.failed.add(key)
-            reason = _first_line(error)
+            reason = f"the interpolation cannot be resolved: {_first_line(error)}"
+            if isinstance(error, RecursionError) or "Recursive interpolation" in reason or "RecursionError" in reason:
+                reason = "the interpolation leads back to itself"
             if reason not in told:
-                origin.problems.append(_problem(origin, key, raw, f"the interpolation cannot be resolved: {reason}"))
+                origin.problems.append(_problem(origin, key, raw, reason))
             told.add(reason)
         else:
             _put(tree, path, value)

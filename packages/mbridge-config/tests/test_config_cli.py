@@ -1,0 +1,130 @@
+"""The check command, the apps' arguments, and what importing costs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mbridge_config import ConfigError, check, compose, parse_arguments
+from mbridge_config.catalog import config_directory, config_names, installed_directories
+from mbridge_config.cli import main
+
+
+def run(code: str, *flags: str) -> str:
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "0"}
+    done = subprocess.run(
+        [sys.executable, *flags, "-c", code], capture_output=True, text=True, timeout=60, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_import_takes_less_than_300_ms() -> None:
+    # processor time, the best of five: other processes on the machine do not count
+    code = "import time; start = time.process_time(); import mbridge_config; print(time.process_time() - start)"
+    assert min(float(run(code)) for _ in range(5)) < 0.3
+
+
+def test_checking_imports_no_torch(yaml: Path) -> None:
+    code = f"""
+import sys
+from mbridge_config.cli import main
+main(["check", "run", "--config-path", {str(yaml)!r}, "--world-size", "2"])
+heavy = {{"torch", "transformers", "numpy", "megatron"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    assert "run: ok" in run(code)
+
+
+def test_importing_imports_no_hydra() -> None:
+    run("import sys, mbridge_config; assert not {'torch', 'hydra', 'omegaconf', 'yaml'} & set(sys.modules)")
+
+
+def test_check_good(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", "run", "--config-path", str(yaml), "--world-size", "4"]) == 0
+    output = capsys.readouterr().out
+    assert "ranks              4 = tensor 1 x pipeline 1 x data 4" in output
+    assert "micro-batches      8 of 2 on each data-parallel rank" in output
+    assert output.endswith("run: ok\n")
+
+
+def test_check_bad(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["check", "run", "actor.bogus=1", "--config-path", str(yaml), "data.max_prompt_length=256"]
+    assert main(words) == 2
+    output = capsys.readouterr().out
+    assert "error[unknown-key] actor.bogus = 1" in output and "error[prompt-length]" in output
+    assert output.endswith("run: 2 errors\n")
+
+
+def test_check_json(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["check", "run", "--config-path", str(yaml), "--json"]
+    assert main([*words, "--world-size", "2"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["ok"] and report["world_size"] == 2 and report["plan"]["data_parallel"] == 2
+    assert main([*words, "actor.bogus=1"]) == 2
+    (problem,) = json.loads(capsys.readouterr().out)["problems"]
+    assert problem["id"] == "unknown-key" and problem["where"] == "command line: actor.bogus=1"
+    assert main(["check", "nothing", "--config-path", str(yaml), "--json"]) == 2
+    assert not json.loads(capsys.readouterr().out)["ok"]
+
+
+@pytest.mark.parametrize(
+    "words", [[], ["explode"], ["check"], ["check", "run", "--what"], ["check", "run", "--world-size", "0"]]
+)
+def test_wrong_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(words) == 2
+    assert "error[usage]" in capsys.readouterr().err
+
+
+def test_arguments_of_an_app(yaml: Path) -> None:
+    words = ["runner.max_steps=-1", "--config-name", "run", "+actor.seed=3", "--config-path", str(yaml)]
+    arguments = parse_arguments(words, program="app", package_config="mbridge_config", default_config="other")
+    assert (arguments.config_name, arguments.config_path) == ("run", yaml)
+    assert arguments.overrides == ("runner.max_steps=-1", "+actor.seed=3")
+    config = compose(arguments.config_name, arguments.config_path, arguments.overrides)
+    assert (config.runner.max_steps, config.actor.seed) == (-1, 3)
+    assert parse_arguments([], program="app", package_config="x", default_config="other").config_name == "other"
+    with pytest.raises(ConfigError, match="no config is named"):
+        parse_arguments([], program="app", package_config="x")
+    with pytest.raises(ConfigError, match="unrecognized arguments: --what"):
+        parse_arguments(["--what"], program="app", package_config="x", default_config="other")
+
+
+def test_help_lists_the_configs(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        parse_arguments(["--help"], program="app", package_config="nothing_of_this_name", default_config="other")
+    assert stop.value.code == 0
+    assert "none found" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("place", ["package/config", "config"], ids=["installed", "source tree"])
+def test_configs_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+    source = tmp_path / "src"
+    (source / "package").mkdir(parents=True)
+    (source / "package" / "__init__.py").write_text("raise RuntimeError('apps are not imported')\n")
+    directory = (source if place.startswith("package") else tmp_path) / place
+    (directory / "math").mkdir(parents=True)
+    (directory / "math" / "one.yaml").write_text("")
+    monkeypatch.syspath_prepend(str(source))
+    assert config_directory("package") == directory
+    assert config_names(directory) == ["math/one"]
+    assert compose("one", package_config="package").runner.seq_length == 2048
+    with pytest.raises(ConfigError, match="has no directory of configs"):
+        config_directory("nothing_of_this_name")
+
+
+def test_configs_of_the_reasoning_app(tmp_path: Path) -> None:
+    if "reasoning" not in installed_directories():
+        pytest.skip("the reasoning app is not installed")
+    report = check(compose("quickstart", overrides=[f"runner.output_dir={tmp_path}"], strict=False), world_size=2)
+    assert report.errors == []
+    with pytest.raises(ConfigError) as error:
+        compose("qwen2.5-1.5b-grpo-megatron")
+    assert {problem.key for problem in error.value.problems} == {
+        "rollout.model.model_path",
+        "data.train_data_paths",
+        "data.val_data_paths",
+    }

@@ -1,0 +1,275 @@
+"""Rules: each speaks where it should, with the right words, and not on a good config."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mbridge_config import Report, Severity
+from mbridge_config.rules import REASONING
+
+Checked = Callable[..., Report]
+
+TP = "actor.model.tensor_model_parallel_size"
+PP = "actor.model.pipeline_model_parallel_size"
+HF = "actor.megatron.ckpt_convertor.hf_model_path"
+
+
+def test_good_config_has_no_problems(checked: Checked) -> None:
+    report = checked(world_size=4)
+    assert report.problems == []
+    report.raise_for_errors()
+
+
+# the good model: 6 layers, 12 heads, 2 key-value heads, MLP width 168, vocabulary 211; 16 x 4 answers a step
+CASES = [
+    ("tensor-parallel-heads", [f"{TP}=5"], 5, "12 attention heads cannot be shared by 5 ranks"),
+    ("tensor-parallel-kv-groups", [f"{TP}=3"], 3, "2 key-value heads (groups) are neither a multiple nor a divisor"),
+    ("tensor-parallel-ffn", [f"{TP}=9"], 9, "MLP width 168 cannot be shared by 9 ranks"),
+    ("world-size", [f"{TP}=2", f"{PP}=2"], 6, "a world size of 6 is not a multiple of tensor 2 x pipeline 2 = 4"),
+    ("pipeline-parallel-layers", [f"{PP}=4"], 4, "6 layers cannot be shared by 4 stages"),
+    ("context-parallel-not-built", ["actor.model.context_parallel_size=2"], None, "not built yet"),
+    ("expert-parallel-not-built", ["actor.model.expert_model_parallel_size=2"], None, "not built yet"),
+    ("virtual-pipeline-not-built", ["actor.model.virtual_pipeline_model_parallel_size=2"], None, "not built yet"),
+    ("sequence-parallel-without-tensor-parallel", ["actor.model.sequence_parallel=true"], None, "has no effect"),
+    ("minibatches", ["algorithm.n_minibatches=3"], None, "64 answers a step cannot be cut into 3 equal minibatches"),
+    ("minibatches", ["actor.global_batch_size=16", "algorithm.n_minibatches=2"], None, "make 32 each, not 16"),
+    ("minibatches", ["actor.global_batch_size=48"], None, "are not a multiple of it"),
+    ("global-batch-ranks", ["actor.micro_batch_size=3"], 1, "64 sequences are not a multiple of data-parallel 1 x"),
+    ("global-batch-ranks", [], 3, "not a multiple of data-parallel 3 x actor.micro_batch_size 2 = 6"),
+    ("global-batch-ranks", ["runner.enable_dynamic_batch_size=true"], 65, "too few for 65 data-parallel ranks"),
+    ("group-of-one", ["algorithm.group_size=1"], None, "every advantage is 0"),
+    ("greedy-group", ["algorithm.sampling_params.use_greedy=true"], None, "every advantage is 0"),
+    ("prompt-length", ["data.max_prompt_length=256"], None, "no room for an answer in runner.seq_length 256"),
+    ("answer-length", ["algorithm.sampling_params.max_new_tokens=193"], None, "64 + 193 new tokens = 257, more than"),
+    ("least-answer-length", ["algorithm.sampling_params.min_new_tokens=200"], None, "max_new_tokens 192"),
+    ("model-sequence-length", ["actor.model.seq_length=255"], None, "less than runner.seq_length 256"),
+    ("position-embeddings", ["runner.seq_length=4097"], None, "more than the 4096 positions"),
+    (
+        "dynamic-batch-tokens",
+        ["runner.enable_dynamic_batch_size=true", "runner.max_tokens_per_mbs=255"],
+        None,
+        "one sequence of runner.seq_length 256 tokens does not fit",
+    ),
+    ("precision-conflict", ["actor.optim.bf16=false"], None, "actor.model.precision is bf16"),
+    ("precision-conflict", ["actor.optim.fp16=true"], None, "actor.model.precision is bf16"),
+    ("precision-conflict", ["actor.model.precision=32", "actor.optim.bf16=true"], None, "precision is fp32"),
+    ("loss-scale-without-fp16", ["actor.optim.loss_scale=65536"], None, "only fp16 scales the loss"),
+    ("recompute", ["actor.model.recompute_granularity=full"], None, "full needs a method"),
+    (
+        "recompute",
+        ["actor.model.recompute_granularity=full", "actor.model.recompute_method=block"],
+        None,
+        "full needs a number of layers",
+    ),
+    (
+        "recompute",
+        ["actor.model.recompute_granularity=selective", "actor.model.recompute_num_layers=2"],
+        None,
+        "selective recomputes attention in all layers",
+    ),
+    ("recompute", ["actor.model.recompute_num_layers=2"], None, "nothing is recomputed"),
+    (
+        "recompute-layers",
+        [
+            f"{PP}=2",
+            "actor.model.recompute_granularity=full",
+            "actor.model.recompute_method=block",
+            "actor.model.recompute_num_layers=4",
+        ],
+        2,
+        "a pipeline stage has 3 layers",
+    ),
+    ("learning-rate-twice", ["actor.optim.lr=1e-5", "actor.lr_sched.max_lr=2e-5"], None, "max_lr 2e-05 is used"),
+    ("lowest-learning-rate", ["actor.lr_sched.min_lr=1e-3"], None, "above the highest learning rate 1e-06"),
+    (
+        "schedule-lengths",
+        ["actor.lr_sched.lr_decay_iters=5", "actor.lr_sched.lr_warmup_iters=5"],
+        None,
+        "not shorter than lr_decay_iters 5",
+    ),
+    ("schedule-lengths", ["actor.lr_sched.lr_decay_style=wsd"], None, "WSD needs the length of its last decay"),
+    (
+        "overlap",
+        ["actor.optim.overlap_param_gather=true", "actor.optim.use_distributed_optimizer=false"],
+        None,
+        "only the distributed optimizer gathers weights",
+    ),
+    ("overlap", ["actor.optim.overlap_param_gather=true"], None, "it needs overlap_grad_reduce"),
+    (
+        "megatron-checkpoint-required",
+        ["actor.megatron.use_hf_ckpt=false"],
+        None,
+        "model.megatron_checkpoint is required if use_hf_ckpt is False",
+    ),
+    (
+        "megatron-checkpoint-forbidden",
+        ["actor.model.megatron_checkpoint=x"],
+        None,
+        "model.megatron_checkpoint should be None if use_hf_ckpt is True",
+    ),
+    ("mbridge-off", ["actor.megatron.mbridge=false"], None, "loaded through Megatron-Bridge alone"),
+    (
+        "megatron-checkpoint-missing",
+        ["actor.megatron.use_hf_ckpt=false", "actor.model.megatron_checkpoint=nowhere"],
+        None,
+        "there is no such directory",
+    ),
+    ("resume-directory", ["runner.resume_dir=nowhere"], None, "there is no such directory"),
+    ("rollout-model", ["rollout.model.model_path=another"], None, "the trained model is another one"),
+    ("hf-path-empty", [f"{HF}=null"], None, "so there is no model to start from"),
+    (
+        "hf-path-empty",
+        [f"{HF}=null", "actor.model.model_path=stray"],
+        None,
+        "hf_model_path is empty and actor.model.model_path is set (stray)",
+    ),
+    ("tokenizer-path-empty", ["actor.tokenizer.tokenizer_model=null"], None, "hf_model_path is set"),
+    ("hf-directory-missing", [f"{HF}=nowhere"], None, "there is no such directory"),
+    ("task-type", ["runner.task_type=sft"], None, "this app trains reasoning runs"),
+    ("critic-not-built", ["critic={use_critic_model: true, model: {precision: bf16}}"], None, "not built yet"),
+    ("rollout-backend", ["rollout.rollout_backend=vllm"], None, "generates with transformers"),
+    ("train-data-missing", ["data.train_data_paths=[]"], None, "nothing to train on"),
+    ("data-path", ["data.val_data_paths=[nowhere.jsonl]"], None, "there is no file nowhere.jsonl"),
+    ("data-path", ["data.val_data_paths=[/]"], None, "/ is a directory"),
+    ("reasoning-gym-task", ["data.type=reasoning_gym"], None, "needs a task"),
+    ("reward-type", ["reward.reward_type=reasoning_gym"], None, "reasoning-gym cannot score"),
+    ("output-directory", ["runner.output_dir=${data.train_data_paths.0}/x"], None, "data.jsonl is a file"),
+    ("geometry", ["actor.model.num_layers=7"], None, "the model has 6 (num_hidden_layers in config.json)"),
+    ("geometry", ["actor.model.rotary_base=10000"], None, "the model has 1000000.0 (rope_theta in config.json)"),
+    ("geometry", ["actor.model.add_qkv_bias=false"], None, "the model has true (is always so for qwen2)"),
+    ("geometry", ["actor.model.untie_embeddings_and_output_weights=true"], None, "tie_word_embeddings in config"),
+    ("geometry-kind", ["actor.model.activation=gelu"], None, "the model has swiglu"),
+]
+
+
+@pytest.mark.parametrize(("identity", "overrides", "world_size", "text"), CASES, ids=[case[0] for case in CASES])
+def test_rule(checked: Checked, identity: str, overrides: list[str], world_size: int | None, text: str) -> None:
+    report = checked(*overrides, world_size=world_size)
+    found = [problem for problem in report.problems if problem.id == identity]
+    assert found, f"{identity} is silent; there is: {report}"
+    assert any(text in problem.reason for problem in found), str(report)
+    for problem in found:
+        assert problem.fix
+        assert problem.reason in str(problem) and problem.fix in str(problem)
+
+
+def test_every_rule_is_tried_and_documented() -> None:
+    tried = {case[0] for case in CASES} | {"weights-missing", "tokenizer-vocabulary"}
+    assert {rule.id for rule in REASONING} <= tried
+    assert len({rule.id for rule in REASONING}) == len(REASONING), "ids must be unique"
+    assert all(rule.cause.endswith(".") for rule in REASONING)
+
+
+def test_right_geometry_is_accepted(checked: Checked, geometry: dict[str, Any]) -> None:
+    keys = {
+        "num_layers": "num_hidden_layers",
+        "hidden_size": "hidden_size",
+        "ffn_hidden_size": "intermediate_size",
+        "num_attention_heads": "num_attention_heads",
+        "num_query_groups": "num_key_value_heads",
+        "vocab_size": "vocab_size",
+        "rotary_base": "rope_theta",
+        "layernorm_epsilon": "rms_norm_eps",
+    }
+    overrides = [f"actor.model.{key}={geometry[field]}" for key, field in keys.items()]
+    overrides += ["actor.model.kv_channels=8", "actor.model.add_qkv_bias=true", "actor.model.activation=swiglu"]
+    overrides += ["actor.model.normalization=RMSNorm", "actor.model.position_embedding_type=rope"]
+    assert checked(*overrides).problems == []
+
+
+@pytest.mark.parametrize("tensor", [1, 2, 4, 6, 12])
+def test_kv_groups_that_megatron_takes(checked: Checked, tensor: int) -> None:
+    assert checked(f"{TP}={tensor}", world_size=tensor).errors == []
+
+
+def test_resume_satisfies_the_checkpoint(checked: Checked, tmp_path: Path) -> None:
+    step = tmp_path / "run" / "checkpoints" / "global_step_10"
+    (step / "actor").mkdir(parents=True)
+    assert checked("actor.megatron.use_hf_ckpt=false", f"runner.resume_dir={step}").errors == []
+    assert checked("actor.megatron.use_hf_ckpt=false", f"actor.model.megatron_checkpoint={step}").errors == []
+    # mbridge off goes on from a checkpoint that mbridge made
+    off = ["actor.megatron.use_hf_ckpt=false", "actor.megatron.mbridge=false"]
+    assert checked(*off, f"actor.model.megatron_checkpoint={step}").errors == []
+    (step.parent / "global_step_9" / "actor").mkdir(parents=True)
+    (problem,) = checked(f"runner.resume_dir={tmp_path / 'run'}").errors
+    assert problem.id == "resume-directory" and problem.fix.endswith("checkpoints/global_step_10")
+
+
+def test_tokenizer_larger_than_the_model(checked: Checked, model: Path, make_model: Callable[..., Path]) -> None:
+    make_model(model, tokens=211)
+    assert checked().errors == []
+    make_model(model, tokens=212)
+    (problem,) = checked().errors
+    assert problem.id == "tokenizer-vocabulary"
+    assert "the tokenizer has 212 tokens and the model embeddings for 211" in problem.reason
+
+
+def test_missing_weights(checked: Checked, model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    assert [problem.id for problem in checked().errors] == ["weights-missing"]
+    (model / "model-00001-of-00002.safetensors").write_bytes(b"")
+    index = model / "model.safetensors.index.json"
+    index.write_text(
+        '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
+    )
+    (problem,) = checked().errors
+    assert "1 of 2 weight files" in problem.reason and "model-00002-of-00002.safetensors" in problem.reason
+    index.write_text('{"weight_map": ')
+    (problem,) = checked().errors
+    assert "not valid JSON" in problem.reason
+
+
+def test_problems_of_keys_and_rules_come_together(checked: Checked) -> None:
+    report = checked(
+        f"{TP}=5", "actor.bogus=1", "rollout.vllm={a: 1}", "actor.model.sequence_parallel=true", world_size=5
+    )
+    found = [problem.id for problem in report.problems]
+    assert found[:2] == ["unknown-key", "tensor-parallel-heads"] and found[-1] == "no-effect"
+    severities = [problem.severity for problem in report.problems]
+    assert severities == sorted(severities)
+
+
+def test_a_value_that_does_not_fit_silences_the_rules_that_read_it(checked: Checked) -> None:
+    assert [problem.id for problem in checked(f"{TP}=five", world_size=5).errors if TP in str(problem.key)] == [
+        "wrong-type"
+    ]
+
+
+def test_places_of_rule_problems(checked: Checked) -> None:
+    (problem,) = [problem for problem in checked(f"{PP}=4", world_size=4).errors if problem.key == PP]
+    assert str(problem.where) == f"command line: {PP}=4"
+    assert problem.severity is Severity.ERROR
+    (problem,) = checked("runner.seq_length=64").errors
+    assert problem.key == "data.max_prompt_length" and str(problem.where).endswith("run.yaml:4")
+
+
+@pytest.mark.parametrize(
+    ("world_size", "overrides", "expected"),
+    [
+        (1, [], (1, 1, 1, (6,), 32)),
+        (8, [f"{TP}=2", f"{PP}=2"], (2, 2, 2, (3, 3), 16)),
+        (3 * 8, [f"{PP}=3"], (1, 3, 8, (2, 2, 2), 4)),
+        (4, ["runner.enable_dynamic_batch_size=true"], (1, 1, 4, (6,), None)),
+    ],
+)
+def test_plan(checked: Checked, world_size: int, overrides: list[str], expected: tuple[object, ...]) -> None:
+    plan = checked(*overrides, world_size=world_size).plan
+    assert plan is not None
+    shares = (plan.tensor_parallel, plan.pipeline_parallel, plan.data_parallel, plan.layers_per_stage)
+    assert (*shares, plan.micro_batches) == expected
+    assert plan.sequences_per_step == 64
+    assert f"ranks              {world_size} = " in str(plan)
+
+
+def test_plan_of_minibatches(checked: Checked) -> None:
+    plan = checked("algorithm.n_minibatches=4", world_size=2).plan
+    assert plan is not None
+    assert (plan.optimizer_steps_per_step, plan.global_batch_size, plan.micro_batches) == (4, 16, 4)
+
+
+def test_world_size_from_the_config(checked: Checked) -> None:
+    report = checked("launcher.nproc_per_node=4", "cluster.num_nodes=2")
+    assert report.world_size == 8 and report.plan is not None and report.plan.data_parallel == 8
+    assert checked("launcher.nproc_per_node=4", world_size=2).world_size == 2
