@@ -1,11 +1,12 @@
 import json
 import math
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 from mbridge_train.errors import TrainError
-from mbridge_train.metrics import MetricsWriter, read_metrics
+from mbridge_train.metrics import BACKENDS, MetricsWriter, read_metrics
 
 
 def test_one_valid_json_line_a_step(tmp_path: Path) -> None:
@@ -94,3 +95,20 @@ def test_tensorboard(tmp_path: Path) -> None:
 def test_reserved_names(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path) as writer, pytest.raises(ValueError, match="may not be named step"):
         writer.write(1, {"step": 3})
+
+
+def test_backend_gets_finite_numbers_and_no_empty_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[int, dict[str, float]]] = []
+
+    class Recorder:
+        def log(self, step: int, metrics: Mapping[str, float]) -> None:
+            logged.append((step, dict(metrics)))
+
+        def close(self) -> None:
+            logged.append((-1, {}))
+
+    monkeypatch.setitem(BACKENDS, "recorder", lambda *arguments: Recorder())
+    with MetricsWriter(tmp_path, backends=["recorder"]) as writer:
+        writer.write(1, {"loss": 0.5, "kl": math.nan})
+        writer.write(2, {"loss": math.nan})
+    assert logged == [(1, {"loss": 0.5}), (-1, {})]

@@ -90,8 +90,9 @@ class MetricsWriter:
         self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
         self._last_step = step
-        for backend in self._backends:
-            backend.log(step, finite)
+        if finite:  # a backend may refuse an empty record
+            for backend in self._backends:
+                backend.log(step, finite)
 
     def close(self) -> None:
         """Close the file and end the runs of the backends."""

@@ -92,7 +92,9 @@ def write_report(
         '<div class="charts">',
         *(_figure(number, chart, curves[chart]) for number, chart in enumerate(drawn)),
         "</div>",
-        '<p class="note">Thin curves show each step, thick ones a moving average.</p>' if drawn else "",
+        '<p class="note">Thin curves show each step, thick ones a moving average.</p>'
+        if len(steps) >= SMOOTHING_STEPS
+        else "",
         f'<p class="note">Not recorded: {html.escape(", ".join(missing))}.</p>' if missing else "",
         _summary(drawn, curves),
         f"<details><summary>Configuration</summary><pre>{html.escape(config)}</pre></details>" if config else "",
@@ -146,7 +148,7 @@ def _draw(number: int, chart: Chart, curves: list[_Curve]) -> str:
         axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.margins(x=0.02)
         if len(curves) > 1:
             columns = min(len(curves), 3)
