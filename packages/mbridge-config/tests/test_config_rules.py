@@ -125,6 +125,12 @@ CASES = [
         None,
         "hf_model_path is empty and actor.model.model_path is set (stray)",
     ),
+    (
+        "hf-path-empty",
+        [f"{HF}=null", "rollout.model.model_path=stray"],
+        None,
+        "hf_model_path is empty and rollout.model.model_path is set (stray)",
+    ),
     ("tokenizer-path-empty", ["actor.tokenizer.tokenizer_model=null"], None, "hf_model_path is set"),
     ("hf-directory-missing", [f"{HF}=nowhere"], None, "there is no such directory"),
     ("task-type", ["runner.task_type=sft"], None, "this app trains reasoning runs"),

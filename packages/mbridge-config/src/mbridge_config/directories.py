@@ -9,6 +9,8 @@ from mbridge_config.problems import ConfigError, Problem
 REASONING_KEY = "actor.megatron.ckpt_convertor.hf_model_path"
 SFT_KEY = "actor.model.model_path"
 TOKENIZER_KEY = "actor.tokenizer.tokenizer_model"
+# keys that a path is written to by mistake
+_STRAYS = {REASONING_KEY: (SFT_KEY, "rollout.model.model_path"), SFT_KEY: (REASONING_KEY,)}
 
 
 def hf_key(config: Any) -> str:
@@ -21,11 +23,11 @@ def hf_directory(config: Any) -> Path:
     key = hf_key(config)
     if value := get(config, key):
         return Path(value).expanduser()
-    other = REASONING_KEY if key == SFT_KEY else SFT_KEY
-    kind = "an SFT" if key == SFT_KEY else "a reasoning"
-    if stray := get(config, other):
-        reason = f"{key} is empty and {other} is set ({stray}), but {kind} run reads its model from {key}"
-        raise ConfigError(_empty(config, "hf-path-empty", key, reason, f"set {key}={stray}"))
+    for other in _STRAYS[key]:
+        if stray := get(config, other):
+            kind = "an SFT" if key == SFT_KEY else "a reasoning"
+            reason = f"{key} is empty and {other} is set ({stray}), but {kind} run reads its model from {key}"
+            raise ConfigError(_empty(config, "hf-path-empty", key, reason, f"set {key}={stray}"))
     reason = f"{key} is empty, so there is no model to start from"
     raise ConfigError(_empty(config, "hf-path-empty", key, reason, f"set {key}=DIRECTORY"))
 
