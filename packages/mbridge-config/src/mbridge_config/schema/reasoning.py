@@ -26,9 +26,13 @@ class QuickstartConfig:
     max_position_embeddings: int = key(512, "Longest sequence of the made model.", unit="tokens", minimum=2)
     tie_word_embeddings: bool = key(False, "Input and output embeddings are one tensor.")
     vocab_size: int = key(384, "Largest vocabulary of the made tokenizer.", minimum=300)
-    warmup_steps: int = key(300, "SFT steps before GRPO.", unit="optimizer steps", minimum=0)
-    warmup_batch_size: int = key(64, "Sequences of one SFT step.", unit="sequences", minimum=1)
-    warmup_lr: float = key(2e-3, "Learning rate of the SFT steps.", above=0.0)
+    warmup_steps: int = key(400, "SFT steps before GRPO.", unit="optimizer steps", minimum=0)
+    warmup_batch_size: int = key(32, "Sequences of one SFT step.", unit="sequences", minimum=1)
+    warmup_lr: float = key(2e-3, "Highest learning rate of the SFT steps; it falls linearly to 0.", above=0.0)
+    warmup_short_steps: int = key(
+        100, "Last SFT steps, which also show answers without working.", unit="optimizer steps", minimum=0
+    )
+    warmup_short_share: float = key(0.7, "Share of answers without working in those.", minimum=0.0, maximum=1.0)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
