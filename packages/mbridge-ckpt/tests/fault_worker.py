@@ -22,18 +22,19 @@ import sys
 import time
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import mbridge_ckpt.publish
 import torch
 import torch.distributed
 from mbridge_ckpt import Layout, begin_save, model_file, optimizer_file
 
-CALLS = ("mkdir", "open", "write", "fsync", "rename", "symlink", "replace", "unlink", "close", "rmdir")
+CALLS = ("mkdir", "open", "write", "fsync", "rename", "symlink", "replace", "unlink", "rmdir")
 
 
 def content(step: int, rank: int) -> dict:
     generator = torch.Generator().manual_seed(1000 * step + rank)
-    return {"model": {f"layer.{i}": torch.randn(61, 67, generator=generator) for i in range(4)}, "iteration": step}
+    return {"model": {f"layer.{i}": torch.randn(61, 67, generator=generator) for i in range(2)}, "iteration": step}
 
 
 def save(directory: Path, step: int, world: int, rank: int, raises: bool) -> None:
@@ -64,6 +65,8 @@ class Interceptor:
 
     def _wrap(self, name: str, real):
         def call(*arguments, **options):
+            if name == "open" and not arguments[1] & os.O_CREAT:
+                return real(*arguments, **options)
             index, self.count = self.count, self.count + 1
             self.trace.append(name)
             if index == self._fail_at:
@@ -92,11 +95,8 @@ def child(command: dict, rank: int, answer: int) -> None:
         )
     if "file_limit" in command:
         resource.setrlimit(resource.RLIMIT_FSIZE, (command["file_limit"], command["file_limit"]))
-    interceptor = Interceptor(
-        command.get("kill_at") if victim else None,
-        command.get("fail_at") if victim else None,
-        command.get("errno", errno.EIO),
-    )
+    kill_at, fail_at = (command.get(key) if victim else None for key in ("kill_at", "fail_at"))
+    interceptor = Interceptor(kill_at, fail_at, command.get("errno", errno.EIO))
     result = {"error": None, "kind": None}
     try:
         save(Path(command["directory"]), command["step"], world, rank, victim and "raise_at" in command)
@@ -134,5 +134,7 @@ def run(command: dict) -> list[dict | None]:
 if __name__ == "__main__":
     faulthandler.enable()
     torch.set_num_threads(1)
+    with TemporaryDirectory() as scratch:  # what is imported at the first use is imported here, once
+        save(Path(scratch), 1, 1, 0, False)
     for line in sys.stdin:
         print(json.dumps(run(json.loads(line))), flush=True)

@@ -4,25 +4,27 @@ import errno
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 import pytest
 import torch
 from mbridge_ckpt import (
     Layout,
+    Retention,
     begin_save,
     find_resume,
-    list_checkpoints,
     model_file,
     open_checkpoint,
     optimizer_file,
+    prune,
     verify,
 )
-from mbridge_ckpt.publish import find_leftovers
 
 WORKER = Path(__file__).with_name("fault_worker.py")
 
@@ -58,7 +60,7 @@ def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
 
 def content(step: int, rank: int) -> dict:
     generator = torch.Generator().manual_seed(1000 * step + rank)
-    return {"model": {f"layer.{i}": torch.randn(61, 67, generator=generator) for i in range(4)}, "iteration": step}
+    return {"model": {f"layer.{i}": torch.randn(61, 67, generator=generator) for i in range(2)}, "iteration": step}
 
 
 def assert_newest_is_whole(directory: Path, at_least: int, world: int = 1) -> int:
@@ -75,15 +77,17 @@ def assert_newest_is_whole(directory: Path, at_least: int, world: int = 1) -> in
         assert found["iteration"] == moments["step"] == step
         for name, tensor in expected["model"].items():
             assert torch.equal(found["model"][name], tensor) and torch.equal(moments["exp_avg"][name], tensor)
-    link = directory / "latest"
-    assert open_checkpoint(link).step in (step, at_least)
+    assert open_checkpoint(directory / "latest").step <= step  # behind, if the kill came between rename and link
     return step
 
 
 def test_killed_at_200_random_moments(worker, tmp_path):
-    begin = time.monotonic()
-    assert worker.save(tmp_path, 0)[0]["error"] is None
-    seconds = time.monotonic() - begin
+    durations = []
+    for _ in range(4):
+        begin = time.monotonic()
+        assert worker.save(tmp_path, 0)[0]["error"] is None
+        durations.append(time.monotonic() - begin)
+    seconds = sorted(durations)[1]  # neither the first, which waits for the worker to start, nor a lucky one
     newest, committed, killed = 0, 0, 0
     random_moments = random.Random(20)
     for step in range(1, 201):
@@ -93,11 +97,10 @@ def test_killed_at_200_random_moments(worker, tmp_path):
         committed += found == step
         newest = found
         assert result[0] is None or found == step
-        if step % 20 == 0:  # keep the directory small; the newest stays
-            for path in list_checkpoints(tmp_path)[1:]:
-                subprocess.run(["rm", "-r", path], check=True)
-            for leftover in find_leftovers(tmp_path):
-                subprocess.run(["rm", "-r", leftover.path], check=True)
+        if step % 20 == 0:
+            prune(tmp_path, Retention(last=1))
+            assert open_checkpoint(tmp_path / "latest").step <= newest
+            assert_newest_is_whole(tmp_path, newest)
     assert killed >= 50 and committed >= 10, "the kills did not fall into the saves"
 
 
@@ -105,18 +108,23 @@ def test_killed_at_200_random_moments(worker, tmp_path):
 def test_killed_before_and_after_every_system_call(worker, tmp_path, replaces):
     step = 1 if replaces else 2
     assert worker.save(tmp_path, 1)[0]["error"] is None
-    calls = worker.save(tmp_path / "rehearsal", 1)[0]["calls"]
-    if replaces:
-        calls = worker.save(tmp_path / "rehearsal", 1)[0]["calls"]
-        assert "exchange" in worker.save(tmp_path / "rehearsal", 1)[0]["trace"]
     committed = []
-    for position in range(2 * calls):
-        assert worker.save(tmp_path, step, kill_at=position) == [None]
+    for position in count():
+        results = worker.save(tmp_path, step, kill_at=position)
+        if results[0] is not None:
+            break
         committed.append(assert_newest_is_whole(tmp_path, 1) == step)
         if not replaces and committed[-1]:
-            subprocess.run(["rm", "-r", tmp_path / "global_step_2", tmp_path / "latest"], check=True)
-            (tmp_path / "latest").symlink_to("global_step_1")
+            forget_step_2(tmp_path)
+    assert results[0]["error"] is None and ("exchange" in results[0]["trace"]) == replaces
+    assert len(committed) > 80
     assert replaces or (not committed[0] and committed[-1] and committed == sorted(committed))
+
+
+def forget_step_2(directory: Path) -> None:
+    shutil.rmtree(directory / "global_step_2")
+    (directory / "latest").unlink(missing_ok=True)
+    (directory / "latest").symlink_to("global_step_1")
 
 
 def test_one_rank_or_all_ranks_killed(worker, tmp_path):
@@ -153,11 +161,10 @@ def test_every_system_call_fails_in_turn(worker, tmp_path, number):
             assert result["kind"] == "SaveError" and "global_step_2" in result["error"], (call, name, result)
             assert os.strerror(number) in result["error"]
         if found == 2:
-            subprocess.run(["rm", "-r", tmp_path / "global_step_2", tmp_path / "latest"], check=True)
-            (tmp_path / "latest").symlink_to("global_step_1")
+            forget_step_2(tmp_path)
 
 
-@pytest.mark.parametrize("limit", [0, 5, 3000, 40_000, 66_000])
+@pytest.mark.parametrize("limit", [0, 5, 3000, 20_000, 33_000])
 def test_file_size_limit_names_the_file_and_leaves_nothing(worker, tmp_path, limit):
     assert worker.save(tmp_path, 1)[0]["error"] is None
     error = worker.save(tmp_path, 2, file_limit=limit)[0]["error"]
@@ -179,7 +186,7 @@ except fault_worker.mbridge_ckpt.SaveError as error:
     print(error)
 print(sorted(path.name for path in target.iterdir()), fault_worker.mbridge_ckpt.find_resume(target).checkpoint.step)
 """
-    mount = f'mount -t tmpfs -o size=220k tmpfs {tmp_path} && exec {sys.executable} -c "$0"'
+    mount = f'mount -t tmpfs -o size=150k tmpfs {tmp_path} && exec {sys.executable} -c "$0"'
     namespace = ["unshare", "--map-root-user", "--mount"]
     if subprocess.run([*namespace, "true"], capture_output=True, check=False).returncode:
         pytest.skip("no user namespaces here")

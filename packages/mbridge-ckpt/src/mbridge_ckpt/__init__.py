@@ -3,7 +3,7 @@
 Importing this does not import torch; writing or reading a tensor does.
 """
 
-from mbridge_ckpt.checkpoint import Checkpoint, PassedOver, Resume, find_resume, list_checkpoints, open_checkpoint
+from mbridge_ckpt.checkpoint import Checkpoint, PassedOver, Resume, find_resume, hold, list_checkpoints, open_checkpoint
 from mbridge_ckpt.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -15,6 +15,7 @@ from mbridge_ckpt.errors import (
 from mbridge_ckpt.layout import HF_DIRECTORY, Layout, model_file, mp_rank_directory, optimizer_file
 from mbridge_ckpt.manifest import FileRecord, Manifest, TensorRecord
 from mbridge_ckpt.placement import ParameterPlacement, place_parameter
+from mbridge_ckpt.retention import PruneReport, Retention, prune
 from mbridge_ckpt.state import capture_random_state, restore_random_state
 from mbridge_ckpt.torch_files import load_torch
 from mbridge_ckpt.transaction import Save, begin_save
@@ -33,7 +34,9 @@ __all__ = [
     "ParameterPlacement",
     "PassedOver",
     "Problem",
+    "PruneReport",
     "Resume",
+    "Retention",
     "Save",
     "SaveError",
     "TensorRecord",
@@ -42,6 +45,7 @@ __all__ = [
     "begin_save",
     "capture_random_state",
     "find_resume",
+    "hold",
     "list_checkpoints",
     "load_torch",
     "model_file",
@@ -49,6 +53,7 @@ __all__ = [
     "open_checkpoint",
     "optimizer_file",
     "place_parameter",
+    "prune",
     "restore_random_state",
     "verify",
 ]

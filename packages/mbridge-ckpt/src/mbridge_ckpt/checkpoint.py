@@ -1,13 +1,17 @@
 """Reading: open a committed checkpoint, load its files with their checksums checked, find the one to resume from."""
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from fcntl import LOCK_SH, flock
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mbridge_ckpt.collective import Ranks
 from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, IncompleteCheckpointError
-from mbridge_ckpt.layout import Layout, rank_state_file, step_of
+from mbridge_ckpt.layout import MANIFEST_FILE, Layout, rank_state_file, step_of
 from mbridge_ckpt.manifest import Manifest, read_manifest
 from mbridge_ckpt.publish import find_leftovers
 from mbridge_ckpt.state import unwrap_rank_state
@@ -89,6 +93,21 @@ class Resume:
     passed_over: tuple[PassedOver, ...]
 
 
+@contextmanager
+def hold(checkpoint: Checkpoint) -> Iterator[None]:
+    """Keep `prune`, of this or any other process, from removing `checkpoint` as long as the block runs.
+
+    A shared lock on its manifest; it ends with the process too. Where the file system has no locks it has no effect.
+    """
+    descriptor = os.open(checkpoint.path / MANIFEST_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):
+            flock(descriptor, LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open `…/global_step_N`, or `…/latest`, or a checkpoints directory with a `latest` in it.
 
@@ -126,7 +145,10 @@ def find_resume(directory: str | Path, *, group: "ProcessGroup | None" = None) -
     root = Path(directory)
     candidates: list[Path] = ranks.from_first(list_checkpoints(root) if ranks.rank == 0 else None)
     leftovers = ranks.from_first(find_leftovers(root) if ranks.rank == 0 and root.is_dir() else [])
-    passed_over = [PassedOver(item.path, "an unfinished save; `mbridge-ckpt prune` removes it") for item in leftovers]
+    passed_over = [
+        PassedOver(item.path, f"an unfinished save or removal ({item.kind}); `mbridge-ckpt prune` sees to it")
+        for item in leftovers
+    ]
     for path in candidates:
         try:
             report = verify(path, only_needed_to_resume=True, group=group)

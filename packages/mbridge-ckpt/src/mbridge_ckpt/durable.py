@@ -36,9 +36,6 @@ class HashingFile:
         self.bytes += len(view)
         return len(view)
 
-    def flush(self) -> None:
-        """Nothing is buffered here; writers such as torch.save call it."""
-
     def close(self) -> str:
         """fsync and close; returns the checksum as 32 hexadecimal digits."""
         try:

@@ -13,25 +13,26 @@ from mbridge_ckpt.durable import exchange, fsync_path, fsync_tree_directories, p
 from mbridge_ckpt.layout import LATEST_LINK, step_directory
 
 WRITER_FILE = ".writer"
-_LEFTOVER = re.compile(r"\.global_step_([0-9]+)\.(saving|replaced)-[0-9a-f]{12}")
+_LEFTOVER = re.compile(r"\.global_step_([0-9]+)\.(saving|replaced|deleting)-[0-9a-f]{12}")
 
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
-    """A directory of a save that did not finish ("saving"), or an old checkpoint moved aside by one ("replaced")."""
+    """A hidden directory beside the checkpoints: of a save ("saving"), of an old checkpoint that a save moved aside
+    ("replaced"), or of one that `prune` was removing ("deleting")."""
 
     path: Path
     step: int
     kind: str
 
 
-def temporary_directory(directory: Path, step: int) -> Path:
-    """A fresh name, beside the final one (so that the rename stays in one file system), hidden from `ls` and globs."""
-    return directory / f".{step_directory(step)}.saving-{uuid.uuid4().hex[:12]}"
+def temporary_directory(directory: Path, step: int, kind: str = "saving") -> Path:
+    """A fresh name beside the final one (so that a rename stays in one file system), hidden from `ls` and globs."""
+    return directory / f".{step_directory(step)}.{kind}-{uuid.uuid4().hex[:12]}"
 
 
 def find_leftovers(directory: Path) -> list[Leftover]:
-    """Directories of unfinished saves in a checkpoints directory, by name."""
+    """What interrupted saves and removals left in a checkpoints directory, by name."""
     found = []
     for path in sorted(directory.iterdir()):
         match = _LEFTOVER.fullmatch(path.name)
@@ -54,7 +55,7 @@ def publish(temporary: Path, step: int) -> Path:
     elif exchange(temporary, final):
         old = temporary
     else:
-        old = directory / temporary.name.replace(".saving-", ".replaced-")
+        old = temporary_directory(directory, step, "replaced")
         os.rename(final, old)
         os.rename(temporary, final)
     fsync_path(directory)

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from mbridge_ckpt.errors import CorruptCheckpointError, UnsafeCheckpointError
 from mbridge_ckpt.manifest import TensorRecord
@@ -47,22 +47,36 @@ class _Storage:
 
 
 @dataclass(frozen=True, slots=True)
-class _Tensor:
+class StoredTensor:
+    """Where a tensor lies: the archive's entry, and offset and strides in elements within it."""
+
     shape: tuple[int, ...]
     dtype: str
+    entry: str
+    offset: int
+    stride: tuple[int, ...]
+
+    @property
+    def is_contiguous(self) -> bool:
+        expected = 1
+        for extent, step in zip(reversed(self.shape), reversed(self.stride), strict=True):
+            if extent != 1 and step != expected:
+                return False
+            expected *= extent
+        return True
 
 
-def _rebuild_tensor_v2(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> _Tensor:
+def _rebuild_tensor_v2(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> StoredTensor:
     return _checked_tensor(storage, offset, size, stride, storage.dtype)
 
 
 def _rebuild_tensor_v3(
     storage: _Storage, offset: int, size: Any, stride: Any, _grad: Any, _hooks: Any, dtype: _Dtype, *_: Any
-) -> _Tensor:
+) -> StoredTensor:
     return _checked_tensor(storage, offset, size, stride, dtype.name)
 
 
-def _checked_tensor(storage: _Storage, offset: int, size: Any, stride: Any, dtype: str) -> _Tensor:
+def _checked_tensor(storage: _Storage, offset: int, size: Any, stride: Any, dtype: str) -> StoredTensor:
     size, stride = tuple(size), tuple(stride)
     numbers = (offset, *size, *stride)
     if len(size) != len(stride) or not all(type(number) is int and number >= 0 for number in numbers):
@@ -71,7 +85,7 @@ def _checked_tensor(storage: _Storage, offset: int, size: Any, stride: Any, dtyp
     last = offset + sum((extent - 1) * step for extent, step in zip(size, stride, strict=True)) if 0 not in size else -1
     if (last + 1) * width > storage.elements:
         raise CorruptCheckpointError(f"tensor of size {size} reaches beyond its storage of {storage.elements} elements")
-    return _Tensor(size, dtype)
+    return StoredTensor(size, dtype, storage.key, offset, stride)
 
 
 _GLOBALS: dict[tuple[str, str], Any] = {
@@ -116,20 +130,26 @@ def inspect_torch_file(path: Path) -> tuple[TensorRecord, ...]:
     Raises CorruptCheckpointError (not such a file, damaged) or UnsafeCheckpointError (would run code, compressed
     entries that expand without bound, entries outside the archive); the message names `path`.
     """
+    with path.open("rb") as stream:
+        return tuple(_flatten(read_structure(stream, path)[0], "", 0))
+
+
+def read_structure(stream: IO[bytes], path: Path) -> tuple[Any, dict[str, int]]:
+    """The stored value with a StoredTensor in place of each tensor, and the position in the file of each entry's bytes.
+
+    Raises as `inspect_torch_file` does.
+    """
     try:
-        with path.open("rb") as stream:
-            return tuple(_flatten(_read(stream), "", 0))
+        return _read(stream)
     except (CorruptCheckpointError, UnsafeCheckpointError) as error:
         raise type(error)(f"{path}: {error}") from None
-    except FileNotFoundError:
-        raise
     except OSError as error:
         raise CorruptCheckpointError(f"{path}: cannot be read: {error}") from None
     except Exception as error:  # noqa: BLE001 - a malformed pickle can make the unpickler raise nearly anything
         raise CorruptCheckpointError(f"{path}: damaged pickle: {type(error).__name__}: {error}") from None
 
 
-def _read(stream: Any) -> Any:
+def _read(stream: IO[bytes]) -> tuple[Any, dict[str, int]]:
     try:
         entries = zipfile.ZipFile(stream).infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeDecodeError) as error:
@@ -159,17 +179,26 @@ def _read(stream: Any) -> Any:
     storages = {e.filename.removeprefix(prefix): e.file_size for e in entries if e.filename.startswith(prefix)}
     data = _stored_bytes(stream, pickles[0])
     _check_memo(data)
-    return _Unpickler(data, storages).load()
+    value = _Unpickler(data, storages).load()
+    places = {
+        e.filename.removeprefix(prefix): _data_offset(stream, e) for e in entries if e.filename.startswith(prefix)
+    }
+    return value, places
 
 
-def _stored_bytes(stream: Any, entry: zipfile.ZipInfo) -> bytes:
-    # Not ZipFile.read: it insists on the zip's own CRC-32, which our writer leaves out (the manifest has a checksum).
+def _data_offset(stream: IO[bytes], entry: zipfile.ZipInfo) -> int:
     stream.seek(entry.header_offset)
     header = stream.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
         raise CorruptCheckpointError(f"entry {entry.filename} has no local header")
-    stream.seek(int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little"), io.SEEK_CUR)
-    data: bytes = stream.read(entry.file_size)
+    names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    return entry.header_offset + 30 + names
+
+
+def _stored_bytes(stream: IO[bytes], entry: zipfile.ZipInfo) -> bytes:
+    # Not ZipFile.read: it insists on the zip's own CRC-32, which torch can be told to leave out.
+    stream.seek(_data_offset(stream, entry))
+    data = stream.read(entry.file_size)
     if len(data) < entry.file_size:
         raise CorruptCheckpointError(f"entry {entry.filename} is cut short")
     return data
@@ -187,7 +216,7 @@ def _check_memo(data: bytes) -> None:
 def _flatten(value: Any, name: str, depth: int) -> Iterator[TensorRecord]:
     if depth > MAXIMUM_DEPTH:
         raise UnsafeCheckpointError(f"containers nested deeper than {MAXIMUM_DEPTH} at {name[:80]}")
-    if isinstance(value, _Tensor):
+    if isinstance(value, StoredTensor):
         yield TensorRecord(name, value.shape, value.dtype)
     elif isinstance(value, dict):
         for key, item in value.items():

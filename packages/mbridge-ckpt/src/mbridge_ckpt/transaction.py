@@ -137,11 +137,14 @@ class Save:
         """
         target = self._new_file(path)
         file: HashingFile | None = None
-        try:
-            if self._failure is None:
+        if self._failure is None:
+            try:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 file = HashingFile(target)
-            stream = SaveStream(file)
+            except OSError as error:
+                self._note_writing(path, error)
+        stream = SaveStream(file)
+        try:
             yield stream
             if file is not None:
                 digest = file.close()
@@ -149,7 +152,7 @@ class Save:
                     path=path, bytes=file.bytes, xxh3_128=digest, tensors=stream.tensors, placements=stream.placements
                 )
         except OSError as error:
-            self._note(f"cannot write {self._final / path}: {error.strerror or error}")
+            self._note_writing(path, error)
         finally:
             if file is not None:
                 file.abandon()
@@ -163,7 +166,7 @@ class Save:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            self._note(f"cannot write {self._final / path}: {error.strerror or error}")
+            self._note_writing(path, error)
         self._external.append(path)
         return target
 
@@ -229,6 +232,9 @@ class Save:
         if self._failure is None:
             self._failure = _Failure(self._ranks.global_rank, socket.gethostname(), reason)
 
+    def _note_writing(self, path: str, error: OSError) -> None:
+        self._note(f"cannot write {self._final / path}: {error.strerror or error}")
+
     def _agree[T](self, value: T) -> list[T]:
         """Exchange failures and `value`; with any failure, clean up and raise the same SaveError on every rank."""
         try:
@@ -292,9 +298,6 @@ class SaveStream:
     def write(self, data: bytes | memoryview) -> int:
         """Write all of `data`; OSError ends the `with` block of this stream."""
         return self._file.write(data) if self._file is not None else memoryview(data).nbytes
-
-    def flush(self) -> None:
-        """Nothing is buffered; torch.save calls it."""
 
 
 def _lock_writer(temporary: Path) -> int:

@@ -150,13 +150,14 @@ def _plan(
     if only_needed_to_resume:
         records = [record for record in records if record.needed_to_resume]
     known = {record.path for record in manifest.files} | {MANIFEST_FILE}
-    for extra in _files_below(root):
+    for extra in files_below(root):
         if extra not in known:
             notes.append(f"{extra} is not part of the checkpoint")
     return manifest.step, records, tuple(notes), None
 
 
-def _files_below(root: Path) -> Iterable[str]:
+def files_below(root: Path) -> Iterable[str]:
+    """Paths of all files under `root`, relative to it, in a fixed order."""
     for directory, _, names in sorted(os.walk(root)):
         for name in sorted(names):
             yield str((Path(directory) / name).relative_to(root))

@@ -1,0 +1,68 @@
+"""How the command line prints: aligned columns, sizes people read, JSON, and a progress bar on a terminal."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+
+def size_text(count: float) -> str:
+    """A byte count in binary units, three digits."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} TiB"
+
+
+def print_columns(rows: Sequence[Sequence[object]]) -> None:
+    """Rows of equal length, each column as wide as its widest cell."""
+    texts = [[str(cell) for cell in row] for row in rows]
+    widths = [max(len(row[column]) for row in texts) for column in range(len(texts[0]))] if texts else []
+    for row in texts:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+
+
+def print_json(value: Any) -> None:
+    """One JSON document; dataclasses become objects, paths text."""
+    print(json.dumps(value, indent=2, default=_plain))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(type(value).__name__)
+
+
+class ProgressBar:
+    """Share of `total` bytes done, redrawn on one line of stderr; silent where stderr is no terminal."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self._label, self._total, self._done = label, max(total, 1), 0
+        self._shown = sys.stderr.isatty()
+
+    def __call__(self, count: int) -> None:
+        self._done += count
+        if self._shown:
+            share = min(self._done / self._total, 1.0)
+            bar = "#" * round(30 * share)
+            print(
+                f"\r{self._label} [{bar:<30}] {share:4.0%} of {size_text(self._total)}",
+                end="",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
