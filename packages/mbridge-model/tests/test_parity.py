@@ -23,7 +23,10 @@ LAYOUTS_2 = {
     "PP 2": Parallel(pipeline=2),
     "TP 2 SP": Parallel(tensor=2, sequence=True),
 }
-LAYOUTS_4 = {"TP 2 x PP 2": Parallel(tensor=2, pipeline=2), "TP 2 SP x PP 2": Parallel(tensor=2, pipeline=2, sequence=True)}
+LAYOUTS_4 = {
+    "TP 2 x PP 2": Parallel(tensor=2, pipeline=2),
+    "TP 2 SP x PP 2": Parallel(tensor=2, pipeline=2, sequence=True),
+}
 MODELS = [(family, tied) for family in ("llama", "qwen2", "qwen3") for tied in (False, True)]
 
 
@@ -77,8 +80,14 @@ def compare(directory: Path, parallel: Parallel) -> dict[str, float | list[str]]
             )
         weights = reference["weights"]
         exported = {key: tensor.clone() for key, tensor in export(model, handle)}
-        absent = set(weights) - set(exported) - ({"lm_head.weight"} if handle.config.share_embeddings_and_output_weights else set())
-        result["wrong"] = sorted(absent) + [key for key, value in exported.items() if not torch.equal(value, weights[key])]
+        absent = (
+            set(weights)
+            - set(exported)
+            - ({"lm_head.weight"} if handle.config.share_embeddings_and_output_weights else set())
+        )
+        result["wrong"] = sorted(absent) + [
+            key for key, value in exported.items() if not torch.equal(value, weights[key])
+        ]
         return result
     finally:
         parallel_state.destroy_model_parallel()

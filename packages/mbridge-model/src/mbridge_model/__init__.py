@@ -1,8 +1,8 @@
 """HuggingFace checkpoints as Megatron-Core models, and back, with or without Transformer Engine or a GPU.
 
-    model, handle = load("Qwen2.5-1.5B", Parallel(tensor=2))
-    for name, tensor in export(model, handle): ...
-    save_hf(model, handle, "out")
+model, handle = load("Qwen2.5-1.5B", Parallel(tensor=2))
+for name, tensor in export(model, handle): ...
+save_hf(model, handle, "out")
 """
 
 from typing import TYPE_CHECKING, Any

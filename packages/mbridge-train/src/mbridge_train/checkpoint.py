@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from mbridge_ckpt import (
+    HF_DIRECTORY,
     Checkpoint,
     Layout,
     ParameterPlacement,
@@ -20,6 +21,7 @@ from mbridge_ckpt import (
     place_parameter,
     restore_random_state,
 )
+from mbridge_model import save_hf
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor, nn
@@ -70,7 +72,10 @@ def save_checkpoint(
         if torch.distributed.get_rank() == 0:
             save.write_json(LOOP_FILE, loop_state)
         if export_hf:
-            _export_hf(engine, save)
+            save_hf(engine.model, engine.handle, save.path / HF_DIRECTORY)
+            if torch.distributed.get_rank() == 0:
+                for file in (save.path / HF_DIRECTORY).iterdir():
+                    save.file(f"{HF_DIRECTORY}/{file.name}")
         return save.commit({"metrics": metrics or {}})
 
 
@@ -89,8 +94,7 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint | Path) -> dict[str, 
     layout = current_layout()
     if checkpoint.layout != layout:
         raise TrainError(
-            f"{checkpoint.path} was written with TP {checkpoint.layout.tensor}, PP {checkpoint.layout.pipeline}, "
-            f"DP {checkpoint.layout.data}, and this run has TP {layout.tensor}, PP {layout.pipeline}, DP {layout.data}; "
+            f"{checkpoint.path} was written with {_sizes(checkpoint.layout)}, and this run has {_sizes(layout)}; "
             "resume with the same sizes"
         )
     load_model(engine, checkpoint)
@@ -133,6 +137,10 @@ def current_layout() -> Layout:
         pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
         data=parallel_state.get_data_parallel_world_size(),
     )
+
+
+def _sizes(layout: Layout) -> str:
+    return f"TP {layout.tensor}, PP {layout.pipeline}, DP {layout.data}"
 
 
 def _tensor_rank() -> int:

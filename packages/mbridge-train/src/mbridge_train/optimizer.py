@@ -41,7 +41,8 @@ class OptimizerSettings:
     def __post_init__(self) -> None:
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
             raise TrainError(
-                "overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce; set both, or leave it off"
+                "overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce: "
+                "set both, or leave it off"
             )
 
 

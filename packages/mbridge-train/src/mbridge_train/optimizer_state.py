@@ -109,7 +109,7 @@ def _adam_step(optimizer: Optimizer) -> int:
 
 @torch.no_grad()
 def _ensure_moments(part: Any) -> None:
-    """Give every parameter zero moments if it has none. A step with zero gradients would do it too, and decay weights."""
+    """Give every parameter that has no moments zeros. (A step with zero gradients would do it, and decay weights.)"""
     for group in part.optimizer.param_groups:
         for parameter in group["params"]:
             if not part.optimizer.state[parameter]:

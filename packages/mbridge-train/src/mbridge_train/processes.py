@@ -60,3 +60,10 @@ def leave() -> None:
         parallel_state.destroy_model_parallel()
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def broadcast[T](value: T) -> T:
+    """Rank 0's value on every rank. It is pickled: for small objects that only this program makes."""
+    box = [value]
+    distributed.broadcast_object_list(box, src=0)
+    return box[0]

@@ -206,11 +206,6 @@ MEGATRON_PATCHES: tuple[Patch, ...] = (
         constants=_DEVICE,
     ),
     Patch(
-        target="megatron.core.dist_checkpointing.exchange_utils:exchange_loaded_tensors_gather_rounds",
-        reason="ranks exchange what they loaded between GPUs",
-        constants=_DEVICE,
-    ),
-    Patch(
         target="megatron.core.dist_checkpointing.strategies.state_dict_saver:verify_global_md_reuse",
         reason="it reduces a flag on a GPU",
         constants=_DEVICE,

@@ -109,9 +109,7 @@ class TorchDotProductAttention(MegatronModule):
                 enable_gqa=query.shape[1] != key.shape[1],
             )
 
-    def _packed(
-        self, query: Tensor, key: Tensor, value: Tensor, packing: PackedSeqParams, is_causal: bool
-    ) -> Tensor:
+    def _packed(self, query: Tensor, key: Tensor, value: Tensor, packing: PackedSeqParams, is_causal: bool) -> Tensor:
         """[tokens, heads, channels] in and out."""
         padded = packing.cu_seqlens_q if packing.cu_seqlens_q_padded is None else packing.cu_seqlens_q_padded
         if query.is_cuda and query.dtype != torch.float32 and is_causal and not (self.dropout and self.training):
@@ -127,9 +125,7 @@ class TorchDotProductAttention(MegatronModule):
             )
         starts = padded[:-1].tolist()
         lengths = packing.cu_seqlens_q.diff().tolist()
-        output = torch.zeros(
-            query.shape[0], query.shape[1], value.shape[2], dtype=query.dtype, device=query.device
-        )
+        output = torch.zeros(query.shape[0], query.shape[1], value.shape[2], dtype=query.dtype, device=query.device)
         for bucket in _length_buckets(lengths):
             longest = max(lengths[index] for index in bucket)
             slots = torch.tensor([starts[index] for index in bucket]).unsqueeze(1) + torch.arange(longest)
@@ -157,9 +153,7 @@ def _length_buckets(lengths: list[int]) -> list[list[int]]:
     return list(buckets.values())
 
 
-def _band(
-    queries: int, keys: int, is_causal: bool, window: tuple[int, int] | None, device: torch.device
-) -> Tensor:
+def _band(queries: int, keys: int, is_causal: bool, window: tuple[int, int] | None, device: torch.device) -> Tensor:
     """Bool [queries, keys], True where a query may attend: causal, and within (left, right) of itself; -1 is no limit."""
     distance = torch.arange(queries, device=device).unsqueeze(1) + (keys - queries) - torch.arange(keys, device=device)
     allowed = distance >= 0 if is_causal else torch.ones_like(distance, dtype=torch.bool)

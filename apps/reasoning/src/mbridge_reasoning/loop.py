@@ -1,0 +1,163 @@
+"""A reasoning run on one rank, from start to end. `cli.main` starts it on every rank."""
+
+import time
+from pathlib import Path
+
+from mbridge_ckpt import Checkpoint, find_resume, open_checkpoint
+from mbridge_config import ReasoningConfig, hf_directory, tokenizer_directory
+from mbridge_train.checkpoint import load_checkpoint, load_model, save_checkpoint
+from mbridge_train.from_config import DTYPES, build_engine
+from mbridge_train.processes import broadcast, join, leave, seed_all
+from mbridge_train.reference import Snapshot
+from transformers import AutoTokenizer
+
+from mbridge_reasoning.data import Problem, read_problems, tokenize_problems
+from mbridge_reasoning.output import RunOutput
+from mbridge_reasoning.quickstart import prepare_quickstart
+from mbridge_reasoning.reward import RewardPool
+from mbridge_reasoning.rollout import TransformersRollout, end_token_ids
+from mbridge_reasoning.sampler import ProblemSampler
+from mbridge_reasoning.tasks import make_problems
+from mbridge_reasoning.trainer import GRPOTrainer
+
+
+def run(config: ReasoningConfig, command: list[str]) -> None:
+    """Train as `config` says.
+
+    Args:
+        config: checked. Rank 0's is used everywhere, since `${now:}` and the like differ between processes.
+        command: the words of the command line that started the run, to show how to resume it.
+    """
+    device = join(config.actor.megatron.distributed_timeout_minutes)
+    try:
+        config = broadcast(config)
+        seed_all(config.actor.seed)
+        gym = config.data.reasoning_gym
+        uses_gym = config.reward.reward_type == "reasoning_gym"
+        with RewardPool(
+            timeout=config.reward.timeout,
+            task=gym.task if uses_gym else None,
+            parameters=gym.parameters if uses_gym else None,
+        ) as rewards:
+            _run(config, command, device, rewards)
+    finally:
+        leave()
+
+
+def _run(config: ReasoningConfig, command: list[str], device: object, rewards: RewardPool) -> None:
+    train, validation = _read_data(config)
+    directory = Path(config.runner.output_dir) / config.runner.experiment_name
+    output = RunOutput(config, directory, command)
+    if config.quickstart.enabled:
+        prepare_quickstart(config, train, output)
+    model_directory = hf_directory(config)
+    tokenizer = AutoTokenizer.from_pretrained(
+        tokenizer_directory(config),
+        use_fast=config.actor.tokenizer.use_fast,
+        trust_remote_code=config.actor.tokenizer.trust_remote_code,
+    )
+    train, validation = (
+        tokenize_problems(
+            problems,
+            tokenizer,
+            max_prompt_length=config.data.max_prompt_length,
+            apply_chat_template=config.data.apply_chat_template,
+            filter_long=config.data.filter_prompt_by_length,
+        )
+        if problems
+        else []
+        for problems in (train, validation)
+    )
+    sampler = ProblemSampler(
+        len(train), batch_size=config.data.rollout_batch_size, seed=config.data.seed, shuffle=config.data.shuffle
+    )
+    steps = config.runner.max_steps if config.runner.max_steps > 0 else sampler.steps(config.runner.max_epochs)
+
+    resume = _find_resume(config, directory, output)
+    engine = build_engine(
+        config.actor,
+        config.runner,
+        model_directory,
+        optimizer_steps=steps * config.algorithm.n_minibatches,
+    )
+    if not config.actor.megatron.use_hf_ckpt and config.actor.model.megatron_checkpoint:
+        load_model(engine, open_checkpoint(config.actor.model.megatron_checkpoint))
+    # Before a resume: the reference is the policy that the run began with.
+    reference = Snapshot(engine) if config.algorithm.kl_beta > 0 else None
+    first = 0
+    if resume is not None:
+        state = load_checkpoint(engine, resume)
+        first = state["step"]
+        sampler.load_state_dict(state["sampler"])
+    trainer = GRPOTrainer(
+        config,
+        engine=engine,
+        rollout=TransformersRollout(
+            model_directory,
+            end_tokens=end_token_ids(model_directory, tokenizer),
+            device=device,
+            dtype=DTYPES[config.actor.model.precision],
+            batch_size=config.rollout.max_running_requests,
+            trust_remote_code=config.actor.tokenizer.trust_remote_code,
+        ),
+        rewards=rewards,
+        tokenizer=tokenizer,
+        reference=reference,
+    )
+
+    with output.recording(total_steps=steps, first_step=first):
+        if first == 0 and validation:
+            output.step(0, trainer.validate(validation))
+        for number in range(first + 1, steps + 1):
+            problems = [train[index] for index in sampler.next_batch()]
+            metrics = trainer.step(number, problems)
+            last = number == steps
+            if validation and (last or _is_due(number, config.runner.val_check_interval)):
+                started = time.perf_counter()
+                metrics |= trainer.validate(validation) | {"time/validation": time.perf_counter() - started}
+            if last or _is_due(number, config.runner.save_interval):
+                started = time.perf_counter()
+                save_checkpoint(
+                    engine,
+                    output.checkpoints,
+                    step=number,
+                    loop_state={"step": number, "sampler": sampler.state_dict()},
+                    metrics={name: value for name, value in metrics.items() if value == value},
+                )
+                metrics["time/save"] = time.perf_counter() - started
+            output.step(number, metrics)
+
+
+def _read_data(config: ReasoningConfig) -> tuple[list[Problem], list[Problem]]:
+    if config.data.type == "reasoning_gym":
+        gym = config.data.reasoning_gym
+        return make_problems(
+            gym.task or "",
+            train_size=gym.train_size,
+            validation_size=gym.validation_size,
+            seed=config.data.seed,
+            parameters=gym.parameters,
+        )
+    keys = {"prompt_key": config.data.prompt_key, "solutions_key": config.data.answer_key}
+    validation = read_problems(config.data.val_data_paths, **keys) if config.data.val_data_paths else []
+    return read_problems(config.data.train_data_paths, **keys), validation
+
+
+def _find_resume(config: ReasoningConfig, directory: Path, output: RunOutput) -> Checkpoint | None:
+    """The checkpoint to go on from; None starts at step 0."""
+    wanted = config.runner.resume_dir
+    if wanted is None:
+        output.refuse_existing()
+        return None
+    if wanted != "auto":
+        return open_checkpoint(wanted)
+    found = find_resume(output.checkpoints)
+    for item in found.passed_over:
+        output.message(f"not resuming from {item.path}: {item.reason}")
+    if found.checkpoint is None:
+        output.message(f"no checkpoint to resume from in {output.checkpoints}; starting at step 0")
+    return found.checkpoint
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return interval > 0 and step % interval == 0

@@ -1,0 +1,94 @@
+"""The model of the quickstart: a tiny random one, taught by SFT to be right some of the time.
+
+GRPO can only strengthen what is sampled now and then. The warm-up runs through the same engine as GRPO, and what it
+leaves is an ordinary HuggingFace directory, from which the run then starts like from any other.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from mbridge_config import ReasoningConfig, hf_directory
+from mbridge_model import save_hf
+from mbridge_train.batch import Sample, aggregation_weights
+from mbridge_train.from_config import build_engine
+from mbridge_train.losses import sft_loss
+from mbridge_train.processes import broadcast
+from torch import distributed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from mbridge_reasoning.data import Problem, tokenize_problems
+from mbridge_reasoning.output import RunOutput
+from mbridge_reasoning.sampler import ProblemSampler
+from mbridge_reasoning.tiny import TinyGeometry, write_tiny_model
+
+
+def prepare_quickstart(config: ReasoningConfig, problems: Sequence[Problem], output: RunOutput) -> None:
+    """Make the model directory if it is not there yet. Collective over all ranks.
+
+    Args:
+        config: with `quickstart.enabled`.
+        problems: to train on; the warm-up sees their solutions.
+        output: for a line of progress now and then.
+    """
+    target = hf_directory(config)
+    if broadcast((target / "config.json").is_file()):
+        return
+    made = config.quickstart
+    output.message(
+        f"making a tiny model and teaching it {config.data.reasoning_gym.task}: {made.warmup_steps} SFT steps"
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".untrained-", dir=target.parent) as directory:
+        untrained = Path(broadcast(directory))  # every rank reads rank 0's
+        if distributed.get_rank() == 0:
+            geometry = TinyGeometry(
+                **{field.name: getattr(made, field.name) for field in dataclasses.fields(TinyGeometry)}
+            )
+            texts = [_text(problem.prompt) for problem in problems]
+            write_tiny_model(untrained, texts, seed=config.actor.seed, geometry=geometry)
+        distributed.barrier()
+        actor = dataclasses.replace(
+            config.actor,
+            optim=dataclasses.replace(config.actor.optim, lr=made.warmup_lr),
+            lr_sched=dataclasses.replace(config.actor.lr_sched, max_lr=None, lr_decay_style="constant"),
+        )
+        engine = build_engine(actor, config.runner, untrained, optimizer_steps=made.warmup_steps)
+        tokenizer = AutoTokenizer.from_pretrained(untrained)
+        examples = _examples(problems, tokenizer, config)
+        order = ProblemSampler(len(examples), batch_size=made.warmup_batch_size, seed=config.data.seed)
+        for step in range(1, made.warmup_steps + 1):
+            chosen = [examples[index] for index in order.next_batch()]
+            weights = aggregation_weights([mask for _, mask in chosen], "token-mean")
+            batch = [Sample(tokens=tokens, weights=weight) for (tokens, _), weight in zip(chosen, weights, strict=True)]
+            loss = engine.forward_backward(batch, sft_loss)["loss"]
+            engine.step()
+            if step % 50 == 0 or step == made.warmup_steps:
+                output.message(f"warm-up step {step}/{made.warmup_steps}  loss {loss:.4f}")
+        engine.synchronize_weights()
+        save_hf(engine.model, engine.handle, target)
+
+
+def _examples(
+    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, config: ReasoningConfig
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Tokens of each prompt with its right answer, and which of them are the answer."""
+    tokenized = tokenize_problems(
+        problems,
+        tokenizer,
+        max_prompt_length=config.data.max_prompt_length,
+        apply_chat_template=config.data.apply_chat_template,
+        filter_long=config.data.filter_prompt_by_length,
+    )
+    examples = []
+    for problem in tokenized:
+        answer = tokenizer(f"<answer>{problem.solutions[0]}</answer>", add_special_tokens=False)["input_ids"]
+        tokens = torch.tensor([*problem.prompt_tokens, *answer, tokenizer.eos_token_id])
+        examples.append((tokens, torch.arange(len(tokens)) >= len(problem.prompt_tokens)))
+    return examples
+
+
+def _text(prompt: str | list[dict[str, str]]) -> str:
+    return prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)

@@ -1,0 +1,226 @@
+"""One GRPO step: stream weights, sample, score, advantages, log probabilities, minibatch updates."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from mbridge_config import ReasoningConfig
+from mbridge_train.advantages import grpo_advantages
+from mbridge_train.batch import Sample
+from mbridge_train.engine import Engine
+from mbridge_train.losses import policy_loss
+from mbridge_train.reference import Snapshot
+from torch import Tensor, distributed
+from transformers import PreTrainedTokenizerBase
+
+from mbridge_reasoning.data import Problem
+from mbridge_reasoning.experience import Answer, answer_metrics, make_samples, mismatch_metrics
+from mbridge_reasoning.reward import RewardPool
+from mbridge_reasoning.rollout import RolloutEngine, SamplingParams
+
+# Sets the random streams of validation apart from those of training steps, which count up from the seed.
+_VALIDATION_STREAM = 2**40
+
+
+class GRPOTrainer:
+    """The policy, what samples from it and what scores its answers. Every method is collective over all ranks.
+
+    Args:
+        config: checked.
+        engine: the policy in training.
+        rollout: this rank's sampler.
+        rewards: this rank's verifiers.
+        tokenizer: turns answers into text for the verifiers.
+        reference: weights of the reference policy; None where `algorithm.kl_beta` is 0.
+    """
+
+    def __init__(
+        self,
+        config: ReasoningConfig,
+        *,
+        engine: Engine,
+        rollout: RolloutEngine,
+        rewards: RewardPool,
+        tokenizer: PreTrainedTokenizerBase,
+        reference: Snapshot | None,
+    ) -> None:
+        self.config = config
+        self.engine = engine
+        self.rollout = rollout
+        self.rewards = rewards
+        self.tokenizer = tokenizer
+        self.reference = reference
+        sampling = config.algorithm.sampling_params
+        longest = sampling.max_new_tokens or config.runner.seq_length - config.data.max_prompt_length
+        self.sampling = SamplingParams(
+            max_new_tokens=longest,
+            min_new_tokens=sampling.min_new_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            greedy=sampling.use_greedy,
+            repetition_penalty=sampling.repetition_penalty,
+        )
+        self.seconds: dict[str, float] = {}
+        self._weights_streamed = False
+
+    def step(self, number: int, problems: Sequence[Problem]) -> dict[str, float]:
+        """Train on `algorithm.group_size` answers to each problem.
+
+        Args:
+            number: of the step; with the seed it decides every random choice, so that a resumed run makes the same.
+            problems: the same on every rank.
+
+        Returns:
+            Metrics, the same on every rank.
+        """
+        self.seconds = {}
+        started = time.perf_counter()
+        algorithm = self.config.algorithm
+        repeated = [problem for problem in problems for _ in range(algorithm.group_size)]
+        answers = self._answer(repeated, seed=self.config.actor.seed + number, sampling=self.sampling)
+        metrics = answer_metrics(answers, "train")
+
+        rewards = torch.tensor([answer.score.value for answer in answers]) * self.config.reward.reward_scale
+        advantages = grpo_advantages(
+            rewards.view(-1, algorithm.group_size), divide_by_std=algorithm.normalize_advantages
+        ).flatten()
+        metrics["train/groups_without_signal"] = (
+            (advantages.view(-1, algorithm.group_size) == 0).all(1).float().mean().item()
+        )
+
+        temperature = self.sampling.temperature
+        prompts_and_answers = [
+            Sample(tokens=torch.tensor(answer.tokens), weights=torch.zeros(len(answer.tokens))) for answer in answers
+        ]
+        with self._timed("logprobs"):
+            trainer_logprobs = self.engine.logprobs(prompts_and_answers, temperature=temperature)
+        metrics |= mismatch_metrics(answers, trainer_logprobs)
+        old_logprobs = trainer_logprobs
+        if not algorithm.recompute_logprobs:
+            old_logprobs = [answer.rollout_logprobs for answer in answers]
+        reference_logprobs = None
+        if self.reference is not None:
+            with self._timed("reference"), self.reference.swapped_in(self.engine):
+                reference_logprobs = self.engine.logprobs(prompts_and_answers, temperature=temperature)
+
+        with self._timed("train"):
+            metrics |= self._update(number, answers, advantages, old_logprobs, reference_logprobs)
+        self._weights_streamed = False
+        metrics["tokens"] = float(sum(len(answer.tokens) for answer in answers))
+        return metrics | self._time_split(time.perf_counter() - started, metrics["tokens"])
+
+    def validate(self, problems: Sequence[Problem]) -> dict[str, float]:
+        """One answer to each problem, sampled as in training, from the same random streams each time."""
+        seed = self.config.actor.seed + _VALIDATION_STREAM
+        size = self.config.data.val_rollout_batch_size or len(problems)
+        answers: list[Answer] = []
+        for start in range(0, len(problems), size):
+            answers += self._answer(problems[start : start + size], seed=seed + start, sampling=self.sampling)
+        return answer_metrics(answers, "validation")
+
+    def _answer(self, problems: Sequence[Problem], *, seed: int, sampling: SamplingParams) -> list[Answer]:
+        """One scored answer a problem. Every rank takes an equal share, and all get all answers."""
+        if not self._weights_streamed:
+            with self._timed("stream"):
+                self.rollout.update_weights(self.engine.export_weights())
+            self._weights_streamed = True
+        rank, world_size = distributed.get_rank(), distributed.get_world_size()
+        first, last = (len(problems) * part // world_size for part in (rank, rank + 1))
+        own = problems[first:last]
+        with self._timed("generate"):
+            completions = self.rollout.generate(
+                [problem.prompt_tokens for problem in own], sampling, seed=seed, first_index=first
+            )
+        with self._timed("reward"):
+            texts = self.tokenizer.batch_decode(
+                [completion.tokens for completion in completions], skip_special_tokens=True
+            )
+            scores = self.rewards.score(list(zip(texts, own, strict=True)))
+        shares: list[list[Answer]] = [[] for _ in range(world_size)]
+        mine = [
+            Answer(problem=problem, completion=completion, score=score)
+            for problem, completion, score in zip(own, completions, scores, strict=True)
+        ]
+        with self._timed("generate"):  # waiting for the slowest rank
+            distributed.all_gather_object(shares, mine)
+        return [answer for share in shares for answer in share]
+
+    def _update(
+        self,
+        number: int,
+        answers: list[Answer],
+        advantages: Tensor,
+        old_logprobs: list[Tensor],
+        reference_logprobs: list[Tensor] | None,
+    ) -> dict[str, float]:
+        """`n_minibatches` optimizer steps; metrics are means over them."""
+        algorithm = self.config.algorithm
+        order = torch.arange(len(answers))
+        if algorithm.shuffle_rollout:
+            order = torch.randperm(
+                len(answers), generator=torch.Generator().manual_seed(self.config.actor.seed + number)
+            )
+        loss = partial(
+            policy_loss,
+            clip_ratio_low=_either(algorithm.clip_ratio_low, algorithm.ratio_clip_eps),
+            clip_ratio_high=_either(algorithm.clip_ratio_high, algorithm.ratio_clip_eps),
+            dual_clip=algorithm.clip_ratio_c,
+            kl_penalty=algorithm.kl_penalty_type if self.reference is not None else None,
+            kl_beta=algorithm.kl_beta,
+            entropy_bonus=algorithm.entropy_bonus,
+        )
+        collected: list[dict[str, float]] = []
+        for chosen in order.chunk(algorithm.n_minibatches):
+            indices = chosen.tolist()
+            batch = make_samples(
+                [answers[index] for index in indices],
+                advantages[chosen],
+                aggregation=algorithm.loss_agg_func,
+                old_logprobs=[old_logprobs[index] for index in indices],
+                reference_logprobs=None
+                if reference_logprobs is None
+                else [reference_logprobs[index] for index in indices],
+            )
+            metrics = self.engine.forward_backward(
+                batch,
+                loss,
+                temperature=self.sampling.temperature,
+                with_entropy=algorithm.calculate_entropy or algorithm.entropy_bonus != 0,
+            )
+            limit = algorithm.early_stop_imp_ratio
+            if limit is not None and metrics["ratio"] > limit:
+                collected.append({f"policy/{name}": value for name, value in metrics.items()} | {"policy/skipped": 1.0})
+                continue
+            result = self.engine.step()
+            collected.append(
+                {f"policy/{name}": value for name, value in metrics.items()}
+                | {
+                    "policy/grad_norm": result.grad_norm,
+                    "policy/learning_rate": result.learning_rate,
+                    "policy/skipped": float(not result.applied),
+                }
+            )
+        names = dict.fromkeys(name for metrics in collected for name in metrics)
+        return {
+            name: sum(values) / len(values)
+            for name in names
+            if (values := [metrics[name] for metrics in collected if name in metrics])
+        }
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
+
+    def _time_split(self, total: float, tokens: float) -> dict[str, float]:
+        split = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
+        other = total - sum(self.seconds.values())
+        return split | {"time/other": other, "time/step": total, "tokens_per_second": tokens / total}
+
+
+def _either(value: float | None, default: float) -> float:
+    return default if value is None else value

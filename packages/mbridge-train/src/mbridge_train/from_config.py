@@ -1,0 +1,101 @@
+"""From the `actor` and `runner` sections of a config to an engine. Both apps build theirs here."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from mbridge_config.schema.actor import ActorConfig
+from mbridge_config.schema.runner import RunnerConfig
+from mbridge_model import Parallel, load
+
+from mbridge_train.engine import Engine, MicroBatching
+from mbridge_train.optimizer import OptimizerSettings
+from mbridge_train.schedule import Schedule
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def build_engine(actor: ActorConfig, runner: RunnerConfig, model_directory: Path, *, optimizer_steps: int) -> Engine:
+    """Load the model under the layout of `actor.model` and put the optimizer on it. Collective over all ranks.
+
+    Args:
+        actor, runner: the config's sections, checked.
+        model_directory: HuggingFace directory of geometry and, with `actor.megatron.use_hf_ckpt`, weights.
+        optimizer_steps: length of the whole run, where the learning-rate schedule has none of its own.
+    """
+    model, handle = load(
+        model_directory,
+        Parallel(
+            tensor=actor.model.tensor_model_parallel_size,
+            pipeline=actor.model.pipeline_model_parallel_size,
+            sequence=actor.model.sequence_parallel,
+        ),
+        _overrides(actor),
+        actor.model.backend,
+        dtype=DTYPES[actor.model.precision],
+        weights=actor.megatron.use_hf_ckpt,
+        seed=actor.seed,
+        trust_remote_code=actor.tokenizer.trust_remote_code,
+    )
+    return Engine(
+        model,
+        handle,
+        micro_batching=_micro_batching(actor, runner),
+        optimizer=optimizer_settings(actor, optimizer_steps=optimizer_steps),
+    )
+
+
+def optimizer_settings(actor: ActorConfig, *, optimizer_steps: int) -> OptimizerSettings:
+    """`actor.optim` and `actor.lr_sched` with their nulls filled in."""
+    return OptimizerSettings(
+        schedule=_schedule(actor, optimizer_steps),
+        betas=(actor.optim.adam_beta1, actor.optim.adam_beta2),
+        epsilon=actor.optim.adam_eps,
+        clip_grad=actor.optim.clip_grad,
+        use_distributed_optimizer=actor.optim.use_distributed_optimizer,
+        overlap_grad_reduce=actor.optim.overlap_grad_reduce,
+        overlap_param_gather=actor.optim.overlap_param_gather,
+        bucket_size=actor.megatron.ddp_bucket_size,
+        loss_scale=actor.optim.loss_scale,
+    )
+
+
+def _schedule(actor: ActorConfig, optimizer_steps: int) -> Schedule:
+    settings = actor.lr_sched
+    decay_steps = settings.lr_decay_iters or max(1, optimizer_steps)
+    warmup_steps = settings.lr_warmup_iters
+    if settings.lr_warmup_fraction is not None:
+        warmup_steps = int(settings.lr_warmup_fraction * decay_steps)
+    return Schedule(
+        max_lr=actor.optim.lr if settings.max_lr is None else settings.max_lr,
+        min_lr=actor.optim.min_lr if settings.min_lr is None else settings.min_lr,
+        init_lr=settings.lr_warmup_init,
+        warmup_steps=warmup_steps,
+        decay_steps=decay_steps,
+        decay_style=settings.lr_decay_style,
+        wsd_decay_steps=settings.lr_wsd_decay_iters or 0,
+        wsd_decay_style=settings.lr_wsd_decay_style,
+        weight_decay=actor.optim.weight_decay,
+    )
+
+
+def _micro_batching(actor: ActorConfig, runner: RunnerConfig) -> MicroBatching:
+    if runner.enable_dynamic_batch_size:
+        return MicroBatching(token_budget=runner.max_tokens_per_mbs or runner.seq_length)
+    return MicroBatching(micro_batch_size=actor.micro_batch_size)
+
+
+def _overrides(actor: ActorConfig) -> dict[str, Any]:
+    """Fields of the Megatron provider that the user decides; those left at null stay as the model has them."""
+    model = actor.model
+    values: dict[str, Any] = {
+        # The loss holds its own normalisation over the global batch, so gradients are summed.
+        "calculate_per_token_loss": True,
+        "attention_dropout": model.attention_dropout,
+        "hidden_dropout": model.hidden_dropout,
+    }
+    if model.recompute_granularity is not None:
+        values["recompute_granularity"] = model.recompute_granularity
+        values["recompute_method"] = model.recompute_method
+        values["recompute_num_layers"] = model.recompute_num_layers
+    return values
