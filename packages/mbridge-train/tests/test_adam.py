@@ -7,6 +7,7 @@ import pytest
 import torch
 from mbridge_train import adam
 from mbridge_train.adam import Adam, install_adam
+from mbridge_train.errors import TrainError
 from torch import Tensor
 
 from testing.gang import Gang
@@ -170,7 +171,7 @@ def install_twisted() -> None:
     using_pytorch = core.USING_PYTORCH_OPTIMIZER
     try:
         adam._TARGETS = (*targets, ("megatron.core.optimizer", "GoneAdam", 1))
-        with pytest.raises(RuntimeError, match=r"megatron\.core\.optimizer\.GoneAdam is not in"):
+        with pytest.raises(TrainError, match=r"megatron\.core\.optimizer\.GoneAdam is not in"):
             install_adam()
         assert core.distrib_optimizer.Adam is found
         adam._TARGETS = targets

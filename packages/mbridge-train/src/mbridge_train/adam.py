@@ -14,6 +14,8 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from mbridge_train.errors import TrainError
+
 # Bias corrections 1 - beta**step are exactly 1 from here on, in float64 and so in the fused kernels.
 _NO_BIAS_CORRECTION_STEP = 1e9
 
@@ -139,12 +141,12 @@ def install_adam() -> None:
     Call it before an optimizer is built, on CPUs and GPUs alike. A second call does nothing.
 
     Raises:
-        RuntimeError: a name that must be set is not in the installed megatron-core; nothing has been set then.
+        TrainError: a name that must be set is not in the installed megatron-core; nothing has been set then.
     """
     modules = {module: importlib.import_module(module) for module, _, _ in _TARGETS}
     gone = [f"{module}.{name}" for module, name, _ in _TARGETS if not hasattr(modules[module], name)]
     if gone:
-        raise RuntimeError(
+        raise TrainError(
             f"cannot install Adam: {', '.join(gone)} is not in the installed megatron-core; install 0.19.2"
         )
     if not modules["megatron.core.optimizer"].USING_PYTORCH_OPTIMIZER:
