@@ -20,8 +20,7 @@ def problem(*solutions: str, entry=None) -> Problem:
 
 @pytest.fixture(scope="module")
 def math_pool():
-    with RewardPool(timeout=2.0, workers=2) as pool:
-        pool.score([("1", problem("1"))] * 4)
+    with RewardPool(timeout=30.0, workers=2) as pool:
         yield pool
 
 
@@ -56,7 +55,7 @@ def test_order_and_reuse_of_processes(math_pool):
 
 
 @pytest.mark.timeout(120)
-def test_hostile_answers_score_0_and_the_rest_goes_on(math_pool):
+def test_hostile_answers_score_0_and_the_rest_goes_on():
     hostile = [
         "\\boxed{9**9**9**9}",
         "\\boxed{9^{9^{9^{9}}}}",
@@ -66,10 +65,13 @@ def test_hostile_answers_score_0_and_the_rest_goes_on(math_pool):
         "\\boxed{" + "\\sqrt{" * 400 + "2" + "}" * 400 + "}",
         "\\boxed{" + "+".join(f"x_{{{n}}}^{{{n}}}" for n in range(400)) + "}",
     ]
-    started = time.monotonic()
-    scores = math_pool.score([*((text, problem("1")) for text in hostile), ("\\boxed{1}", problem("1"))])
+    with RewardPool(timeout=1.0, workers=2) as pool:
+        pool.score([("1", problem("1"))] * 4)
+        started = time.monotonic()
+        scores = pool.score([*((text, problem("1")) for text in hostile), ("\\boxed{1}", problem("1"))])
     assert time.monotonic() - started < 100
     assert [score.value for score in scores] == [0.0] * len(hostile) + [1.0]
+    assert "timeout" in {score.status for score in scores}
 
 
 @pytest.fixture
@@ -113,7 +115,7 @@ def test_hanging_and_dying_workers_are_replaced(odd_worker):
         ]
         after = pids(pool)
         assert after != before
-        os.kill(after[0], 9)  # dead while idle: restarted, and no answer pays for it
+        os.kill(after[0], 9)  # from outside: restarted, and no answer pays for it
         assert pool.score([("$1$", problem("$1$"))] * 3) == [Score(1.0)] * 3
     for pid in pids(pool):
         assert not Path(f"/proc/{pid}").exists()

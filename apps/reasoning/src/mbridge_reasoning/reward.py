@@ -26,7 +26,7 @@ GRACE = 1.0
 @dataclass(frozen=True, slots=True)
 class Score:
     """`value`: 1.0 for a right answer; reasoning-gym tasks may give parts of it. `status`: "timeout" and "failed"
-    (the verifier raised or its process died) have value 0.0."""
+    (the verifier raised, or took its process down twice) have value 0.0."""
 
     value: float
     status: Literal["scored", "timeout", "failed"] = "scored"
@@ -66,6 +66,7 @@ class RewardPool:
         """Score (text, problem) pairs, in their order. Raises `RewardError` if a worker cannot start at all."""
         scores: list[Score | None] = [None] * len(answers)
         waiting = deque(range(len(answers)))
+        retried: set[int] = set()
         while waiting or any(worker.busy_with is not None for worker in self._workers):
             for worker in self._workers:
                 if worker.ready and worker.busy_with is None and waiting:
@@ -74,7 +75,7 @@ class RewardPool:
                     if worker.send((text, problem.solutions, problem.entry)):
                         worker.busy_with = position
                         worker.deadline = time.monotonic() + self._timeout + GRACE
-                    else:  # it died while idle, which is no fault of this answer
+                    else:  # it died while idle
                         waiting.appendleft(position)
                         worker.restart()
             for worker, message in self._wait():
@@ -82,8 +83,13 @@ class RewardPool:
                 if scored is None:
                     self._note_start(worker, message)
                 elif message is None:
-                    late = time.monotonic() >= worker.deadline
-                    scores[scored] = Score(0.0, "timeout" if late else "failed")
+                    if time.monotonic() >= worker.deadline:
+                        scores[scored] = Score(0.0, "timeout")
+                    elif scored in retried:
+                        scores[scored] = Score(0.0, "failed")
+                    else:  # killed from outside, perhaps: only an answer that does it twice is to blame
+                        retried.add(scored)
+                        waiting.appendleft(scored)
                     worker.restart()
                 else:
                     scores[scored] = Score(message["value"], message["status"])
