@@ -27,7 +27,7 @@ def worked_answer(problem: Problem) -> str:
             "data.reasoning_gym.task=basic_arithmetic with allow_parentheses=false and operators=[+,-], or chain_sum"
         )
     total = int(words[0])
-    steps = []
+    steps: list[str] = []
     for operator, word in zip(words[1::2], words[2::2], strict=True):
         left = "" if steps else str(total)
         total += int(word) if operator == "+" else -int(word)
