@@ -18,8 +18,10 @@ nox.options.sessions = ["lint", "types", "tests"]
 
 ROOT = Path(__file__).parent
 UV = os.environ.get("UV", "uv")  # `uv run` says which uv it is
-SOURCES = ("packages/mbridge-config/src", "packages/mbridge-model/src", "packages/mbridge-ckpt/src")
-SOURCES += ("packages/mbridge-train/src", "apps/reasoning/src", "testing", "tools", "conftest.py", "noxfile.py")
+SOURCES = [
+    str(path.relative_to(ROOT)) for folder in ("packages", "apps") for path in sorted(ROOT.glob(f"{folder}/*/src"))
+]
+SOURCES += ["testing", "tools", "conftest.py", "noxfile.py"]
 # What each package brings along of this workspace when it is installed.
 PACKAGES = {
     "mbridge-config": {"mbridge-config"},

@@ -187,7 +187,11 @@ def test_ranks_of_slurm_are_joined(tmp_path: Path) -> None:
         )
         for r in range(2)
     ]
-    assert [process.communicate(timeout=120) for process in processes] == [("", "")] * 2
+    try:
+        assert [process.communicate(timeout=120) for process in processes] == [("", "")] * 2
+    finally:
+        for process in processes:
+            process.kill()
     assert [path.read_text()[:7] for path in sorted(tmp_path.glob("result_*"))] == ["0 2 0 3", "1 2 1 3"]
 
 

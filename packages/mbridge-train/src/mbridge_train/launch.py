@@ -154,8 +154,7 @@ def _launch_ranks(entry: str, args: tuple[Any, ...], count: int) -> int:
 
     # Without this every rank would start a thread a core.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
-    # The agent's own account of a failure; ours says the same in the user's terms.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    _silence_agent()
     handlers = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
     with tempfile.TemporaryDirectory(prefix="mbridge-launch-") as name:
         directory = Path(name)
@@ -184,6 +183,17 @@ def _launch_ranks(entry: str, args: tuple[Any, ...], count: int) -> int:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
+
+
+def _silence_agent() -> None:
+    """The agent gives its own account of a failure; ours says the same in the user's terms.
+
+    Each of its modules has set a level on its own logger, from the variable LOGLEVEL.
+    """
+    if "LOGLEVEL" not in os.environ:
+        for name in list(logging.root.manager.loggerDict):
+            if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
+                logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _interrupted(number: signal.Signals) -> int:
