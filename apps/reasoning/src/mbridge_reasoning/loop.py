@@ -30,7 +30,7 @@ def run(config: ReasoningConfig, command: list[str]) -> None:
     """
     device = join(config.actor.megatron.distributed_timeout_minutes)
     try:
-        config = broadcast(config)
+        config = broadcast(_named(config))
         seed_all(config.actor.seed)
         gym = config.data.reasoning_gym
         uses_gym = config.reward.reward_type == "reasoning_gym"
@@ -126,6 +126,18 @@ def _run(config: ReasoningConfig, command: list[str], device: object, rewards: R
                 )
                 metrics["time/save"] = time.perf_counter() - started
             output.step(number, metrics)
+
+
+def _named(config: ReasoningConfig) -> ReasoningConfig:
+    """A second quickstart gets a name of its own, so that the README's command works twice."""
+    runner = config.runner
+    if not config.quickstart.enabled or runner.resume_dir is not None:
+        return config
+    name, number = runner.experiment_name, 1
+    while (Path(runner.output_dir) / runner.experiment_name / "checkpoints").exists():
+        number += 1
+        runner.experiment_name = f"{name}-{number}"
+    return config
 
 
 def _read_data(config: ReasoningConfig) -> tuple[list[Problem], list[Problem]]:

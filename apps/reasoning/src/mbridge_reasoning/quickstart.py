@@ -23,6 +23,7 @@ from mbridge_reasoning.data import Problem, tokenize_problems
 from mbridge_reasoning.output import RunOutput
 from mbridge_reasoning.sampler import ProblemSampler
 from mbridge_reasoning.tiny import TinyGeometry, write_tiny_model
+from mbridge_reasoning.warmup import warmup_answers
 
 
 def prepare_quickstart(config: ReasoningConfig, problems: Sequence[Problem], output: RunOutput) -> None:
@@ -35,6 +36,7 @@ def prepare_quickstart(config: ReasoningConfig, problems: Sequence[Problem], out
     """
     target = hf_directory(config)
     if broadcast((target / "config.json").is_file()):
+        output.message(f"using the tiny model that an earlier run made in {target}")
         return
     made = config.quickstart
     output.message(
@@ -53,17 +55,35 @@ def prepare_quickstart(config: ReasoningConfig, problems: Sequence[Problem], out
         actor = dataclasses.replace(
             config.actor,
             optim=dataclasses.replace(config.actor.optim, lr=made.warmup_lr),
-            lr_sched=dataclasses.replace(config.actor.lr_sched, max_lr=None, lr_decay_style="constant"),
+            lr_sched=dataclasses.replace(
+                config.actor.lr_sched,
+                max_lr=made.warmup_lr,
+                min_lr=0.0,
+                lr_decay_style="linear",
+                lr_warmup_iters=min(20, made.warmup_steps // 2),
+            ),
         )
         engine = build_engine(actor, config.runner, untrained, optimizer_steps=made.warmup_steps)
         tokenizer = AutoTokenizer.from_pretrained(untrained)
-        examples = _examples(problems, tokenizer, config)
-        order = ProblemSampler(len(examples), batch_size=made.warmup_batch_size, seed=config.data.seed)
+        tokenized = tokenize_problems(
+            problems,
+            tokenizer,
+            max_prompt_length=config.data.max_prompt_length,
+            apply_chat_template=config.data.apply_chat_template,
+            filter_long=config.data.filter_prompt_by_length,
+        )
+        order = ProblemSampler(len(tokenized), batch_size=made.warmup_batch_size, seed=config.data.seed)
         for step in range(1, made.warmup_steps + 1):
-            chosen = [examples[index] for index in order.next_batch()]
-            weights = aggregation_weights([mask for _, mask in chosen], "token-mean")
-            batch = [Sample(tokens=tokens, weights=weight) for (tokens, _), weight in zip(chosen, weights, strict=True)]
-            loss = engine.forward_backward(batch, sft_loss)["loss"]
+            chosen = [tokenized[index] for index in order.next_batch()]
+            answers = warmup_answers(
+                chosen,
+                step=step,
+                steps=made.warmup_steps,
+                short_steps=made.warmup_short_steps,
+                short_share=made.warmup_short_share,
+                seed=config.actor.seed,
+            )
+            loss = engine.forward_backward(_batch(chosen, answers, tokenizer), sft_loss)["loss"]
             engine.step()
             if step % 50 == 0 or step == made.warmup_steps:
                 output.message(f"warm-up step {step}/{made.warmup_steps}  loss {loss:.4f}")
@@ -71,23 +91,19 @@ def prepare_quickstart(config: ReasoningConfig, problems: Sequence[Problem], out
         save_hf(engine.model, engine.handle, target)
 
 
-def _examples(
-    problems: Sequence[Problem], tokenizer: PreTrainedTokenizerBase, config: ReasoningConfig
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Tokens of each prompt with its right answer, and which of them are the answer."""
-    tokenized = tokenize_problems(
-        problems,
-        tokenizer,
-        max_prompt_length=config.data.max_prompt_length,
-        apply_chat_template=config.data.apply_chat_template,
-        filter_long=config.data.filter_prompt_by_length,
-    )
-    examples = []
-    for problem in tokenized:
-        answer = tokenizer(f"<answer>{problem.solutions[0]}</answer>", add_special_tokens=False)["input_ids"]
-        tokens = torch.tensor([*problem.prompt_tokens, *answer, tokenizer.eos_token_id])
-        examples.append((tokens, torch.arange(len(tokens)) >= len(problem.prompt_tokens)))
-    return examples
+def _batch(problems: Sequence[Problem], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+    """Each prompt with the answer to teach; only the answer and its end token are trained."""
+    answer_tokens = [
+        [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for answer in answers
+    ]
+    tokens = [
+        torch.tensor([*problem.prompt_tokens, *answer]) for problem, answer in zip(problems, answer_tokens, strict=True)
+    ]
+    masks = [
+        torch.arange(len(row)) >= len(problem.prompt_tokens) for problem, row in zip(problems, tokens, strict=True)
+    ]
+    weights = aggregation_weights(masks, "token-mean")
+    return [Sample(tokens=row, weights=weight) for row, weight in zip(tokens, weights, strict=True)]
 
 
 def _text(prompt: str | list[dict[str, str]]) -> str:

@@ -68,11 +68,11 @@ def checkpoint_missing(context: Context) -> Iterable[Finding]:
 def resume(context: Context) -> Iterable[Finding]:
     """The run to resume is not there, or is not a `global_step_<n>` directory with a Megatron checkpoint."""
     value = context.config.runner.resume_dir
-    if not value:
+    if not value or value == "auto":
         return
     directory = Path(value).expanduser()
     if not directory.is_dir():
-        yield Finding(RESUME, "there is no such directory", "give a global_step_<n> directory of an earlier run")
+        yield Finding(RESUME, "there is no such directory", "give auto, or a global_step_<n> directory of an earlier run")
     elif not (directory / "actor").is_dir():
         steps = [path for path in directory.rglob("global_step_*") if path.is_dir()]
         newest = max(steps, key=lambda path: _step(path.name), default=None)

@@ -28,7 +28,7 @@ class RunnerConfig:
     save_interval: int = key(-1, "Steps between checkpoints; -1: only the last step.", unit="steps", minimum=-1)
     val_check_interval: int = key(-1, "Steps between validations; -1: none on the way.", unit="steps", minimum=-1)
     seq_length: int = key(2048, "Longest sequence, prompt and answer together.", unit="tokens", minimum=2)
-    resume_dir: str | None = key(None, "A `global_step_<n>` directory to go on from.")
+    resume_dir: str | None = key(None, "A `global_step_<n>` directory to go on from; auto: the newest of this run that is whole.")
     experiment_name: str = key("default", "Name of the run; its files go to `<output_dir>/<experiment_name>`.")
     output_dir: str = key("results", "Directory that holds the runs.")
     enable_dynamic_batch_size: bool = key(
