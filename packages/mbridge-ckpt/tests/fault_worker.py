@@ -29,6 +29,7 @@ import torch
 import torch.distributed
 from mbridge_ckpt import Layout, begin_save, model_file, optimizer_file
 
+real_write = os.write
 CALLS = ("mkdir", "open", "write", "fsync", "rename", "symlink", "replace", "unlink", "rmdir")
 
 
@@ -75,10 +76,11 @@ class Interceptor:
                 if name == "write":
                     real(arguments[0], arguments[1][: len(arguments[1]) // 2])
                 os.kill(os.getpid(), signal.SIGKILL)
-            result = real(*arguments, **options)
-            if self._kill_at == 2 * index + 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return result
+            try:
+                return real(*arguments, **options)
+            finally:
+                if self._kill_at == 2 * index + 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
 
         return call
 
@@ -102,7 +104,7 @@ def child(command: dict, rank: int, answer: int) -> None:
         save(Path(command["directory"]), command["step"], world, rank, victim and "raise_at" in command)
     except Exception as error:  # noqa: BLE001 - reported to the test, whatever it is
         result = {"error": str(error), "kind": type(error).__name__}
-    os.write(answer, json.dumps(result | {"calls": interceptor.count, "trace": interceptor.trace}).encode())
+    real_write(answer, json.dumps(result | {"calls": interceptor.count, "trace": interceptor.trace}).encode())
 
 
 def run(command: dict) -> list[dict | None]:

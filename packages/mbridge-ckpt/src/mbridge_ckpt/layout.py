@@ -10,6 +10,7 @@ checkpoints/
     state/rank_00000.pt
 """
 
+import os
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
@@ -138,7 +139,7 @@ def inside(root: Path, text: str) -> Path:
         path = root / relative_path(text)
     except ValueError as error:
         raise UnsafeCheckpointError(f"{root}: {error}; a checkpoint's files must lie inside its directory") from None
-    real_root, real_path = root.resolve(), path.resolve()
+    real_root, real_path = Path(os.path.realpath(root)), Path(os.path.realpath(path))
     if real_root not in real_path.parents:
         raise UnsafeCheckpointError(
             f"{path} is a symlink to {real_path}, outside the checkpoint; replace it with a copy of the file"

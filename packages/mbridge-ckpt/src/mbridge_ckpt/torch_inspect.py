@@ -5,12 +5,13 @@ pickle is read here by an unpickler that knows a handful of names, all of them m
 worst a hostile file can do is to be refused. The same reading gives names, shapes and dtypes of the tensors.
 """
 
+import copy
 import io
 import pickle
 import pickletools
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -66,6 +67,18 @@ class StoredTensor:
         return True
 
 
+class _Call:
+    """A function that a pickle may call; not the function itself, whose attributes a pickle could set."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+
 def _rebuild_tensor_v2(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> StoredTensor:
     return _checked_tensor(storage, offset, size, stride, storage.dtype)
 
@@ -91,10 +104,10 @@ def _checked_tensor(storage: _Storage, offset: int, size: Any, stride: Any, dtyp
 _GLOBALS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
     ("torch", "Size"): tuple,
-    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor_v2,
-    ("torch._utils", "_rebuild_tensor_v3"): _rebuild_tensor_v3,
-    **{("torch", name): _Storage for name in _STORAGES},
-    ("torch.storage", "UntypedStorage"): _Storage,
+    ("torch._utils", "_rebuild_tensor_v2"): _Call(_rebuild_tensor_v2),
+    ("torch._utils", "_rebuild_tensor_v3"): _Call(_rebuild_tensor_v3),
+    **{("torch", name): storage for name, storage in _STORAGES.items()},
+    ("torch.storage", "UntypedStorage"): _STORAGES["UntypedStorage"],
     **{("torch", name): _Dtype(name) for name in DTYPE_BYTES},
 }
 
@@ -111,9 +124,8 @@ class _Unpickler(pickle.Unpickler):
             raise UnsafeCheckpointError(
                 f"its pickle calls {module}.{name}, which a checkpoint never needs; do not load this file"
             )
-        if name in _STORAGES:
-            return _STORAGES[name]
-        return _GLOBALS[module, name]
+        # A copy, since a pickle may set attributes of what it is given (BUILD), and that must not outlast it.
+        return copy.copy(_GLOBALS[module, name])
 
     def persistent_load(self, identifier: Any) -> _Storage:
         match identifier:
@@ -124,6 +136,17 @@ class _Unpickler(pickle.Unpickler):
         raise CorruptCheckpointError(f"malformed storage reference {identifier!r}")
 
 
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """What a torch.save file holds: the value with a StoredTensor in place of each tensor, the list of them, and the
+    position in the file of each storage's bytes.
+    """
+
+    value: Any
+    tensors: tuple[TensorRecord, ...]
+    positions: dict[str, int]
+
+
 def inspect_torch_file(path: Path) -> tuple[TensorRecord, ...]:
     """Tensors in a torch.save file, in the order of the file; reads the directory and the pickle, no tensor bytes.
 
@@ -131,14 +154,11 @@ def inspect_torch_file(path: Path) -> tuple[TensorRecord, ...]:
     entries that expand without bound, entries outside the archive); the message names `path`.
     """
     with path.open("rb") as stream:
-        return tuple(_flatten(read_structure(stream, path)[0], "", 0))
+        return read_structure(stream, path).tensors
 
 
-def read_structure(stream: IO[bytes], path: Path) -> tuple[Any, dict[str, int]]:
-    """The stored value with a StoredTensor in place of each tensor, and the position in the file of each entry's bytes.
-
-    Raises as `inspect_torch_file` does.
-    """
+def read_structure(stream: IO[bytes], path: Path) -> Structure:
+    """Structure of an open torch.save file; raises as `inspect_torch_file` does."""
     try:
         return _read(stream)
     except (CorruptCheckpointError, UnsafeCheckpointError) as error:
@@ -149,7 +169,7 @@ def read_structure(stream: IO[bytes], path: Path) -> tuple[Any, dict[str, int]]:
         raise CorruptCheckpointError(f"{path}: damaged pickle: {type(error).__name__}: {error}") from None
 
 
-def _read(stream: IO[bytes]) -> tuple[Any, dict[str, int]]:
+def _read(stream: IO[bytes]) -> Structure:
     try:
         entries = zipfile.ZipFile(stream).infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeDecodeError) as error:
@@ -180,10 +200,15 @@ def _read(stream: IO[bytes]) -> tuple[Any, dict[str, int]]:
     data = _stored_bytes(stream, pickles[0])
     _check_memo(data)
     value = _Unpickler(data, storages).load()
-    places = {
-        e.filename.removeprefix(prefix): _data_offset(stream, e) for e in entries if e.filename.startswith(prefix)
-    }
-    return value, places
+    positions = {}
+    for entry in entries:
+        if entry.filename.startswith(prefix):
+            positions[entry.filename.removeprefix(prefix)] = _data_offset(stream, entry)
+    records: list[TensorRecord] = []
+    # Each container costs a byte of pickle or more, unless it is the same one again: lists that hold one another twice
+    # are short to write and endless to walk through.
+    _flatten(value, "", 0, records, [1000 + len(data)])
+    return Structure(value, tuple(records), positions)
 
 
 def _data_offset(stream: IO[bytes], entry: zipfile.ZipInfo) -> int:
@@ -213,14 +238,18 @@ def _check_memo(data: bytes) -> None:
             )
 
 
-def _flatten(value: Any, name: str, depth: int) -> Iterator[TensorRecord]:
-    if depth > MAXIMUM_DEPTH:
-        raise UnsafeCheckpointError(f"containers nested deeper than {MAXIMUM_DEPTH} at {name[:80]}")
+def _flatten(value: Any, name: str, depth: int, records: list[TensorRecord], budget: list[int]) -> None:
+    budget[0] -= 1
+    if depth > MAXIMUM_DEPTH or budget[0] < 0:
+        raise UnsafeCheckpointError(f"containers nested deeper than {MAXIMUM_DEPTH} or without end, at {name[:80]}")
+    prefix = f"{name}/" if name else ""
     if isinstance(value, StoredTensor):
-        yield TensorRecord(name, value.shape, value.dtype)
+        records.append(TensorRecord(name, value.shape, value.dtype))
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from _flatten(item, f"{name}/{key}" if name else str(key), depth + 1)
+            if isinstance(item, (StoredTensor, dict, list, tuple)):
+                _flatten(item, f"{prefix}{key}", depth + 1, records, budget)
     elif isinstance(value, (list, tuple)):
         for index, item in enumerate(value):
-            yield from _flatten(item, f"{name}/{index}" if name else str(index), depth + 1)
+            if isinstance(item, (StoredTensor, dict, list, tuple)):
+                _flatten(item, f"{prefix}{index}", depth + 1, records, budget)

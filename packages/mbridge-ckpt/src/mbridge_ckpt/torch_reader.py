@@ -21,10 +21,11 @@ class TorchFileReader:
         self.path = path
         self._stream = path.open("rb", buffering=0)
         try:
-            self.value, self._places = read_structure(self._stream, path)
+            structure = read_structure(self._stream, path)
         except BaseException:
             self._stream.close()
             raise
+        self.value, self._positions = structure.value, structure.positions
 
     def read(self, tensor: StoredTensor, rows: tuple[int, int] | None = None) -> "Tensor":
         """A fresh CPU tensor; `rows` are begin and end along dimension 0, all by default."""
@@ -51,7 +52,7 @@ class TorchFileReader:
 
         if not tensor.numel():
             return
-        self._stream.seek(self._places[entry] + offset)
+        self._stream.seek(self._positions[entry] + offset)
         rest = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
         while len(rest):
             count = self._stream.readinto(rest)

@@ -72,8 +72,8 @@ class Save:
     """A save in progress, made by `begin_save`. A context manager whose block ends with `commit`.
 
     An I/O error (full disk, file-size limit) in a `write_*` method does not raise there: this rank goes on, so that
-    collectives inside the block stay matched; what it writes later is dropped, and `commit` raises on every rank. Any
-    other exception leaves the block at once, and the other ranks raise SaveError at their `commit`.
+    collectives inside the block stay matched; what it writes later is dropped, and `commit` raises on every rank. An
+    exception in the block leaves it at once (an OSError as SaveError), and the other ranks raise SaveError at `commit`.
     """
 
     def __init__(
@@ -233,7 +233,8 @@ class Save:
             self._failure = _Failure(self._ranks.global_rank, socket.gethostname(), reason)
 
     def _note_writing(self, path: str, error: OSError) -> None:
-        self._note(f"cannot write {self._final / path}: {error.strerror or error}")
+        where = self._final / path if path else error.filename or self._final
+        self._note(f"cannot write {where}: {error.strerror or error}")
 
     def _agree[T](self, value: T) -> list[T]:
         """Exchange failures and `value`; with any failure, clean up and raise the same SaveError on every rank."""
@@ -273,6 +274,9 @@ class Save:
             return
         if error is None:
             self._note("the save's block ended without commit()")
+        elif isinstance(error, OSError):
+            # From a writer of the caller's, to a path of `file`; most such errors do not say which.
+            self._note_writing(self._external[-1] if self._external and not error.filename else "", error)
         elif isinstance(error, Exception):
             self._note(_text(error))
         else:  # Ctrl-C and exits must not wait for ranks that may never come; `prune` removes what is left
@@ -282,7 +286,7 @@ class Save:
         try:
             self._agree([])
         except SaveError as failure:
-            if error is None:
+            if error is None or isinstance(error, OSError):
                 raise
             error.add_note(str(failure))
 
