@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mbridge_config import Report, Severity
+from mbridge_config import ReasoningConfig, Report, Severity
 from mbridge_config.rules import REASONING
 
 Checked = Callable[..., Report]
@@ -82,6 +82,19 @@ CASES = [
         "a pipeline stage has 3 layers",
     ),
     ("learning-rate-twice", ["actor.optim.lr=1e-5", "actor.lr_sched.max_lr=2e-5"], None, "max_lr 2e-05 is used"),
+    (
+        "loss-scale-range",
+        ["actor.optim.initial_loss_scale=2", "actor.optim.min_loss_scale=4"],
+        None,
+        "min_loss_scale 4",
+    ),
+    ("weight-decay-schedule", ["actor.lr_sched.end_weight_decay=0.1"], None, "start_weight_decay is 0.01"),
+    (
+        "weight-decay-schedule",
+        ["actor.optim.weight_decay=0.1", "actor.lr_sched.start_weight_decay=0.2"],
+        None,
+        "start_weight_decay 0.2 is used",
+    ),
     ("lowest-learning-rate", ["actor.lr_sched.min_lr=1e-3"], None, "above the highest learning rate 1e-06"),
     (
         "schedule-lengths",
@@ -108,6 +121,12 @@ CASES = [
         ["actor.model.megatron_checkpoint=x"],
         None,
         "model.megatron_checkpoint should be None if use_hf_ckpt is True",
+    ),
+    (
+        "reference-weights",
+        ["actor.megatron.use_hf_ckpt=false", "runner.resume_dir=auto", "algorithm.kl_beta=0.1"],
+        None,
+        "the one that the run began with, which is not named",
     ),
     ("mbridge-off", ["actor.megatron.mbridge=false"], None, "loaded through Megatron-Bridge alone"),
     (
@@ -273,6 +292,33 @@ def test_plan_of_minibatches(checked: Checked) -> None:
     plan = checked("algorithm.n_minibatches=4", world_size=2).plan
     assert plan is not None
     assert (plan.optimizer_steps_per_step, plan.global_batch_size, plan.micro_batches) == (4, 16, 4)
+
+
+def test_minibatches_of_a_global_batch(composed: Callable[..., ReasoningConfig]) -> None:
+    """Either of the two gives the other, so that the trainer and the plan agree."""
+    assert composed("actor.global_batch_size=16").algorithm.n_minibatches == 4
+    assert composed("algorithm.n_minibatches=2").actor.global_batch_size == 32
+    assert composed("actor.global_batch_size=32", "algorithm.n_minibatches=2").algorithm.n_minibatches == 2
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "actor.optim.optimizer=sgd",
+        "actor.lr_sched.weight_decay_incr_style=cosine",
+        "actor.megatron.ckpt_format=torch_dist",
+        "actor.megatron.use_dist_ckpt=true",
+    ],
+)
+def test_what_this_version_does_not_do_is_refused(checked: Checked, override: str) -> None:
+    (problem,) = checked(override).errors
+    assert problem.id == "refused-value" and "in this version" in problem.reason
+
+
+def test_weight_decay_of_the_schedule(composed: Callable[..., ReasoningConfig]) -> None:
+    config = composed("actor.optim.weight_decay=0.3")
+    assert (config.actor.lr_sched.start_weight_decay, config.actor.lr_sched.end_weight_decay) == (0.3, 0.3)
+    assert composed("actor.lr_sched.start_weight_decay=0.2").actor.lr_sched.end_weight_decay == 0.2
 
 
 def test_world_size_from_the_config(checked: Checked) -> None:

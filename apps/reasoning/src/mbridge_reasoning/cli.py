@@ -3,7 +3,7 @@
 import os
 import sys
 
-from mbridge_config import ConfigError, check, compose, parse_arguments
+from mbridge_config import ConfigError, Problem, check, compose, parse_arguments
 
 PROGRAM = "mbridge-reasoning"
 
@@ -35,11 +35,24 @@ def _main(words: list[str]) -> int:
 
     group = outside_group(os.environ)
     report = check(config, world_size=None if group is None else group.world_size)
+    if group is None and config.cluster.num_nodes > 1:
+        report.problems.append(_one_host(config.cluster.num_nodes))
     report.raise_for_errors()
     if report.problems and (group is None or group.rank == 0):
         print(report, file=sys.stderr)
     return launch(
         "mbridge_reasoning.loop:run", (config, [PROGRAM, *words]), nproc_per_node=config.launcher.nproc_per_node
+    )
+
+
+def _one_host(num_nodes: int) -> Problem:
+    words = f"torchrun --nnodes={num_nodes} --nproc_per_node=<GPUs> --rdzv_backend=c10d --rdzv_endpoint=<host>:<port>"
+    return Problem(
+        id="one-host",
+        key="cluster.num_nodes",
+        value=num_nodes,
+        reason="this command starts ranks on this host alone",
+        fix=f"start the run on every host with `{words} -m mbridge_reasoning.cli …`, or set cluster.num_nodes=1",
     )
 
 

@@ -103,6 +103,7 @@ def _run(config: ReasoningConfig, command: list[str], device: object, rewards: R
         rewards=rewards,
         tokenizer=tokenizer,
         reference=reference,
+        show=output.message,
     )
 
     with output.recording(total_steps=steps, first_step=first):

@@ -82,6 +82,7 @@ class RunOutput:
             backends=logger.logger_backends,
             project=logger.project_name,
             experiment=logger.experiment_name or self.config.runner.experiment_name,
+            backend_directory=logger.log_path,
             config=plain,
         )
         text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)

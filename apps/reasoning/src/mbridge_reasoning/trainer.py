@@ -1,7 +1,7 @@
 """One GRPO step: stream weights, sample, score, advantages, log probabilities, minibatch updates."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -34,6 +34,7 @@ class GRPOTrainer:
         rewards: this rank's verifiers.
         tokenizer: turns answers into text for the verifiers.
         reference: weights of the reference policy; None where `algorithm.kl_beta` is 0.
+        show: takes a line for the terminal; every rank calls it, for each answer where `rollout.print_outputs` is set.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class GRPOTrainer:
         rewards: RewardPool,
         tokenizer: PreTrainedTokenizerBase,
         reference: Snapshot | None,
+        show: Callable[[str], None],
     ) -> None:
         self.config = config
         self.engine = engine
@@ -52,6 +54,7 @@ class GRPOTrainer:
         self.rewards = rewards
         self.tokenizer = tokenizer
         self.reference = reference
+        self.show = show
         sampling = config.algorithm.sampling_params
         longest = sampling.max_new_tokens or config.runner.seq_length - config.data.max_prompt_length
         self.sampling = SamplingParams(
@@ -146,7 +149,11 @@ class GRPOTrainer:
         ]
         with self._timed("generate"):  # waiting for the slowest rank
             distributed.all_gather_object(shares, mine)
-        return [answer for share in shares for answer in share]
+        answers = [answer for share in shares for answer in share]
+        if self.config.rollout.print_outputs:
+            for answer in answers:
+                self.show(f"[{answer.score.value:g}] {self.tokenizer.decode(answer.tokens, skip_special_tokens=True)}")
+        return answers
 
     def _update(
         self,

@@ -19,7 +19,8 @@ def derive(config: Any) -> None:
     derive_actor(config.actor, config.runner)
     if hasattr(config, "algorithm"):
         derive_algorithm(config.algorithm, config.runner, config.data)
-        derive_batches(config.actor, config.algorithm, config.data)
+        minibatches_set = config.origin.was_set("algorithm.n_minibatches")
+        derive_batches(config.actor, config.algorithm, config.data, minibatches_set=minibatches_set)
 
 
 def move_aliases(config: Any, origin: Origin) -> None:
@@ -69,7 +70,7 @@ def derive_actor(actor: ActorConfig, runner: RunnerConfig) -> None:
     if schedule.start_weight_decay is None:
         schedule.start_weight_decay = optim.weight_decay
     if schedule.end_weight_decay is None:
-        schedule.end_weight_decay = optim.weight_decay
+        schedule.end_weight_decay = schedule.start_weight_decay
 
 
 def derive_algorithm(algorithm: AlgorithmConfig, runner: RunnerConfig, data: DataConfig) -> None:
@@ -83,8 +84,10 @@ def derive_algorithm(algorithm: AlgorithmConfig, runner: RunnerConfig, data: Dat
         sampling.max_new_tokens = max(1, runner.seq_length - data.max_prompt_length)
 
 
-def derive_batches(actor: ActorConfig, algorithm: AlgorithmConfig, data: DataConfig) -> None:
-    """The global batch: an equal share of the step's answers for each minibatch."""
+def derive_batches(actor: ActorConfig, algorithm: AlgorithmConfig, data: DataConfig, *, minibatches_set: bool) -> None:
+    """Each of the global batch and the number of minibatches from the other: equal shares of the step's answers."""
+    answers = data.rollout_batch_size * algorithm.group_size
     if actor.global_batch_size is None:
-        answers = data.rollout_batch_size * algorithm.group_size
         actor.global_batch_size = max(1, answers // algorithm.n_minibatches)
+    elif not minibatches_set:
+        algorithm.n_minibatches = max(1, answers // actor.global_batch_size)

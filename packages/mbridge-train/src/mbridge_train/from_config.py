@@ -10,6 +10,7 @@ from mbridge_model import Parallel, load
 
 from mbridge_train.engine import Engine, MicroBatching
 from mbridge_train.optimizer import OptimizerSettings
+from mbridge_train.packing import round_up
 from mbridge_train.schedule import Schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -57,6 +58,9 @@ def optimizer_settings(actor: ActorConfig, *, optimizer_steps: int) -> Optimizer
         overlap_param_gather=actor.optim.overlap_param_gather,
         bucket_size=actor.megatron.ddp_bucket_size,
         loss_scale=actor.optim.loss_scale,
+        initial_loss_scale=actor.optim.initial_loss_scale,
+        min_loss_scale=actor.optim.min_loss_scale,
+        loss_scale_window=actor.optim.loss_scale_window,
     )
 
 
@@ -67,21 +71,28 @@ def _schedule(actor: ActorConfig, optimizer_steps: int) -> Schedule:
     if settings.lr_warmup_fraction is not None:
         warmup_steps = int(settings.lr_warmup_fraction * decay_steps)
     return Schedule(
-        max_lr=actor.optim.lr if settings.max_lr is None else settings.max_lr,
-        min_lr=actor.optim.min_lr if settings.min_lr is None else settings.min_lr,
+        max_lr=_either(settings.max_lr, actor.optim.lr),
+        min_lr=_either(settings.min_lr, actor.optim.min_lr),
         init_lr=settings.lr_warmup_init,
         warmup_steps=warmup_steps,
         decay_steps=decay_steps,
         decay_style=settings.lr_decay_style,
         wsd_decay_steps=settings.lr_wsd_decay_iters or 0,
         wsd_decay_style=settings.lr_wsd_decay_style,
-        weight_decay=actor.optim.weight_decay,
+        # A rule keeps start and end equal: the decay does not change over the run.
+        weight_decay=_either(settings.start_weight_decay, actor.optim.weight_decay),
     )
+
+
+def _either(value: float | None, default: float) -> float:
+    return default if value is None else value
 
 
 def _micro_batching(actor: ActorConfig, runner: RunnerConfig) -> MicroBatching:
     if runner.enable_dynamic_batch_size:
-        return MicroBatching(token_budget=runner.max_tokens_per_mbs or runner.seq_length)
+        # Sequence parallelism pads each sequence, so that the longest one must fit padded.
+        multiple = actor.model.tensor_model_parallel_size if actor.model.sequence_parallel else 1
+        return MicroBatching(token_budget=round_up(runner.max_tokens_per_mbs or runner.seq_length, multiple))
     return MicroBatching(micro_batch_size=actor.micro_batch_size)
 
 

@@ -41,6 +41,7 @@ class MetricsWriter:
         project: name of the project at the tracking service.
         experiment: name of the run there.
         config: what to show as the run's configuration there.
+        backend_directory: where the backends put their files; None: `directory`.
 
     Raises:
         TrainError: an unknown backend, one that is not installed, or a file to resume that is not valid.
@@ -55,6 +56,7 @@ class MetricsWriter:
         project: str = "mbridge",
         experiment: str = "run",
         config: Mapping[str, Any] | None = None,
+        backend_directory: str | os.PathLike[str] | None = None,
     ) -> None:
         for name in backends:
             if name not in BACKENDS:
@@ -63,7 +65,8 @@ class MetricsWriter:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         # Before the file is touched, since a backend may be missing.
         self._backends = [
-            BACKENDS[name](self.path.parent, project, experiment, dict(config or {})) for name in backends
+            BACKENDS[name](Path(backend_directory or directory), project, experiment, dict(config or {}))
+            for name in backends
         ]
         self._last_step = -1
         if self.path.exists():

@@ -26,6 +26,8 @@ class OptimizerSettings:
         overlap_param_gather: gather updated weights while the next forward pass goes on (distributed optimizer only).
         bucket_size: parameters in one gradient bucket; None leaves it to Megatron-Core.
         loss_scale: fixed loss scale for fp16; None is dynamic.
+        initial_loss_scale, min_loss_scale: where a dynamic scale starts, and what it does not fall below.
+        loss_scale_window: steps without an overflow after which a dynamic scale doubles.
     """
 
     schedule: Schedule
@@ -37,12 +39,20 @@ class OptimizerSettings:
     overlap_param_gather: bool = False
     bucket_size: int | None = None
     loss_scale: float | None = None
+    initial_loss_scale: float = 2.0**32
+    min_loss_scale: float = 1.0
+    loss_scale_window: float = 1000
 
     def __post_init__(self) -> None:
         if self.overlap_param_gather and not (self.use_distributed_optimizer and self.overlap_grad_reduce):
             raise TrainError(
                 "overlap_param_gather needs use_distributed_optimizer and overlap_grad_reduce: "
                 "set both, or leave it off"
+            )
+        if self.initial_loss_scale < self.min_loss_scale:
+            raise TrainError(
+                f"initial_loss_scale={self.initial_loss_scale:g} is below min_loss_scale={self.min_loss_scale:g}: "
+                "raise the one or lower the other"
             )
 
 
@@ -112,9 +122,17 @@ class Optimizer:
                 use_distributed_optimizer=settings.use_distributed_optimizer,
                 overlap_param_gather=settings.overlap_param_gather,
                 loss_scale=settings.loss_scale,
+                initial_loss_scale=settings.initial_loss_scale,
+                min_loss_scale=settings.min_loss_scale,
+                loss_scale_window=settings.loss_scale_window,
             ),
             model,
         )
+
+    @property
+    def parts(self) -> list[Any]:
+        """Megatron-Core's optimizers behind the chain that it always returns; usually one."""
+        return list(getattr(self.megatron, "chained_optimizers", [self.megatron]))
 
     def zero_grad(self) -> None:
         """Forget the gradients of the optimizer's own copies; the model's buffers are the engine's."""

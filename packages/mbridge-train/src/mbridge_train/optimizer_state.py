@@ -6,6 +6,7 @@ own name and in its own shape, so that a checkpoint can be resharded and read wi
 """
 
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -32,7 +33,7 @@ def collect(optimizer: Optimizer, names: dict[nn.Parameter, str]) -> dict[str, A
         None}. On the others None.
     """
     state: dict[str, Any] = {key: {} for key in (_MASTER, *MOMENTS)}
-    for part in _parts(optimizer):
+    for part in optimizer.parts:
         if isinstance(part, DistributedOptimizer):
             _ensure_moments(part)
             gathered = part.get_parameter_state_dp_zero()
@@ -50,11 +51,12 @@ def collect(optimizer: Optimizer, names: dict[nn.Parameter, str]) -> dict[str, A
                     state[key][name] = part.optimizer.state[master][key].float().cpu()
     if parallel_state.get_data_parallel_rank() != 0:
         return None
-    scaler = optimizer.megatron.grad_scaler if hasattr(optimizer.megatron, "grad_scaler") else None
+    scaler = _grad_scaler(optimizer)
     return state | {
         "step": _adam_step(optimizer),
         "schedule_step": optimizer.steps,
-        "grad_scaler": scaler.state_dict() if scaler is not None else None,
+        # A copy, since the state holds the live scale.
+        "grad_scaler": deepcopy(scaler.state_dict()) if scaler is not None else None,
     }
 
 
@@ -77,7 +79,7 @@ def restore(optimizer: Optimizer, names: dict[nn.Parameter, str], state: dict[st
     torch.distributed.broadcast_object_list(facts, src=torch.distributed.get_global_rank(group, 0), group=group)
     shared = facts[0]
     assert shared is not None
-    for part in _parts(optimizer):
+    for part in optimizer.parts:
         _ensure_moments(part)
         if isinstance(part, DistributedOptimizer):
             part.load_parameter_state_from_dp_zero(_flatten(part, names, state) if state is not None else None)
@@ -94,17 +96,18 @@ def restore(optimizer: Optimizer, names: dict[nn.Parameter, str], state: dict[st
         for group_settings in part.optimizer.param_groups:
             group_settings["step"] = shared["step"]
     optimizer.steps = shared["schedule_step"]
-    if shared["grad_scaler"] is not None:
-        optimizer.megatron.grad_scaler.load_state_dict(shared["grad_scaler"])
+    scaler = _grad_scaler(optimizer)
+    if scaler is not None and shared["grad_scaler"] is not None:
+        scaler.load_state_dict(shared["grad_scaler"])
 
 
-def _parts(optimizer: Optimizer) -> list[Any]:
-    """Megatron-Core's optimizers behind a chained one; usually one."""
-    return list(getattr(optimizer.megatron, "chained_optimizers", [optimizer.megatron]))
+def _grad_scaler(optimizer: Optimizer) -> Any:
+    """Of fp16, None otherwise. The chain has none of its own."""
+    return getattr(optimizer.parts[0], "grad_scaler", None)
 
 
 def _adam_step(optimizer: Optimizer) -> int:
-    return max(int(group.get("step", 0)) for part in _parts(optimizer) for group in part.optimizer.param_groups)
+    return max(int(group.get("step", 0)) for part in optimizer.parts for group in part.optimizer.param_groups)
 
 
 @torch.no_grad()

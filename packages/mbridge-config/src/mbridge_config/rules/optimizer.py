@@ -34,6 +34,15 @@ def loss_scale(context: Context) -> Iterable[Finding]:
         yield Finding(f"{OPTIM}loss_scale", reason, "remove it", Severity.WARNING)
 
 
+@rule("loss-scale-range", f"{OPTIM}initial_loss_scale", f"{OPTIM}min_loss_scale")
+def loss_scale_range(context: Context) -> Iterable[Finding]:
+    """The loss scale would start below its lowest value."""
+    optim = context.config.actor.optim
+    if optim.initial_loss_scale < optim.min_loss_scale:
+        reason = f"below min_loss_scale {optim.min_loss_scale:g}"
+        yield Finding(f"{OPTIM}initial_loss_scale", reason, f"use {optim.min_loss_scale:g} or more")
+
+
 @rule("recompute", GRANULARITY, METHOD, RECOMPUTED)
 def recompute(context: Context) -> Iterable[Finding]:
     """The recompute settings do not fit together: full needs a method and a number of layers, selective takes
@@ -88,6 +97,19 @@ def lowest(context: Context) -> Iterable[Finding]:
         yield Finding(f"{SCHEDULE}lr_warmup_init", reason, f"use {schedule.max_lr:g} or less")
 
 
+@rule("weight-decay-schedule", *(f"{SCHEDULE}{name}_weight_decay" for name in ("start", "end")), f"{OPTIM}weight_decay")
+def weight_decay(context: Context) -> Iterable[Finding]:
+    """The weight decay is to change over the run, or is given twice with different values."""
+    actor, origin = context.config.actor, context.config.origin
+    start, end = actor.lr_sched.start_weight_decay, actor.lr_sched.end_weight_decay
+    if start != end:
+        reason = f"weight decay is constant in this version, and {SCHEDULE}start_weight_decay is {start:g}"
+        yield Finding(f"{SCHEDULE}end_weight_decay", reason, f"set it to {start:g}, or remove it")
+    if origin.was_set(f"{OPTIM}weight_decay") and actor.optim.weight_decay != start:
+        reason = f"{SCHEDULE}start_weight_decay {start:g} is used"
+        yield Finding(f"{OPTIM}weight_decay", reason, "make them equal, or remove one", Severity.WARNING)
+
+
 @rule("schedule-lengths", *(f"{SCHEDULE}{name}" for name in ("lr_decay_iters", "lr_warmup_iters", "lr_decay_style")))
 def schedule_lengths(context: Context) -> Iterable[Finding]:
     """The warm-up is not shorter than the schedule, or WSD has no length for its last decay."""
@@ -124,10 +146,12 @@ def overlap(context: Context) -> Iterable[Finding]:
 RULES = (
     precision,
     loss_scale,
+    loss_scale_range,
     recompute,
     recompute_layers,
     learning_rate,
     lowest,
+    weight_decay,
     schedule_lengths,
     overlap,
 )

@@ -13,6 +13,7 @@ CHECKPOINT = "actor.model.megatron_checkpoint"
 USE_HF = "actor.megatron.use_hf_ckpt"
 MBRIDGE = "actor.megatron.mbridge"
 RESUME = "runner.resume_dir"
+KL = "algorithm.kl_beta"
 ROLLOUT_MODEL = "rollout.model.model_path"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _INDEX = "model.safetensors.index.json"
@@ -44,6 +45,17 @@ def forbidden(context: Context) -> Iterable[Finding]:
         )
 
 
+@rule("reference-weights", CHECKPOINT, USE_HF, RESUME, KL)
+def reference(context: Context) -> Iterable[Finding]:
+    """A run with a KL penalty is resumed, and the weights it began with, which are its reference, are not named."""
+    config = context.config
+    if config.actor.megatron.use_hf_ckpt or config.actor.model.megatron_checkpoint or not config.runner.resume_dir:
+        return
+    if config.algorithm.kl_beta > 0:
+        reason = f"{KL} is above 0, and its reference policy is the one that the run began with, which is not named"
+        yield Finding(CHECKPOINT, reason, f"set {CHECKPOINT} to where the run began, or {KL}=0")
+
+
 @rule("mbridge-off", MBRIDGE, USE_HF)
 def mbridge_off(context: Context) -> Iterable[Finding]:
     """HuggingFace weights are to be loaded with mbridge switched off; there is no other way to load them."""
@@ -72,7 +84,9 @@ def resume(context: Context) -> Iterable[Finding]:
         return
     directory = Path(value).expanduser()
     if not directory.is_dir():
-        yield Finding(RESUME, "there is no such directory", "give auto, or a global_step_<n> directory of an earlier run")
+        yield Finding(
+            RESUME, "there is no such directory", "give auto, or a global_step_<n> directory of an earlier run"
+        )
     elif not (directory / "actor").is_dir():
         steps = [path for path in directory.rglob("global_step_*") if path.is_dir()]
         newest = max(steps, key=lambda path: _step(path.name), default=None)
@@ -137,6 +151,7 @@ def vocabulary(context: Context) -> Iterable[Finding]:
 RULES = (
     required,
     forbidden,
+    reference,
     mbridge_off,
     checkpoint_missing,
     resume,

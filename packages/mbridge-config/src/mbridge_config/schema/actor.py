@@ -9,6 +9,7 @@ from mbridge_config.schema.optimizer import LrScheduleConfig, OptimizerConfig
 
 _NO_CONVERSION = "nothing is converted beforehand; the HuggingFace weights are loaded straight into the model"
 _OVERLAP = "tensor-parallel overlap is chosen by the layer backend"
+_STAYS = "weights, gradients and optimizer state stay where they are in this version"
 _ONE_MODEL = "the model is built from its config.json"
 
 
@@ -19,7 +20,7 @@ class TokenizerConfig:
     tokenizer_model: str | None = key(None, "Directory of the tokenizer's files.")
     use_fast: bool = key(True, "The tokenizer's Rust implementation.")
     trust_remote_code: bool = key(False, "Run Python code that lies in the model directory.")
-    padding_side: Literal["left", "right"] = key("right", "Where batches are padded; generation always pads left.")
+    padding_side: Literal["left", "right"] = no_effect("right", "training pads right and generation left")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -49,10 +50,16 @@ class MegatronConfig:
 
     mbridge: bool = key(True, "Load HuggingFace weights through Megatron-Bridge.")
     use_hf_ckpt: bool = key(True, "Start from HuggingFace weights; false: from model.megatron_checkpoint.")
-    use_dist_ckpt: bool = key(False, "Save in Megatron's torch_dist format, not one file a rank.")
-    ckpt_format: Literal["torch", "torch_dist"] = key("torch", "Format of the Megatron checkpoint.")
-    distributed_backend: Literal["nccl", "gloo"] | None = key(
-        None, "Communication. null: nccl where there is a GPU, else gloo."
+    use_dist_ckpt: bool = key(
+        False, "One file a model-parallel rank.", refused={"True": "torch_dist checkpoints are not in this version"}
+    )
+    ckpt_format: Literal["torch"] = key(
+        "torch",
+        "Format of the Megatron checkpoint.",
+        refused={"torch_dist": "torch_dist checkpoints are not in this version"},
+    )
+    distributed_backend: Literal["nccl", "gloo"] | None = no_effect(
+        None, "ranks communicate with nccl where there is a GPU, else with gloo"
     )
     distributed_timeout_minutes: float = key(30, "Longest wait for another rank.", unit="minutes", above=0.0)
     ddp_bucket_size: int | None = key(
@@ -81,9 +88,9 @@ class ActorConfig:
         minimum=1,
     )
     seed: int = key(1234, "Seed of weights, dropout and sampling.", minimum=0)
-    offload_optimizer: bool = key(False, "Keep optimizer state in host memory during generation.")
-    offload_weight: bool = key(False, "Keep weights in host memory during generation.")
-    offload_grad: bool = key(False, "Free gradients during generation.")
+    offload_optimizer: bool = no_effect(False, _STAYS)
+    offload_weight: bool = no_effect(False, _STAYS)
+    offload_grad: bool = no_effect(False, _STAYS)
     model: ModelConfig = section(ModelConfig, "The model.")
     optim: OptimizerConfig = section(OptimizerConfig, "The optimizer.")
     lr_sched: LrScheduleConfig = section(LrScheduleConfig, "The learning rate.")

@@ -67,7 +67,7 @@ class AlgorithmConfig:
         True, "Old log-probabilities from the trained model before the update, not from generation."
     )
     shuffle_rollout: bool = key(True, "Shuffle answers before they are cut into minibatches.")
-    use_valid_token_scale: bool = key(False, "Scale the loss by the share of tokens that are trained.")
+    use_valid_token_scale: bool = no_effect(False, "loss_agg_func alone says how much a trained token counts")
     early_stop_imp_ratio: float | None = key(
         None, "Skip a minibatch whose mean probability ratio is above this. null: never.", above=0.0
     )

@@ -32,9 +32,9 @@ class DataConfig:
     val_rollout_batch_size: int | None = key(
         None, "Prompts validated at once. null: all of them.", unit="prompts", minimum=1
     )
-    num_workers: int = key(0, "Processes that read data; 0: the training process.", minimum=0)
+    num_workers: int = no_effect(0, "all data is read before the first step, by the training process")
     shuffle: bool = key(True, "Shuffle the training data at each epoch.")
-    validation_shuffle: bool = key(False, "Shuffle the validation data.")
+    validation_shuffle: bool = no_effect(False, "every validation uses all problems, so their order is of no matter")
     seed: int = key(1234, "Seed of the data order and of made problems.", minimum=0)
     reasoning_gym: ReasoningGymConfig = section(ReasoningGymConfig, "The reasoning-gym task.")
 

@@ -60,8 +60,8 @@ class ModelConfig:
     )
     recompute_num_layers: int | None = key(None, "full: layers in a group, or in the block.", unit="layers", minimum=1)
 
-    apply_rope_fusion: bool = key(False, "Fused rotary embedding, where the backend has it.")
-    gradient_accumulation_fusion: bool = key(False, "Fused weight gradients, where the backend has them.")
+    apply_rope_fusion: bool = no_effect(False, _FUSED)
+    gradient_accumulation_fusion: bool = no_effect(False, _FUSED)
     bias_activation_fusion: bool = no_effect(False, _FUSED)
     bias_dropout_fusion: bool = no_effect(False, _FUSED)
     masked_softmax_fusion: bool = no_effect(False, _FUSED)

@@ -10,7 +10,12 @@ from mbridge_config.keys import key, no_effect
 class OptimizerConfig:
     """`actor.optim`: AdamW (Loshchilov and Hutter, Decoupled Weight Decay Regularization)."""
 
-    optimizer: Literal["adam", "sgd"] = key("adam", "adam has decoupled weight decay.", spellings={"adamw": "adam"})
+    optimizer: Literal["adam"] = key(
+        "adam",
+        "adam has decoupled weight decay.",
+        spellings={"adamw": "adam"},
+        refused={"sgd": "SGD is not in this version"},
+    )
     lr: float = key(1e-6, "Learning rate, where lr_sched.max_lr is null.", minimum=0.0)
     min_lr: float = key(0.0, "Lowest learning rate, where lr_sched.min_lr is null.", minimum=0.0)
     adam_beta1: float = key(0.9, "Decay of the first moment.", minimum=0.0, maximum=1.0)
@@ -56,6 +61,14 @@ class LrScheduleConfig:
     lr_wsd_decay_style: Literal["exponential", "linear", "cosine", "minus_sqrt"] = key(
         "exponential", "WSD: shape of the last decay."
     )
-    start_weight_decay: float | None = key(None, "Weight decay at step 0. null: optim.weight_decay.", minimum=0.0)
-    end_weight_decay: float | None = key(None, "Weight decay at the end. null: optim.weight_decay.", minimum=0.0)
-    weight_decay_incr_style: Literal["constant", "linear", "cosine"] = key("constant", "Shape of its change.")
+    start_weight_decay: float | None = key(
+        None, "Weight decay, over optim.weight_decay. null: optim.weight_decay.", minimum=0.0
+    )
+    end_weight_decay: float | None = key(
+        None, "Must be start_weight_decay: the decay does not change. null: it is.", minimum=0.0
+    )
+    weight_decay_incr_style: Literal["constant"] = key(
+        "constant",
+        "Shape of its change.",
+        refused=dict.fromkeys(("linear", "cosine"), "weight decay is constant in this version"),
+    )

@@ -31,7 +31,7 @@ class RolloutConfig:
     )
     max_running_requests: int = key(64, "Sequences that one rank generates at once.", minimum=1)
     print_outputs: bool = key(False, "Print each answer.")
-    return_logprobs: bool = key(True, "Keep the log-probabilities of generation; they measure the mismatch.")
+    return_logprobs: bool = no_effect(True, "log-probabilities of generation are always kept, to measure the mismatch")
 
     model_dir: str | None = alias("rollout.model.model_path")
     model_arch: str | None = no_effect(None, "the architecture is read from the model's config.json")

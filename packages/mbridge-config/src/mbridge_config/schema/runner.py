@@ -10,7 +10,7 @@ from mbridge_config.keys import key, no_effect, section
 class LoggerConfig:
     """`runner.logger`: where metrics go beside `metrics.jsonl`, which is always written."""
 
-    log_path: str | None = key(None, "Directory of the logs. null: `<output_dir>/<experiment_name>`.")
+    log_path: str | None = key(None, "Directory of the backends' files. null: `<output_dir>/<experiment_name>`.")
     project_name: str = key("mbridge", "Project name that wandb and swanlab show.")
     experiment_name: str | None = key(None, "Run name in the backends. null: `runner.experiment_name`.")
     logger_backends: list[Literal["tensorboard", "wandb", "swanlab"]] = key(
@@ -28,7 +28,9 @@ class RunnerConfig:
     save_interval: int = key(-1, "Steps between checkpoints; -1: only the last step.", unit="steps", minimum=-1)
     val_check_interval: int = key(-1, "Steps between validations; -1: none on the way.", unit="steps", minimum=-1)
     seq_length: int = key(2048, "Longest sequence, prompt and answer together.", unit="tokens", minimum=2)
-    resume_dir: str | None = key(None, "A `global_step_<n>` directory to go on from; auto: the newest of this run that is whole.")
+    resume_dir: str | None = key(
+        None, "A `global_step_<n>` directory to go on from; auto: the newest of this run that is whole."
+    )
     experiment_name: str = key("default", "Name of the run; its files go to `<output_dir>/<experiment_name>`.")
     output_dir: str = key("results", "Directory that holds the runs.")
     enable_dynamic_batch_size: bool = key(
