@@ -12,6 +12,7 @@ from mbridge_ckpt.errors import (
     SaveError,
     UnsafeCheckpointError,
 )
+from mbridge_ckpt.hf_export import write_hf
 from mbridge_ckpt.layout import HF_DIRECTORY, Layout, model_file, mp_rank_directory, optimizer_file
 from mbridge_ckpt.manifest import FileRecord, Manifest, TensorRecord
 from mbridge_ckpt.placement import ParameterPlacement, place_parameter
@@ -56,4 +57,5 @@ __all__ = [
     "prune",
     "restore_random_state",
     "verify",
+    "write_hf",
 ]

@@ -11,7 +11,7 @@ import shutil
 import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
@@ -35,6 +35,7 @@ from mbridge_ckpt.placement import ParameterPlacement
 from mbridge_ckpt.publish import WRITER_FILE, publish, temporary_directory, writer_versions
 from mbridge_ckpt.state import wrap_rank_state
 from mbridge_ckpt.torch_files import write_torch_file
+from mbridge_ckpt.verify import files_below
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -160,7 +161,8 @@ class Save:
     def file(self, path: str) -> Path:
         """Absolute path for a file that another library writes; `commit` reads it back once for its checksum.
 
-        Prefer the other methods: they hash what was meant to be written, this one what the disk gives back.
+        So it does with any file found below `self.path`, but then on the first rank alone. Prefer the other methods:
+        they hash what was meant to be written, this one what the disk gives back.
         """
         target = self._new_file(path)
         try:
@@ -169,6 +171,21 @@ class Save:
             self._note_writing(path, error)
         self._external.append(path)
         return target
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a file that this rank wrote in this save another name."""
+        target = self._new_file(new)
+        if self._failure is None:
+            try:
+                os.rename(self.path / old, target)
+                self._records[new] = replace(self._records.pop(old), path=new)
+            except OSError as error:
+                self._note_writing(new, error)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first rank of the save, the one that writes what exists once."""
+        return self._ranks.rank == 0
 
     @property
     def failed(self) -> bool:
@@ -197,6 +214,9 @@ class Save:
     def _publish(self, records: list[FileRecord], metadata: dict[str, Any], writer: dict[str, str]) -> None:
         if any(record.path.startswith(iteration_directory(self.step) + "/") for record in records):
             records.append(_write(self.path, TRACKER_FILE, str(self.step).encode()))
+        # Files that somebody wrote below `path` without saying so belong to the checkpoint too.
+        for path in sorted(set(files_below(self.path)) - {record.path for record in records} - {WRITER_FILE}):
+            records.append(_read_back(self.path, path))
         manifest = Manifest(
             step=self.step,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -212,10 +232,7 @@ class Save:
     def _hash_external(self) -> None:
         for path in self._external:
             try:
-                target = inside(self.path, path)
-                fsync_path(target)
-                size, digest = hash_file(target)
-                self._records[path] = FileRecord(path=path, bytes=size, xxh3_128=digest)
+                self._records[path] = _read_back(self.path, path)
             except (OSError, CheckpointError) as error:
                 self._note(f"cannot read back {self._final / path}: {_text(error)}")
 
@@ -322,6 +339,13 @@ def _write(root: Path, path: str, data: bytes) -> FileRecord:
         return FileRecord(path=path, bytes=file.bytes, xxh3_128=file.close())
     finally:
         file.abandon()
+
+
+def _read_back(root: Path, path: str) -> FileRecord:
+    target = inside(root, path)
+    fsync_path(target)
+    size, digest = hash_file(target)
+    return FileRecord(path=path, bytes=size, xxh3_128=digest)
 
 
 def _text(error: BaseException) -> str:
