@@ -5,11 +5,7 @@ HuggingFace directory, get its Megatron provider, load weights, stream them back
 happens when a model is built, not before.
 """
 
-import io
-import logging
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +13,7 @@ import torch
 
 from mbridge_model.cpu import allow_missing_transformer_engine, enable_cpu
 from mbridge_model.errors import ModelError
-
-logger = logging.getLogger("mbridge_model")
+from mbridge_model.quiet import quiet
 
 INSTALL_LINE = "pip install --no-deps megatron-bridge==0.6.2"
 
@@ -32,32 +27,13 @@ def import_bridge() -> Any:
     enable_cpu()
     allow_missing_transformer_engine()
     try:
-        with _quiet():
+        with quiet():
             from megatron.bridge import AutoBridge
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("megatron.bridge"):
             raise ModelError(f"megatron-bridge is not installed; run: {INSTALL_LINE}") from None
         raise
     return AutoBridge
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep upstream's prints, progress bars and warnings of missing GPU libraries off the terminal, but in the log."""
-    printed = io.StringIO()
-    loggers = [logging.getLogger(name) for name in ("megatron.bridge", "megatron.core")]
-    levels = [upstream.level for upstream in loggers]
-    for upstream in loggers:
-        upstream.setLevel(logging.ERROR)
-    try:
-        with redirect_stdout(printed), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for upstream, level in zip(loggers, levels, strict=True):
-            upstream.setLevel(level)
-        if text := printed.getvalue().strip():
-            logger.debug("upstream printed: %s", text)
 
 
 class Bridge:
@@ -72,27 +48,48 @@ class Bridge:
     """
 
     def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
+        self.path = path
         auto_bridge = import_bridge()
         try:
-            with _quiet():
+            with quiet():
                 self._bridge = auto_bridge.from_hf_pretrained(str(path), trust_remote_code=trust_remote_code)
         except ValueError as error:
             first_line = str(error).strip().splitlines()[0]
             raise ModelError(f"Megatron-Bridge cannot convert {path}: {first_line}") from error
 
     def provider(self) -> Any:
-        """A fresh provider (a Megatron `TransformerConfig` that builds the model), without weights."""
-        with _quiet():
-            return self._bridge.to_megatron_provider(load_weights=False)
+        """A fresh provider (a Megatron `TransformerConfig` that builds the model), without weights.
+
+        Raises:
+            ModelError: config.json has a setting that Megatron-Bridge does not know.
+        """
+        try:
+            with quiet():
+                return self._bridge.to_megatron_provider(load_weights=False)
+        except (ValueError, NotImplementedError) as error:
+            raise ModelError(f"Megatron-Bridge cannot convert {self.path}: {error}") from error
 
     def build(self, provider: Any) -> list[torch.nn.Module]:
-        """The model chunks of this rank, not yet wrapped for data parallelism; half precision is wrapped."""
-        with _quiet():
-            return provider.provide_distributed_model(wrap_with_ddp=False)
+        """The model chunks of this rank, not yet wrapped for data parallelism; half precision is wrapped.
+
+        Raises:
+            ModelError: Megatron-Core or the backend cannot build it.
+        """
+        try:
+            with quiet():
+                model: list[torch.nn.Module] = provider.provide_distributed_model(wrap_with_ddp=False)
+        except (AssertionError, ValueError, NotImplementedError) as error:
+            raise ModelError(f"the model of {self.path} cannot be built: {error}") from error
+        return model
+
+    @property
+    def hf_config(self) -> Any:
+        """The transformers configuration object of the directory."""
+        return self._bridge.hf_pretrained.config
 
     def load_weights(self, model: list[torch.nn.Module]) -> None:
         """Copy the directory's weights into the model, in place. Collective over all ranks."""
-        with _quiet():
+        with quiet():
             self._bridge.load_hf_weights(model)
 
     def stream_weights(self, model: list[torch.nn.Module], vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -100,7 +97,7 @@ class Bridge:
 
         Tensors with a row per token are cut to `vocab_size` rows, which Megatron-Bridge leaves padded.
         """
-        with _quiet():
+        with quiet():
             tasks = self._bridge.get_conversion_tasks(model)
         vocabulary = {"lm_head.weight"}
         for task in tasks:
@@ -113,21 +110,24 @@ class Bridge:
         """Check that each weight of the directory has a place in the model, and each parameter a weight.
 
         Megatron-Bridge only warns of either, and would train with a randomly initialised or a lost tensor.
+        Collective over all ranks, so that all of them raise.
 
         Raises:
             ModelError: naming the first tensors that have no counterpart.
         """
         from megatron.core.utils import get_model_config
 
+        tied = get_model_config(model[0]).share_embeddings_and_output_weights
+
         expected: set[str] = set()
-        with _quiet():
+        with quiet():
             tasks = self._bridge.get_conversion_tasks(model)
         for task in tasks:
             if task is not None:
                 expected.update(_hf_names(task))
         present = set(self._bridge.hf_pretrained.state.source.get_all_keys())
         missing = sorted(expected - present)
-        ignored = {"lm_head.weight"} if get_model_config(model[0]).share_embeddings_and_output_weights else set()
+        ignored = {"lm_head.weight"} if tied else set()
         unused = sorted(name for name in present - expected - ignored if not name.endswith("rotary_emb.inv_freq"))
         if missing:
             raise ModelError(
@@ -138,6 +138,20 @@ class Bridge:
             raise ModelError(
                 f"{len(unused)} tensor(s) of the checkpoint have no place in the Megatron model, first {unused[0]!r}; "
                 "training without them would change the model. Megatron-Bridge does not know this variant"
+            )
+        filled = {id(task.param_weight) for task in tasks if task is not None}
+        empty = [
+            name
+            for chunk in model
+            for name, parameter in chunk.named_parameters()
+            if id(parameter) not in filled and not (tied and "output_layer" in name)
+        ]
+        empty_by_rank: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(empty_by_rank, empty)
+        if names := sorted({name for names in empty_by_rank for name in names}):
+            raise ModelError(
+                f"{len(names)} parameter(s) of the Megatron model get no weight from the checkpoint, first "
+                f"{names[0]!r}; an override, or a setting in config.json, asks for more than this architecture has"
             )
 
 

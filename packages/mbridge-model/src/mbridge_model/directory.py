@@ -33,7 +33,7 @@ class HFDirectory:
     @property
     def architecture(self) -> str:
         """The first entry of `architectures`, such as "Qwen2ForCausalLM"."""
-        return self.config["architectures"][0]
+        return str(self.config["architectures"][0])
 
     @property
     def vocab_size(self) -> int:
@@ -58,10 +58,17 @@ def open_directory(path: str | Path, *, needs_weights: bool = True) -> HFDirecto
             "(a directory with config.json and *.safetensors)"
         )
     config = _read_json(directory / "config.json", "a HuggingFace checkpoint has one; is this the right directory?")
-    if not config.get("architectures"):
+    architectures = config.get("architectures")
+    if not isinstance(architectures, list) or not architectures or not isinstance(architectures[0], str):
         raise ModelError(
             f"{directory / 'config.json'} has no 'architectures'; it must name the model class, for example "
             '"architectures": ["Qwen2ForCausalLM"]'
+        )
+    text_config = config.get("text_config", config)
+    if not isinstance(text_config, dict) or not isinstance(text_config.get("vocab_size"), int):
+        raise ModelError(
+            f"{directory / 'config.json'} has no 'vocab_size' (nor one under 'text_config'); add the number of rows of "
+            "the embedding"
         )
     files = _weight_files(directory) if needs_weights else ()
     for file in files:
@@ -72,7 +79,17 @@ def open_directory(path: str | Path, *, needs_weights: bool = True) -> HFDirecto
 def _weight_files(directory: Path) -> tuple[Path, ...]:
     index_path = directory / _INDEX
     if index_path.exists():
-        names = sorted(set(_read_json(index_path, "").get("weight_map", {}).values()))
+        weight_map = _read_json(index_path, "").get("weight_map")
+        if (
+            not isinstance(weight_map, dict)
+            or not weight_map
+            or not all(isinstance(name, str) for name in weight_map.values())
+        ):
+            raise ModelError(f"{index_path} has no 'weight_map' from tensor names to file names; download it again")
+        names = sorted(set(weight_map.values()))
+        for name in names:
+            if Path(name).name != name:
+                raise ModelError(f"{index_path} names {name!r}, which is not in its own directory; download it again")
         missing = [name for name in names if not (directory / name).is_file()]
         if missing:
             raise ModelError(
@@ -102,7 +119,7 @@ def check_safetensors(path: Path) -> None:
             raise ModelError(f"{path} is not a whole safetensors file ({size} bytes); download it again")
         try:
             header = json.loads(file.read(header_size))
-            ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise ModelError(f"{path} has a broken safetensors header ({error}); download it again") from None
     expected = 8 + header_size + max(ends, default=0)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mbridge_model.bridge import Bridge, import_bridge
 from mbridge_model.directory import HFDirectory, open_directory
-from mbridge_model.families import Family, find_family
+from mbridge_model.families import GENERIC, Family, find_family
+from mbridge_model.fidelity import check_rotary, config_fields
 from mbridge_model.parallel import Parallel, initialize_parallel
 from mbridge_model.provider import Backend, configure_provider, resolve_backend
 
@@ -87,16 +88,28 @@ def load(
     import_bridge()
     initialize_parallel(parallel, seed)
     family = find_family(directory.architecture)
-    resolved = resolve_backend(backend)
+    resolved = resolve_backend(backend, dtype)
     bridge = Bridge(directory.path, trust_remote_code=trust_remote_code)
     provider = bridge.provider()
     logger.info("%s: family %s, %s backend", directory.path, family.name, resolved)
+    if family is GENERIC:
+        logger.warning(
+            "%s has no family file here: compare its logits with transformers before you trust it",
+            directory.architecture,
+        )
     configure_provider(
-        provider, family=family, parallel=parallel, dtype=dtype, backend=resolved, overrides=overrides or {}
+        provider,
+        family=family,
+        parallel=parallel,
+        dtype=dtype,
+        backend=resolved,
+        config_fields=config_fields(bridge.hf_config, provider),
+        overrides=overrides or {},
     )
     if weights:
         provider.perform_initialization = False
     model = bridge.build(provider)
+    check_rotary(bridge.hf_config, model)
     if weights:
         bridge.check_coverage(model)
         bridge.load_weights(model)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from torch._C._distributed_c10d import HashStore
 
 from mbridge_model.errors import ModelError
 
@@ -45,7 +46,7 @@ def initialize_parallel(parallel: Parallel, seed: int) -> None:
 
     if not torch.distributed.is_initialized():
         backend = "nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0, world_size=1)
+        torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     if not parallel_state.model_parallel_is_initialized():
         world_size = torch.distributed.get_world_size()
         if world_size % parallel.model:

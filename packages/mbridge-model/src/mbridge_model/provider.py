@@ -15,21 +15,26 @@ import torch
 from mbridge_model.errors import ModelError
 from mbridge_model.families import Family
 from mbridge_model.parallel import Parallel
+from mbridge_model.quiet import quiet
 
 logger = logging.getLogger("mbridge_model")
 
 Backend = Literal["auto", "te", "torch"]
 
 
-def resolve_backend(backend: Backend) -> Literal["te", "torch"]:
-    """`auto` takes Transformer Engine where it imports and a GPU is there, else plain torch.
+def resolve_backend(backend: Backend, dtype: torch.dtype) -> Literal["te", "torch"]:
+    """`auto` takes Transformer Engine in half precision, where it imports and a GPU is there, else plain torch.
+
+    In fp32 Transformer Engine multiplies matrices in TF32 (logprobs of a tiny model differ by 2e-3 from HuggingFace's)
+    and has no attention kernel for packed sequences.
 
     Raises:
         ModelError: an unknown name, or `te` where Transformer Engine or a GPU is missing.
     """
     if backend not in ("auto", "te", "torch"):
         raise ModelError(f"backend {backend!r} is unknown; use 'auto', 'te' or 'torch'")
-    if backend == "torch" or (backend == "auto" and not torch.cuda.is_available()):
+    automatic = backend == "auto"
+    if backend == "torch" or (automatic and (dtype == torch.float32 or not torch.cuda.is_available())):
         return "torch"
     if not torch.cuda.is_available():
         raise ModelError("backend 'te' needs a GPU, and torch sees none; use backend 'auto' or 'torch'")
@@ -53,6 +58,7 @@ def configure_provider(
     dtype: torch.dtype,
     backend: Literal["te", "torch"],
     overrides: Mapping[str, Any],
+    config_fields: Mapping[str, Any],
 ) -> None:
     """Change `provider` in place and finalize it.
 
@@ -62,6 +68,7 @@ def configure_provider(
         parallel: tensor and pipeline sizes, sequence parallelism.
         dtype: of parameters and activations: float32, bfloat16 or float16.
         backend: which layers are built.
+        config_fields: provider field -> value, which config.json says and Megatron-Bridge does not carry over.
         overrides: provider field -> value, from the user. They win over everything but a family's forced field.
 
     Raises:
@@ -71,6 +78,7 @@ def configure_provider(
     changes.update(_layout_fields(parallel), "the layout asked for")
     changes.update(_precision_fields(dtype), f"precision {str(dtype).removeprefix('torch.')}")
     changes.set("should_pad_vocab", True, "rows of the vocabulary are divided over the tensor-parallel ranks")
+    changes.update(config_fields, "config.json says so")
     if backend == "torch":
         changes.update(_torch_backend_fields(), "the torch backend")
     else:
@@ -84,7 +92,8 @@ def configure_provider(
     for force in family.forces:
         changes.set(force.field, force.value, f"{force.reason} (family {family.name})")
     try:
-        provider.finalize()
+        with quiet():
+            provider.finalize()
     except (AssertionError, ValueError, RuntimeError) as error:
         raise ModelError(f"Megatron-Core refuses this combination of settings: {error}") from error
 
@@ -140,6 +149,8 @@ def _precision_fields(dtype: torch.dtype) -> dict[str, Any]:
 
 
 def _torch_backend_fields() -> dict[str, Any]:
+    from megatron.core.transformer.enums import AttnBackend
+
     from mbridge_model.torch_backend import torch_block_spec
 
     values: dict[str, Any] = {
@@ -148,6 +159,12 @@ def _torch_backend_fields() -> dict[str, Any]:
         "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
         "masked_softmax_fusion": False,
+        # Experts run one after another, and no kernel of Transformer Engine sorts their tokens.
+        "moe_grouped_gemm": False,
+        "moe_permute_fusion": False,
+        "moe_router_fusion": False,
+        # Chooses among Transformer Engine's kernels, and would refuse a second model of another family here.
+        "attention_backend": AttnBackend.auto,
     }
     if not torch.cuda.is_available():
         # These are torch.compile'd functions. On a CPU they would need a C++ compiler and cost minutes.

@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
@@ -31,24 +33,51 @@ def save_hf(
         max_shard_bytes: start a new safetensors file when the next tensor would make one larger than this.
 
     Raises:
-        ModelError: `directory` holds something.
+        ModelError: on every rank, where `directory` holds something, or rank 0 cannot write (no space, no permission).
     """
     target = Path(directory)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ModelError(f"{target} exists and is not an empty directory; give another one or remove it")
-    if distributed.get_rank() != 0:
+    writes = distributed.get_rank() == 0
+    # Rank 0 alone looks and writes, and the others learn of its failures: each rank must take part in every collective
+    # of the export to its end, or the others wait for it forever.
+    error: Exception | None = None
+    if writes and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        error = ModelError(f"{target} exists and is not an empty directory; give another one or remove it")
+    _raise_everywhere(error)
+    if not writes:
         for _ in export(model, handle):
             pass
-        distributed.barrier()
-        return
+    else:
+        tensors = export(model, handle)
+        try:
+            _write(tensors, handle.directory.path, target, max_shard_bytes)
+        except (OSError, SafetensorError) as caught:
+            error = ModelError(f"{target} cannot be written: {caught}; free space or give another directory")
+            error.__cause__ = caught
+            for _ in tensors:
+                pass
+    _raise_everywhere(error)
+
+
+def _raise_everywhere(error: Exception | None) -> None:
+    """Raise rank 0's error on every rank. Collective."""
+    message = [None if error is None else str(error)]
+    distributed.broadcast_object_list(message, src=0)
+    if error is not None:
+        raise error
+    if message[0] is not None:
+        raise ModelError(message[0])
+
+
+def _write(tensors: Iterator[tuple[str, Tensor]], source: Path, target: Path, max_shard_bytes: int) -> None:
+    """Write the whole directory beside `target` and rename it; leave nothing behind on failure."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         writer = _ShardWriter(temporary, max_shard_bytes)
-        for name, tensor in export(model, handle):
+        for name, tensor in tensors:
             writer.add(name, tensor)
         writer.finish()
-        for file in handle.directory.path.iterdir():
+        for file in source.iterdir():
             if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES):
                 shutil.copy(file, temporary / file.name)
         temporary.chmod(0o755)  # mkdtemp makes it private
@@ -57,7 +86,6 @@ def save_hf(
         os.rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    distributed.barrier()
 
 
 class _ShardWriter:
@@ -84,7 +112,7 @@ class _ShardWriter:
         if count == 1:
             os.rename(self._part(0), self.directory / "model.safetensors")
             return
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(self.shards):
             file_name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
             os.rename(self._part(number), self.directory / file_name)

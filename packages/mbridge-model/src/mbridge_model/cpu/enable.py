@@ -1,11 +1,11 @@
 """`enable_cpu`: the switch that applies the table of patches, once, where no GPU exists."""
 
 import threading
-import warnings
 
 import torch
 
 from mbridge_model.cpu.patch import apply_patches
+from mbridge_model.quiet import quiet
 
 _lock = threading.Lock()
 _enabled = False
@@ -28,9 +28,7 @@ def enable_cpu() -> None:
     with _lock:
         if _enabled or torch.cuda.is_available():
             return
-        with warnings.catch_warnings():
-            # Megatron-Core warns at import of each optional GPU library that is missing.
-            warnings.simplefilter("ignore")
+        with quiet():
             import megatron.core  # noqa: F401
         from mbridge_model.cpu.table import PATCHES
 

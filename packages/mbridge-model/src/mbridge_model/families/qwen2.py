@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5, and what was distilled into them (DeepSeek-R1-Distill-Qwen): Llama's layer with biases on Q, K, V."""
+"""Qwen2, Qwen2.5 and what was distilled into them (DeepSeek-R1-Distill-Qwen): Llama's layer, biases on Q, K, V."""
 
 from mbridge_model.families.family import Family, Force
 

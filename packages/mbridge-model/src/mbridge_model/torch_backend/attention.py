@@ -22,8 +22,7 @@ class TorchDotProductAttention(MegatronModule):
     """softmax(Q Kᵀ · scale) V over the heads of this tensor-parallel rank. It has no parameters.
 
     Raises:
-        ValueError: a feature of `config` that this backend does not have (context parallelism, attention sinks, a
-            sliding window with packed sequences).
+        ValueError: a feature of `config` that this backend does not have (context parallelism, attention sinks).
     """
 
     def __init__(
@@ -79,8 +78,6 @@ class TorchDotProductAttention(MegatronModule):
         mask_type = attn_mask_type or self.attn_mask_type
         is_causal = mask_type in (AttnMaskType.causal, AttnMaskType.padding_causal)
         if packed_seq_params is not None and packed_seq_params.qkv_format == "thd":
-            if self.window is not None:
-                raise ValueError("a sliding window with packed sequences is not built in the torch backend")
             return self._packed(query, key, value, packed_seq_params, is_causal).flatten(-2)
         # [sequence, batch, heads, channels] -> [batch, heads, sequence, channels]
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
@@ -112,7 +109,8 @@ class TorchDotProductAttention(MegatronModule):
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packing: PackedSeqParams, is_causal: bool) -> Tensor:
         """[tokens, heads, channels] in and out."""
         padded = packing.cu_seqlens_q if packing.cu_seqlens_q_padded is None else packing.cu_seqlens_q_padded
-        if query.is_cuda and query.dtype != torch.float32 and is_causal and not (self.dropout and self.training):
+        has_kernel = query.is_cuda and query.dtype != torch.float32
+        if has_kernel and is_causal and self.window is None and not (self.dropout and self.training):
             # Under a causal mask, padding behind a sequence is seen by no real token, so the slots serve as lengths.
             from torch.nn.attention.varlen import varlen_attn
 
@@ -120,9 +118,11 @@ class TorchDotProductAttention(MegatronModule):
             if groups > 1:
                 key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
             longest = packing.max_seqlen_q
-            return varlen_attn(
+            context = varlen_attn(
                 query, key, value, padded, padded, longest, longest, scale=self.scale, window_size=(-1, 0)
             )
+            assert isinstance(context, Tensor)  # a pair only where the log-sum-exp is asked for
+            return context
         starts = padded[:-1].tolist()
         lengths = packing.cu_seqlens_q.diff().tolist()
         output = torch.zeros(query.shape[0], query.shape[1], value.shape[2], dtype=query.dtype, device=query.device)
@@ -133,9 +133,9 @@ class TorchDotProductAttention(MegatronModule):
             # Padding reads slot 0; under the causal mask no real token sees it, and its output is dropped.
             slots = slots.where(real, 0).to(query.device)
             real = real.to(query.device)
-            batch = [tensor[slots].transpose(1, 2) for tensor in (query, key, value)]
+            query_rows, key_rows, value_rows = (tensor[slots].transpose(1, 2) for tensor in (query, key, value))
             mask = None if is_causal else ~real[:, None, None, :]
-            context = self._attend(*batch, mask, is_causal).transpose(1, 2)
+            context = self._attend(query_rows, key_rows, value_rows, mask, is_causal).transpose(1, 2)
             output = output.index_put((slots[real],), context[real])
         return output
 
@@ -154,7 +154,7 @@ def _length_buckets(lengths: list[int]) -> list[list[int]]:
 
 
 def _band(queries: int, keys: int, is_causal: bool, window: tuple[int, int] | None, device: torch.device) -> Tensor:
-    """Bool [queries, keys], True where a query may attend: causal, and within (left, right) of itself; -1 is no limit."""
+    """Bool [queries, keys], True where a query may attend: causal, within (left, right) of itself; -1 is no limit."""
     distance = torch.arange(queries, device=device).unsqueeze(1) + (keys - queries) - torch.arange(keys, device=device)
     allowed = distance >= 0 if is_causal else torch.ones_like(distance, dtype=torch.bool)
     if window is not None:

@@ -40,7 +40,8 @@ class TorchLayerNormColumnParallelLinear(ColumnParallelLinear):
         normalised = normalize(
             self.config, input_, self.layer_norm_weight, self.layer_norm_bias, self.config.layernorm_epsilon
         )
-        return super().forward(normalised, weight, runtime_gather_output)
+        output: tuple[Tensor, Tensor | None] = super().forward(normalised, weight, runtime_gather_output)
+        return output
 
     def sharded_state_dict(
         self,
@@ -49,7 +50,7 @@ class TorchLayerNormColumnParallelLinear(ColumnParallelLinear):
         metadata: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
         """Megatron-Core's distributed-checkpoint view: `weight` and `bias` split along dimension 0, the norm whole."""
-        return make_sharded_tensors_for_checkpoint(
+        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
             self.state_dict(prefix="", keep_vars=True),
             prefix,
             {"weight": 0, "bias": 0},
@@ -57,3 +58,4 @@ class TorchLayerNormColumnParallelLinear(ColumnParallelLinear):
             tp_group=self.tp_group,
             dp_cp_group=(metadata or {}).get("dp_cp_group"),
         )
+        return state

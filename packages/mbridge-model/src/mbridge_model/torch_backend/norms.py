@@ -36,7 +36,7 @@ def make_norm_parameter(config: TransformerConfig, size: int, *, is_bias: bool) 
     identity = 0.0 if is_bias or config.layernorm_zero_centered_gamma else 1.0
     device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
     parameter = nn.Parameter(torch.full((size,), identity, dtype=config.params_dtype, device=device))
-    parameter.sequence_parallel = config.sequence_parallel
+    setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - it is no attribute of the class
     return parameter
 
 

@@ -3,17 +3,16 @@
 from functools import partial
 from typing import Any
 
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
-from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnMaskType, LayerType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
-from megatron.core.transformer.enums import LayerType
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
@@ -32,10 +31,10 @@ from mbridge_model.torch_backend.norms import TorchNorm
 class TorchSpecProvider(BackendSpecProvider):
     """Which module serves each place of a layer. The counterpart of Megatron-Core's `TESpecProvider`."""
 
-    def column_parallel_linear(self) -> type:
+    def column_parallel_linear(self) -> Any:
         return ColumnParallelLinear
 
-    def row_parallel_linear(self) -> type:
+    def row_parallel_linear(self) -> Any:
         return RowParallelLinear
 
     def fuse_layernorm_and_linear(self) -> bool:
@@ -116,7 +115,7 @@ def _layer_numbers(config: TransformerConfig, vp_stage: int | None) -> list[int]
     """Global, zero-based numbers of the layers on this stage."""
     layout = config.pipeline_model_parallel_layout
     if isinstance(layout, PipelineParallelLayerLayout):
-        return layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage)
+        return list(layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage))
     offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
     return list(range(offset, offset + get_num_layers_to_build(config, vp_stage=vp_stage)))
 

@@ -1,0 +1,5 @@
+"""Mistral: Llama's layer, in some versions with a sliding attention window."""
+
+from mbridge_model.families.family import Family
+
+FAMILY = Family(name="mistral", architectures=("MistralForCausalLM",), forces=())

@@ -1,0 +1,89 @@
+"""What config.json says and Megatron-Bridge drops without a word: sliding windows, and rotary frequencies.
+
+Both change the logits and leave no trace in the weights, so `Bridge.check_coverage` cannot see them. What the provider
+can express is set; what it cannot is refused, since a model that computes something else is worse than none.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mbridge_model.errors import ModelError
+
+# Of YaRN's parameters, those that config.json leaves out where they have the value of the paper (Peng et al. 2023),
+# and which Megatron-Core has no default for.
+_YARN_DEFAULTS = {
+    "yarn_beta_fast": 32.0,
+    "yarn_beta_slow": 1.0,
+    "yarn_mscale": 1.0,
+    "yarn_mscale_all_dim": 0.0,
+    "yarn_correction_range_round_to_int": True,
+}
+
+
+def config_fields(hf_config: Any, provider: Any) -> dict[str, Any]:
+    """Provider fields that follow from `hf_config` (a transformers configuration) and that `provider` lacks."""
+    return _window_fields(hf_config, provider) | _yarn_fields(provider)
+
+
+def _window_fields(hf_config: Any, provider: Any) -> dict[str, Any]:
+    """HuggingFace's window counts the query's own position; Megatron's counts the positions left of it."""
+    window = getattr(hf_config, "sliding_window", None)
+    layer_types = getattr(hf_config, "layer_types", None)
+    if provider.window_size is not None or window is None or not layer_types:
+        return {}
+    slides = [int(layer_type == "sliding_attention") for layer_type in layer_types]
+    return {"window_size": (window - 1, 0), "window_attn_skip_freq": slides} if any(slides) else {}
+
+
+def _yarn_fields(provider: Any) -> dict[str, Any]:
+    if provider.position_embedding_type != "yarn":
+        return {}
+    return {name: value for name, value in _YARN_DEFAULTS.items() if getattr(provider, name, None) is None}
+
+
+def check_rotary(hf_config: Any, model: list[nn.Module]) -> None:
+    """Compare the built model's rotary angles and scale with those of transformers.
+
+    Models of text alone with one set of frequencies; others have embeddings of their own, and pass.
+
+    Raises:
+        ModelError: they differ, or Megatron-Core cannot compute them.
+    """
+    from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+    from megatron.core.utils import unwrap_model
+
+    parameters = getattr(hf_config, "rope_parameters", None)
+    rotary = getattr(unwrap_model(model[0]), "rotary_pos_emb", None)
+    if not parameters or parameters.get("rope_theta") is None or not isinstance(rotary, RotaryEmbedding):
+        return
+    expected, expected_scale = _hf_frequencies(hf_config)
+    result = rotary(2)
+    angles, scale = result if isinstance(result, tuple) else (result, 1.0)
+    # At position 1 the angles are the frequencies, each of them twice.
+    frequencies = angles[1].flatten()[: len(expected)].cpu()
+    if 2 * len(expected) != angles.shape[-1] or not (
+        torch.allclose(frequencies, expected, rtol=1e-5, atol=0) and abs(scale - expected_scale) < 1e-6
+    ):
+        raise ModelError(
+            f"Megatron-Core's rotary embedding differs from what config.json says in rope_parameters {parameters}: it "
+            "has no such variant, and the model would compute something else"
+        )
+
+
+def _hf_frequencies(hf_config: Any) -> tuple[Tensor, float]:
+    """Frequencies [rotary channels / 2], radians per position, and the scale of sine and cosine."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = hf_config.rope_parameters
+    rope_type = parameters["rope_type"]
+    if rope_type != "default":
+        if rope_type not in ROPE_INIT_FUNCTIONS:
+            raise ModelError(f"config.json has rope_type {rope_type!r}, which transformers does not know")
+        frequencies, scale = ROPE_INIT_FUNCTIONS[rope_type](hf_config, torch.device("cpu"))
+        return frequencies, float(scale)
+    channels = getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads
+    channels = int(channels * (parameters.get("partial_rotary_factor") or 1.0))
+    exponents = torch.arange(0, channels, 2, dtype=torch.int64).float() / channels
+    return 1.0 / parameters["rope_theta"] ** exponents, 1.0

@@ -1,0 +1,129 @@
+"""A directory that cannot work is one clear error, before anything is built."""
+
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from mbridge_model.directory import check_safetensors, open_directory
+from mbridge_model.errors import ModelError
+
+
+def safetensors_bytes(values: bytes = b"\0" * 12) -> bytes:
+    header = json.dumps({"weight": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}).encode()
+    return struct.pack("<Q", len(header)) + header + values
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    """A directory that passes."""
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "vocab_size": 7}))
+    (tmp_path / "model.safetensors").write_bytes(safetensors_bytes())
+    return tmp_path
+
+
+def test_a_good_directory(directory: Path) -> None:
+    found = open_directory(directory)
+    assert (found.architecture, found.vocab_size) == ("LlamaForCausalLM", 7)
+    assert found.weight_files == (directory / "model.safetensors",)
+
+
+def test_the_vocabulary_of_a_vision_language_model_is_its_text_model_s(directory: Path) -> None:
+    config = {"architectures": ["X"], "text_config": {"vocab_size": 9}}
+    (directory / "config.json").write_text(json.dumps(config))
+    assert open_directory(directory).vocab_size == 9
+
+
+def test_without_weights_only_the_config_counts(directory: Path) -> None:
+    (directory / "model.safetensors").unlink()
+    assert open_directory(directory, needs_weights=False).weight_files == ()
+    with pytest.raises(ModelError, match="has neither model.safetensors nor model.safetensors.index.json; only"):
+        open_directory(directory)
+
+
+def test_missing_directory(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"nowhere does not exist; give the path of a HuggingFace checkpoint"):
+        open_directory(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, r"config\.json does not exist; .* right directory\?"),
+        ('{"architectures": [', r"config\.json is not valid JSON .*; download it again"),
+        ("\udcff", r"config\.json is not valid JSON .*; download it again"),
+        ("[]", r"config\.json holds a JSON list, not an object"),
+        ("{}", r"config\.json has no 'architectures'; it must name the model class"),
+        ('{"architectures": []}', r"config\.json has no 'architectures'"),
+        ('{"architectures": "LlamaForCausalLM"}', r"config\.json has no 'architectures'"),
+        ('{"architectures": [3]}', r"config\.json has no 'architectures'"),
+        ('{"architectures": ["LlamaForCausalLM"]}', r"config\.json has no 'vocab_size'"),
+        ('{"architectures": ["LlamaForCausalLM"], "vocab_size": "many"}', r"config\.json has no 'vocab_size'"),
+        ('{"architectures": ["LlamaForCausalLM"], "text_config": 3}', r"config\.json has no 'vocab_size'"),
+    ],
+)
+def test_bad_config(directory: Path, text: str | None, message: str) -> None:
+    (directory / "config.json").unlink()
+    if text is not None:
+        (directory / "config.json").write_text(text, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(ModelError, match=message):
+        open_directory(directory)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda content: content[:-1], r"is truncated: its header describes \d+ bytes, the file has \d+; download"),
+        (lambda content: content + b"\0", "is too long"),
+        (lambda content: b"", r"is not a whole safetensors file \(0 bytes\)"),
+        (lambda content: content[:7], r"is not a whole safetensors file \(7 bytes\)"),
+        (lambda content: content[:40], "is not a whole safetensors file"),
+        (lambda content: b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "is not a whole safetensors"),
+        (lambda content: struct.pack("<Q", 2**63) + content[8:], "is not a whole safetensors file"),
+        (lambda content: struct.pack("<Q", 4) + b"null" + content, "has a broken safetensors header"),
+        (lambda content: struct.pack("<Q", 4) + b"\xff{}}" + content, "has a broken safetensors header"),
+        (lambda content: content.replace(b"[0, 12]", b"[0,   ]"), "has a broken safetensors header"),
+        (lambda content: content.replace(b"[0, 12]", b'[0,"x"]'), "has a broken safetensors header"),
+        (lambda content: content.replace(b"data_offsets", b"xxxxxxxxxxxx"), "has a broken safetensors header"),
+    ],
+)
+def test_bad_weights(directory: Path, change: Callable[[bytes], bytes], message: str) -> None:
+    file = directory / "model.safetensors"
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(ModelError, match=rf"model\.safetensors {message}"):
+        open_directory(directory)
+
+
+def test_index(directory: Path) -> None:
+    index = directory / "model.safetensors.index.json"
+    names = ("one.safetensors", "two.safetensors")
+    for name in names:
+        (directory / name).write_bytes(safetensors_bytes())
+    index.write_text(json.dumps({"weight_map": {"a": names[0], "b": names[1], "c": names[0]}}))
+    assert [file.name for file in open_directory(directory).weight_files] == list(names)
+    (directory / names[1]).unlink()
+    with pytest.raises(ModelError, match=r"index\.json names 1 file\(s\) .*, first 'two\.safetensors'; complete"):
+        open_directory(directory)
+
+
+@pytest.mark.parametrize(
+    "content", ['{"weight_map": []}', "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"weight_map": 3}']
+)
+def test_broken_index(directory: Path, content: str) -> None:
+    (directory / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ModelError, match=r"index\.json has no 'weight_map' from tensor names to file names"):
+        open_directory(directory)
+
+
+@pytest.mark.parametrize("name", ["../outside.safetensors", "/etc/passwd", "sub/one.safetensors"])
+def test_an_index_names_files_of_its_own_directory(directory: Path, name: str) -> None:
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(ModelError, match=r"index\.json names .*, which is not in its own directory"):
+        open_directory(directory)
+
+
+def test_empty_file_without_tensors(tmp_path: Path) -> None:
+    file = tmp_path / "empty.safetensors"
+    file.write_bytes(struct.pack("<Q", 2) + b"{}")
+    check_safetensors(file)
