@@ -54,7 +54,7 @@ def from_tree(tree: Mapping[Any, Any], origin: Origin, schema: type[Schema], *, 
     derive(config)
     if strict and any(problem.severity is Severity.ERROR for problem in origin.problems):
         raise ConfigError(origin.problems)
-    return config  # type: ignore[no-any-return]
+    return config
 
 
 def _directories(config_path: str | Path | None, package_config: str | None) -> Iterable[Path]:

@@ -4,6 +4,7 @@ The files and their guarantees are `mbridge_ckpt`'s; this module says what goes 
 same layout continues bit for bit like one that was never stopped.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +94,7 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint | Path) -> dict[str, 
         checkpoint = open_checkpoint(checkpoint)
     layout = current_layout()
     if checkpoint.layout != layout:
-        raise TrainError(
-            f"{checkpoint.path} was written with {_sizes(checkpoint.layout)}, and this run has {_sizes(layout)}; "
-            "resume with the same sizes"
-        )
+        raise TrainError(_other_layout(checkpoint, layout))
     load_model(engine, checkpoint)
     if engine.optimizer is not None:
         path = optimizer_file(checkpoint.step, layout, tensor_rank=_tensor_rank(), pipeline_rank=_pipeline_rank())
@@ -114,8 +112,12 @@ def load_model(engine: Engine, checkpoint: Checkpoint) -> None:
     """Load only the weights. Every data-parallel rank reads the file of its model-parallel rank.
 
     Raises:
-        TrainError: names or shapes of the checkpoint are not those of the model.
+        TrainError: the checkpoint was written with other tensor or pipeline sizes, or for another model.
     """
+    written, own_layout = checkpoint.layout, current_layout()
+    # Data-parallel ranks have the same weights, so their number does not matter.
+    if replace(written, data=own_layout.data) != own_layout:
+        raise TrainError(_other_layout(checkpoint, own_layout))
     path = model_file(checkpoint.step, checkpoint.layout, tensor_rank=_tensor_rank(), pipeline_rank=_pipeline_rank())
     saved: dict[str, Tensor] = checkpoint.load_torch(path)["model"]
     own = _model_state(engine)
@@ -128,6 +130,9 @@ def load_model(engine: Engine, checkpoint: Checkpoint) -> None:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(saved[name])
+    if engine.optimizer is not None:
+        # Half-precision training has fp32 copies of the weights, which the first step would put back.
+        engine.optimizer.megatron.reload_model_params()
 
 
 def current_layout() -> Layout:
@@ -136,6 +141,13 @@ def current_layout() -> Layout:
         tensor=parallel_state.get_tensor_model_parallel_world_size(),
         pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
         data=parallel_state.get_data_parallel_world_size(),
+    )
+
+
+def _other_layout(checkpoint: Checkpoint, layout: Layout) -> str:
+    return (
+        f"{checkpoint.path} was written with {_sizes(checkpoint.layout)}, and this run has {_sizes(layout)}; "
+        "use the same sizes"
     )
 
 

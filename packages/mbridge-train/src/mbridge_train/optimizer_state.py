@@ -7,6 +7,7 @@ own name and in its own shape, so that a checkpoint can be resharded and read wi
 
 from collections.abc import Callable, Iterator
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import torch
@@ -137,8 +138,11 @@ def _slots(part: DistributedOptimizer, state: dict[Any, Any]) -> Iterator[tuple[
             starts.append(starts[-1] + bucket.numel_unpadded)
         for parameter, (start, end, bucket_number) in buffer.param_index_map.items():
             begin = starts[bucket_number] + start - buffer.buckets[bucket_number].offset
-            size = end - start
-            yield parameter, lambda key, flat=flat, begin=begin, size=size: flat[key][begin : begin + size]
+            yield parameter, partial(_slot, flat, begin, end - start)
+
+
+def _slot(flat: dict[str, Tensor], begin: int, size: int, key: str) -> Tensor:
+    return flat[key][begin : begin + size]
 
 
 def _flatten(part: DistributedOptimizer, names: dict[nn.Parameter, str], state: dict[str, Any]) -> dict[Any, Any]:
