@@ -148,7 +148,7 @@ def test_what_cannot_be_done_is_one_line_and_2(tmp_path, capsys, arguments):
 
 
 def test_looking_needs_no_torch_and_less_than_a_second(run):
-    code = "import sys, mbridge_ckpt.cli as cli; code = cli.main(sys.argv[1:]); sys.exit(code or 3 * ('torch' in sys.modules))"
+    code = "import sys; from mbridge_ckpt.cli import main; sys.exit(main(sys.argv[1:]) or 3 * ('torch' in sys.modules))"
     for command in ("ls", "show", "verify"):
         target = run if command == "ls" else run / "global_step_15"
         before = os.times()

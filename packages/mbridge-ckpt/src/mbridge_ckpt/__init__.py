@@ -3,6 +3,7 @@
 Importing this does not import torch; writing or reading a tensor does.
 """
 
+from mbridge_ckpt.assemble import WholeModel
 from mbridge_ckpt.checkpoint import Checkpoint, PassedOver, Resume, find_resume, hold, list_checkpoints, open_checkpoint
 from mbridge_ckpt.errors import (
     CheckpointError,
@@ -16,6 +17,7 @@ from mbridge_ckpt.hf_export import write_hf
 from mbridge_ckpt.layout import HF_DIRECTORY, Layout, model_file, mp_rank_directory, optimizer_file
 from mbridge_ckpt.manifest import FileRecord, Manifest, TensorRecord
 from mbridge_ckpt.placement import ParameterPlacement, place_parameter
+from mbridge_ckpt.reshard import reshard
 from mbridge_ckpt.retention import PruneReport, Retention, prune
 from mbridge_ckpt.state import capture_random_state, restore_random_state
 from mbridge_ckpt.torch_files import load_torch
@@ -43,6 +45,7 @@ __all__ = [
     "TensorRecord",
     "UnsafeCheckpointError",
     "VerifyReport",
+    "WholeModel",
     "begin_save",
     "capture_random_state",
     "find_resume",
@@ -55,6 +58,7 @@ __all__ = [
     "optimizer_file",
     "place_parameter",
     "prune",
+    "reshard",
     "restore_random_state",
     "verify",
     "write_hf",

@@ -154,6 +154,45 @@ def _prune(options: argparse.Namespace) -> int:
     return FINE
 
 
+def _diff(options: argparse.Namespace) -> int:
+    from mbridge_ckpt.diff import diff
+
+    total = open_checkpoint(options.path).manifest.total_bytes
+    with ProgressBar("comparing", total) as progress:
+        differences = diff(options.path, options.other, progress=progress)
+    if options.json:
+        print_json({"equal": not differences, "differences": differences})
+        return NO if differences else FINE
+    rows = [["KIND", "PARAMETER", "LARGEST", "RELATIVE", ""]] if differences else []
+    for item in differences:
+        numbers = ["-" if value is None else f"{value:.3g}" for value in (item.largest, item.relative)]
+        rows.append([item.kind, item.name, *numbers, item.reason])
+    print_columns(rows)
+    print(f"{len(differences)} differences" if differences else "equal")
+    return NO if differences else FINE
+
+
+def _reshard(options: argparse.Namespace) -> int:
+    from mbridge_ckpt.reshard import reshard
+
+    checkpoint = open_checkpoint(options.path)
+    with ProgressBar("writing", checkpoint.manifest.total_bytes) as progress:
+        path = reshard(
+            checkpoint.path,
+            options.destination,
+            tensor=options.tp,
+            pipeline=options.pp,
+            vocabulary_multiple=options.vocabulary_multiple,
+            progress=progress,
+        )
+    manifest = read_manifest(path)
+    if options.json:
+        print_json({"path": path, "layout": manifest.layout, "bytes": manifest.total_bytes})
+    else:
+        print(f"{path}: {_layout_text(manifest.layout)}, {size_text(manifest.total_bytes)}")
+    return FINE
+
+
 def _layout_text(layout: Layout) -> str:
     names = {"tensor": "TP", "pipeline": "PP", "virtual_pipeline": "VPP", "data": "DP", "context": "CP"}
     names |= {"expert": "EP", "expert_tensor": "ETP"}
@@ -182,6 +221,13 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--file", metavar="TEXT", help="only files with TEXT in their path")
     check = command("verify", _verify, "Compare the files with the manifest.", "CHECKPOINT")
     check.add_argument("--full", action="store_true", help="read every byte and compare checksums")
+    compare = command("diff", _diff, "Which parameters of two checkpoints differ, and by how much.", "FIRST")
+    compare.add_argument("other", type=Path, metavar="SECOND")
+    cut = command("reshard", _reshard, "Cut a checkpoint for another parallel layout.", "CHECKPOINT")
+    cut.add_argument("destination", type=Path, metavar="DIRECTORY", help="checkpoints directory to write into")
+    cut.add_argument("--tp", type=int, default=1, help="tensor-parallel size (1)")
+    cut.add_argument("--pp", type=int, default=1, help="pipeline stages (1)")
+    cut.add_argument("--vocabulary-multiple", type=int, metavar="M", help="pad the vocabulary to M times --tp rows")
     tidy = command("prune", _prune, "Remove leftovers of dead saves, and checkpoints that no rule keeps.", "DIRECTORY")
     tidy.add_argument("--keep-last", type=int, metavar="N", help="keep the N newest")
     tidy.add_argument("--keep-every", type=int, metavar="K", help="keep steps that are multiples of K")

@@ -84,6 +84,14 @@ class ParameterPlacement:
             raise CorruptCheckpointError(str(error)) from None
 
 
+def local_name(placement: ParameterPlacement, layer_offset: int) -> str:
+    """Name of a layer's parameter in the file of a stage whose first layer is `layer_offset`."""
+    match = _LAYER.fullmatch(placement.global_name)
+    if not match or placement.layer is None:
+        raise LayoutError(f"{placement.global_name}: no 'decoder.layers.N.' in the name of a layer's parameter")
+    return f"{match[1]}{placement.layer - layer_offset}{match[3]}"
+
+
 def place_parameter(
     name: str,
     parameter: "Tensor",
