@@ -153,6 +153,7 @@ CASES = [
     ("tokenizer-path-empty", ["actor.tokenizer.tokenizer_model=null"], None, "hf_model_path is set"),
     ("hf-directory-missing", [f"{HF}=nowhere"], None, "there is no such directory"),
     ("task-type", ["runner.task_type=sft"], None, "this app trains reasoning runs"),
+    ("no-steps", ["runner.max_steps=0"], None, "0 steps trains nothing"),
     ("critic-not-built", ["critic={use_critic_model: true, model: {precision: bf16}}"], None, "not built yet"),
     ("rollout-backend", ["rollout.rollout_backend=vllm"], None, "generates with transformers"),
     ("train-data-missing", ["data.train_data_paths=[]"], None, "nothing to train on"),

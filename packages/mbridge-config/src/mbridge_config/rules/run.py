@@ -20,6 +20,14 @@ def task_type(context: Context) -> Iterable[Finding]:
         yield Finding("runner.task_type", "this app trains reasoning runs", "set runner.task_type=reasoning")
 
 
+@rule("no-steps", "runner.max_steps")
+def no_steps(context: Context) -> Iterable[Finding]:
+    """A run of no steps at all was asked for."""
+    if context.config.runner.max_steps == 0:
+        fix = "set runner.max_steps=-1 for all of runner.max_epochs, or to 1 or more"
+        yield Finding("runner.max_steps", "a run of 0 steps trains nothing", fix)
+
+
 @rule("critic-not-built", "critic")
 def critic(context: Context) -> Iterable[Finding]:
     """A critic was asked for (PPO), which this version refuses."""
@@ -87,4 +95,4 @@ def output(context: Context) -> Iterable[Finding]:
         yield Finding("runner.output_dir", f"{existing} is a file", "give a directory, or one that can be made")
 
 
-RULES = (task_type, critic, rollout_backend, train_data, data_paths, task, reward_type, output)
+RULES = (task_type, no_steps, critic, rollout_backend, train_data, data_paths, task, reward_type, output)
