@@ -88,9 +88,19 @@ class Bridge:
         return self._bridge.hf_pretrained.config
 
     def load_weights(self, model: list[torch.nn.Module]) -> None:
-        """Copy the directory's weights into the model, in place. Collective over all ranks."""
-        with quiet():
-            self._bridge.load_hf_weights(model)
+        """Copy the directory's weights into the model, in place. Collective over all ranks.
+
+        Raises:
+            ModelError: a tensor has another shape than the model's, as after an override of the geometry.
+        """
+        try:
+            with quiet():
+                self._bridge.load_hf_weights(model)
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ModelError(
+                f"the weights of {self.path} do not fit the model: {error}; leave out overrides of sizes, which come "
+                "from config.json, and check that config.json belongs to these weights"
+            ) from error
 
     def stream_weights(self, model: list[torch.nn.Module], vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (HuggingFace name, whole tensor) one by one on every rank. Collective: all ranks must iterate.

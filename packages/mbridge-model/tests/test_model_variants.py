@@ -1,0 +1,182 @@
+"""Variants of the families and other architectures: each agrees with transformers, or is refused by name."""
+
+import re
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mbridge_model import Parallel
+
+from testing.gang import Gang, WorkerPool
+from testing.megatron_forward import pack, run_forward
+
+VOCAB_SIZE, TOLERANCE = 131, 1e-5
+
+GEOMETRY: dict[str, Any] = {
+    "vocab_size": VOCAB_SIZE,
+    "hidden_size": 64,
+    "intermediate_size": 88,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 2}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+
+AGREE: dict[str, tuple[str, dict[str, Any]]] = {
+    "mistral": ("MistralConfig", {"sliding_window": None}),
+    "mistral, sliding window": ("MistralConfig", {"sliding_window": 5}),
+    "gemma": ("GemmaConfig", {"head_dim": 32}),
+    "nemotron (LayerNorm)": ("NemotronConfig", {}),
+    "qwen3 mixture of experts": ("Qwen3MoeConfig", {"head_dim": 32} | EXPERTS),
+    "qwen2, sliding window in two layers": ("Qwen2Config", WINDOW),
+    "qwen3, sliding window in two layers": ("Qwen3Config", {"head_dim": 32} | WINDOW),
+    "qwen2, YaRN": ("Qwen2Config", {"rope_scaling": YARN}),
+    "llama, linear RoPE": ("LlamaConfig", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "llama, llama3 RoPE": ("LlamaConfig", {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8192}}),
+    "llama, head_dim": ("LlamaConfig", {"head_dim": 32}),
+    "llama, gelu": ("LlamaConfig", {"hidden_act": "gelu"}),
+    "one group of keys": ("LlamaConfig", {"num_key_value_heads": 1}),
+}
+REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
+    "llama, attention bias": ("LlamaConfig", {"attention_bias": True}, r"\d+ tensor\(s\) .* no place .*proj\.bias"),
+    "llama, MLP bias": ("LlamaConfig", {"mlp_bias": True}, r"no place in the Megatron model, first .*down_proj\.bias"),
+    "qwen3, attention bias": ("Qwen3Config", {"attention_bias": True}, r"no place .*k_proj\.bias"),
+    "llama3 RoPE of another length": (
+        "LlamaConfig",
+        {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 32}},
+        r"rotary embedding differs from what config\.json says in rope_parameters",
+    ),
+    "dynamic RoPE": (
+        "LlamaConfig",
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": [2.0] * 8, "long_factor": [3.0] * 8, "factor": 4.0}},
+        r"rotary embedding differs from what config\.json says in rope_parameters",
+    ),
+    "gemma 2": ("Gemma2Config", {"head_dim": 32, "sliding_window": 5}, "no place in the Megatron model"),
+    "gemma 3": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 5}, "no place in the Megatron model"),
+    "gpt-oss": ("GptOssConfig", {"head_dim": 32, "num_local_experts": 4}, "softmax_type 'learnable' is not built"),
+    "olmo 2": ("Olmo2Config", {}, "Megatron-Bridge cannot convert .*'Olmo2ForCausalLM' is not yet supported"),
+}
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Makes the random model of a case once, with what transformers says of it in a .pt file beside it."""
+    root = tmp_path_factory.mktemp("variants")
+
+    @cache
+    def build(case: str) -> Path:
+        import transformers
+
+        name, changes = (AGREE | REFUSED)[case][:2]
+        directory = root / re.sub(r"\W+", "-", case)
+        # The Auto classes would take Gemma 3 for the larger model with vision.
+        config = getattr(transformers, name)(**(GEOMETRY | changes))
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for parameter_name, parameter in model.named_parameters():
+                zero_centered = name.startswith(("Gemma", "Nemotron"))
+                center = 1.0 if "norm" in parameter_name and not zero_centered else 0.0
+                scale = 0.1 if parameter.dim() == 1 else parameter.shape[-1] ** -0.5
+                parameter.copy_(center + scale * torch.randn(parameter.shape, generator=generator))
+        model.save_pretrained(directory)
+        tokens = torch.randint(VOCAB_SIZE, (2, 18), generator=generator)
+        packed = [torch.randint(VOCAB_SIZE, (length,), generator=generator) for length in (7, 1, 13)]
+        with torch.no_grad():
+            content = {
+                "dense": (tokens, model(tokens).logits),
+                "packed": (packed, [model(row[None]).logits[0] for row in packed]),
+            }
+        torch.save(content, directory.with_suffix(".pt"))
+        return directory
+
+    return build
+
+
+def compare(directory: Path, parallel: Parallel, dtype: torch.dtype = torch.float32) -> tuple[float, float, list[str]]:
+    """Runs in a worker. Largest differences of dense and packed logits; exported tensors that are not bit-exact."""
+    from mbridge_model import export, load
+    from megatron.core import parallel_state
+    from safetensors.torch import load_file
+
+    reference = torch.load(directory.with_suffix(".pt"), weights_only=True)
+    model, handle = load(directory, parallel, dtype=dtype)
+    try:
+        for chunk in model:
+            chunk.eval()
+        tokens, expected = reference["dense"]
+        logits = run_forward(model, tokens, VOCAB_SIZE)
+        assert logits is not None
+        dense = (logits.float() - expected).abs().max().item()
+        sequences, expected_rows = reference["packed"]
+        row, packing, starts = pack(sequences, 1)
+        logits = run_forward(model, row, VOCAB_SIZE, packing)
+        assert logits is not None
+        packed = max(
+            (logits[0, start : start + len(want)].float() - want).abs().max().item()
+            for start, want in zip(starts, expected_rows, strict=True)
+        )
+        source = load_file(directory / "model.safetensors")
+        exported = {name: tensor.clone() for name, tensor in export(model, handle)}
+        wrong = set(source) ^ set(exported)
+        wrong |= {
+            name for name in set(source) & set(exported) if not torch.equal(source[name].to(dtype), exported[name])
+        }
+        return dense, packed, sorted(wrong)
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+@pytest.mark.parametrize("case", AGREE)
+def test_agrees(worker_pool: WorkerPool, make: Callable[[str], Path], case: str) -> None:
+    ((dense, packed, wrong),) = Gang(1, worker_pool).run(compare, make(case), Parallel())
+    assert dense <= TOLERANCE
+    assert packed <= TOLERANCE
+    assert wrong == []
+
+
+# What tensor parallelism could treat in another way: windows, zero-centred norms, LayerNorm, fewer groups than ranks.
+@pytest.mark.parametrize("case", ["mistral, sliding window", "gemma", "nemotron (LayerNorm)", "one group of keys"])
+def test_agrees_on_two_ranks(gang2: Gang, make: Callable[[str], Path], case: str) -> None:
+    for dense, packed, wrong in gang2.run(compare, make(case), Parallel(tensor=2)):
+        assert dense <= TOLERANCE
+        assert packed <= TOLERANCE
+        assert wrong == []
+
+
+def test_bfloat16_is_near_fp32(worker_pool: WorkerPool, make: Callable[[str], Path]) -> None:
+    ((dense, packed, wrong),) = Gang(1, worker_pool).run(compare, make("mistral"), Parallel(), torch.bfloat16)
+    # 8 bits of mantissa, logits up to 4: an error of each layer's rounding, and not of fp32's.
+    assert 1e-3 < dense < 0.15
+    assert 1e-3 < packed < 0.15
+    assert wrong == []
+
+
+def refusal(directory: Path) -> str:
+    """Runs in a worker."""
+    from mbridge_model import ModelError, load
+    from megatron.core import parallel_state
+
+    try:
+        load(directory)
+    except ModelError as error:
+        return str(error)
+    finally:
+        parallel_state.destroy_model_parallel()
+    return "loaded"
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(worker_pool: WorkerPool, make: Callable[[str], Path], case: str) -> None:
+    (message,) = Gang(1, worker_pool).run(refusal, make(case))
+    assert re.search(REFUSED[case][2], message), message
