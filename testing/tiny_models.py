@@ -1,6 +1,7 @@
 """Tiny random HuggingFace models of each family, with sizes that nothing divides evenly."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -18,7 +19,7 @@ GEOMETRY = {
     "max_position_embeddings": 256,
 }
 
-CONFIGS = {
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {"head_dim": 32}),

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from mbridge_model import Parallel
-from torch import Tensor
 
 from testing.gang import Gang
+from testing.megatron_forward import pack, run_forward
 from testing.tiny_models import VOCAB_SIZE, make_model
 
 TOLERANCE = 1e-5  # max abs difference of logits
@@ -66,13 +66,13 @@ def compare(directory: Path, parallel: Parallel) -> dict[str, float | list[str]]
             chunk.eval()
         result: dict[str, float | list[str]] = {}
         tokens, expected = reference["dense"]
-        logits = run_forward(model, tokens, packing=None)
+        logits = run_forward(model, tokens, VOCAB_SIZE)
         if logits is not None:
             result["dense"] = (logits - expected).abs().max().item()
         sequences, expected_list = reference["packed"]
         multiple = parallel.tensor if parallel.sequence else 1
         row, packing, starts = pack(sequences, multiple)
-        logits = run_forward(model, row, packing=packing)
+        logits = run_forward(model, row, VOCAB_SIZE, packing)
         if logits is not None:
             result["packed"] = max(
                 (logits[0, start : start + len(sequence)] - want).abs().max().item()
@@ -91,58 +91,6 @@ def compare(directory: Path, parallel: Parallel) -> dict[str, float | list[str]]
         return result
     finally:
         parallel_state.destroy_model_parallel()
-
-
-def pack(sequences: list[Tensor], multiple: int) -> tuple[Tensor, "object", list[int]]:
-    """One row of all sequences, each padded to a multiple, and where each starts."""
-    from megatron.core.packed_seq_params import PackedSeqParams
-
-    lengths = torch.tensor([len(sequence) for sequence in sequences])
-    slots = (lengths + multiple - 1) // multiple * multiple
-    ends, slot_ends = (torch.nn.functional.pad(sizes.cumsum(0), (1, 0)).int() for sizes in (lengths, slots))
-    row = torch.zeros(1, int(slot_ends[-1]), dtype=torch.int64)
-    starts = slot_ends[:-1].tolist()
-    for start, sequence in zip(starts, sequences, strict=True):
-        row[0, start : start + len(sequence)] = sequence
-    longest = int(slots.max())
-    packing = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=ends,
-        cu_seqlens_kv=ends,
-        cu_seqlens_q_padded=slot_ends,
-        cu_seqlens_kv_padded=slot_ends,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
-    return row, packing, starts
-
-
-def run_forward(model: list[torch.nn.Module], tokens: Tensor, packing: "object | None") -> Tensor | None:
-    """Logits [batch, sequence, vocabulary] without padding rows, on the last pipeline stage; None on the others."""
-    from megatron.core import parallel_state
-    from megatron.core.pipeline_parallel import get_forward_backward_func
-    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
-
-    def step(iterator: object, chunk: torch.nn.Module) -> tuple[Tensor, object]:
-        positions = torch.arange(tokens.shape[1]).expand_as(tokens)
-        logits = chunk(tokens, positions, None, packed_seq_params=packing)
-
-        def collect(output: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-            return output.sum(), {"logits": gather_from_tensor_model_parallel_region(output)[..., :VOCAB_SIZE]}
-
-        return logits, collect
-
-    with torch.no_grad():
-        results = get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=[iter([])],
-            model=model,
-            num_microbatches=1,
-            seq_length=tokens.shape[1],
-            micro_batch_size=tokens.shape[0],
-            forward_only=True,
-        )
-    return results[0]["logits"] if parallel_state.is_pipeline_last_stage() else None
 
 
 def check(results: list[dict[str, float | list[str]]]) -> None:
