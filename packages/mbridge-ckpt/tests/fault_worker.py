@@ -7,7 +7,7 @@ JSON object a line on stdin and answers each with one on stdout:
     kill_after                seconds after which rank `victim` gets SIGKILL
     kill_at                   rank `victim` kills itself at this position: 2i before its i-th system call, 2i + 1 after;
                               of a write, half is done before
-    fail_at, errno            the i-th system call of rank `victim` raises OSError
+    fail_at, errno            the i-th system call of rank `victim` raises OSError; or the first of this name
     file_limit                RLIMIT_FSIZE in bytes
     raise_at                  rank `victim` raises ValueError in the block of the save
 """
@@ -56,7 +56,7 @@ def save(directory: Path, step: int, world: int, rank: int, raises: bool) -> Non
 class Interceptor:
     """Counts the calls that change the disk and strikes at a chosen one."""
 
-    def __init__(self, kill_at: int | None, fail_at: int | None, number: int) -> None:
+    def __init__(self, kill_at: int | None, fail_at: int | str | None, number: int) -> None:
         self.count = 0
         self.trace: list[str] = []
         self._kill_at, self._fail_at, self._number = kill_at, fail_at, number
@@ -70,7 +70,7 @@ class Interceptor:
                 return real(*arguments, **options)
             index, self.count = self.count, self.count + 1
             self.trace.append(name)
-            if index == self._fail_at:
+            if self._fail_at in (index, name):
                 raise OSError(self._number, os.strerror(self._number))
             if self._kill_at == 2 * index:
                 if name == "write":

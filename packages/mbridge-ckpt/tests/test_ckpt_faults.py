@@ -215,7 +215,7 @@ def test_a_failing_rank_makes_all_ranks_raise_and_is_named(worker, tmp_path, vic
 
 
 def test_a_rank_whose_disk_fails_makes_all_ranks_raise_alike(worker, tmp_path):
-    results = worker.save(tmp_path, 2, world=2, victim=1, fail_at=2, errno=errno.EDQUOT)
+    results = worker.save(tmp_path, 2, world=2, victim=1, fail_at="write", errno=errno.EDQUOT)
     assert results[0]["error"] == results[1]["error"] and results[0]["kind"] == results[1]["kind"] == "SaveError"
     assert "rank 1 (" in results[0]["error"] and os.strerror(errno.EDQUOT) in results[0]["error"]
     assert "mp_rank_01/model_optim_rng.pt" in results[0]["error"]
