@@ -1,15 +1,12 @@
-"""Entries that the ranks of `test_launch.py` run. No Megatron: every rank is a new process."""
+"""Entries that the ranks of `test_launch.py` run. Every rank is a new process: torch only where it is needed."""
 
-import ctypes
 import os
+import signal
 import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 from typing import ClassVar
-
-import torch
-import torch.distributed as dist
 
 
 class InputError(Exception):
@@ -22,6 +19,9 @@ def rank() -> int:
 
 def sum_ranks(directory: Path, offset: int) -> None:
     """A whole run: join, communicate, leave a result a rank."""
+    import torch
+    import torch.distributed as dist
+
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     total = torch.tensor([dist.get_rank() + offset])
     dist.all_reduce(total)
@@ -38,6 +38,8 @@ def user_error(*ranks: int) -> None:
 
 def crash(which: int) -> None:
     """One rank fails inside the run; its peers are stuck in a collective with it."""
+    import torch.distributed as dist
+
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     if rank() == which:
         time.sleep(0.5)
@@ -47,10 +49,13 @@ def crash(which: int) -> None:
     time.sleep(1000)
 
 
-def segmentation_fault(which: int) -> None:
+def killed(which: int) -> None:
+    """What the kernel does to a rank when memory runs out. Its peer's connection breaks in the collective."""
+    import torch.distributed as dist
+
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
     if rank() == which:
-        ctypes.string_at(0)
+        os.kill(os.getpid(), signal.SIGKILL)
     dist.barrier()
     time.sleep(1000)
 
@@ -60,11 +65,7 @@ def leave(code: int) -> None:
 
 
 def wait(directory: Path) -> None:
-    """Hang in a collective, in native code, as long as it takes; leave the process id."""
-    if int(os.environ["WORLD_SIZE"]) > 1:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=1000))
+    """Hang as long as it takes; leave the process id."""
     (directory / f"{rank()}.part").write_text(str(os.getpid()))
     (directory / f"{rank()}.part").rename(directory / f"{rank()}.pid")
-    if rank() == 0:
-        time.sleep(1000)
-    dist.barrier()
+    time.sleep(1000)

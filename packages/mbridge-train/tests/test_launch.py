@@ -80,7 +80,7 @@ def assert_gone(*pids: int) -> None:
     assert not [pid for pid in pids if is_running(pid)]
 
 
-@pytest.mark.parametrize("count", [None, 1, 3])
+@pytest.mark.parametrize("count", [None, 3])
 def test_every_rank_runs_the_entry(tmp_path: Path, count: int | None) -> None:
     code, _, errors = run("sum_ranks", tmp_path, 10, count=count)
     assert (code, errors) == (0, "")
@@ -101,7 +101,7 @@ def test_one_rank_runs_in_this_process(tmp_path: Path, monkeypatch: pytest.Monke
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} & set(os.environ)
 
 
-@pytest.mark.parametrize(("count", "ranks"), [(1, ()), (3, ()), (3, (2,))])
+@pytest.mark.parametrize(("count", "ranks"), [(1, ()), (2, ()), (2, (1,))])
 def test_user_error_is_one_line_and_exit_code_2(count: int, ranks: tuple[int, ...]) -> None:
     code, output, errors = run("user_error", *ranks, count=count)
     assert (code, output, errors) == (2, "", "error: train.jsonl, line 3: not JSON. Mend the line.\n")
@@ -126,17 +126,16 @@ def test_crash_of_the_only_rank() -> None:
 
 
 def test_rank_ended_by_a_signal_is_named() -> None:
-    code, _, errors = run("segmentation_fault", 1, count=2)
+    code, _, errors = run("killed", 1, count=2)
     assert code == 1
-    assert errors.endswith("error: rank 1 of 2 was ended by SIGSEGV.\n")
+    assert errors.endswith("error: rank 1 of 2 was ended by SIGKILL. The kernel does this when memory runs out.\n")
 
 
 def test_exit_code_of_a_rank_is_passed_on() -> None:
     assert run("leave", 5, count=2)[::2] == (5, "error: rank 1 of 2 ended with exit code 5.\n")
 
 
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("to_all", [True, False], ids=["terminal", "launcher only"])
+@pytest.mark.parametrize(("count", "to_all"), [(1, False), (2, False), (2, True)])
 def test_ctrl_c_ends_all_ranks(tmp_path: Path, count: int, to_all: bool) -> None:
     process = start("wait", tmp_path, count=count)
     ranks = started_ranks(tmp_path, count, process)
@@ -174,8 +173,6 @@ def test_ranks_of_torchrun_are_joined(tmp_path: Path) -> None:
     code, _, errors = run("user_error", count=None, command=torchrun)
     assert code == 1  # torchrun's own
     assert errors.count("error: train.jsonl, line 3: not JSON. Mend the line.\n") == 1
-    _, _, errors = run("sum_ranks", tmp_path, 1, count=3, command=torchrun)
-    assert "launcher.nproc_per_node is 3, but torchrun started 2 ranks on this node" in errors
 
 
 def test_ranks_of_slurm_are_joined(tmp_path: Path) -> None:
@@ -193,6 +190,14 @@ def test_ranks_of_slurm_are_joined(tmp_path: Path) -> None:
         for process in processes:
             process.kill()
     assert [path.read_text()[:7] for path in sorted(tmp_path.glob("result_*"))] == ["0 2 0 3", "1 2 1 3"]
+
+
+def test_rank_count_must_fit_the_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    group = {"RANK": "0", "WORLD_SIZE": "4", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in (group | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(TrainError, match="nproc_per_node is 3, but torchrun started 2 ranks on this node"):
+        launch("launch_entries:sum_ranks", (), nproc_per_node=3)
 
 
 def test_incomplete_group_says_what_is_missing() -> None:
