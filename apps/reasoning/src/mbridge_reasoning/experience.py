@@ -67,7 +67,11 @@ def make_samples(
 
 
 def answer_metrics(answers: Sequence[Answer], prefix: str) -> dict[str, float]:
-    """Rewards and lengths of a set of answers."""
+    """Rewards and lengths of a set of answers.
+
+    `accuracy`, `cut_off` (no end token within the allowed length), `verifier_timeouts` and `verifier_failures` are
+    shares of the answers; lengths are in tokens, the end token included.
+    """
     rewards = torch.tensor([answer.score.value for answer in answers])
     lengths = torch.tensor([float(len(answer.completion.tokens)) for answer in answers])
     count = len(answers)
@@ -78,6 +82,7 @@ def answer_metrics(answers: Sequence[Answer], prefix: str) -> dict[str, float]:
         f"{prefix}/response_length_max": lengths.max().item(),
         f"{prefix}/cut_off": sum(not answer.completion.finished for answer in answers) / count,
         f"{prefix}/verifier_timeouts": sum(answer.score.status == "timeout" for answer in answers) / count,
+        f"{prefix}/verifier_failures": sum(answer.score.status == "failed" for answer in answers) / count,
     }
 
 

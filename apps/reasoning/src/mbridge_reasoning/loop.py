@@ -3,6 +3,7 @@
 import time
 from pathlib import Path
 
+import torch
 from mbridge_ckpt import Checkpoint, find_resume, open_checkpoint
 from mbridge_config import ReasoningConfig, hf_directory, tokenizer_directory
 from mbridge_train.checkpoint import load_checkpoint, load_model, save_checkpoint
@@ -44,7 +45,7 @@ def run(config: ReasoningConfig, command: list[str]) -> None:
         leave()
 
 
-def _run(config: ReasoningConfig, command: list[str], device: object, rewards: RewardPool) -> None:
+def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewards: RewardPool) -> None:
     train, validation = _read_data(config)
     directory = Path(config.runner.output_dir) / config.runner.experiment_name
     output = RunOutput(config, directory, command)
