@@ -26,15 +26,19 @@ GEOMETRY = {
 }
 
 
+NO_TENSORS = (2).to_bytes(8, "little") + b"{}"
+"""The shortest safetensors file: the length of its header, and a header without tensors."""
+
+
 def write_model(directory: Path, *, tokens: int = 200, **changes: Any) -> Path:
-    """A directory with config.json, tokenizer.json and an empty weight file; a change to None leaves a field out."""
+    """config.json, tokenizer.json and a weight file without tensors; a change to None leaves a field out."""
     directory.mkdir(parents=True, exist_ok=True)
     config = {name: value for name, value in (GEOMETRY | changes).items() if value is not None}
     (directory / "config.json").write_text(json.dumps(config))
     vocabulary = {f"t{number}": number for number in range(tokens - 1)}
     added = [{"id": tokens - 1, "content": "<end>"}]
     (directory / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}, "added_tokens": added}))
-    (directory / "model.safetensors").write_bytes(b"")
+    (directory / "model.safetensors").write_bytes(NO_TENSORS)
     return directory
 
 

@@ -161,6 +161,8 @@ CASES = [
     ("data-path", ["data.val_data_paths=[/]"], None, "/ is a directory"),
     ("reasoning-gym-task", ["data.type=reasoning_gym"], None, "needs a task"),
     ("reward-type", ["reward.reward_type=reasoning_gym"], None, "reasoning-gym cannot score"),
+    ("quickstart-width", ["quickstart.enabled=true", "quickstart.hidden_size=100"], None, "of width 32 make 128"),
+    ("quickstart-width", ["quickstart.enabled=true", "quickstart.num_key_value_heads=3"], None, "by 3 groups"),
     ("output-directory", ["runner.output_dir=${data.train_data_paths.0}/x"], None, "data.jsonl is a file"),
     ("geometry", ["actor.model.num_layers=7"], None, "the model has 6 (num_hidden_layers in config.json)"),
     ("geometry", ["actor.model.rotary_base=10000"], None, "the model has 1000000.0 (rope_theta in config.json)"),
@@ -182,7 +184,7 @@ def test_rule(checked: Checked, identity: str, overrides: list[str], world_size:
 
 
 def test_every_rule_is_tried_and_documented() -> None:
-    tried = {case[0] for case in CASES} | {"weights-missing", "tokenizer-vocabulary"}
+    tried = {case[0] for case in CASES} | {"weights-missing", "weights-damaged", "tokenizer-vocabulary"}
     assert {rule.id for rule in REASONING} <= tried
     assert len({rule.id for rule in REASONING}) == len(REASONING), "ids must be unique"
     assert all(rule.cause.endswith(".") for rule in REASONING)
@@ -235,7 +237,7 @@ def test_tokenizer_larger_than_the_model(checked: Checked, model: Path, make_mod
 def test_missing_weights(checked: Checked, model: Path) -> None:
     (model / "model.safetensors").unlink()
     assert [problem.id for problem in checked().errors] == ["weights-missing"]
-    (model / "model-00001-of-00002.safetensors").write_bytes(b"")
+    (model / "model-00001-of-00002.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
     index = model / "model.safetensors.index.json"
     index.write_text(
         '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
@@ -245,6 +247,29 @@ def test_missing_weights(checked: Checked, model: Path) -> None:
     index.write_text('{"weight_map": ')
     (problem,) = checked().errors
     assert "not valid JSON" in problem.reason
+
+
+HEADER = b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (len(HEADER).to_bytes(8, "little") + HEADER + bytes(8), None),
+        (len(HEADER).to_bytes(8, "little") + HEADER + bytes(7), "model.safetensors is truncated: its header describes"),
+        (len(HEADER).to_bytes(8, "little") + HEADER + bytes(9), "is too long"),
+        (len(HEADER).to_bytes(8, "little") + HEADER[:20], "is not a whole safetensors file (28 bytes)"),
+        (b"", "is not a whole safetensors file (0 bytes)"),
+        (b"version https://git-lfs.github.com/spec/v1", "is not a whole safetensors file"),
+        ((4).to_bytes(8, "little") + b"[[]]", "no valid safetensors header"),
+        ((4).to_bytes(8, "little") + b"\xff{}}", "no valid safetensors header"),
+    ],
+)
+def test_damaged_weights(checked: Checked, model: Path, content: bytes, text: str | None) -> None:
+    (model / "model.safetensors").write_bytes(content)
+    errors = checked().errors
+    assert [problem.id for problem in errors] == ([] if text is None else ["weights-damaged"])
+    assert all(text in problem.reason for problem in errors if text)
 
 
 def test_problems_of_keys_and_rules_come_together(checked: Checked) -> None:

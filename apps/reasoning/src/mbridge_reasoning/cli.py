@@ -31,13 +31,20 @@ def _main(words: list[str]) -> int:
         package_config="mbridge_reasoning",
         strict=False,
     )
-    from mbridge_train.launch import launch, outside_group
+    from mbridge_train.launch import launch, outside_group, rank_count
+
+    from mbridge_reasoning.start import check_start
 
     group = outside_group(os.environ)
     report = check(config, world_size=None if group is None else group.world_size)
     if group is None and config.cluster.num_nodes > 1:
         report.problems.append(_one_host(config.cluster.num_nodes))
     report.raise_for_errors()
+    if report.world_size is None:
+        # The number of GPUs says how many ranks there will be. Asking for it imports torch, so the config comes first.
+        report = check(config, world_size=rank_count(config.launcher.nproc_per_node))
+        report.raise_for_errors()
+    check_start(config)
     if report.problems and (group is None or group.rank == 0):
         print(report, file=sys.stderr)
     return launch(

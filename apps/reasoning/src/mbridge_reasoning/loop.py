@@ -12,12 +12,13 @@ from mbridge_train.processes import broadcast, join, leave, seed_all
 from mbridge_train.reference import Snapshot
 from transformers import AutoTokenizer
 
-from mbridge_reasoning.data import Problem, read_problems, tokenize_problems
+from mbridge_reasoning.data import Problem, tokenize_problems
 from mbridge_reasoning.output import RunOutput
 from mbridge_reasoning.quickstart import prepare_quickstart
 from mbridge_reasoning.reward import RewardPool
 from mbridge_reasoning.rollout import TransformersRollout, end_token_ids
 from mbridge_reasoning.sampler import ProblemSampler
+from mbridge_reasoning.start import read_data_files, run_directory
 from mbridge_reasoning.tasks import make_problems
 from mbridge_reasoning.trainer import GRPOTrainer
 
@@ -47,8 +48,7 @@ def run(config: ReasoningConfig, command: list[str]) -> None:
 
 def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewards: RewardPool) -> None:
     train, validation = _read_data(config)
-    directory = Path(config.runner.output_dir) / config.runner.experiment_name
-    output = RunOutput(config, directory, command)
+    output = RunOutput(config, run_directory(config), command)
     if config.quickstart.enabled:
         prepare_quickstart(config, train, output)
     model_directory = hf_directory(config)
@@ -74,7 +74,7 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
     )
     steps = config.runner.max_steps if config.runner.max_steps > 0 else sampler.steps(config.runner.max_epochs)
 
-    resume = _find_resume(config, directory, output)
+    resume = _find_resume(config, output)
     engine = build_engine(
         config.actor,
         config.runner,
@@ -82,7 +82,7 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
         optimizer_steps=steps * config.algorithm.n_minibatches,
     )
     if not config.actor.megatron.use_hf_ckpt and config.actor.model.megatron_checkpoint:
-        load_model(engine, open_checkpoint(config.actor.model.megatron_checkpoint))
+        load_model(engine, open_checkpoint(Path(config.actor.model.megatron_checkpoint).expanduser()))
     # Before a resume: the reference is the policy that the run began with.
     reference = Snapshot(engine) if config.algorithm.kl_beta > 0 else None
     first = 0
@@ -136,7 +136,7 @@ def _named(config: ReasoningConfig) -> ReasoningConfig:
     if not config.quickstart.enabled or runner.resume_dir is not None:
         return config
     name, number = runner.experiment_name, 1
-    while (Path(runner.output_dir) / runner.experiment_name / "checkpoints").exists():
+    while (run_directory(config) / "checkpoints").exists():
         number += 1
         runner.experiment_name = f"{name}-{number}"
     return config
@@ -152,19 +152,16 @@ def _read_data(config: ReasoningConfig) -> tuple[list[Problem], list[Problem]]:
             seed=config.data.seed,
             parameters=gym.parameters,
         )
-    keys = {"prompt_key": config.data.prompt_key, "solutions_key": config.data.answer_key}
-    validation = read_problems(config.data.val_data_paths, **keys) if config.data.val_data_paths else []
-    return read_problems(config.data.train_data_paths, **keys), validation
+    return read_data_files(config)
 
 
-def _find_resume(config: ReasoningConfig, directory: Path, output: RunOutput) -> Checkpoint | None:
+def _find_resume(config: ReasoningConfig, output: RunOutput) -> Checkpoint | None:
     """The checkpoint to go on from; None starts at step 0."""
     wanted = config.runner.resume_dir
     if wanted is None:
-        output.refuse_existing()
         return None
     if wanted != "auto":
-        return open_checkpoint(wanted)
+        return open_checkpoint(Path(wanted).expanduser())
     found = find_resume(output.checkpoints)
     for item in found.passed_over:
         output.message(f"not resuming from {item.path}: {item.reason}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from mbridge_config import ConfigError, Problem, ReasoningConfig
+from mbridge_config import ReasoningConfig
 from mbridge_train.metrics import MetricsWriter
 from mbridge_train.progress import TrainingProgress
 from torch import distributed
@@ -44,20 +44,6 @@ class RunOutput:
         self.is_writer = distributed.get_rank() == 0
         self._writer: MetricsWriter | None = None
         self._progress: TrainingProgress | None = None
-
-    def refuse_existing(self) -> None:
-        """Raise ConfigError if an earlier run's checkpoints are there and this run is not to resume it."""
-        if not self.checkpoints.is_dir() or not any(self.checkpoints.glob("global_step_*")):
-            return
-        raise ConfigError(
-            Problem(
-                id="run-exists",
-                key="runner.experiment_name",
-                value=self.config.runner.experiment_name,
-                reason=f"{self.directory} holds the checkpoints of an earlier run, which a new one would mix with",
-                fix="continue that run with runner.resume_dir=auto, or give this one another runner.experiment_name",
-            )
-        )
 
     def message(self, text: str) -> None:
         """One line on the terminal."""

@@ -64,7 +64,7 @@ def launch(entry: str, args: tuple[Any, ...] = (), nproc_per_node: int | None = 
     """
     group = outside_group(os.environ)
     if group is None:
-        count = _rank_count(nproc_per_node)
+        count = rank_count(nproc_per_node)
         if count > 1:
             return _launch_ranks(entry, args, count)
         group = Group(rank=0, world_size=1, local_rank=0, local_world_size=1, source="this process")
@@ -113,7 +113,12 @@ def outside_group(environment: Mapping[str, str]) -> Group | None:
     )
 
 
-def _rank_count(nproc_per_node: int | None) -> int:
+def rank_count(nproc_per_node: int | None) -> int:
+    """Ranks that `launch` starts on this machine: as many as asked for, else one a GPU, or one without GPUs.
+
+    Raises:
+        TrainError: no such number, or more than the GPUs.
+    """
     if nproc_per_node is not None and nproc_per_node < 1:
         raise TrainError(f"launcher.nproc_per_node is {nproc_per_node}: give 1 or more, or leave it empty.")
     import torch

@@ -86,6 +86,22 @@ def reward_type(context: Context) -> Iterable[Finding]:
         yield Finding("reward.reward_type", reason, "set reward.reward_type=math")
 
 
+@rule("quickstart-width", "quickstart")
+def quickstart_width(context: Context) -> Iterable[Finding]:
+    """The model that the quickstart is to make would have heads of another width than 32, the least that serving
+    engines' kernels take, or key-value heads that do not divide its query heads."""
+    made = context.config.quickstart
+    if not made.enabled:
+        return
+    if made.hidden_size != 32 * made.num_attention_heads:
+        reason = f"{made.num_attention_heads} query heads of width 32 make {32 * made.num_attention_heads}"
+        fix = f"set quickstart.hidden_size={32 * made.num_attention_heads}, or change quickstart.num_attention_heads"
+        yield Finding("quickstart.hidden_size", reason, fix)
+    if made.num_attention_heads % made.num_key_value_heads:
+        reason = f"{made.num_attention_heads} query heads cannot be shared by {made.num_key_value_heads} groups"
+        yield Finding("quickstart.num_key_value_heads", reason, f"use a divisor of {made.num_attention_heads}")
+
+
 @rule("output-directory", "runner.output_dir")
 def output(context: Context) -> Iterable[Finding]:
     """The output directory is a file, or lies below one."""
@@ -95,4 +111,15 @@ def output(context: Context) -> Iterable[Finding]:
         yield Finding("runner.output_dir", f"{existing} is a file", "give a directory, or one that can be made")
 
 
-RULES = (task_type, no_steps, critic, rollout_backend, train_data, data_paths, task, reward_type, output)
+RULES = (
+    task_type,
+    no_steps,
+    critic,
+    rollout_backend,
+    train_data,
+    data_paths,
+    task,
+    reward_type,
+    quickstart_width,
+    output,
+)

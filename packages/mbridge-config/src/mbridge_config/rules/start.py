@@ -8,6 +8,7 @@ from mbridge_config.hf_facts import read_json_object
 from mbridge_config.keys import get
 from mbridge_config.problems import ConfigError, shown
 from mbridge_config.rules.base import Context, Finding, rule
+from mbridge_config.safetensors_facts import fault
 
 CHECKPOINT = "actor.model.megatron_checkpoint"
 USE_HF = "actor.megatron.use_hf_ckpt"
@@ -125,6 +126,17 @@ def weights(context: Context) -> Iterable[Finding]:
         yield Finding(hf_key(config), reason, "copy the missing files")
 
 
+@rule("weights-damaged", USE_HF, CHECKPOINT, RESUME)
+def damaged(context: Context) -> Iterable[Finding]:
+    """A safetensors file of the HuggingFace directory is truncated, too long, or not a safetensors file."""
+    config, facts = context.config, context.facts
+    if facts is None or not config.actor.megatron.use_hf_ckpt or not facts.directory.is_dir():
+        return
+    faults = [found for file in sorted(facts.directory.glob("*.safetensors")) if (found := fault(file)) is not None]
+    for found in faults[:3]:
+        yield Finding(hf_key(config), found, "copy or download the file again")
+
+
 @rule("rollout-model", ROLLOUT_MODEL, "actor.megatron.ckpt_convertor.hf_model_path")
 def rollout_model(context: Context) -> Iterable[Finding]:
     """The model that generates is not the model that is trained."""
@@ -156,6 +168,7 @@ RULES = (
     checkpoint_missing,
     resume,
     weights,
+    damaged,
     rollout_model,
     vocabulary,
 )
