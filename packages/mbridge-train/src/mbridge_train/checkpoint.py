@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from mbridge_ckpt import (
-    HF_DIRECTORY,
     Checkpoint,
     Layout,
     ParameterPlacement,
@@ -21,8 +20,8 @@ from mbridge_ckpt import (
     optimizer_file,
     place_parameter,
     restore_random_state,
+    write_hf,
 )
-from mbridge_model import save_hf
 from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor, nn
@@ -73,10 +72,7 @@ def save_checkpoint(
         if torch.distributed.get_rank() == 0:
             save.write_json(LOOP_FILE, loop_state)
         if export_hf:
-            save_hf(engine.model, engine.handle, save.path / HF_DIRECTORY)
-            if torch.distributed.get_rank() == 0:
-                for file in (save.path / HF_DIRECTORY).iterdir():
-                    save.file(f"{HF_DIRECTORY}/{file.name}")
+            write_hf(save, engine.export_weights(), engine.handle.directory.path)
         return save.commit({"metrics": metrics or {}})
 
 
