@@ -1,0 +1,186 @@
+"""Whole runs of the app: what they leave, and that a run which was stopped goes on as if it had not been."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+PROGRAM = Path(__file__).parent / "reasoning_run_program.py"
+TIMES = re.compile(r"time/|tokens_per_second$|time$")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The directory that the program's runs are in, and what they printed."""
+    directory = tmp_path_factory.mktemp("runs")
+    return directory, execute(str(PROGRAM), str(directory))
+
+
+def execute(*words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=840,
+        check=False,
+    )
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stderr
+    return done.stdout
+
+
+def metrics(run: Path) -> dict[int, dict[str, float]]:
+    """By step, without what is measured with a clock."""
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {
+        record["step"]: {name: value for name, value in record.items() if not TIMES.match(name)} for record in records
+    }
+
+
+def saved(run: Path, step: int, file: str) -> Any:
+    directory = run / "checkpoints" / f"global_step_{step}" / "actor" / f"iter_{step:07d}" / "mp_rank_00"
+    return torch.load(directory / file, weights_only=True)
+
+
+def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every tensor and scalar in nested containers, with its place."""
+    if isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, f"{path}.{key}")
+    else:
+        yield path, value
+
+
+def assert_same_state(one: Any, other: Any) -> None:
+    first, second = dict(leaves(one)), dict(leaves(other))
+    assert first.keys() == second.keys()
+    for place, value in first.items():
+        if isinstance(value, torch.Tensor):
+            # Bits, so that not even 0.0 and -0.0 count as the same.
+            assert value.dtype == second[place].dtype, place
+            assert value.numpy(force=True).tobytes() == second[place].numpy(force=True).tobytes(), place
+        else:
+            assert value == second[place], place
+
+
+def test_resumed_run_has_the_metrics_of_the_unbroken_one(runs: tuple[Path, str]) -> None:
+    directory, _ = runs
+    unbroken = metrics(directory / "unbroken")
+    assert list(unbroken) == [0, 1, 2, 3, 4]
+    assert unbroken[4]["policy/kl"] > 0  # the policy has moved away from the reference
+    assert len({unbroken[step]["train/response_length"] for step in (1, 2, 3, 4)}) > 1
+    assert metrics(directory / "stopped") == unbroken
+    assert metrics(directory / "elsewhere") == {step: unbroken[step] for step in (3, 4)}
+
+
+@pytest.mark.parametrize("run", ["stopped", "elsewhere"])
+@pytest.mark.parametrize("file", ["model_optim_rng.pt", "distrib_optim.pt"])
+def test_resumed_run_has_the_state_of_the_unbroken_one(runs: tuple[Path, str], run: str, file: str) -> None:
+    directory, _ = runs
+    expected = saved(directory / "unbroken", 4, file)
+    tensors = [value for _, value in leaves(expected) if isinstance(value, torch.Tensor)]
+    assert sum(tensor.numel() for tensor in tensors) > 100_000
+    assert_same_state(saved(directory / run, 4, file), expected)
+
+
+def test_training_changes_the_weights(runs: tuple[Path, str]) -> None:
+    """Or the comparisons above would hold of runs that do nothing."""
+    directory, _ = runs
+    before, after = (saved(directory / "unbroken", step, "model_optim_rng.pt")["model"] for step in (2, 4))
+    assert all(not torch.equal(before[name], after[name]) for name in before)
+
+
+def test_checkpoint_opens_with_transformers(runs: tuple[Path, str]) -> None:
+    directory, _ = runs
+    hf_directory = directory / "unbroken" / "checkpoints" / "global_step_4" / "actor" / "hf_model"
+    exported = AutoModelForCausalLM.from_pretrained(hf_directory).state_dict()
+    megatron = saved(directory / "unbroken", 4, "model_optim_rng.pt")["model"]
+    same = {
+        "model.embed_tokens.weight": "embedding.word_embeddings.weight",
+        "model.layers.1.mlp.down_proj.weight": "decoder.layers.1.mlp.linear_fc2.weight",
+        "model.layers.0.self_attn.o_proj.weight": "decoder.layers.0.self_attention.linear_proj.weight",
+        "model.norm.weight": "decoder.final_layernorm.weight",
+        "lm_head.weight": "output_layer.weight",
+    }
+    for name, megatron_name in same.items():
+        assert torch.equal(exported[name], megatron[megatron_name]), name
+    tokenizer = AutoTokenizer.from_pretrained(hf_directory)
+    assert tokenizer.decode(tokenizer("3 + 4 = 7")["input_ids"]) == "3 + 4 = 7"
+
+
+@pytest.mark.parametrize("run", ["from-hf", "from-megatron"])
+def test_a_checkpoint_starts_another_run(runs: tuple[Path, str], run: str) -> None:
+    directory, _ = runs
+    last = metrics(directory / "unbroken")[4]
+    expected = {name: value for name, value in last.items() if name.startswith("validation/")}
+    started = metrics(directory / run)
+    assert expected and {name: started[0][name] for name in expected} == expected
+    assert started[1]["policy/grad_norm"] > 0
+
+
+def test_a_run_leaves_its_report_and_the_command_that_resumes_it(runs: tuple[Path, str]) -> None:
+    directory, printed = runs
+    report = (directory / "unbroken" / "report.html").read_text()
+    assert "<svg" in report and "Train/rollout mismatch" in report
+    assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", report)
+    first_run = printed.split("---")[1]
+    assert f"{directory}/unbroken/report.html" in first_run
+    command = next(line for line in first_run.splitlines() if line.startswith("to go on"))
+    assert "runner.experiment_name=unbroken" in command and "runner.resume_dir=auto" in command
+    names = [word.partition("=")[0] for word in command.split() if "=" in word]
+    assert len(names) == len(set(names)), "a key is set twice"
+
+
+def test_mismatch_of_trainer_and_rollout_is_rounding(runs: tuple[Path, str]) -> None:
+    directory, _ = runs
+    for step, record in metrics(directory / "unbroken").items():
+        assert step == 0 or record["mismatch/logprob_max_abs"] < 1e-4
+
+
+def test_second_quickstart_gets_a_name_of_its_own(runs: tuple[Path, str]) -> None:
+    directory, _ = runs
+    assert list(metrics(directory / "unbroken-2")) == [0, 1]
+    assert list(metrics(directory / "unbroken")) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_tensor_parallel_run_through_the_launcher(runs: tuple[Path, str]) -> None:
+    directory, _ = runs
+    execute(
+        "-m",
+        "mbridge_reasoning.cli",
+        "launcher.nproc_per_node=2",
+        "actor.model.tensor_model_parallel_size=2",
+        "actor.model.sequence_parallel=true",
+        "runner.max_steps=2",
+        "runner.val_check_interval=2",
+        "runner.experiment_name=split",
+        f"runner.output_dir={directory}",
+        f"actor.megatron.ckpt_convertor.hf_model_path={directory / 'model'}",
+        "algorithm.group_size=4",
+        "algorithm.sampling_params.max_new_tokens=16",
+        "data.rollout_batch_size=8",
+        "data.reasoning_gym.train_size=200",
+        "data.reasoning_gym.validation_size=32",
+    )
+    actor = directory / "split" / "checkpoints" / "global_step_2" / "actor"
+    files = sorted(path.relative_to(actor).as_posix() for path in (actor / "iter_0000002").rglob("*.pt"))
+    assert files == [
+        f"iter_0000002/mp_rank_{rank:02d}/{file}"
+        for rank in (0, 1)
+        for file in ("distrib_optim.pt", "model_optim_rng.pt")
+    ]
+    assert (actor / "latest_checkpointed_iteration.txt").read_text().strip() == "2"
+    assert (actor / "hf_model" / "model.safetensors").is_file()
+    # Two ranks sample what one does, and the trainer's split logits give the same log-probabilities.
+    assert metrics(directory / "split")[0] == pytest.approx(metrics(directory / "unbroken")[0], rel=0.2)
+    assert metrics(directory / "split")[2]["mismatch/logprob_max_abs"] < 1e-4
