@@ -1,6 +1,6 @@
 """The engine on GPUs with NCCL, against the same plain PyTorch loop on the CPU that the gloo tests compare with.
 
-    torchrun --nproc_per_node 2 packages/mbridge-train/tests/gpu_layouts.py
+    PYTHONPATH=.:packages/mbridge-train/tests torchrun --nproc_per_node 2 packages/mbridge-train/tests/gpu_layouts.py
 
 Run from the repository's root. One GPU runs the cases of one rank. Prints a line a case and exits with 1 on a
 difference.
@@ -12,8 +12,6 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[3])]
 
 import test_engine
 import torch
