@@ -6,10 +6,14 @@ Everything lies in DIRECTORY afterwards; `test_reasoning_run.py` reads it. The r
 short, with a reference policy, minibatches and shuffled answers.
 """
 
+import contextlib
+import io
+import json
 import shutil
 import sys
 from pathlib import Path
 
+from mbridge_ckpt import Layout, begin_save
 from mbridge_reasoning import cli
 
 SHORT = (
@@ -35,15 +39,70 @@ SHORT = (
 )
 
 
+def command(name: str, directory: Path, *overrides: str) -> list[str]:
+    model = f"actor.megatron.ckpt_convertor.hf_model_path={directory / 'model'}"
+    place = [f"runner.output_dir={directory}", f"runner.experiment_name={name}"]
+    return ["mbridge-reasoning", *SHORT, *place, model, *overrides]
+
+
 def run(name: str, directory: Path, *overrides: str) -> None:
     """One run named `name`; a mistake ends the program."""
-    model = f"actor.megatron.ckpt_convertor.hf_model_path={directory / 'model'}"
-    sys.argv = ["mbridge-reasoning", *SHORT, f"runner.output_dir={directory}", model]
-    sys.argv += [f"runner.experiment_name={name}", *overrides]
+    sys.argv = command(name, directory, *overrides)
     print(f"--- {name} {' '.join(overrides)}", flush=True)
     code = cli.main()
     if code != 0:
         sys.exit(f"run {name} ended with exit code {code}")
+
+
+def mistake(name: str, directory: Path, *overrides: str) -> dict[str, object]:
+    """One run that must fail: its exit code, what it says, and the files that it left or changed."""
+    before = files(directory)
+    sys.argv = command(name, directory, *overrides)
+    with contextlib.redirect_stderr(io.StringIO()) as said:
+        code = cli.main()
+    return {"code": code, "said": said.getvalue(), "changed": sorted(files(directory) ^ before)}
+
+
+def files(directory: Path) -> set[str]:
+    return {f"{path} {path.stat().st_mtime_ns}" for path in directory.rglob("*")}
+
+
+def mistakes(directory: Path) -> None:
+    """The mistakes that only a rank can find; `said.json` has what was said of them."""
+    long = directory / "long.jsonl"
+    long.write_text('{"prompt": "1+1", "solutions": ["2"]}\n{"prompt": "1 + 2 + 3 + 4 + 5", "solutions": ["15"]}\n')
+    files_of_mine = (
+        "quickstart.enabled=false",
+        "data.type=math",
+        "reward.reward_type=math",
+        "data.max_prompt_length=8",
+    )
+
+    damaged = directory / "damaged" / "checkpoints" / "global_step_4"
+    shutil.copytree(directory / "unbroken" / "checkpoints", damaged.parent, symlinks=True)
+    file = damaged / "actor" / "iter_0000004" / "mp_rank_00" / "distrib_optim.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+    other = directory / "other" / "checkpoints"
+    with begin_save(other, step=1, layout=Layout(tensor=2)) as save:
+        save.write_json("state/loop.json", {"step": 1})
+        save.file("actor/iter_0000001/mp_rank_00/model_optim_rng.pt").write_bytes(b"")
+        save.commit({})
+
+    said = {
+        "prompt": mistake("p", directory, *files_of_mine, f"data.train_data_paths=[{long}]"),
+        "damaged": mistake("damaged", directory, f"runner.resume_dir={damaged}"),
+        "layout": mistake("l", directory, f"runner.resume_dir={other / 'global_step_1'}"),
+        "task": mistake("t", directory, "data.reasoning_gym.task=basic_arithmetics"),
+        "data": mistake(
+            "d", directory, "data.reasoning_gym.train_size=201", f"runner.resume_dir={damaged.parent / 'global_step_2'}"
+        ),
+    }
+    (directory / "said.json").write_text(json.dumps(said))
+    # The damaged checkpoint is passed over; the run goes on from the one before.
+    run("damaged", directory, "runner.resume_dir=auto", "runner.max_steps=3")
 
 
 def main() -> None:
@@ -65,6 +124,8 @@ def main() -> None:
     run("from-megatron", directory, *one, *megatron, f"actor.model.megatron_checkpoint={last}")
 
     run("unbroken", directory, "runner.max_steps=1")
+
+    mistakes(directory)
 
 
 if __name__ == "__main__":

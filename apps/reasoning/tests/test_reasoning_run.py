@@ -152,6 +152,32 @@ def test_second_quickstart_gets_a_name_of_its_own(runs: tuple[Path, str]) -> Non
     assert list(metrics(directory / "unbroken")) == [0, 1, 2, 3, 4]
 
 
+MISTAKES = {
+    "prompt": "long.jsonl:2: the prompt has 17 tokens, data.max_prompt_length allows 8",
+    "damaged": "distrib_optim.pt",
+    "layout": "was written with TP 2, PP 1, DP 1, and this run has TP 1, PP 1, DP 1",
+    "task": "is not a reasoning-gym task: did you mean 'basic_arithmetic'",
+    "data": "the number of problems was 200 when the checkpoint was saved and is 201 now",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistake_that_only_a_rank_finds(runs: tuple[Path, str], mistake: str) -> None:
+    directory, _ = runs
+    found = json.loads((directory / "said.json").read_text())[mistake]
+    assert found["code"] == 2
+    assert found["said"].startswith("error: ") and found["said"].count("\n") == 1, found["said"]
+    assert MISTAKES[mistake] in found["said"]
+    assert found["changed"] == []
+
+
+def test_damaged_checkpoint_is_passed_over(runs: tuple[Path, str]) -> None:
+    directory, printed = runs
+    last = printed.split("---")[-1]
+    assert f"not resuming from {directory}/damaged/checkpoints/global_step_4: " in last and "distrib_optim.pt" in last
+    assert metrics(directory / "damaged") == {3: metrics(directory / "unbroken")[3]}
+
+
 @pytest.mark.slow
 def test_tensor_parallel_run_through_the_launcher(runs: tuple[Path, str]) -> None:
     directory, _ = runs

@@ -69,7 +69,8 @@ def world_size(context: Context) -> Iterable[Finding]:
         yield Finding(
             TP,
             f"a world size of {world} is not a multiple of tensor {tensor} x pipeline {pipeline} = {tensor * pipeline}",
-            f"start a multiple of {tensor * pipeline} ranks, or choose {TP} and {PP} whose product divides {world}",
+            f"start a multiple of {tensor * pipeline} ranks (launcher.nproc_per_node={tensor * pipeline} on one host), "
+            f"or choose {TP} and {PP} whose product divides {world}",
         )
 
 
