@@ -153,8 +153,8 @@ def test_second_quickstart_gets_a_name_of_its_own(runs: tuple[Path, str]) -> Non
 
 
 MISTAKES = {
-    "prompt": "long.jsonl:2: the prompt has 17 tokens, data.max_prompt_length allows 8",
-    "damaged": "distrib_optim.pt",
+    "prompt": r"long\.jsonl:2: the prompt has \d+ tokens, data\.max_prompt_length allows 8; raise",
+    "damaged": r"/iter_0000004/mp_rank_00/distrib_optim\.pt: its content changed",
     "layout": "was written with TP 2, PP 1, DP 1, and this run has TP 1, PP 1, DP 1",
     "task": "is not a reasoning-gym task: did you mean 'basic_arithmetic'",
     "data": "the number of problems was 200 when the checkpoint was saved and is 201 now",
@@ -167,7 +167,7 @@ def test_mistake_that_only_a_rank_finds(runs: tuple[Path, str], mistake: str) ->
     found = json.loads((directory / "said.json").read_text())[mistake]
     assert found["code"] == 2
     assert found["said"].startswith("error: ") and found["said"].count("\n") == 1, found["said"]
-    assert MISTAKES[mistake] in found["said"]
+    assert re.search(MISTAKES[mistake], found["said"])
     assert found["changed"] == []
 
 
@@ -175,7 +175,10 @@ def test_damaged_checkpoint_is_passed_over(runs: tuple[Path, str]) -> None:
     directory, printed = runs
     last = printed.split("---")[-1]
     assert f"not resuming from {directory}/damaged/checkpoints/global_step_4: " in last and "distrib_optim.pt" in last
-    assert metrics(directory / "damaged") == {3: metrics(directory / "unbroken")[3]}
+    # Step 3 is the last one here, so it is validated as well.
+    (record,) = metrics(directory / "damaged").values()
+    expected = metrics(directory / "unbroken")[3]
+    assert {name: value for name, value in record.items() if not name.startswith("validation/")} == expected
 
 
 @pytest.mark.slow

@@ -26,6 +26,8 @@ FIGURES = {
     "time/step": "seconds",
 }
 
+RESUME_KEYS = ("runner.experiment_name", "runner.resume_dir", "runner.max_steps")
+
 
 class RunOutput:
     """The files of one run under `<output_dir>/<experiment_name>`.
@@ -93,7 +95,7 @@ class RunOutput:
         print(f"report      {self.directory / 'report.html'}")
         if checkpoints:
             newest = checkpoints[-1]
-            words = [word for word in self.command if not word.startswith(("runner.resume_dir=", "runner.max_steps="))]
+            words = [word for word in self.command if word.partition("=")[0] not in RESUME_KEYS]
             words += [
                 f"runner.experiment_name={self.config.runner.experiment_name}",
                 "runner.resume_dir=auto",
@@ -101,7 +103,7 @@ class RunOutput:
             ]
             print(f"checkpoint  {newest}")
             print(f"model       {newest / 'actor' / 'hf_model'}")
-            print(f"to go on    {shlex.join(dict.fromkeys(words))}")
+            print(f"to go on    {shlex.join(words)}")
 
 
 def _plain(value: Any) -> Any:

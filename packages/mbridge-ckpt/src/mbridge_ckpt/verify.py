@@ -97,12 +97,15 @@ def check_file(root: Path, record: FileRecord, *, contents: bool = True) -> Path
     try:
         size = path.stat().st_size
         if size != record.bytes:
-            raise CorruptCheckpointError(f"{path}: {size} bytes, {record.bytes} were written")
+            raise CorruptCheckpointError(
+                f"{path}: {size} bytes, {record.bytes} were written; use another checkpoint, or copy this one again"
+            )
         if contents:
             _, digest = hash_file(path)
             if digest != record.xxh3_128:
                 raise CorruptCheckpointError(
-                    f"{path}: its content changed since it was written (checksum {digest}, written {record.xxh3_128})"
+                    f"{path}: its content changed since it was written (checksum {digest}, written {record.xxh3_128}); "
+                    "use another checkpoint, or copy this one again"
                 )
         else:
             _check_header(path, record)

@@ -141,9 +141,12 @@ def current_layout() -> Layout:
 
 
 def _other_layout(checkpoint: Checkpoint, layout: Layout) -> str:
+    written = checkpoint.layout
     return (
-        f"{checkpoint.path} was written with {_sizes(checkpoint.layout)}, and this run has {_sizes(layout)}; "
-        "use the same sizes"
+        f"{checkpoint.path} was written with {_sizes(written)}, and this run has {_sizes(layout)}; "
+        f"start {written.tensor * written.pipeline * written.data} ranks with "
+        f"actor.model.tensor_model_parallel_size={written.tensor} and "
+        f"actor.model.pipeline_model_parallel_size={written.pipeline}"
     )
 
 
