@@ -8,6 +8,7 @@ Nothing here imports Megatron; what a case imports stays imported, which is why 
 
 import contextlib
 import faulthandler
+import gc
 import importlib
 import importlib.util
 import os
@@ -145,9 +146,23 @@ def _process_group(case: Case) -> Iterator[None]:
     parallel_state = sys.modules.get("megatron.core.parallel_state")
     if parallel_state is not None:
         parallel_state.destroy_model_parallel()
+        _release_models()
     dist.destroy_process_group()
     os.environ.clear()
     os.environ.update(environment)
+
+
+def _release_models() -> None:
+    """Free the models that a case has made, and the process groups they hold, each with threads of its own.
+
+    Megatron-Core's gradient hooks tie a model into cycles through autograd, which the garbage collector cannot see.
+    """
+    from megatron.core.distributed import DistributedDataParallel
+
+    for model in [found for found in gc.get_objects() if type(found) is DistributedDataParallel]:
+        model.grad_accs.clear()
+        model.config.grad_scale_func = model.config.finalize_model_grads_func = model.config.no_sync_func = None
+    gc.collect()
 
 
 if __name__ == "__main__":

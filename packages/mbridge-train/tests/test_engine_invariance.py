@@ -219,3 +219,30 @@ def test_batches_with_nothing_in_them(gang2: Gang, models: Path, model: dict[str
         assert result["norm"] == 0.0 and result["changed"] == []
         assert [row.tolist() for row in result["logprobs"]] == [[0.0]] * 3
         assert "no samples" in result["message"]
+
+
+def forgotten(directory: Path, close: bool) -> bool:
+    """Whether the model of an engine that was used is gone with the last reference to the engine."""
+    import gc
+    import weakref
+
+    from mbridge_train.losses import sft_loss
+    from megatron.core import parallel_state
+
+    engine = build(directory, layout(), {}, 2)
+    try:
+        engine.forward_backward(make_batch((5, 9)), sft_loss)
+        model = weakref.ref(engine.model[0])
+        if close:
+            engine.close()
+        del engine
+        gc.collect()
+        return model() is None
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+def test_closed_engine_is_freed(gang2: Gang, models: Path) -> None:
+    assert gang2.run(forgotten, models / "qwen2", True) == [True, True]
+    # If this fails, Megatron-Core no longer holds its models, and `Engine.close` can go.
+    assert gang2.run(forgotten, models / "qwen2", False) == [False, False]

@@ -89,6 +89,7 @@ def prepare_quickstart(config: ReasoningConfig, problems: Sequence[Problem], out
                 output.message(f"warm-up step {step}/{made.warmup_steps}  loss {loss:.4f}")
         engine.synchronize_weights()
         save_hf(engine.model, engine.handle, target)
+        engine.close()
 
 
 def _batch(problems: Sequence[Problem], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Sample]:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from mbridge_model import ModelHandle, export
 from megatron.core import parallel_state
-from megatron.core.distributed import finalize_model_grads
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
@@ -160,6 +160,17 @@ class Engine:
         if self.optimizer is not None and self.optimizer.settings.overlap_param_gather:
             for chunk in self.model:
                 chunk.start_param_sync(force_sync=True)
+
+    def close(self) -> None:
+        """Make the engine unusable and its memory and process groups free to go, with the last reference to it.
+
+        Megatron-Core's gradient hooks hold the model in cycles through autograd's C++ nodes, which Python's garbage
+        collector does not see: without this, a process keeps every engine that it has ever had.
+        """
+        for chunk in self.model:
+            if isinstance(chunk, DistributedDataParallel):
+                chunk.grad_accs.clear()
+        self.config.grad_scale_func = self.config.finalize_model_grads_func = self.config.no_sync_func = None
 
     def _set_schedule_hooks(self, settings: OptimizerSettings) -> None:
         assert self.optimizer is not None
