@@ -1,10 +1,15 @@
 """Fixtures and rules that hold for the tests of every package and app."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from testing.gang import Gang, WorkerPool
+
+# A shell starts what runs in the background with Ctrl-C ignored, which every process started by a test would inherit.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
