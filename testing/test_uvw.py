@@ -25,7 +25,7 @@ PINNED = next(
 # Prints what it was given; fails with 7 if told to.
 UV_PROGRAM = """#!/bin/sh
 if [ "$1" = --version ]; then echo "uv {version} (x86_64)"; exit 0; fi
-printf '{label}'; printf ' <%s>' "$@"; echo; echo "PATH=$PATH"
+printf '{label}'; printf ' <%s>' "$@"; echo; echo "PATH=$PATH"; echo "compile=${{UV_COMPILE_BYTECODE:-}}"
 [ "$1" != fail ] || exit 7
 """
 
@@ -146,6 +146,13 @@ def test_new_enough_uv_on_path_is_used(machine: Machine, version: str) -> None:
     assert (done.returncode, done.stdout.splitlines()[0], done.stderr) == (0, "path <run> <a b> <> <*>", "")
     assert not machine.own.exists()
     assert machine.run("fail").returncode == 7
+
+
+def test_only_the_first_installation_compiles_bytecode(machine: Machine) -> None:
+    machine.add_uv(PINNED)
+    assert "compile=1" in machine.run("sync").stdout
+    (machine.clone / ".venv").mkdir()
+    assert "compile=\n" in machine.run("sync").stdout
 
 
 @pytest.mark.parametrize("version", ["0.11.24", "0.9.30", "0.11"])

@@ -8,32 +8,27 @@ from typing import Any
 import pytest
 import torch
 from mbridge_model import Parallel
-from mbridge_train.batch import Sample, aggregation_weights
 from torch import Tensor
 
 from testing.gang import Gang
-from testing.tiny_models import VOCAB_SIZE, make_model
+from testing.tiny_models import make_model
+from testing.training_runs import (
+    BETAS,
+    LEARNING_RATE,
+    OVERLAPPED,
+    PLAIN,
+    SHARDED,
+    WEIGHT_DECAY,
+    build,
+    leave,
+    make_batch,
+    train,
+)
 
 STOP, END = 3, 6
-LENGTHS = (17, 2, 9, 30, 5)
-LEARNING_RATE, WEIGHT_DECAY, BETAS = 3e-3, 0.1, (0.9, 0.95)
-
-PLAIN = {"use_distributed_optimizer": False}
-SHARDED = {"use_distributed_optimizer": True}
-OVERLAPPED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
 DROPOUT = {"hidden_dropout": 0.1, "attention_dropout": 0.1}
 # Overflows at first, later grows: the state of the scaler changes at every step or two.
 DYNAMIC_SCALE = {"initial_loss_scale": 2.0**19, "loss_scale_window": 2}
-
-
-def make_batch(step: int) -> list[Sample]:
-    """A global batch to learn by heart, a function of the step alone."""
-    generator = torch.Generator().manual_seed(step)
-    weights = aggregation_weights([torch.arange(length) > 0 for length in LENGTHS], "token-mean")
-    return [
-        Sample(tokens=torch.randint(VOCAB_SIZE, (length,), generator=generator), weights=weight)
-        for length, weight in zip(LENGTHS, weights, strict=True)
-    ]
 
 
 @pytest.fixture(scope="module")
@@ -45,76 +40,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def build(
-    directory: Path,
-    parallel: Parallel,
-    optimizer: dict[str, Any],
-    *,
-    overrides: dict[str, float] | None = None,
-    dtype: str = "float32",
-    seed: int = 1234,
-    weights: bool = True,
-) -> Any:
-    """An engine of its own, whatever ran in this process before."""
-    from mbridge_model import load
-    from mbridge_train.engine import Engine, MicroBatching
-    from mbridge_train.optimizer import OptimizerSettings
-    from mbridge_train.processes import seed_all
-    from mbridge_train.schedule import Schedule
-    from megatron.core import parallel_state
-
-    if parallel_state.model_parallel_is_initialized():
-        parallel_state.destroy_model_parallel()
-    seed_all(seed)
-    settings = OptimizerSettings(
-        schedule=Schedule(
-            max_lr=LEARNING_RATE,
-            warmup_steps=4,
-            decay_steps=8,
-            min_lr=1e-4,
-            decay_style="cosine",
-            weight_decay=WEIGHT_DECAY,
-        ),
-        betas=BETAS,
-        **optimizer,
-    )
-    model, handle = load(
-        directory,
-        parallel,
-        {"calculate_per_token_loss": True} | (overrides or {}),
-        dtype=getattr(torch, dtype),
-        seed=seed,
-        weights=weights,
-    )
-    return Engine(model, handle, micro_batching=MicroBatching(micro_batch_size=2, packed=True), optimizer=settings)
-
-
-def leave() -> None:
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-
-
-def train(engine: Any, first: int, last: int) -> list[tuple[float, float, float, bool]]:
-    """Loss, gradient norm, learning rate, and whether the step was applied, of steps `first` to `last` - 1."""
-    from mbridge_train.losses import sft_loss
-
-    record = []
-    for step in range(first, last):
-        loss = engine.forward_backward(make_batch(step), sft_loss)["loss"]
-        result = engine.step()
-        record.append((loss, result.grad_norm, result.learning_rate, result.applied))
-    return record
-
-
 def digests(engine: Any) -> dict[str, str]:
     """A hash of each weight, and of each tensor and number of the optimizer's state."""
     from mbridge_train import optimizer_state
-    from mbridge_train.checkpoint import _model_state, _parameter_names
+    from mbridge_train.rank_state import model_state, parameter_names
 
     engine.synchronize_weights()
-    found: dict[str, Any] = {f"model/{name}": value for name, value in _model_state(engine).items()}
-    state = optimizer_state.collect(engine.optimizer, _parameter_names(engine)) or {}
+    found: dict[str, Any] = {f"model/{name}": value for name, value in model_state(engine).items()}
+    state = optimizer_state.collect(engine.optimizer, parameter_names(engine)) or {}
     for key, value in state.items():
         found |= {f"{key}/{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
     return {name: _digest(value) for name, value in found.items()}
@@ -233,11 +166,10 @@ def test_files_and_what_does_not_fit(gang2: Gang, models: Path, tmp_path: Path) 
     shutil.rmtree(actor / "hf_model")
     for loaded in gang2.run(resume, models / "tied", root, tensor_2, SHARDED):
         assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
-    for message in gang2.run(resume, models / "tied", root, Parallel(), SHARDED):
-        assert "TP 2, PP 1, DP 1" in message and "TP 1, PP 1, DP 2" in message
     for name in ("shallow", "untied"):
-        for message in gang2.run(resume, models / name, root, tensor_2, SHARDED):
-            assert "does not fit this model" in message
+        for parallel in (tensor_2, Parallel(pipeline=2)):
+            for message in gang2.run(resume, models / name, root, parallel, SHARDED):
+                assert "does not fit this model" in message
 
 
 def test_files_of_pipeline_stages(gang2: Gang, models: Path, tmp_path: Path) -> None:
@@ -249,14 +181,14 @@ def test_files_of_pipeline_stages(gang2: Gang, models: Path, tmp_path: Path) -> 
 def states_by_name(directory: Path) -> Any:
     """The optimizer's state of DP 2, distributed or not, after three steps, on rank 0."""
     from mbridge_train import optimizer_state
-    from mbridge_train.checkpoint import _parameter_names
+    from mbridge_train.rank_state import parameter_names
 
     try:
         states = []
         for optimizer in (PLAIN, SHARDED | {"bucket_size": 5000}):
             engine = build(directory, Parallel(), optimizer | {"clip_grad": 0.0})
             train(engine, 0, STOP)
-            states.append(optimizer_state.collect(engine.optimizer, _parameter_names(engine)))
+            states.append(optimizer_state.collect(engine.optimizer, parameter_names(engine)))
         return states
     finally:
         leave()

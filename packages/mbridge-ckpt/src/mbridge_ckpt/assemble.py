@@ -84,6 +84,16 @@ class WholeModel:
         """What a file of the first rank holds, with StoredTensors."""
         return self.reader(file).value
 
+    def load(self, file: str) -> dict[str, Any]:
+        """What a file holds apart from its parameters' state: its small values, tensors among them read."""
+        reader = self.reader(file)
+        names = {parameter.placement.name for parameter in self.parameters.values()}
+        return {
+            key: _read_all(reader, item)
+            for key, item in reader.value.items()
+            if not (isinstance(item, dict) and names & set(item))
+        }
+
     def reader(self, file: str) -> TorchFileReader:
         """The open file."""
         if file not in self._readers:
@@ -174,3 +184,11 @@ class WholeModel:
 
 def _file_of(kind: str, model_file: str) -> str:
     return model_file if kind == MODEL else model_file.replace("model_optim_rng.pt", "distrib_optim.pt")
+
+
+def _read_all(reader: TorchFileReader, value: Any) -> Any:
+    if isinstance(value, StoredTensor):
+        return reader.read(value)
+    if isinstance(value, dict):
+        return {key: _read_all(reader, item) for key, item in value.items()}
+    return value

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mbridge_train.optimizer import Optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-_MASTER = "fp32_param"
+MASTER = "fp32_param"
 
 
 def collect(optimizer: Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Any] | None:
@@ -33,7 +33,7 @@ def collect(optimizer: Optimizer, names: dict[nn.Parameter, str]) -> dict[str, A
         parameter's shape}, "step": Adam's count, "schedule_step": steps of the schedule, "grad_scaler": of fp16 or
         None}. On the others None.
     """
-    state: dict[str, Any] = {key: {} for key in (_MASTER, *MOMENTS)}
+    state: dict[str, Any] = {key: {} for key in (MASTER, *MOMENTS)}
     for part in optimizer.parts:
         if isinstance(part, DistributedOptimizer):
             _ensure_moments(part)
@@ -47,7 +47,7 @@ def collect(optimizer: Optimizer, names: dict[nn.Parameter, str]) -> dict[str, A
             _ensure_moments(part)
             for parameter, name in names.items():
                 master = getattr(parameter, "main_param", parameter)
-                state[_MASTER][name] = master.detach().float().cpu()
+                state[MASTER][name] = master.detach().float().cpu()
                 for key in MOMENTS:
                     state[key][name] = part.optimizer.state[master][key].float().cpu()
     if parallel_state.get_data_parallel_rank() != 0:
@@ -91,7 +91,7 @@ def restore(optimizer: Optimizer, names: dict[nn.Parameter, str], state: dict[st
             assert values is not None
             for parameter, name in names.items():
                 master = getattr(parameter, "main_param", parameter)
-                master.copy_(values[_MASTER][name])
+                master.copy_(values[MASTER][name])
                 for key in MOMENTS:
                     part.optimizer.state[master][key].copy_(values[key][name])
         for group_settings in part.optimizer.param_groups:
@@ -122,7 +122,7 @@ def _ensure_moments(part: Any) -> None:
 
 def _flat_keys() -> tuple[tuple[str, str], ...]:
     """Our names and Megatron-Core's."""
-    return ((_MASTER, "param"), *((key, key) for key in MOMENTS))
+    return ((MASTER, "param"), *((key, key) for key in MOMENTS))
 
 
 def _slots(part: DistributedOptimizer, state: dict[Any, Any]) -> Iterator[tuple[nn.Parameter, Callable[[str], Tensor]]]:

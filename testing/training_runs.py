@@ -1,0 +1,89 @@
+"""Training runs of tiny models that the tests of checkpoints stop, resume and compare."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from mbridge_model import Parallel
+from mbridge_train.batch import Sample, aggregation_weights
+
+from testing.tiny_models import VOCAB_SIZE
+
+LENGTHS = (17, 2, 9, 30, 5)
+LEARNING_RATE, WEIGHT_DECAY, BETAS = 3e-3, 0.1, (0.9, 0.95)
+
+PLAIN = {"use_distributed_optimizer": False}
+SHARDED = {"use_distributed_optimizer": True}
+OVERLAPPED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "overlap_param_gather": True}
+
+
+def make_batch(step: int) -> list[Sample]:
+    """A global batch to learn by heart, a function of the step alone."""
+    generator = torch.Generator().manual_seed(step)
+    weights = aggregation_weights([torch.arange(length) > 0 for length in LENGTHS], "token-mean")
+    return [
+        Sample(tokens=torch.randint(VOCAB_SIZE, (length,), generator=generator), weights=weight)
+        for length, weight in zip(LENGTHS, weights, strict=True)
+    ]
+
+
+def build(
+    directory: Path,
+    parallel: Parallel,
+    optimizer: dict[str, Any],
+    *,
+    overrides: dict[str, float] | None = None,
+    dtype: str = "float32",
+    seed: int = 1234,
+    weights: bool = True,
+) -> Any:
+    """An engine of its own, whatever ran in this process before."""
+    from mbridge_model import load
+    from mbridge_train.engine import Engine, MicroBatching
+    from mbridge_train.optimizer import OptimizerSettings
+    from mbridge_train.processes import seed_all
+    from mbridge_train.schedule import Schedule
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    seed_all(seed)
+    settings = OptimizerSettings(
+        schedule=Schedule(
+            max_lr=LEARNING_RATE,
+            warmup_steps=4,
+            decay_steps=8,
+            min_lr=1e-4,
+            decay_style="cosine",
+            weight_decay=WEIGHT_DECAY,
+        ),
+        betas=BETAS,
+        **optimizer,
+    )
+    model, handle = load(
+        directory,
+        parallel,
+        {"calculate_per_token_loss": True} | (overrides or {}),
+        dtype=getattr(torch, dtype),
+        seed=seed,
+        weights=weights,
+    )
+    return Engine(model, handle, micro_batching=MicroBatching(micro_batch_size=2, packed=True), optimizer=settings)
+
+
+def leave() -> None:
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+
+
+def train(engine: Any, first: int, last: int) -> list[tuple[float, float, float, bool]]:
+    """Loss, gradient norm, learning rate, and whether the step was applied, of steps `first` to `last` - 1."""
+    from mbridge_train.losses import sft_loss
+
+    record = []
+    for step in range(first, last):
+        loss = engine.forward_backward(make_batch(step), sft_loss)["loss"]
+        result = engine.step()
+        record.append((loss, result.grad_norm, result.learning_rate, result.applied))
+    return record
