@@ -22,14 +22,16 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def save_and_go_on(directory: Path, output: Path, parallel: Parallel, optimizer: dict[str, Any], dtype: str) -> Any:
+def save_and_go_on(
+    directory: Path, output: Path, parallel: Parallel, optimizer: dict[str, Any], dtype: str, file_format: str = "torch"
+) -> Any:
     """Train, save, train on: losses and norms after the checkpoint, and the weights at the end."""
     from mbridge_train.checkpoint import save_checkpoint
 
     try:
         engine = build(directory, parallel, optimizer, dtype=dtype)
         train(engine, 0, STOP)
-        save_checkpoint(engine, output, step=STOP, loop_state={"step": STOP}, export_hf=False)
+        save_checkpoint(engine, output, step=STOP, loop_state={"step": STOP}, export_hf=False, file_format=file_format)
         saved = {name: tensor.clone() for name, tensor in engine.export_weights()}
         return saved, train(engine, STOP, END)
     finally:
@@ -51,21 +53,25 @@ def resume(directory: Path, output: Path, parallel: Parallel, optimizer: dict[st
 ALONE, TENSOR, PIPELINE = Parallel(), Parallel(tensor=2), Parallel(pipeline=2)
 BOTH = Parallel(tensor=2, pipeline=2, sequence=True)
 
-# Model, what saves (gang, layout, optimizer), what resumes.
+# Model, format, what saves (gang, layout, optimizer), what resumes.
 CASES = [
-    ("tied", (2, TENSOR, SHARDED), [(2, PIPELINE, PLAIN), (2, ALONE, OVERLAPPED), (4, BOTH, SHARDED)]),
-    ("tied", (4, BOTH, SHARDED), [(2, ALONE, SHARDED), (2, TENSOR, PLAIN)]),
-    ("untied", (2, PIPELINE, PLAIN), [(2, TENSOR, SHARDED), (4, Parallel(tensor=2), SHARDED)]),
+    ("tied", "torch", (2, TENSOR, SHARDED), [(2, PIPELINE, PLAIN), (2, ALONE, OVERLAPPED), (4, BOTH, SHARDED)]),
+    ("tied", "torch", (4, BOTH, SHARDED), [(2, ALONE, SHARDED), (2, TENSOR, PLAIN)]),
+    ("untied", "torch", (2, PIPELINE, PLAIN), [(2, TENSOR, SHARDED), (4, Parallel(tensor=2), SHARDED)]),
+    ("tied", "torch_dist", (4, BOTH, SHARDED), [(4, BOTH, SHARDED), (2, TENSOR, PLAIN), (2, ALONE, SHARDED)]),
+    ("untied", "torch_dist", (2, ALONE, PLAIN), [(2, PIPELINE, SHARDED)]),
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=["TP 2", "TP 2 PP 2", "PP 2 untied"])
+@pytest.mark.parametrize(
+    "case", CASES, ids=["TP 2", "TP 2 PP 2", "PP 2 untied", "torch_dist TP 2 PP 2", "torch_dist DP 2 untied"]
+)
 def test_training_goes_on_under_another_layout(
     gang2: Gang, gang4: Gang, models: Path, tmp_path: Path, case: Any
 ) -> None:
     gangs = {2: gang2, 4: gang4}
-    model, (size, *saved_as), resumed_as = case
-    weights, expected = gangs[size].run(save_and_go_on, models / model, tmp_path, *saved_as, "float32")[0]
+    model, file_format, (size, *saved_as), resumed_as = case
+    weights, expected = gangs[size].run(save_and_go_on, models / model, tmp_path, *saved_as, "float32", file_format)[0]
     for size, *arguments in resumed_as:
         for loaded, record in gangs[size].run(resume, models / model, tmp_path, *arguments, "float32"):
             assert weights.keys() == loaded.keys()

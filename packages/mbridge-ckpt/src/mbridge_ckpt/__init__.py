@@ -14,7 +14,7 @@ from mbridge_ckpt.errors import (
     UnsafeCheckpointError,
 )
 from mbridge_ckpt.hf_export import write_hf
-from mbridge_ckpt.layout import HF_DIRECTORY, Layout, model_file, mp_rank_directory, optimizer_file
+from mbridge_ckpt.layout import HF_DIRECTORY, Layout, iteration_directory, model_file, mp_rank_directory, optimizer_file
 from mbridge_ckpt.manifest import FileRecord, Manifest, TensorRecord
 from mbridge_ckpt.placement import ParameterPlacement, place_parameter
 from mbridge_ckpt.reshard import reshard
@@ -50,6 +50,7 @@ __all__ = [
     "capture_random_state",
     "find_resume",
     "hold",
+    "iteration_directory",
     "list_checkpoints",
     "load_torch",
     "model_file",

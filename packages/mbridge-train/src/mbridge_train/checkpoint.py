@@ -6,28 +6,37 @@ same layout continues bit for bit like one that was never stopped; under other p
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from mbridge_ckpt import (
     Checkpoint,
+    CorruptCheckpointError,
     WholeModel,
     begin_save,
     capture_random_state,
+    iteration_directory,
     model_file,
     open_checkpoint,
     optimizer_file,
     restore_random_state,
+    verify,
     write_hf,
 )
-from megatron.core import parallel_state
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
-from mbridge_train import optimizer_state, relayout
+from mbridge_train import optimizer_state, relayout, torch_dist
 from mbridge_train.engine import Engine
 from mbridge_train.errors import TrainError
-from mbridge_train.rank_state import current_layout, model_parallel_ranks, model_state, parameter_names, placements
+from mbridge_train.rank_state import (
+    current_layout,
+    is_first_data_rank,
+    model_parallel_ranks,
+    model_state,
+    parameter_names,
+    placements,
+)
 
 LOOP_FILE = "state/loop.json"
 
@@ -40,6 +49,7 @@ def save_checkpoint(
     loop_state: dict[str, Any],
     metrics: dict[str, float] | None = None,
     export_hf: bool = True,
+    file_format: Literal["torch", "torch_dist"] = "torch",
 ) -> Path:
     """Save everything that the run needs to go on. Collective over all ranks.
 
@@ -50,6 +60,8 @@ def save_checkpoint(
         loop_state: JSON object of the application's loop, the same on every rank.
         metrics: stored beside, for retention by a metric.
         export_hf: also write the weights as a HuggingFace directory.
+        file_format: "torch": files of each model-parallel rank, by parameter name; "torch_dist": Megatron-Core's
+            distributed checkpoint. Both are read under any layout.
 
     Returns:
         The committed directory.
@@ -62,7 +74,9 @@ def save_checkpoint(
     ranks = model_parallel_ranks()
     state = optimizer_state.collect(engine.optimizer, parameter_names(engine)) if engine.optimizer else None
     with begin_save(directory, step=step, layout=layout) as save:
-        if parallel_state.get_data_parallel_rank() == 0:
+        if file_format == "torch_dist":
+            torch_dist.write(engine, save, iteration_directory(step), state)
+        elif is_first_data_rank():
             content = {"model": model_state(engine), "iteration": step, "layout": layout.to_json()}
             save.write_torch(model_file(step, layout, **ranks), content, placements=placements(engine))
             if state is not None:
@@ -92,8 +106,7 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint | Path) -> dict[str, 
         checkpoint = open_checkpoint(checkpoint)
     load_model(engine, checkpoint)
     if engine.optimizer is not None:
-        is_first = parallel_state.get_data_parallel_rank() == 0
-        state = _read_optimizer(engine, checkpoint) if is_first else None
+        state = _read_optimizer(engine, checkpoint)
         optimizer_state.restore(engine.optimizer, parameter_names(engine), state)
     if checkpoint.layout == current_layout():
         own = checkpoint.load_rank_state(torch.distributed.get_rank())
@@ -109,6 +122,10 @@ def load_model(engine: Engine, checkpoint: Checkpoint) -> None:
     Raises:
         TrainError: the checkpoint was written for another model.
     """
+    if not _reads_only_own_file(checkpoint):
+        report = verify(checkpoint.path, only_needed_to_resume=True)  # each rank reads a share
+        if not report.resumable:
+            raise CorruptCheckpointError("; ".join(problem.message for problem in report.problems))
     own = model_state(engine)
     saved = _read_model(engine, checkpoint)
     with torch.no_grad():
@@ -120,7 +137,9 @@ def load_model(engine: Engine, checkpoint: Checkpoint) -> None:
 
 
 def _read_model(engine: Engine, checkpoint: Checkpoint) -> dict[str, Tensor]:
-    if not _is_cut_alike(checkpoint):
+    if torch_dist.is_torch_dist(_iteration(checkpoint)):
+        return torch_dist.read_model(engine, _iteration(checkpoint))
+    if not _reads_only_own_file(checkpoint):
         with WholeModel(checkpoint) as whole:
             return relayout.read_model(engine, whole)
     path = model_file(checkpoint.step, checkpoint.layout, **model_parallel_ranks())
@@ -135,8 +154,13 @@ def _read_model(engine: Engine, checkpoint: Checkpoint) -> dict[str, Tensor]:
     return saved
 
 
-def _read_optimizer(engine: Engine, checkpoint: Checkpoint) -> dict[str, Any]:
-    if not _is_cut_alike(checkpoint):
+def _read_optimizer(engine: Engine, checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The state of this model-parallel rank, on data-parallel rank 0."""
+    if torch_dist.is_torch_dist(_iteration(checkpoint)):
+        return torch_dist.read_optimizer(engine, _iteration(checkpoint))
+    if not is_first_data_rank():
+        return None
+    if not _reads_only_own_file(checkpoint):
         with WholeModel(checkpoint) as whole:
             return relayout.read_optimizer(engine, whole)
     path = optimizer_file(checkpoint.step, checkpoint.layout, **model_parallel_ranks())
@@ -144,8 +168,13 @@ def _read_optimizer(engine: Engine, checkpoint: Checkpoint) -> dict[str, Any]:
     return state
 
 
-def _is_cut_alike(checkpoint: Checkpoint) -> bool:
-    """Whether each rank finds what it needs in the one file of its model-parallel rank."""
+def _reads_only_own_file(checkpoint: Checkpoint) -> bool:
+    """Whether each rank finds what it needs in the one file of its model-parallel rank, whose checksum it compares."""
     # Data-parallel ranks have the same weights, and the optimizer's state is stored whole, so their number is free.
     layout = current_layout()
-    return replace(checkpoint.layout, data=layout.data) == layout
+    same = replace(checkpoint.layout, data=layout.data) == layout
+    return same and not torch_dist.is_torch_dist(_iteration(checkpoint))
+
+
+def _iteration(checkpoint: Checkpoint) -> Path:
+    return checkpoint.path / iteration_directory(checkpoint.step)

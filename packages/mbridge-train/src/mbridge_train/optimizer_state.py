@@ -52,8 +52,13 @@ def collect(optimizer: Optimizer, names: dict[nn.Parameter, str]) -> dict[str, A
                     state[key][name] = part.optimizer.state[master][key].float().cpu()
     if parallel_state.get_data_parallel_rank() != 0:
         return None
+    return state | facts(optimizer)
+
+
+def facts(optimizer: Optimizer) -> dict[str, Any]:
+    """What the state holds beside tensors of parameters, the same on every rank; see `collect`."""
     scaler = _grad_scaler(optimizer)
-    return state | {
+    return {
         "step": _adam_step(optimizer),
         "schedule_step": optimizer.steps,
         # A copy, since the state holds the live scale.
@@ -71,14 +76,14 @@ def restore(optimizer: Optimizer, names: dict[nn.Parameter, str], state: dict[st
         state: on data-parallel rank 0; ignored on the others.
     """
     # The small facts are needed on every data-parallel rank, the tensors are scattered by Megatron-Core.
-    facts = [
+    shared_facts = [
         None
         if state is None
         else {key: value for key, value in state.items() if not isinstance(value, dict) or key == "grad_scaler"}
     ]
     group = parallel_state.get_data_parallel_group_gloo()
-    torch.distributed.broadcast_object_list(facts, src=torch.distributed.get_global_rank(group, 0), group=group)
-    shared = facts[0]
+    torch.distributed.broadcast_object_list(shared_facts, src=torch.distributed.get_global_rank(group, 0), group=group)
+    shared = shared_facts[0]
     assert shared is not None
     for part in optimizer.parts:
         _ensure_moments(part)

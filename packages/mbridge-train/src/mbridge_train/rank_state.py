@@ -1,6 +1,5 @@
 """What one rank of a run holds: its place among the ranks, its tensors by name, and where they stand in the model."""
 
-import torch
 from mbridge_ckpt import Layout, ParameterPlacement, place_parameter
 from megatron.core import parallel_state
 from torch import Tensor, nn
@@ -25,15 +24,20 @@ def model_parallel_ranks() -> dict[str, int]:
     }
 
 
+def is_first_data_rank() -> bool:
+    """Whether this is the data-parallel rank that writes what all of them hold alike."""
+    return bool(parallel_state.get_data_parallel_rank() == 0)
+
+
 def model_state(engine: Engine) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name: live tensors. Transformer Engine's fp8 metadata is left out."""
-    state = _unwrapped(engine).state_dict(keep_vars=False)
+    state = unwrapped(engine).state_dict(keep_vars=False)
     return {name: value for name, value in state.items() if isinstance(value, Tensor) and "_extra_state" not in name}
 
 
 def parameter_names(engine: Engine) -> dict[nn.Parameter, str]:
     """The trainable parameters of this rank and their names."""
-    return {parameter: name for name, parameter in _unwrapped(engine).named_parameters() if parameter.requires_grad}
+    return {parameter: name for name, parameter in unwrapped(engine).named_parameters() if parameter.requires_grad}
 
 
 def placements(engine: Engine) -> list[ParameterPlacement]:
@@ -43,7 +47,7 @@ def placements(engine: Engine) -> list[ParameterPlacement]:
     offset = get_transformer_layer_offset(engine.config)
     tied = engine.config.share_embeddings_and_output_weights
     found = []
-    for name, parameter in _unwrapped(engine).named_parameters():
+    for name, parameter in unwrapped(engine).named_parameters():
         is_vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
         found.append(
             place_parameter(
@@ -60,7 +64,7 @@ def placements(engine: Engine) -> list[ParameterPlacement]:
     return found
 
 
-def _unwrapped(engine: Engine) -> nn.Module:
+def unwrapped(engine: Engine) -> nn.Module:
     """The bare Megatron model of this rank, inside data-parallel and half-precision wrappers."""
     module = engine.model[0]
     while hasattr(module, "module"):

@@ -1,7 +1,7 @@
 """A checkpoint read by a run with other tensor- or pipeline-parallel sizes than the one that wrote it.
 
-Each rank reads the pieces of its own parameters from the files of all ranks that wrote them (`mbridge_ckpt.WholeModel`),
-weights and optimizer moments alike; nothing is gathered and no other copy is written.
+Each rank reads the pieces of its own parameters from the files of all ranks that wrote them
+(`mbridge_ckpt.WholeModel`), weights and optimizer moments alike; nothing is gathered and no other copy is written.
 """
 
 from collections.abc import Iterator
