@@ -1,6 +1,7 @@
 """Runs of the app, one after the other in one process, since importing Megatron takes longer than any of them.
 
     python reasoning_run_program.py DIRECTORY
+    python reasoning_run_program.py DIRECTORY split     # after it: its run, cut for two ranks and back again
 
 Everything lies in DIRECTORY afterwards; `test_reasoning_run.py` reads it. The runs are of the quickstart's kind, cut
 short, with a reference policy, minibatches and shuffled answers.
@@ -105,8 +106,26 @@ def mistakes(directory: Path) -> None:
     run("damaged", directory, "runner.resume_dir=auto", "runner.max_steps=3")
 
 
+def split(directory: Path) -> None:
+    """The unbroken run's step 3 on two ranks, saved by all of them, and its step 4 on one again."""
+    run(
+        "split",
+        directory,
+        "launcher.nproc_per_node=2",
+        "actor.model.tensor_model_parallel_size=2",
+        "actor.model.sequence_parallel=true",
+        "actor.megatron.use_dist_ckpt=true",
+        "runner.max_steps=3",
+        f"runner.resume_dir={directory / 'unbroken' / 'checkpoints' / 'global_step_2'}",
+    )
+    run("joined", directory, f"runner.resume_dir={directory / 'split' / 'checkpoints' / 'global_step_3'}")
+
+
 def main() -> None:
     directory = Path(sys.argv[1])
+    if sys.argv[2:] == ["split"]:
+        split(directory)
+        return
     run("unbroken", directory)
 
     run("stopped", directory, "runner.max_steps=2")

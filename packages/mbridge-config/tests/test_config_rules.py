@@ -24,6 +24,9 @@ def test_good_config_has_no_problems(checked: Checked) -> None:
 
 # the good model: 6 layers, 12 heads, 2 key-value heads, MLP width 168, vocabulary 211; 16 x 4 answers a step
 CASES = [
+    ("shard-size", ["runner.checkpoint.max_shard_size=5 apples"], None, "not a size in bytes"),
+    ("shard-size", ["runner.checkpoint.max_shard_size=0GB"], None, "not a size in bytes"),
+    ("keep-best-metric", ["runner.checkpoint.keep_best=2"], None, "measured with the last step only"),
     ("tensor-parallel-heads", [f"{TP}=5"], 5, "12 attention heads cannot be shared by 5 ranks"),
     ("tensor-parallel-kv-groups", [f"{TP}=3"], 3, "2 key-value heads (groups) are neither a multiple nor a divisor"),
     ("tensor-parallel-ffn", [f"{TP}=9"], 9, "MLP width 168 cannot be shared by 9 ranks"),
@@ -332,8 +335,6 @@ def test_minibatches_of_a_global_batch(composed: Callable[..., ReasoningConfig])
     [
         "actor.optim.optimizer=sgd",
         "actor.lr_sched.weight_decay_incr_style=cosine",
-        "actor.megatron.ckpt_format=torch_dist",
-        "actor.megatron.use_dist_ckpt=true",
     ],
 )
 def test_what_this_version_does_not_do_is_refused(checked: Checked, override: str) -> None:

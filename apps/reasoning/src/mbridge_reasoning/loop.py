@@ -6,10 +6,12 @@ from pathlib import Path
 import torch
 from mbridge_ckpt import Checkpoint, find_resume, open_checkpoint
 from mbridge_config import ReasoningConfig, hf_directory, tokenizer_directory
-from mbridge_train.checkpoint import load_checkpoint, load_model, save_checkpoint
-from mbridge_train.from_config import DTYPES, build_engine
+from mbridge_train.checkpoint import load_checkpoint, load_model
+from mbridge_train.from_config import DTYPES, build_engine, save_settings
 from mbridge_train.processes import broadcast, join, leave, seed_all
+from mbridge_train.rank_state import current_layout
 from mbridge_train.reference import Snapshot
+from mbridge_train.saving import CheckpointWriter
 from transformers import AutoTokenizer
 
 from mbridge_reasoning.data import Problem, tokenize_problems
@@ -87,6 +89,8 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
     reference = Snapshot(engine) if config.algorithm.kl_beta > 0 else None
     first = 0
     if resume is not None:
+        if resume.layout != current_layout():
+            output.message(f"{resume.path} was written with {resume.layout}; this run has {current_layout()}")
         state = load_checkpoint(engine, resume)
         first = state["step"]
         sampler.load_state_dict(state["sampler"])
@@ -107,6 +111,10 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
         show=output.message,
     )
 
+    checkpoints = CheckpointWriter(
+        engine, output.checkpoints, save_settings(config.actor, config.runner), resumed_from=resume
+    )
+
     with output.recording(total_steps=steps, first_step=first):
         if first == 0 and validation:
             output.step(0, trainer.validate(validation))
@@ -117,15 +125,10 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
             if validation and (last or _is_due(number, config.runner.val_check_interval)):
                 started = time.perf_counter()
                 metrics |= trainer.validate(validation) | {"time/validation": time.perf_counter() - started}
-            if last or _is_due(number, config.runner.save_interval):
+            if checkpoints.is_due(number, last=last):
                 started = time.perf_counter()
-                save_checkpoint(
-                    engine,
-                    output.checkpoints,
-                    step=number,
-                    loop_state={"step": number, "sampler": sampler.state_dict()},
-                    metrics={name: value for name, value in metrics.items() if value == value},
-                )
+                state = {"step": number, "sampler": sampler.state_dict()}
+                checkpoints.save(number, last=last, loop_state=state, metrics=metrics)
                 metrics["time/save"] = time.perf_counter() - started
             output.step(number, metrics)
 

@@ -52,6 +52,12 @@ class Layout:
         """Ranks of a job with this layout (expert groups lie across data and context ranks and add none)."""
         return self.tensor * self.pipeline * self.data * self.context
 
+    def __str__(self) -> str:
+        """`TP 2, PP 1, DP 4`, and the other sizes where they are not 1."""
+        always = f"TP {self.tensor}, PP {self.pipeline}, DP {self.data}"
+        others = {"VPP": self.virtual_pipeline, "CP": self.context, "EP": self.expert, "expert TP": self.expert_tensor}
+        return always + "".join(f", {name} {size}" for name, size in others.items() if size > 1)
+
     def to_json(self) -> dict[str, int]:
         return asdict(self)
 

@@ -49,6 +49,7 @@ def save_checkpoint(
     loop_state: dict[str, Any],
     metrics: dict[str, float] | None = None,
     export_hf: bool = True,
+    max_shard_size: str = "5GB",
     file_format: Literal["torch", "torch_dist"] = "torch",
 ) -> Path:
     """Save everything that the run needs to go on. Collective over all ranks.
@@ -60,6 +61,7 @@ def save_checkpoint(
         loop_state: JSON object of the application's loop, the same on every rank.
         metrics: stored beside, for retention by a metric.
         export_hf: also write the weights as a HuggingFace directory.
+        max_shard_size: of that directory's files.
         file_format: "torch": files of each model-parallel rank, by parameter name; "torch_dist": Megatron-Core's
             distributed checkpoint. Both are read under any layout.
 
@@ -85,7 +87,7 @@ def save_checkpoint(
         if torch.distributed.get_rank() == 0:
             save.write_json(LOOP_FILE, loop_state)
         if export_hf:
-            write_hf(save, engine.export_weights(), engine.handle.directory.path)
+            write_hf(save, engine.export_weights(), engine.handle.directory.path, max_shard_size=max_shard_size)
         return save.commit({"metrics": metrics or {}})
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mbridge_ckpt import Retention
 from mbridge_config.schema.actor import ActorConfig
 from mbridge_config.schema.runner import RunnerConfig
 from mbridge_model import Parallel, load
@@ -11,6 +12,7 @@ from mbridge_model import Parallel, load
 from mbridge_train.engine import Engine, MicroBatching
 from mbridge_train.optimizer import OptimizerSettings
 from mbridge_train.packing import round_up
+from mbridge_train.saving import SaveSettings
 from mbridge_train.schedule import Schedule
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -61,6 +63,25 @@ def optimizer_settings(actor: ActorConfig, *, optimizer_steps: int) -> Optimizer
         initial_loss_scale=actor.optim.initial_loss_scale,
         min_loss_scale=actor.optim.min_loss_scale,
         loss_scale_window=actor.optim.loss_scale_window,
+    )
+
+
+def save_settings(actor: ActorConfig, runner: RunnerConfig) -> SaveSettings:
+    """`runner.save_interval`, `runner.checkpoint` and the file format of `actor.megatron`."""
+    settings = runner.checkpoint
+    is_distributed = actor.megatron.use_dist_ckpt or actor.megatron.ckpt_format == "torch_dist"
+    return SaveSettings(
+        interval=runner.save_interval,
+        hf_export_every=settings.hf_export_every,
+        max_shard_size=settings.max_shard_size,
+        file_format="torch_dist" if is_distributed else "torch",
+        retention=Retention(
+            last=settings.keep_last,
+            every=settings.keep_every,
+            best=settings.keep_best,
+            metric=settings.keep_best_metric if settings.keep_best else None,
+            best_is=settings.keep_best_is,
+        ),
     )
 
 

@@ -1,5 +1,6 @@
 """The run as a whole: data, reward, output, and what this version does not do."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ TYPE = "data.type"
 TRAIN = "data.train_data_paths"
 VALIDATION = "data.val_data_paths"
 TASK = "data.reasoning_gym.task"
+_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*[KMGT]?i?B\s*", re.IGNORECASE)
 _SUFFIXES = (".json", ".jsonl")
 
 
@@ -111,7 +113,30 @@ def output(context: Context) -> Iterable[Finding]:
         yield Finding("runner.output_dir", f"{existing} is a file", "give a directory, or one that can be made")
 
 
+@rule("shard-size", "runner.checkpoint.max_shard_size")
+def shard_size(context: Context) -> Iterable[Finding]:
+    """The largest file of a HuggingFace copy is no size."""
+    size = context.config.runner.checkpoint.max_shard_size
+    match = _SIZE.fullmatch(size)
+    if match is None or float(match[1]) == 0:
+        key = "runner.checkpoint.max_shard_size"
+        yield Finding(key, "it is not a size in bytes", "write for example 5GB or 512MiB")
+
+
+@rule("keep-best-metric", "runner.checkpoint.keep_best", "runner.checkpoint.keep_best_metric")
+def keep_best(context: Context) -> Iterable[Finding]:
+    """The best checkpoints by a validation metric are to be kept, and nothing is validated on the way."""
+    runner = context.config.runner
+    metric = runner.checkpoint.keep_best_metric
+    if runner.checkpoint.keep_best and metric.startswith("validation/") and runner.val_check_interval < 1:
+        reason = f"{metric} is measured with the last step only, so no other checkpoint could be the best"
+        fix = "set runner.val_check_interval=1 or more, or runner.checkpoint.keep_best_metric to a metric of training"
+        yield Finding("runner.checkpoint.keep_best", reason, fix)
+
+
 RULES = (
+    shard_size,
+    keep_best,
     task_type,
     no_steps,
     critic,

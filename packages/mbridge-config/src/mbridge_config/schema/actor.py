@@ -50,13 +50,9 @@ class MegatronConfig:
 
     mbridge: bool = key(True, "Load HuggingFace weights through Megatron-Bridge.")
     use_hf_ckpt: bool = key(True, "Start from HuggingFace weights; false: from model.megatron_checkpoint.")
-    use_dist_ckpt: bool = key(
-        False, "One file a model-parallel rank.", refused={"True": "torch_dist checkpoints are not in this version"}
-    )
-    ckpt_format: Literal["torch"] = key(
-        "torch",
-        "Format of the Megatron checkpoint.",
-        refused={"torch_dist": "torch_dist checkpoints are not in this version"},
+    use_dist_ckpt: bool = key(False, "Write Megatron-Core's distributed checkpoints, like ckpt_format=torch_dist.")
+    ckpt_format: Literal["torch", "torch_dist"] = key(
+        "torch", "Megatron files: torch, a directory a model-parallel rank; torch_dist, Megatron-Core's distributed ones."
     )
     distributed_backend: Literal["nccl", "gloo"] | None = no_effect(
         None, "ranks communicate with nccl where there is a GPU, else with gloo"

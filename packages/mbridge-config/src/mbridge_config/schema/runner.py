@@ -19,6 +19,21 @@ class LoggerConfig:
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
+class CheckpointConfig:
+    """`runner.checkpoint`: what a checkpoint holds beside the training state, and which ones stay on the disk."""
+
+    hf_export_every: int = key(
+        1, "HuggingFace copy with every n-th checkpoint and with the last; 0: with none.", minimum=0
+    )
+    max_shard_size: str = key("5GB", "Largest file of the HuggingFace copy.")
+    keep_last: int | None = key(None, "Newest checkpoints to keep. null, with the two below: all.", minimum=1)
+    keep_every: int | None = key(None, "Also keep those whose step is a multiple.", unit="steps", minimum=1)
+    keep_best: int | None = key(None, "Also keep this many of the best by keep_best_metric.", minimum=1)
+    keep_best_metric: str = key("validation/accuracy", "Metric of keep_best, a name in metrics.jsonl.")
+    keep_best_is: Literal["max", "min"] = key("max", "Whether its largest or smallest value is best.")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
 class RunnerConfig:
     """`runner`: the loop around training steps."""
 
@@ -39,5 +54,6 @@ class RunnerConfig:
     max_tokens_per_mbs: int | None = key(
         None, "Most tokens in one micro-batch of a dynamic batch. null: seq_length.", unit="tokens", minimum=1
     )
+    checkpoint: CheckpointConfig = section(CheckpointConfig, "Contents and number of checkpoints.")
     logger: LoggerConfig = section(LoggerConfig, "Logging.")
     enable_decoupled_mode: bool | None = no_effect(None, "generation and training take turns on the same ranks")

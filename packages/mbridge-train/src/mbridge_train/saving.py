@@ -1,0 +1,82 @@
+"""The checkpoints of a run: in what form they are written, and which of them stay on the disk."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from mbridge_ckpt import Checkpoint, Retention, prune
+
+from mbridge_train.checkpoint import save_checkpoint
+from mbridge_train.engine import Engine
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class SaveSettings:
+    """How a run saves.
+
+    Attributes:
+        interval: steps between saves; at most 0: only the last step is saved.
+        hf_export_every: the HuggingFace copy goes with every n-th save and with the last; 0: with none.
+        max_shard_size: of the HuggingFace copy, such as "5GB".
+        file_format: of the Megatron files, see `save_checkpoint`.
+        retention: which checkpoints stay.
+    """
+
+    interval: int = -1
+    hf_export_every: int = 1
+    max_shard_size: str = "5GB"
+    file_format: Literal["torch", "torch_dist"] = "torch"
+    retention: Retention = Retention()
+
+
+class CheckpointWriter:
+    """Saves an engine when it is due and removes what is not to be kept. Every method is collective over all ranks.
+
+    Args:
+        engine: with an optimizer.
+        directory: `<output_dir>/<experiment_name>/checkpoints`.
+        settings: how to save.
+        resumed_from: never removed, so that the run can be started from it again.
+    """
+
+    def __init__(
+        self, engine: Engine, directory: Path, settings: SaveSettings, *, resumed_from: Checkpoint | None = None
+    ) -> None:
+        self.engine = engine
+        self.directory = directory
+        self.settings = settings
+        self._protected = [] if resumed_from is None else [resumed_from.path]
+
+    def is_due(self, step: int, *, last: bool) -> bool:
+        """Whether step `step` ends with a checkpoint; the `last` one of a run always does."""
+        return last or (self.settings.interval > 0 and step % self.settings.interval == 0)
+
+    def save(self, step: int, *, last: bool, loop_state: dict[str, Any], metrics: dict[str, float]) -> Path:
+        """Write `global_step_<step>` and return it.
+
+        Args:
+            loop_state, metrics: see `save_checkpoint`; metrics that are not a number are left out.
+
+        Raises:
+            mbridge_ckpt.SaveError: on every rank, if one rank could not write; nothing is then left half written.
+        """
+        settings = self.settings
+        path = save_checkpoint(
+            self.engine,
+            self.directory,
+            step=step,
+            loop_state=loop_state,
+            metrics={name: value for name, value in metrics.items() if value == value},
+            export_hf=self._exports(step, last),
+            max_shard_size=settings.max_shard_size,
+            file_format=settings.file_format,
+        )
+        if torch.distributed.get_rank() == 0:
+            prune(self.directory, settings.retention, protect=self._protected)
+        return path
+
+    def _exports(self, step: int, last: bool) -> bool:
+        every, interval = self.settings.hf_export_every, self.settings.interval
+        # Counted by the step, so that a resumed run goes on with the same ones.
+        return every > 0 and (last or (step // interval) % every == 0)
