@@ -14,7 +14,6 @@ from typing import Any
 from mbridge_ckpt.checkpoint import list_checkpoints, open_checkpoint
 from mbridge_ckpt.cli_output import ProgressBar, print_columns, print_json, size_text
 from mbridge_ckpt.errors import CheckpointError
-from mbridge_ckpt.layout import Layout
 from mbridge_ckpt.manifest import read_manifest
 from mbridge_ckpt.publish import find_leftovers
 from mbridge_ckpt.retention import Retention, prune
@@ -72,7 +71,7 @@ def _ls(options: argparse.Namespace) -> int:
         else:
             mark = "latest" if entry["latest"] else ""
             rows.append(
-                [entry["name"], entry["created"], size_text(entry["bytes"]), _layout_text(entry["layout"]), mark]
+                [entry["name"], entry["created"], size_text(entry["bytes"]), str(entry["layout"]), mark]
             )
     print_columns(rows)
     for leftover in leftovers:
@@ -91,7 +90,7 @@ def _show(options: argparse.Namespace) -> int:
         print_json({"path": checkpoint.path, **header, "bytes": manifest.total_bytes, "files": files})
         return FINE
     print(f"{checkpoint.path}\nstep {manifest.step}, {manifest.created}, {size_text(manifest.total_bytes)} in"
-          f" {len(manifest.files)} files, {_layout_text(manifest.layout)}")  # fmt: skip
+          f" {len(manifest.files)} files, {manifest.layout}")  # fmt: skip
     print("written by " + ", ".join(f"{name} {version}" for name, version in manifest.writer.items()))
     for key, value in manifest.metadata.items():
         print(f"{key}: {value}")
@@ -189,15 +188,8 @@ def _reshard(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"path": path, "layout": manifest.layout, "bytes": manifest.total_bytes})
     else:
-        print(f"{path}: {_layout_text(manifest.layout)}, {size_text(manifest.total_bytes)}")
+        print(f"{path}: {manifest.layout}, {size_text(manifest.total_bytes)}")
     return FINE
-
-
-def _layout_text(layout: Layout) -> str:
-    names = {"tensor": "TP", "pipeline": "PP", "virtual_pipeline": "VPP", "data": "DP", "context": "CP"}
-    names |= {"expert": "EP", "expert_tensor": "ETP"}
-    parts = [f"{names[name]} {size}" for name, size in layout.to_json().items() if size > 1]
-    return ", ".join(parts) or "one rank"
 
 
 def _parser() -> argparse.ArgumentParser:
