@@ -90,7 +90,7 @@ actor:
 @pytest.fixture
 def composed(yaml: Path) -> Callable[..., ReasoningConfig]:
     """`composed("key=value", ...)`: the good config with overrides."""
-    return lambda *overrides: compose("run", yaml, overrides)
+    return lambda *overrides: compose("run", yaml, overrides, schema=ReasoningConfig)
 
 
 @pytest.fixture
@@ -98,6 +98,6 @@ def checked(yaml: Path) -> Callable[..., Report]:
     """`checked("key=value", ..., world_size=N)`: the report on the good config with overrides."""
 
     def run(*overrides: str, world_size: int | None = None) -> Report:
-        return check(compose("run", yaml, overrides, strict=False), world_size)
+        return check(compose("run", yaml, overrides, schema=ReasoningConfig, strict=False), world_size)
 
     return run

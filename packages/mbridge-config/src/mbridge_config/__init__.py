@@ -8,7 +8,9 @@ from mbridge_config.hf_facts import HFFacts
 from mbridge_config.keys import KeyInfo, Status, key_table
 from mbridge_config.plan import ParallelPlan, make_plan
 from mbridge_config.problems import ConfigError, Problem, Severity
+from mbridge_config.runs import RunConfig
 from mbridge_config.schema.reasoning import ReasoningConfig
+from mbridge_config.schema.sft import SFTConfig
 
 __all__ = [
     "Arguments",
@@ -19,6 +21,8 @@ __all__ = [
     "Problem",
     "ReasoningConfig",
     "Report",
+    "RunConfig",
+    "SFTConfig",
     "Severity",
     "Status",
     "check",

@@ -11,10 +11,12 @@ from typing import TypeVar
 
 from mbridge_config.directories import TOKENIZER_KEY, hf_directory, hf_key, tokenizer_directory
 from mbridge_config.hf_facts import HFFacts
+from mbridge_config.made_models import made_model_facts
 from mbridge_config.plan import ParallelPlan, expected_world_size, make_plan
 from mbridge_config.problems import ConfigError, Problem, Severity, ordered, render
-from mbridge_config.rules import REASONING, Context
-from mbridge_config.schema.reasoning import ReasoningConfig
+from mbridge_config.rules import REASONING, SFT, Context
+from mbridge_config.runs import RunConfig
+from mbridge_config.schema.sft import SFTConfig
 from mbridge_config.tokenizer_facts import tokenizer_size
 
 _Read = TypeVar("_Read")
@@ -44,7 +46,7 @@ class Report:
         return render(self.problems)
 
 
-def check(config: ReasoningConfig, world_size: int | None = None) -> Report:
+def check(config: RunConfig, world_size: int | None = None) -> Report:
     """Apply every rule to `config`, and add what `compose(..., strict=False)` found.
 
     Rules on ranks need `world_size`; without it they use launcher.nproc_per_node x cluster.num_nodes, and are
@@ -55,7 +57,7 @@ def check(config: ReasoningConfig, world_size: int | None = None) -> Report:
     facts = _read(config, hf_key(config), hf_directory, _model_facts(config), problems)
     size = _read(config, TOKENIZER_KEY, tokenizer_directory, _tokenizer_size(config), problems)
     context = Context(config=config, facts=facts, tokenizer_size=size, world_size=world_size)
-    for rule in REASONING:
+    for rule in SFT if isinstance(config, SFTConfig) else REASONING:
         problems += rule.problems(context)
     model = config.actor.model
     ranks = world_size or model.tensor_model_parallel_size * model.pipeline_model_parallel_size
@@ -64,14 +66,14 @@ def check(config: ReasoningConfig, world_size: int | None = None) -> Report:
         facts=facts,
         tokenizer_size=size,
         world_size=world_size,
-        plan=make_plan(config, None if facts is None else facts.num_layers, ranks),
+        plan=make_plan(config, facts, ranks),
     )
 
 
 def _read(
-    config: ReasoningConfig,
+    config: RunConfig,
     key: str,
-    locate: Callable[[ReasoningConfig], Path],
+    locate: Callable[[RunConfig], Path],
     read: Callable[[Path], _Read],
     problems: list[Problem],
 ) -> _Read | None:
@@ -87,37 +89,17 @@ def _read(
         return None
 
 
-def _model_facts(config: ReasoningConfig) -> Callable[[Path], HFFacts]:
+def _model_facts(config: RunConfig) -> Callable[[Path], HFFacts]:
     def read(directory: Path) -> HFFacts:
         if config.quickstart.enabled and not directory.exists():
-            return quickstart_facts(config, directory)
+            return made_model_facts(config, directory)
         return HFFacts.load(directory)
 
     return read
 
 
-def _tokenizer_size(config: ReasoningConfig) -> Callable[[Path], int | None]:
+def _tokenizer_size(config: RunConfig) -> Callable[[Path], int | None]:
     def read(directory: Path) -> int | None:
         return None if config.quickstart.enabled and not directory.exists() else tokenizer_size(directory)
 
     return read
-
-
-def quickstart_facts(config: ReasoningConfig, directory: Path) -> HFFacts:
-    """The facts of the model that the quickstart is going to make in `directory`."""
-    made = config.quickstart
-    return HFFacts(
-        directory=directory,
-        architectures=("Qwen2ForCausalLM",),
-        model_type="qwen2",
-        num_layers=made.num_hidden_layers,
-        hidden_size=made.hidden_size,
-        num_attention_heads=made.num_attention_heads,
-        num_query_groups=made.num_key_value_heads,
-        head_dim=max(1, made.hidden_size // made.num_attention_heads),
-        ffn_hidden_size=made.intermediate_size,
-        max_position_embeddings=made.max_position_embeddings,
-        tied_embeddings=made.tie_word_embeddings,
-        qkv_bias=True,
-        activation="silu",
-    )

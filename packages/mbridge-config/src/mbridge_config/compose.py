@@ -10,7 +10,7 @@ tree is converted, so that all mistakes are found at once.
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 
 from mbridge_config.catalog import config_directory, find_config, given_directory, installed_directories
 from mbridge_config.convert import convert
@@ -19,9 +19,33 @@ from mbridge_config.keys import default_of, hints, is_section, spec_of
 from mbridge_config.origin import Origin
 from mbridge_config.problems import ConfigError, Severity
 from mbridge_config.resolve import resolve
-from mbridge_config.schema.reasoning import ReasoningConfig
+from mbridge_config.runs import RunConfig, schema_of
 
 Schema = TypeVar("Schema")
+
+
+@overload
+def compose(
+    config_name: str,
+    config_path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    package_config: str | None = None,
+    schema: type[Schema],
+    strict: bool = True,
+) -> Schema: ...
+
+
+@overload
+def compose(
+    config_name: str,
+    config_path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    package_config: str | None = None,
+    schema: None = None,
+    strict: bool = True,
+) -> RunConfig: ...
 
 
 def compose(
@@ -30,12 +54,14 @@ def compose(
     overrides: Sequence[str] = (),
     *,
     package_config: str | None = None,
+    schema: type[Any] | None = None,
     strict: bool = True,
-) -> ReasoningConfig:
+) -> Any:
     """The config `config_name` with `overrides` (`key=value`, `+key=value`, `++key=value`, `~key`).
 
     The name is looked up in `config_path`; without one, in the configs of the app with the import name
-    `package_config`; without both, in those of all installed apps. Raises `ConfigError` with everything that is
+    `package_config`; without both, in those of all installed apps. `schema` is `ReasoningConfig` or `SFTConfig`;
+    without it `runner.task_type` decides. Raises `ConfigError` with everything that is
     wrong in names, syntax, keys and types; with `strict=False` mistakes in keys and types are left in
     `config.origin.problems`, for `check` to report them together with its own.
     """
@@ -43,7 +69,8 @@ def compose(
 
     file, directory = find_config(config_name, _directories(config_path, package_config))
     tree, places = hydra_tree(file, directory, overrides)
-    return from_tree(tree, Origin(name=config_name, file=str(file), places=places), ReasoningConfig, strict=strict)
+    origin = Origin(name=config_name, file=str(file), places=places)
+    return from_tree(tree, origin, schema or schema_of(tree), strict=strict)
 
 
 def from_tree(tree: Mapping[Any, Any], origin: Origin, schema: type[Schema], *, strict: bool = True) -> Schema:

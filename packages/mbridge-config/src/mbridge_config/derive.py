@@ -9,15 +9,19 @@ from mbridge_config.problems import Problem
 from mbridge_config.schema.actor import ActorConfig
 from mbridge_config.schema.algorithm import AlgorithmConfig
 from mbridge_config.schema.data import DataConfig
+from mbridge_config.schema.reasoning import ReasoningConfig
 from mbridge_config.schema.runner import RunnerConfig
+from mbridge_config.schema.sft import SFTConfig
 
 
 def derive(config: Any) -> None:
     """Move aliases and fill null keys of `config` in place; conflicts go to `config.origin.problems`."""
     move_aliases(config, config.origin)
+    if isinstance(config, SFTConfig):
+        derive_sft(config)
     derive_runner(config.runner)
     derive_actor(config.actor, config.runner)
-    if hasattr(config, "algorithm"):
+    if isinstance(config, ReasoningConfig):
         derive_algorithm(config.algorithm, config.runner, config.data)
         minibatches_set = config.origin.was_set("algorithm.n_minibatches")
         derive_batches(config.actor, config.algorithm, config.data, minibatches_set=minibatches_set)
@@ -91,3 +95,12 @@ def derive_batches(actor: ActorConfig, algorithm: AlgorithmConfig, data: DataCon
         actor.global_batch_size = max(1, answers // algorithm.n_minibatches)
     elif not minibatches_set:
         algorithm.n_minibatches = max(1, answers // actor.global_batch_size)
+
+
+def derive_sft(config: SFTConfig) -> None:
+    """The longest sequence under either of its names, the size of an evaluation batch, and the tokenizer's place."""
+    actor, runner = config.actor, config.runner
+    if actor.model.seq_length is not None and not config.origin.was_set("runner.seq_length"):
+        runner.seq_length = actor.model.seq_length
+    actor.eval_batch_size = actor.eval_batch_size or actor.global_batch_size
+    actor.tokenizer.tokenizer_model = actor.tokenizer.tokenizer_model or actor.model.model_path

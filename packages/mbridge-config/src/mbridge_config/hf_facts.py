@@ -19,7 +19,10 @@ _NESTED = ("text_config", "llm_config", "language_config")  # where vision-langu
 
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
 class HFFacts:
-    """Geometry of the text model in `directory/config.json`; None: config.json does not say."""
+    """Geometry in `directory/config.json`, that of the text model where the name does not say vision.
+
+    None: config.json does not say.
+    """
 
     directory: Path
     architectures: tuple[str, ...]
@@ -42,6 +45,10 @@ class HFFacts:
     num_experts: int | None = None
     experts_per_token: int | None = None
     has_vision: bool = False
+    vision_heads: int | None = None
+    vision_ffn_hidden_size: int | None = None
+    deepstack_visual_indexes: tuple[int, ...] = ()
+    """Layers of the vision tower whose features are added after the first language layers, one after each."""
 
     @classmethod
     def load(cls, directory: str | Path) -> "HFFacts":
@@ -67,6 +74,8 @@ class _Reader:
 
     def __init__(self, file: Path, config: Mapping[str, Any], text: Mapping[str, Any]):
         self.file, self.config, self.text = file, config, text
+        vision = config.get("vision_config")
+        self.vision: Mapping[str, Any] = vision if isinstance(vision, dict) else {}
         self.problems: list[Problem] = []
 
     def facts(self) -> HFFacts:
@@ -109,6 +118,7 @@ class _Reader:
             "num_experts": self.count("num_experts", "num_local_experts", "n_routed_experts"),
             "experts_per_token": self.count("num_experts_per_tok"),
         }
+        deepstack = self.deepstack()
         if self.problems:
             raise ConfigError(self.problems)
         assert layers and hidden and heads and groups and head_dim  # else there was a problem
@@ -130,8 +140,22 @@ class _Reader:
             qk_layernorm=True if family in QK_LAYERNORM_FAMILIES else _flag(self.text.get("use_qk_norm")),
             activation=activation if isinstance(activation, str) else None,
             has_vision="vision_config" in self.config,
+            vision_heads=_whole(self.vision.get("num_heads")),
+            vision_ffn_hidden_size=_whole(self.vision.get("intermediate_size")),
+            deepstack_visual_indexes=deepstack,
             **facts,
         )
+
+    def deepstack(self) -> tuple[int, ...]:
+        """`deepstack_visual_indexes` of the vision part, none where it has none."""
+        value = self.vision.get("deepstack_visual_indexes")
+        if value is None:
+            return ()
+        if isinstance(value, list) and all(_whole(index) is not None for index in value):
+            return tuple(value)
+        reason = f"vision_config.deepstack_visual_indexes is {value!r}, not a list of layer numbers"
+        self.report("hf-config-field", reason, "correct config.json")
+        return ()
 
     def count(self, *names: str, required: bool = False) -> int | None:
         """The first of the fields `names` that is there, a positive whole number."""
@@ -194,6 +218,10 @@ def _problem(identity: str, path: str | Path, reason: str, fix: str, where: Wher
 
 def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def _whole(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
 def _flag(value: Any) -> bool | None:

@@ -1,9 +1,9 @@
 """All rules, by the kind of run they are for."""
 
-from mbridge_config.rules import batches, geometry, lengths, optimizer, parallel, run, start
+from mbridge_config.rules import batches, geometry, lengths, optimizer, parallel, reasoning, run, sft, start, vision
 from mbridge_config.rules.base import Context, Finding, Rule, rule
 
-REASONING: tuple[Rule, ...] = (
+_BOTH: tuple[Rule, ...] = (
     *start.RULES,
     *geometry.RULES,
     *parallel.RULES,
@@ -13,4 +13,8 @@ REASONING: tuple[Rule, ...] = (
     *run.RULES,
 )
 
-__all__ = ["REASONING", "Context", "Finding", "Rule", "rule"]
+REASONING: tuple[Rule, ...] = (*_BOTH, *reasoning.RULES)
+
+SFT: tuple[Rule, ...] = (*_BOTH, *vision.RULES, *sft.RULES)
+
+__all__ = ["REASONING", "SFT", "Context", "Finding", "Rule", "rule"]

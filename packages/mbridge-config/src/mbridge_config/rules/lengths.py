@@ -1,4 +1,4 @@
-"""Lengths of prompts, answers and sequences, all in tokens."""
+"""Lengths of sequences, in tokens."""
 
 from collections.abc import Iterable
 
@@ -6,39 +6,8 @@ from mbridge_config.problems import Severity
 from mbridge_config.rules.base import Context, Finding, rule
 
 SEQUENCE = "runner.seq_length"
-PROMPT = "data.max_prompt_length"
-NEW = "algorithm.sampling_params.max_new_tokens"
-LEAST = "algorithm.sampling_params.min_new_tokens"
 MODEL = "actor.model.seq_length"
 BUDGET = "runner.max_tokens_per_mbs"
-
-
-@rule("prompt-length", SEQUENCE, PROMPT)
-def prompt(context: Context) -> Iterable[Finding]:
-    """A prompt of the allowed length leaves no room for an answer."""
-    longest, allowed = context.config.runner.seq_length, context.config.data.max_prompt_length
-    if allowed >= longest:
-        reason = f"a prompt of {allowed} tokens leaves no room for an answer in {SEQUENCE} {longest}"
-        yield Finding(PROMPT, reason, f"set {PROMPT} below {longest}, or raise {SEQUENCE}")
-
-
-@rule("answer-length", SEQUENCE, PROMPT, NEW)
-def answer(context: Context) -> Iterable[Finding]:
-    """The longest prompt and the longest answer together are longer than a sequence may be."""
-    longest, allowed = context.config.runner.seq_length, context.config.data.max_prompt_length
-    new = context.config.algorithm.sampling_params.max_new_tokens
-    if allowed < longest < allowed + new:
-        reason = f"{PROMPT} {allowed} + {new} new tokens = {allowed + new}, more than {SEQUENCE} {longest}"
-        fix = f"set {NEW} to {longest - allowed} or less, or write ${{subtract:${{{SEQUENCE}}},${{{PROMPT}}}}}"
-        yield Finding(NEW, reason, fix)
-
-
-@rule("least-answer-length", NEW, LEAST)
-def least_answer(context: Context) -> Iterable[Finding]:
-    """The shortest allowed answer is longer than the longest."""
-    sampling = context.config.algorithm.sampling_params
-    if sampling.min_new_tokens > sampling.max_new_tokens:
-        yield Finding(LEAST, f"more than {NEW} {sampling.max_new_tokens}", f"use {sampling.max_new_tokens} or less")
 
 
 @rule("model-sequence-length", SEQUENCE, MODEL)
@@ -68,4 +37,4 @@ def budget(context: Context) -> Iterable[Finding]:
         yield Finding(BUDGET, reason, f"use {runner.seq_length} or more")
 
 
-RULES = (prompt, answer, least_answer, model_length, positions, budget)
+RULES = (model_length, positions, budget)

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from mbridge_config.problems import Severity
 from mbridge_config.rules.base import Context, Finding, rule
+from mbridge_config.stages import stage_sizes
 
 PRECISION = "actor.model.precision"
 GRANULARITY = "actor.model.recompute_granularity"
@@ -70,7 +71,10 @@ def recompute_layers(context: Context) -> Iterable[Finding]:
     model, facts = context.config.actor.model, context.facts
     if facts is None or model.recompute_granularity != "full" or model.recompute_num_layers is None:
         return
-    stage = facts.num_layers // model.pipeline_model_parallel_size
+    sizes = stage_sizes(facts.num_layers, model.pipeline_model_parallel_size, len(facts.deepstack_visual_indexes))
+    if sizes is None:
+        return
+    stage = max(sizes)
     if model.recompute_num_layers > stage:
         reason = f"a pipeline stage has {stage} layers"
         yield Finding(RECOMPUTED, reason, f"use {stage} or less", Severity.WARNING)

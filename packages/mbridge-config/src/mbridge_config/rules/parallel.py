@@ -4,6 +4,7 @@ from collections.abc import Iterable
 
 from mbridge_config.problems import Severity
 from mbridge_config.rules.base import Context, Finding, rule
+from mbridge_config.stages import stage_sizes
 
 TP = "actor.model.tensor_model_parallel_size"
 PP = "actor.model.pipeline_model_parallel_size"
@@ -78,7 +79,7 @@ def world_size(context: Context) -> Iterable[Finding]:
 def layers(context: Context) -> Iterable[Finding]:
     """The layers cannot be shared evenly by the pipeline stages."""
     facts, pipeline = context.facts, context.config.actor.model.pipeline_model_parallel_size
-    if facts is not None and facts.num_layers % pipeline:
+    if facts is not None and stage_sizes(facts.num_layers, pipeline, len(facts.deepstack_visual_indexes)) is None:
         reason = f"the model's {facts.num_layers} layers cannot be shared by {pipeline} stages"
         yield Finding(PP, reason, f"use one of {divisors(facts.num_layers)}")
 

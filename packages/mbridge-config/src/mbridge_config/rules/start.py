@@ -5,7 +5,6 @@ from pathlib import Path
 
 from mbridge_config.directories import TOKENIZER_KEY, hf_key
 from mbridge_config.hf_facts import read_json_object
-from mbridge_config.keys import get
 from mbridge_config.problems import ConfigError, shown
 from mbridge_config.rules.base import Context, Finding, rule
 from mbridge_config.safetensors_facts import fault
@@ -14,8 +13,6 @@ CHECKPOINT = "actor.model.megatron_checkpoint"
 USE_HF = "actor.megatron.use_hf_ckpt"
 MBRIDGE = "actor.megatron.mbridge"
 RESUME = "runner.resume_dir"
-KL = "algorithm.kl_beta"
-ROLLOUT_MODEL = "rollout.model.model_path"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _INDEX = "model.safetensors.index.json"
 
@@ -44,17 +41,6 @@ def forbidden(context: Context) -> Iterable[Finding]:
             "model.megatron_checkpoint should be None if use_hf_ckpt is True",
             f"remove {CHECKPOINT}, or set {USE_HF}=false to start from it",
         )
-
-
-@rule("reference-weights", CHECKPOINT, USE_HF, RESUME, KL)
-def reference(context: Context) -> Iterable[Finding]:
-    """A run with a KL penalty is resumed, and the weights it began with, which are its reference, are not named."""
-    config = context.config
-    if config.actor.megatron.use_hf_ckpt or config.actor.model.megatron_checkpoint or not config.runner.resume_dir:
-        return
-    if config.algorithm.kl_beta > 0:
-        reason = f"{KL} is above 0, and its reference policy is the one that the run began with, which is not named"
-        yield Finding(CHECKPOINT, reason, f"set {CHECKPOINT} to where the run began, or {KL}=0")
 
 
 @rule("mbridge-off", MBRIDGE, USE_HF)
@@ -137,16 +123,6 @@ def damaged(context: Context) -> Iterable[Finding]:
         yield Finding(hf_key(config), found, "copy or download the file again")
 
 
-@rule("rollout-model", ROLLOUT_MODEL, "actor.megatron.ckpt_convertor.hf_model_path")
-def rollout_model(context: Context) -> Iterable[Finding]:
-    """The model that generates is not the model that is trained."""
-    config = context.config
-    generating, trained = config.rollout.model.model_path, get(config, hf_key(config))
-    if generating and trained and Path(generating).expanduser().resolve() != Path(trained).expanduser().resolve():
-        reason = f"the trained model is another one: {hf_key(config)} is {trained}"
-        yield Finding(ROLLOUT_MODEL, reason, f"set {hf_key(config)}=${{{ROLLOUT_MODEL}}}, or remove one")
-
-
 @rule("tokenizer-vocabulary", TOKENIZER_KEY, "actor.megatron.ckpt_convertor.hf_model_path")
 def vocabulary(context: Context) -> Iterable[Finding]:
     """The tokenizer makes token ids that the model has no embedding for."""
@@ -163,12 +139,10 @@ def vocabulary(context: Context) -> Iterable[Finding]:
 RULES = (
     required,
     forbidden,
-    reference,
     mbridge_off,
     checkpoint_missing,
     resume,
     weights,
     damaged,
-    rollout_model,
     vocabulary,
 )

@@ -102,4 +102,5 @@ class ModelConfig:
     moe_grouped_gemm: str | bool | None = no_effect(None, "mixture-of-experts layers use the backend's kernels")
     moe_router_load_balancing_type: str | None = no_effect(None, "routers are as the model's config.json has them")
     moe_router_pre_softmax: bool | None = no_effect(None, "routers are as the model's config.json has them")
-    moe_aux_loss_coeff: float | None = no_effect(None, "no auxiliary loss is added to the policy loss")
+    moe_permute_fusion: bool | None = no_effect(None, _FUSED)
+    moe_aux_loss_coeff: float | None = no_effect(None, "no auxiliary loss is added")

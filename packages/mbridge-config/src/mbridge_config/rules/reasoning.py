@@ -1,0 +1,209 @@
+"""What concerns RL alone: sampling, groups and minibatches, reference, reward, prompts."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from mbridge_config.directories import hf_key
+from mbridge_config.keys import get
+from mbridge_config.problems import Severity
+from mbridge_config.rules.base import Context, Finding, rule
+from mbridge_config.rules.batches import GLOBAL
+from mbridge_config.rules.lengths import SEQUENCE
+from mbridge_config.rules.run import TRAIN, VALIDATION
+from mbridge_config.rules.start import CHECKPOINT, RESUME, USE_HF
+
+KL = "algorithm.kl_beta"
+ROLLOUT_MODEL = "rollout.model.model_path"
+GROUP = "algorithm.group_size"
+MINIBATCHES = "algorithm.n_minibatches"
+PROMPTS = "data.rollout_batch_size"
+PROMPT = "data.max_prompt_length"
+NEW = "algorithm.sampling_params.max_new_tokens"
+LEAST = "algorithm.sampling_params.min_new_tokens"
+TYPE = "data.type"
+TASK = "data.reasoning_gym.task"
+_SUFFIXES = (".json", ".jsonl")
+
+
+@rule("reference-weights", CHECKPOINT, USE_HF, RESUME, KL)
+def reference(context: Context) -> Iterable[Finding]:
+    """A run with a KL penalty is resumed, and the weights it began with, which are its reference, are not named."""
+    config = context.config
+    if config.actor.megatron.use_hf_ckpt or config.actor.model.megatron_checkpoint or not config.runner.resume_dir:
+        return
+    if config.algorithm.kl_beta > 0:
+        reason = f"{KL} is above 0, and its reference policy is the one that the run began with, which is not named"
+        yield Finding(CHECKPOINT, reason, f"set {CHECKPOINT} to where the run began, or {KL}=0")
+
+
+@rule("rollout-model", ROLLOUT_MODEL, "actor.megatron.ckpt_convertor.hf_model_path")
+def rollout_model(context: Context) -> Iterable[Finding]:
+    """The model that generates is not the model that is trained."""
+    config = context.config
+    generating, trained = config.rollout.model.model_path, get(config, hf_key(config))
+    if generating and trained and Path(generating).expanduser().resolve() != Path(trained).expanduser().resolve():
+        reason = f"the trained model is another one: {hf_key(config)} is {trained}"
+        yield Finding(ROLLOUT_MODEL, reason, f"set {hf_key(config)}=${{{ROLLOUT_MODEL}}}, or remove one")
+
+
+@rule("minibatches", MINIBATCHES, GROUP, PROMPTS, GLOBAL)
+def minibatches(context: Context) -> Iterable[Finding]:
+    """The answers of one step (rollout_batch_size x group_size) cannot be cut into equal minibatches, or
+    global_batch_size and n_minibatches say different things."""
+    config = context.config
+    count, size = config.algorithm.n_minibatches, config.actor.global_batch_size
+    prompts, group = config.data.rollout_batch_size, config.algorithm.group_size
+    answers = prompts * group
+    spelled = f"{PROMPTS} {prompts} x {GROUP} {group} = {answers} answers a step"
+    if not config.origin.was_set(GLOBAL) or config.origin.was_set(MINIBATCHES):
+        if answers % count:
+            yield Finding(
+                MINIBATCHES, f"{spelled} cannot be cut into {count} equal minibatches", f"use a divisor of {answers}"
+            )
+        elif size * count != answers:
+            yield Finding(
+                GLOBAL,
+                f"{spelled} in {MINIBATCHES} {count} minibatches make {answers // count} each, not {size}",
+                f"set {GLOBAL}={answers // count}, or remove it or {MINIBATCHES}",
+            )
+    elif answers % size:
+        yield Finding(GLOBAL, f"{spelled} are not a multiple of it", f"use a divisor of {answers}")
+
+
+@rule("group-of-one", GROUP)
+def group_of_one(context: Context) -> Iterable[Finding]:
+    """Rewards are compared within a group of answers to one prompt, and a group has one answer."""
+    if context.config.algorithm.group_size == 1:
+        reason = "GRPO compares the answers of a group; with one answer every advantage is 0"
+        yield Finding(GROUP, reason, f"set {GROUP} to 2 or more")
+
+
+@rule("greedy-group", "algorithm.sampling_params.use_greedy", GROUP)
+def greedy_group(context: Context) -> Iterable[Finding]:
+    """Greedy decoding gives every answer of a group the same text."""
+    algorithm = context.config.algorithm
+    if algorithm.sampling_params.use_greedy and algorithm.group_size > 1:
+        reason = "greedy answers to one prompt are all the same, so every advantage is 0"
+        key = "algorithm.sampling_params.use_greedy"
+        yield Finding(key, reason, f"set {key}=false", Severity.WARNING)
+
+
+@rule("prompt-length", SEQUENCE, PROMPT)
+def prompt(context: Context) -> Iterable[Finding]:
+    """A prompt of the allowed length leaves no room for an answer."""
+    longest, allowed = context.config.runner.seq_length, context.config.data.max_prompt_length
+    if allowed >= longest:
+        reason = f"a prompt of {allowed} tokens leaves no room for an answer in {SEQUENCE} {longest}"
+        yield Finding(PROMPT, reason, f"set {PROMPT} below {longest}, or raise {SEQUENCE}")
+
+
+@rule("answer-length", SEQUENCE, PROMPT, NEW)
+def answer(context: Context) -> Iterable[Finding]:
+    """The longest prompt and the longest answer together are longer than a sequence may be."""
+    longest, allowed = context.config.runner.seq_length, context.config.data.max_prompt_length
+    new = context.config.algorithm.sampling_params.max_new_tokens
+    if allowed < longest < allowed + new:
+        reason = f"{PROMPT} {allowed} + {new} new tokens = {allowed + new}, more than {SEQUENCE} {longest}"
+        fix = f"set {NEW} to {longest - allowed} or less, or write ${{subtract:${{{SEQUENCE}}},${{{PROMPT}}}}}"
+        yield Finding(NEW, reason, fix)
+
+
+@rule("least-answer-length", NEW, LEAST)
+def least_answer(context: Context) -> Iterable[Finding]:
+    """The shortest allowed answer is longer than the longest."""
+    sampling = context.config.algorithm.sampling_params
+    if sampling.min_new_tokens > sampling.max_new_tokens:
+        yield Finding(LEAST, f"more than {NEW} {sampling.max_new_tokens}", f"use {sampling.max_new_tokens} or less")
+
+
+@rule("critic-not-built", "critic")
+def critic(context: Context) -> Iterable[Finding]:
+    """A critic was asked for (PPO), which this version refuses."""
+    if context.config.critic.get("use_critic_model"):
+        fix = "set critic.use_critic_model=false and algorithm.adv_type=grpo"
+        yield Finding("critic", "PPO with a critic is not built yet in this version of mbridge", fix)
+
+
+@rule("rollout-backend", "rollout.rollout_backend")
+def rollout_backend(context: Context) -> Iterable[Finding]:
+    """A serving engine was asked for; this version generates with transformers."""
+    if context.config.rollout.rollout_backend != "transformers":
+        reason = "this version generates with transformers, which gives the same answers more slowly"
+        yield Finding("rollout.rollout_backend", reason, "set rollout.rollout_backend=transformers", Severity.WARNING)
+
+
+@rule("reasoning-gym-task", TYPE, TASK)
+def task(context: Context) -> Iterable[Finding]:
+    """Made problems are to be trained on, and no task is named."""
+    data = context.config.data
+    if data.type == "reasoning_gym" and not data.reasoning_gym.task:
+        yield Finding(TASK, f"{TYPE} is reasoning_gym, which needs a task", f"set {TASK}=basic_arithmetic or another")
+
+
+@rule("reward-type", TYPE, "reward.reward_type")
+def reward_type(context: Context) -> Iterable[Finding]:
+    """The scorer of reasoning-gym was asked for on data that it did not make."""
+    config = context.config
+    if config.reward.reward_type == "reasoning_gym" and config.data.type != "reasoning_gym":
+        reason = f"{TYPE} is {config.data.type}, whose answers reasoning-gym cannot score"
+        yield Finding("reward.reward_type", reason, "set reward.reward_type=math")
+
+
+@rule("quickstart-width", "quickstart")
+def quickstart_width(context: Context) -> Iterable[Finding]:
+    """The model that the quickstart is to make would have heads of another width than 32, the least that serving
+    engines' kernels take, or key-value heads that do not divide its query heads."""
+    made = context.config.quickstart
+    if not made.enabled:
+        return
+    if made.hidden_size != 32 * made.num_attention_heads:
+        reason = f"{made.num_attention_heads} query heads of width 32 make {32 * made.num_attention_heads}"
+        fix = f"set quickstart.hidden_size={32 * made.num_attention_heads}, or change quickstart.num_attention_heads"
+        yield Finding("quickstart.hidden_size", reason, fix)
+    if made.num_attention_heads % made.num_key_value_heads:
+        reason = f"{made.num_attention_heads} query heads cannot be shared by {made.num_key_value_heads} groups"
+        yield Finding("quickstart.num_key_value_heads", reason, f"use a divisor of {made.num_attention_heads}")
+
+
+@rule("train-data-missing", TYPE, TRAIN)
+def train_data(context: Context) -> Iterable[Finding]:
+    """Files are to be trained on, and none is named."""
+    data = context.config.data
+    if data.type == "math" and not data.train_data_paths:
+        yield Finding(TRAIN, "there is nothing to train on", f"set {TRAIN}=[FILE.jsonl], or {TYPE}=reasoning_gym")
+
+
+@rule("data-path", TYPE, TRAIN, VALIDATION)
+def data_paths(context: Context) -> Iterable[Finding]:
+    """A data file is not there, or is not json or jsonl."""
+    data = context.config.data
+    if data.type != "math":
+        return
+    for key, paths in ((TRAIN, data.train_data_paths), (VALIDATION, data.val_data_paths)):
+        for path in paths:
+            file = Path(path).expanduser()
+            if file.is_dir():
+                yield Finding(key, f"{path} is a directory", "name the json or jsonl files in it")
+            elif not file.is_file():
+                yield Finding(key, f"there is no file {path}", "correct the path; it is relative to where you run")
+            elif file.suffix not in _SUFFIXES:
+                yield Finding(key, f"{path} is neither json nor jsonl", "write one JSON object a line into a .jsonl")
+
+
+RULES = (
+    reference,
+    rollout_model,
+    minibatches,
+    group_of_one,
+    greedy_group,
+    prompt,
+    answer,
+    least_answer,
+    critic,
+    rollout_backend,
+    train_data,
+    data_paths,
+    task,
+    reward_type,
+    quickstart_width,
+)

@@ -1,0 +1,87 @@
+"""The data and the evaluation of SFT."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from mbridge_config.rules.base import Context, Finding, rule
+from mbridge_config.rules.run import TRAIN, VALIDATION
+
+ONLY_EVAL = "runner.only_eval"
+SMALLEST, LARGEST = "data.min_pixels", "data.max_pixels"
+SUFFIXES = (".parquet", ".jsonl")
+
+
+@rule("train-data-missing", TRAIN, ONLY_EVAL)
+def train_data(context: Context) -> Iterable[Finding]:
+    """Nothing to train on is named."""
+    config = context.config
+    if not config.runner.only_eval and not config.data.train_data_paths:
+        yield Finding(TRAIN, "there is nothing to train on", f"set {TRAIN}=[DIRECTORY], or {ONLY_EVAL}=true")
+
+
+@rule("evaluation-data-missing", VALIDATION, ONLY_EVAL, "runner.val_check_interval")
+def evaluation_data(context: Context) -> Iterable[Finding]:
+    """An evaluation was asked for, and no data for it is named."""
+    config = context.config
+    if config.data.val_data_paths:
+        return
+    if config.runner.only_eval:
+        yield Finding(VALIDATION, "there is nothing to evaluate on", f"set {VALIDATION}=[DIRECTORY]")
+    elif config.runner.val_check_interval > 0:
+        reason = f"runner.val_check_interval is {config.runner.val_check_interval}, and there is nothing to evaluate on"
+        yield Finding(VALIDATION, reason, f"set {VALIDATION}=[DIRECTORY], or runner.val_check_interval=-1")
+
+
+@rule("data-path", TRAIN, VALIDATION)
+def data_paths(context: Context) -> Iterable[Finding]:
+    """A data file or directory is not there, or has no parquet or jsonl file."""
+    config = context.config
+    for key, paths in ((TRAIN, config.data.train_data_paths), (VALIDATION, config.data.val_data_paths)):
+        if key == TRAIN and config.runner.only_eval:
+            continue
+        for path in paths:
+            place = Path(path).expanduser()
+            if config.quickstart.enabled and not place.exists():
+                continue  # the quickstart makes it
+            if place.is_dir():
+                if not any(file.suffix in SUFFIXES for file in place.rglob("*")):
+                    yield Finding(
+                        key, f"{path} holds neither parquet nor jsonl files", "name the directory of the data"
+                    )
+            elif not place.exists():
+                reason = f"there is no file or directory {path}"
+                yield Finding(key, reason, "correct the path; it is relative to where you run")
+            elif place.suffix not in SUFFIXES:
+                yield Finding(key, f"{path} is neither parquet nor jsonl", "give .parquet files, or chats in .jsonl")
+
+
+@rule("pixel-range", SMALLEST, LARGEST)
+def pixels(context: Context) -> Iterable[Finding]:
+    """Images would have to be larger than they may be."""
+    data = context.config.data
+    if data.min_pixels is not None and data.max_pixels is not None and data.min_pixels > data.max_pixels:
+        yield Finding(SMALLEST, f"more than {LARGEST} {data.max_pixels}", f"use {data.max_pixels} or less")
+
+
+@rule("quickstart-model", "quickstart")
+def quickstart_model(context: Context) -> Iterable[Finding]:
+    """The vision-language model that the quickstart is to make has heads that do not fit together, or deepstack
+    features of layers that its vision tower has not got."""
+    made = context.config.quickstart
+    if not made.enabled:
+        return
+    if made.num_attention_heads % made.num_key_value_heads:
+        reason = f"{made.num_attention_heads} query heads cannot be shared by {made.num_key_value_heads} groups"
+        yield Finding("quickstart.num_key_value_heads", reason, f"use a divisor of {made.num_attention_heads}")
+    if made.vision_hidden_size != 32 * made.vision_num_heads:
+        width = 32 * made.vision_num_heads
+        reason = f"{made.vision_num_heads} heads of width 32 make {width}"
+        fix = f"set quickstart.vision_hidden_size={width}, or change quickstart.vision_num_heads"
+        yield Finding("quickstart.vision_hidden_size", reason, fix)
+    if any(index >= made.vision_depth for index in made.deepstack_visual_indexes):
+        reason = f"the vision tower has {made.vision_depth} layers, the first of which is 0"
+        fix = f"use numbers below {made.vision_depth}, or raise quickstart.vision_depth"
+        yield Finding("quickstart.deepstack_visual_indexes", reason, fix)
+
+
+RULES = (train_data, evaluation_data, data_paths, pixels, quickstart_model)

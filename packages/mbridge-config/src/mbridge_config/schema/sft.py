@@ -1,0 +1,91 @@
+"""The config of an SFT run, all sections together; what it shares with a reasoning run it takes from there."""
+
+import dataclasses
+from typing import Any, Literal
+
+from mbridge_config.keys import key, no_effect, section
+from mbridge_config.origin import Origin
+from mbridge_config.schema.actor import ActorConfig
+from mbridge_config.schema.cluster import ClusterConfig, LauncherConfig
+from mbridge_config.schema.model import ModelConfig
+from mbridge_config.schema.runner import RunnerConfig
+from mbridge_config.schema.sft_data import SFTDataConfig
+
+_NO_RL = "nothing is generated or rewarded in SFT"
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class SFTRunnerConfig(RunnerConfig):
+    """`runner` of an SFT run."""
+
+    task_type: Literal["reasoning", "sft"] = key("sft", "What is trained: RL on verifiable answers, or SFT.")
+    only_eval: bool = key(False, "Evaluate the model on val_data_paths once, and train nothing.")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class SFTModelConfig(ModelConfig):
+    """`actor.model` of an SFT run."""
+
+    freeze_language_model: bool = key(False, "Vision-language models: do not train embeddings, layers, output layer.")
+    freeze_vision_model: bool = key(False, "Vision-language models: do not train the vision tower.")
+    freeze_vision_projection: bool = key(
+        False, "Vision-language models: do not train what maps the tower's features into the language model."
+    )
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class SFTActorConfig(ActorConfig):
+    """`actor` of an SFT run."""
+
+    global_batch_size: int = key(
+        32,
+        "Examples of one optimizer step over all ranks; the loss is the mean over their trained tokens.",
+        unit="examples",
+        minimum=1,
+    )
+    eval_batch_size: int | None = key(
+        None, "Examples evaluated at once over all ranks. null: global_batch_size.", unit="examples", minimum=1
+    )
+    model: SFTModelConfig = section(SFTModelConfig, "The model.")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class SFTQuickstartConfig:
+    """`quickstart`: the data and the tiny vision-language model that are made where none are given."""
+
+    enabled: bool = key(
+        False, "Make handwritten digits at data's paths and the model at model.model_path, where they are not there."
+    )
+    hidden_size: int = key(128, "Width of the made language model.", minimum=1)
+    intermediate_size: int = key(256, "Width of its MLP.", minimum=1)
+    num_hidden_layers: int = key(4, "Its layers.", minimum=1)
+    num_attention_heads: int = key(4, "Its query heads, of width 32.", minimum=1)
+    num_key_value_heads: int = key(2, "Its key and value heads.", minimum=1)
+    vision_depth: int = key(3, "Layers of the made vision tower.", minimum=1)
+    vision_hidden_size: int = key(64, "Width of the tower; 32 for each of its heads.", minimum=1)
+    vision_intermediate_size: int = key(128, "Width of the tower's MLP.", minimum=1)
+    vision_num_heads: int = key(2, "Heads of the tower.", minimum=1)
+    deepstack_visual_indexes: list[int] = key(
+        [0, 1], "Layers of the tower whose features are added after the first language layers.", minimum=0
+    )
+    tie_word_embeddings: bool = key(False, "Input and output embeddings are one tensor.")
+    max_position_embeddings: int = key(2048, "Longest sequence of the made model.", unit="tokens", minimum=2)
+    vocab_size: int = key(384, "Largest vocabulary of the made tokenizer.", minimum=300)
+    initializer_range: float = key(0.02, "Standard deviation of the made weights.", above=0.0)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class SFTConfig:
+    """Supervised fine-tuning of vision-language and text models. `origin` remembers where each key was set."""
+
+    runner: SFTRunnerConfig = section(SFTRunnerConfig, "The run.")
+    data: SFTDataConfig = section(SFTDataConfig, "Data.")
+    actor: SFTActorConfig = section(SFTActorConfig, "The trained model.")
+    cluster: ClusterConfig = section(ClusterConfig, "Hosts.")
+    launcher: LauncherConfig = section(LauncherConfig, "Processes.")
+    quickstart: SFTQuickstartConfig = section(SFTQuickstartConfig, "The made model.")
+    algorithm: dict[str, Any] = no_effect({}, _NO_RL)
+    rollout: dict[str, Any] = no_effect({}, _NO_RL)
+    reward: dict[str, Any] = no_effect({}, _NO_RL)
+    critic: dict[str, Any] = no_effect({}, _NO_RL)
+    origin: Origin = dataclasses.field(default_factory=Origin, repr=False, compare=False)
