@@ -15,12 +15,12 @@ from mbridge_model import save_hf
 from mbridge_train.batch import Sample, aggregation_weights
 from mbridge_train.from_config import build_engine
 from mbridge_train.losses import sft_loss
+from mbridge_train.output import RunOutput
 from mbridge_train.processes import broadcast
 from torch import distributed
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mbridge_reasoning.data import Problem, tokenize_problems
-from mbridge_reasoning.output import RunOutput
 from mbridge_reasoning.sampler import ProblemSampler
 from mbridge_reasoning.tiny import TinyGeometry, write_tiny_model
 from mbridge_reasoning.warmup import warmup_answers

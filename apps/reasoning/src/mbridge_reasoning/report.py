@@ -1,9 +1,18 @@
-"""Which curves the report of a reasoning run shows."""
+"""What is shown of a reasoning run: figures on the terminal, curves in the report."""
 
-from pathlib import Path
+from mbridge_train.output import Display
+from mbridge_train.report import Chart
 
-from mbridge_train.metrics import METRICS_FILE
-from mbridge_train.report import Chart, write_report
+FIGURES = {
+    "train/accuracy": "accuracy",
+    "validation/accuracy": "held-out",
+    "train/response_length": "length",
+    "policy/kl": "kl",
+    "policy/entropy": "entropy",
+    "policy/grad_norm": "grad norm",
+    "mismatch/logprob_mean_abs": "mismatch",
+    "time/step": "seconds",
+}
 
 # Validation and saving happen in some steps only, and would leave holes in the stack.
 PHASES = ("stream", "generate", "reward", "logprobs", "reference", "train", "other")
@@ -24,7 +33,4 @@ CHARTS = (
     Chart(title="Time of a step", metrics=TIME_SPLIT, unit="seconds", stacked=True, smooth=False),
 )
 
-
-def write_run_report(directory: Path, *, title: str, config: str) -> None:
-    """Write `report.html` from the metrics recorded in the run's directory."""
-    write_report(directory / METRICS_FILE, directory / "report.html", title=title, charts=CHARTS, config=config)
+DISPLAY = Display(description="GRPO", figures=FIGURES, charts=CHARTS)

@@ -6,8 +6,16 @@ from mbridge_config.compose import compose
 from mbridge_config.directories import hf_directory, tokenizer_directory
 from mbridge_config.hf_facts import HFFacts
 from mbridge_config.keys import KeyInfo, Status, key_table
+from mbridge_config.plain import plain
 from mbridge_config.plan import ParallelPlan, make_plan
 from mbridge_config.problems import ConfigError, Problem, Severity
+from mbridge_config.run_directory import (
+    checkpoint_directory,
+    refuse_existing_run,
+    refuse_unwritable_directory,
+    run_directory,
+    take_free_name,
+)
 from mbridge_config.runs import RunConfig
 from mbridge_config.schema.reasoning import ReasoningConfig
 from mbridge_config.schema.sft import SFTConfig
@@ -26,10 +34,16 @@ __all__ = [
     "Severity",
     "Status",
     "check",
+    "checkpoint_directory",
     "compose",
     "hf_directory",
     "key_table",
     "make_plan",
     "parse_arguments",
+    "plain",
+    "refuse_existing_run",
+    "refuse_unwritable_directory",
+    "run_directory",
+    "take_free_name",
     "tokenizer_directory",
 ]

@@ -4,11 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mbridge_ckpt import Retention
+from mbridge_ckpt import Retention, open_checkpoint
 from mbridge_config.schema.actor import ActorConfig
 from mbridge_config.schema.runner import RunnerConfig
 from mbridge_model import Parallel, load
 
+from mbridge_train.checkpoint import load_model
 from mbridge_train.engine import Engine, MicroBatching
 from mbridge_train.optimizer import OptimizerSettings
 from mbridge_train.packing import round_up
@@ -18,8 +19,17 @@ from mbridge_train.schedule import Schedule
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def build_engine(actor: ActorConfig, runner: RunnerConfig, model_directory: Path, *, optimizer_steps: int) -> Engine:
+def build_engine(
+    actor: ActorConfig,
+    runner: RunnerConfig,
+    model_directory: Path,
+    *,
+    optimizer_steps: int,
+) -> Engine:
     """Load the model under the layout of `actor.model` and put the optimizer on it. Collective over all ranks.
+
+    Its weights are those of `model_directory` or, without `actor.megatron.use_hf_ckpt`, of
+    `actor.model.megatron_checkpoint`; random where neither is given, for a run that is resumed.
 
     Args:
         actor, runner: the config's sections, checked.
@@ -40,12 +50,15 @@ def build_engine(actor: ActorConfig, runner: RunnerConfig, model_directory: Path
         seed=actor.seed,
         trust_remote_code=actor.tokenizer.trust_remote_code,
     )
-    return Engine(
+    engine = Engine(
         model,
         handle,
         micro_batching=_micro_batching(actor, runner),
         optimizer=optimizer_settings(actor, optimizer_steps=optimizer_steps),
     )
+    if not actor.megatron.use_hf_ckpt and actor.model.megatron_checkpoint:
+        load_model(engine, open_checkpoint(Path(actor.model.megatron_checkpoint).expanduser()))
+    return engine
 
 
 def optimizer_settings(actor: ActorConfig, *, optimizer_steps: int) -> OptimizerSettings:

@@ -64,6 +64,7 @@ def write_report(
     title: str,
     charts: Sequence[Chart],
     facts: Mapping[str, str] | None = None,
+    section: str = "",
     config: str | None = None,
 ) -> None:
     """Write the report; a file that is already there is replaced in one step.
@@ -74,6 +75,7 @@ def write_report(
         title: heading of the page.
         charts: in the order to show them in. One of whose metrics none was recorded is named, not drawn.
         facts: short texts to show below the heading, by their labels: model, duration, the command that resumes.
+        section: HTML to show below the curves, as it is: what it holds of texts must be escaped.
         config: the configuration of the run, shown as it is.
 
     Raises:
@@ -97,6 +99,7 @@ def write_report(
         else "",
         f'<p class="note">Not recorded: {html.escape(", ".join(missing))}.</p>' if missing else "",
         _summary(drawn, curves),
+        section,
         f"<details><summary>Configuration</summary><pre>{html.escape(config)}</pre></details>" if config else "",
     ]
     page = _PAGE.substitute(title=html.escape(title), body="\n".join(part for part in parts if part))

@@ -30,6 +30,11 @@ class SaveSettings:
     retention: Retention = Retention()
 
 
+def is_due(step: int, interval: int) -> bool:
+    """Whether what happens every `interval` steps (at most 0: never) happens after `step`."""
+    return interval > 0 and step % interval == 0
+
+
 class CheckpointWriter:
     """Saves an engine when it is due and removes what is not to be kept. Every method is collective over all ranks.
 
@@ -50,7 +55,7 @@ class CheckpointWriter:
 
     def is_due(self, step: int, *, last: bool) -> bool:
         """Whether step `step` ends with a checkpoint; the `last` one of a run always does."""
-        return last or (self.settings.interval > 0 and step % self.settings.interval == 0)
+        return last or is_due(step, self.settings.interval)
 
     def save(self, step: int, *, last: bool, loop_state: dict[str, Any], metrics: dict[str, float]) -> Path:
         """Write `global_step_<step>` and return it.

@@ -14,8 +14,8 @@ class SFTDataConfig:
 
     dataset_name: Literal["auto", "robo2vlm", "messages"] = key(
         "auto",
-        "robo2vlm: parquet rows of a question, choices, the right one, images. messages: chats in jsonl. "
-        "auto: by the suffix of each file.",
+        "robo2vlm: all files are parquet, with a question, choices, the right one, and images. "
+        "messages: all files are jsonl, with chats. auto: each as its suffix says.",
         spellings={"robo2vlmsft": "robo2vlm"},
     )
     train_data_paths: list[str] = key([], "Files or directories of files to train on.")
@@ -23,7 +23,12 @@ class SFTDataConfig:
     prompt_key: str = key("question", "robo2vlm: column of the question.")
     choice_key: str = key("choices", "robo2vlm: column of the choices.")
     answer_key: str = key("correct_answer", "robo2vlm: column of the right choice.")
-    image_keys: list[str] = key(["image"], "robo2vlm: columns of the images.")
+    image_keys: list[str] | None = key(
+        None, "robo2vlm: columns of the images. null: those named image, or image and a number."
+    )
+    answer_format: Literal["text", "letter"] = key(
+        "text", "robo2vlm: the model answers the right choice's text, or its letter."
+    )
     image_root: str | None = key(None, "messages: directory that image paths start at. null: that of the file.")
     allow_urls: bool = key(False, "messages: fetch images given as URLs; if false they are bad rows.")
     min_pixels: int | None = key(None, "Smaller images are enlarged. null: as the model's processor says.", minimum=1)

@@ -1,49 +1,56 @@
 """What a run shows and leaves behind: progress on the terminal, metrics.jsonl, report.html. Rank 0 alone writes."""
 
-import dataclasses
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
-from mbridge_config import ReasoningConfig
-from mbridge_train.metrics import MetricsWriter
-from mbridge_train.progress import TrainingProgress
+from mbridge_config import RunConfig, plain
 from torch import distributed
 
-from mbridge_reasoning.report import write_run_report
-
-FIGURES = {
-    "train/accuracy": "accuracy",
-    "validation/accuracy": "held-out",
-    "train/response_length": "length",
-    "policy/kl": "kl",
-    "policy/entropy": "entropy",
-    "policy/grad_norm": "grad norm",
-    "mismatch/logprob_mean_abs": "mismatch",
-    "time/step": "seconds",
-}
+from mbridge_train.metrics import METRICS_FILE, MetricsWriter
+from mbridge_train.progress import TrainingProgress
+from mbridge_train.report import Chart, write_report
 
 RESUME_KEYS = ("runner.experiment_name", "runner.resume_dir", "runner.max_steps")
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Display:
+    """What an app shows of its runs.
+
+    Attributes:
+        description: what is trained, for the progress bar.
+        figures: labels of the metrics in a step's line on the terminal, by the metric's name.
+        charts: of the report.
+    """
+
+    description: str
+    figures: Mapping[str, str]
+    charts: tuple[Chart, ...]
+
+
 class RunOutput:
-    """The files of one run under `<output_dir>/<experiment_name>`.
+    """The files of one run.
 
     Args:
         config: of the run.
         directory: of the run; made with the first file.
         command: the words of the command that started the run.
+        display: what to show.
     """
 
-    def __init__(self, config: ReasoningConfig, directory: Path, command: list[str]) -> None:
+    def __init__(self, config: RunConfig, directory: Path, command: list[str], display: Display) -> None:
         self.config = config
         self.directory = directory
         self.command = command
+        self.display = display
         self.checkpoints = directory / "checkpoints"
         self.is_writer = distributed.get_rank() == 0
+        self.report_section = ""
+        """HTML that the report shows below its curves."""
         self._writer: MetricsWriter | None = None
         self._progress: TrainingProgress | None = None
 
@@ -63,7 +70,7 @@ class RunOutput:
             yield
             return
         logger = self.config.runner.logger
-        plain = _plain(self.config)
+        values = plain(self.config)
         self._writer = MetricsWriter(
             self.directory,
             resume_step=first_step if first_step else None,
@@ -71,17 +78,27 @@ class RunOutput:
             project=logger.project_name,
             experiment=logger.experiment_name or self.config.runner.experiment_name,
             backend_directory=logger.log_path,
-            config=plain,
+            config=values,
         )
-        text = yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         (self.directory / "config.yaml").write_text(text, encoding="utf-8")
+        shown = self.display
         try:
-            with TrainingProgress(total_steps, FIGURES, first_step=first_step, description="GRPO") as self._progress:
+            with TrainingProgress(
+                total_steps, shown.figures, first_step=first_step, description=shown.description
+            ) as self._progress:
                 yield
         finally:
             self._progress = None
             self._writer.close()
-            write_run_report(self.directory, title=self.config.runner.experiment_name, config=text)
+            write_report(
+                self.directory / METRICS_FILE,
+                self.directory / "report.html",
+                title=self.config.runner.experiment_name,
+                charts=shown.charts,
+                section=self.report_section,
+                config=text,
+            )
         self._say_where()
 
     def step(self, number: int, metrics: Mapping[str, float]) -> None:
@@ -104,18 +121,3 @@ class RunOutput:
             print(f"checkpoint  {newest}")
             print(f"model       {newest / 'actor' / 'hf_model'}")
             print(f"to go on    {shlex.join(words)}")
-
-
-def _plain(value: Any) -> Any:
-    """The config as YAML can hold it, without the record of where its keys were set."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: _plain(getattr(value, field.name))
-            for field in dataclasses.fields(value)
-            if field.name != "origin"
-        }
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value

@@ -1,0 +1,44 @@
+"""Going on from an earlier run: which checkpoint, and its state into an engine."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mbridge_ckpt import Checkpoint, find_resume, open_checkpoint
+
+from mbridge_train.checkpoint import load_checkpoint
+from mbridge_train.engine import Engine
+from mbridge_train.rank_state import current_layout
+
+
+def find_checkpoint(wanted: str | None, directory: Path, say: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint that `runner.resume_dir` means; None starts at step 0.
+
+    Args:
+        wanted: a `global_step_<n>` directory; "auto": the newest whole one in `directory`; None: none.
+        directory: the run's checkpoints.
+        say: takes a line for the terminal: which ones "auto" passed over, and why.
+
+    Raises:
+        mbridge_ckpt.CheckpointError: `wanted` is not a whole checkpoint.
+    """
+    if wanted is None:
+        return None
+    if wanted != "auto":
+        return open_checkpoint(Path(wanted).expanduser())
+    found = find_resume(directory)
+    for item in found.passed_over:
+        say(f"not resuming from {item.path}: {item.reason}")
+    if found.checkpoint is None:
+        say(f"no checkpoint to resume from in {directory}; starting at step 0")
+    return found.checkpoint
+
+
+def restore(engine: Engine, checkpoint: Checkpoint, say: Callable[[str], None]) -> dict[str, Any]:
+    """Load `checkpoint` into `engine` and return the loop's state. Collective over all ranks.
+
+    Says so where the checkpoint was written under another layout. Raises what `load_checkpoint` raises.
+    """
+    if checkpoint.layout != current_layout():
+        say(f"{checkpoint.path} was written with {checkpoint.layout}; this run has {current_layout()}")
+    return load_checkpoint(engine, checkpoint)
