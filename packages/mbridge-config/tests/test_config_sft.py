@@ -100,8 +100,15 @@ CASES = [
         "val_check_interval is 3",
     ),
     ("data-path", ["data.train_data_paths=[nowhere]"], None, "there is no file or directory nowhere"),
-    ("data-path", ["data.train_data_paths=[${actor.model.model_path}]"], None, "holds neither parquet nor jsonl"),
-    ("data-path", ["data.val_data_paths=[${actor.model.model_path}/config.json]"], None, "is neither parquet nor"),
+    (
+        "data-path",
+        ["data.train_data_paths=[${actor.model.model_path}]"],
+        None,
+        "holds no .parquet file and no .jsonl file",
+    ),
+    ("data-path", ["data.val_data_paths=[${actor.model.model_path}/config.json]"], None, "is no .parquet file"),
+    ("data-path", ["data.dataset_name=robo2vlm"], None, "chats.jsonl is no .parquet file"),
+    ("data-path", ["data.dataset_name=messages"], None, "train holds no .jsonl file"),
     ("pixel-range", ["data.min_pixels=100", "data.max_pixels=99"], None, "more than data.max_pixels 99"),
     ("quickstart-model", ["quickstart.enabled=true", "quickstart.num_key_value_heads=3"], None, "shared by 3 groups"),
     (

@@ -8,7 +8,8 @@ from mbridge_config.rules.run import TRAIN, VALIDATION
 
 ONLY_EVAL = "runner.only_eval"
 SMALLEST, LARGEST = "data.min_pixels", "data.max_pixels"
-SUFFIXES = (".parquet", ".jsonl")
+FORMAT = "data.dataset_name"
+SUFFIXES = {"auto": (".parquet", ".jsonl"), "robo2vlm": (".parquet",), "messages": (".jsonl",)}
 
 
 @rule("train-data-missing", TRAIN, ONLY_EVAL)
@@ -32,10 +33,12 @@ def evaluation_data(context: Context) -> Iterable[Finding]:
         yield Finding(VALIDATION, reason, f"set {VALIDATION}=[DIRECTORY], or runner.val_check_interval=-1")
 
 
-@rule("data-path", TRAIN, VALIDATION)
+@rule("data-path", TRAIN, VALIDATION, FORMAT)
 def data_paths(context: Context) -> Iterable[Finding]:
-    """A data file or directory is not there, or has no parquet or jsonl file."""
+    """A data file or directory is not there, or has no file of the kind that is read."""
     config = context.config
+    suffixes = SUFFIXES[config.data.dataset_name]
+    kinds = " and no ".join(f"{suffix} file" for suffix in suffixes)
     for key, paths in ((TRAIN, config.data.train_data_paths), (VALIDATION, config.data.val_data_paths)):
         if key == TRAIN and config.runner.only_eval:
             continue
@@ -44,15 +47,13 @@ def data_paths(context: Context) -> Iterable[Finding]:
             if config.quickstart.enabled and not place.exists():
                 continue  # the quickstart makes it
             if place.is_dir():
-                if not any(file.suffix in SUFFIXES for file in place.rglob("*")):
-                    yield Finding(
-                        key, f"{path} holds neither parquet nor jsonl files", "name the directory of the data"
-                    )
+                if not any(file.suffix in suffixes for file in place.iterdir()):
+                    yield Finding(key, f"{path} holds no {kinds}", "name the directory that has them itself")
             elif not place.exists():
                 reason = f"there is no file or directory {path}"
                 yield Finding(key, reason, "correct the path; it is relative to where you run")
-            elif place.suffix not in SUFFIXES:
-                yield Finding(key, f"{path} is neither parquet nor jsonl", "give .parquet files, or chats in .jsonl")
+            elif place.suffix not in suffixes:
+                yield Finding(key, f"{path} is no {kinds}", f"give files of these kinds, or set {FORMAT}=auto")
 
 
 @rule("pixel-range", SMALLEST, LARGEST)
