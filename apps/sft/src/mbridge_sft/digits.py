@@ -1,0 +1,93 @@
+"""Real handwritten digits as multiple-choice questions: the data of the quickstart.
+
+The images are the 1,797 of scikit-learn's `load_digits` (8 x 8 pixels, from UCI's "Optical Recognition of Handwritten
+Digits"), which come with the library. They are written in the columns of the Robo2VLM-1 data set, so the quickstart
+reads them as it would read that one.
+"""
+
+import io
+import os
+import random
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+QUESTION = "Which digit is this?"
+SCALE = 4
+"""Pixels along each side for one of the original: 32 x 32 in all, so that a tiny patch is still a part of a stroke."""
+
+HELD_OUT = 5
+"""Of each digit's images every fifth is for evaluation: 356 of 1,797, about as many of each digit."""
+
+_ROWS_IN_GROUP = 128
+_SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "question": pa.string(),
+        "choices": pa.string(),
+        "correct_answer": pa.int64(),
+        "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+    }
+)
+
+
+def write_digits(directory: str | Path) -> tuple[Path, Path]:
+    """Write `train/digits.parquet` and `eval/digits.parquet` under `directory`; (train directory, eval directory).
+
+    A file appears whole or not at all, so several processes may do this at once, and one that holds the right rows
+    already is left alone. Which image is in which file, and the order of its choices, never changes.
+    """
+    directory = Path(directory)
+    for name, table in _tables().items():
+        _write(directory / name / "digits.parquet", table)
+    return directory / "train", directory / "eval"
+
+
+def _tables() -> dict[str, pa.Table]:
+    import numpy
+    from PIL import Image
+    from sklearn.datasets import load_digits  # takes seconds to import
+
+    rows: dict[str, list[dict[str, object]]] = {"train": [], "eval": []}
+    seen: Counter[int] = Counter()
+    digits = load_digits()
+    for index, (pixels, digit) in enumerate(zip(digits.images, digits.target.tolist(), strict=True)):
+        seen[digit] += 1
+        # 16 grey levels, as the strokes' density; each pixel becomes a square.
+        grey = numpy.kron(pixels * (255 / 16), numpy.ones((SCALE, SCALE))).round().astype(numpy.uint8)
+        png = io.BytesIO()
+        Image.fromarray(grey).save(png, format="PNG")
+        choices = random.Random(index).sample([str(choice) for choice in range(10)], 10)
+        rows["eval" if seen[digit] % HELD_OUT == 0 else "train"].append(
+            {
+                "id": f"digit-{index:04}",
+                "question": QUESTION,
+                "choices": repr(choices),
+                "correct_answer": choices.index(str(digit)),
+                "image": {"bytes": png.getvalue(), "path": f"digit-{index:04}.png"},
+            }
+        )
+    return {name: pa.Table.from_pylist(part, schema=_SCHEMA) for name, part in rows.items()}
+
+
+def _write(path: Path, table: pa.Table) -> None:
+    try:
+        if pq.read_table(path).equals(table):
+            return
+    except (OSError, pa.ArrowException):
+        pass  # not there, or not what it should be
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            pq.write_table(table, file, row_group_size=_ROWS_IN_GROUP)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

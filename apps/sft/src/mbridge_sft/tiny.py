@@ -1,0 +1,170 @@
+"""A tiny random Qwen3-VL with its processor, written as an ordinary HuggingFace directory.
+
+The quickstart starts here: everything after it reads the directory as it would read a downloaded model.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import (
+    GenerationConfig,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen3VLConfig,
+    Qwen3VLForConditionalGeneration,
+    Qwen3VLProcessor,
+    Qwen3VLVideoProcessor,
+)
+
+END_OF_TURN = "<|im_end|>"
+PADDING = "<|endoftext|>"
+IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
+VISION_START, VISION_END = "<|vision_start|>", "<|vision_end|>"
+PATCH_SIZE, MERGE_SIZE = 8, 2
+_SPECIAL = [PADDING, "<|im_start|>", END_OF_TURN, VISION_START, VISION_END, IMAGE, VIDEO]
+
+CHAT_TEMPLATE = """\
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.content is string %}
+        {{- message.content }}
+    {%- else %}
+        {%- for part in message.content %}
+            {%- if part.type == 'image' %}
+                {{- '<|vision_start|><|image_pad|><|vision_end|>' }}
+            {%- elif part.type == 'video' %}
+                {{- '<|vision_start|><|video_pad|><|vision_end|>' }}
+            {%- elif part.type == 'text' %}
+                {{- part.text }}
+            {%- endif %}
+        {%- endfor %}
+    {%- endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}
+    {{- '<|im_start|>assistant\\n' }}
+{%- endif %}
+"""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TinyGeometry:
+    """Sizes of the tiny model. Its heads have 32 channels, the fewest that all attention kernels take.
+
+    An image token stands for 16 x 16 pixels: 2 x 2 patches of 8 x 8. So a 32 x 32 image is 16 patches and 4 tokens.
+    """
+
+    hidden_size: int = 128
+    intermediate_size: int = 256
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 4
+    num_key_value_heads: int = 2
+    vision_depth: int = 3
+    vision_hidden_size: int = 64
+    vision_intermediate_size: int = 128
+    vision_num_heads: int = 2
+    deepstack_visual_indexes: tuple[int, ...] = (0, 1)
+    tie_word_embeddings: bool = False
+    max_position_embeddings: int = 2048
+    vocab_size: int = 384
+    initializer_range: float = 0.02
+
+
+def build_processor(corpus: Iterable[str], vocab_size: int) -> Qwen3VLProcessor:
+    """A processor like that of a Qwen3-VL: byte-level BPE trained on `corpus`, and patches of 8 x 8 pixels.
+
+    Splitting is Qwen's: every digit is one token, and any text round-trips because all 256 bytes are in the
+    vocabulary. It has fewer than `vocab_size` entries where the corpus has no further pairs to merge.
+    """
+    texts = [*corpus, "system\n", "user\n", "assistant\n"] * 2  # a pair that comes once is not merged
+    tokenizer = Qwen2Tokenizer(eos_token=END_OF_TURN, pad_token=PADDING, unk_token=PADDING).train_new_from_iterator(
+        texts, vocab_size, new_special_tokens=_SPECIAL, show_progress=False
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    patches = {"patch_size": PATCH_SIZE, "temporal_patch_size": 2, "merge_size": MERGE_SIZE}
+    normalization = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    size = {"shortest_edge": (PATCH_SIZE * MERGE_SIZE) ** 2, "longest_edge": 512 * 512}
+    return Qwen3VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size=size, **patches, **normalization),
+        tokenizer=tokenizer,
+        video_processor=Qwen3VLVideoProcessor(size=dict(size), **patches, **normalization),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def write_tiny_model(
+    directory: str | Path, corpus: Iterable[str], *, seed: int, geometry: TinyGeometry | None = None
+) -> Path:
+    """Write configs, fp32 `model.safetensors`, and the files of the tokenizer and processor to `directory`.
+
+    The same `corpus`, `seed` and `geometry` give the same bytes. The caller's random state is left as it was.
+    """
+    geometry = geometry or TinyGeometry()
+    directory = Path(directory)
+    processor = build_processor(corpus, geometry.vocab_size)
+    config = _config(geometry, processor)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3VLForConditionalGeneration(config)
+    tokenizer = processor.tokenizer
+    directory.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(directory)
+    GenerationConfig(
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
+    ).save_pretrained(directory)
+    tensors = model.state_dict()
+    if geometry.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    processor.save_pretrained(directory)
+    return directory
+
+
+def _config(geometry: TinyGeometry, processor: Qwen3VLProcessor) -> Qwen3VLConfig:
+    config = Qwen3VLConfig(
+        text_config={
+            # The embedding keeps the rows of the requested size, so a tensor-parallel split of it stays even.
+            "vocab_size": geometry.vocab_size,
+            "hidden_size": geometry.hidden_size,
+            "intermediate_size": geometry.intermediate_size,
+            "num_hidden_layers": geometry.num_hidden_layers,
+            "num_attention_heads": geometry.num_attention_heads,
+            "num_key_value_heads": geometry.num_key_value_heads,
+            "head_dim": 32,
+            "max_position_embeddings": geometry.max_position_embeddings,
+            "initializer_range": geometry.initializer_range,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 10000.0,
+                "mrope_section": [6, 5, 5],
+                "mrope_interleaved": True,
+            },
+            "tie_word_embeddings": geometry.tie_word_embeddings,
+            "eos_token_id": processor.tokenizer.eos_token_id,
+            "pad_token_id": processor.tokenizer.pad_token_id,
+        },
+        vision_config={
+            "depth": geometry.vision_depth,
+            "hidden_size": geometry.vision_hidden_size,
+            "intermediate_size": geometry.vision_intermediate_size,
+            "num_heads": geometry.vision_num_heads,
+            "patch_size": PATCH_SIZE,
+            "spatial_merge_size": MERGE_SIZE,
+            "temporal_patch_size": 2,
+            "out_hidden_size": geometry.hidden_size,
+            "num_position_embeddings": 16,
+            "deepstack_visual_indexes": list(geometry.deepstack_visual_indexes),
+            "initializer_range": geometry.initializer_range,
+        },
+        image_token_id=processor.image_token_id,
+        video_token_id=processor.video_token_id,
+        vision_start_token_id=processor.vision_start_token_id,
+        vision_end_token_id=processor.vision_end_token_id,
+        tie_word_embeddings=geometry.tie_word_embeddings,
+        dtype="float32",
+    )
+    config.architectures = ["Qwen3VLForConditionalGeneration"]
+    return config
