@@ -5,7 +5,9 @@ HuggingFace directory, get its Megatron provider, load weights, stream them back
 happens when a model is built, not before.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,44 @@ def import_bridge() -> Any:
             raise ModelError(f"megatron-bridge is not installed; run: {INSTALL_LINE}") from None
         raise
     return AutoBridge
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QwenVLParts:
+    """What `mbridge_model.vision` puts together, of Megatron-Bridge's Qwen3-VL.
+
+    Attributes:
+        attention: self-attention that takes a rotary angle for each token, packed or not.
+        rotary: the language model's interleaved rotary embedding.
+        vision_model: the vision tower, and the next two what it is built from.
+        vision_config: makes the tower's configuration from transformers' and the provider.
+        merger_submodules: norm and linear layers of a merger.
+    """
+
+    attention: type
+    rotary: Callable[..., torch.nn.Module]
+    vision_model: Callable[..., torch.nn.Module]
+    vision_config: Callable[..., Any]
+    merger_submodules: Callable[..., Any]
+
+
+@cache
+def qwen_vl_parts() -> QwenVLParts:
+    """Import them."""
+    import_bridge()
+    from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.attention import Qwen3VLSelfAttention
+    from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope import Qwen3VLMultimodalRotaryEmbedding
+    from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.transformer_config import get_vision_model_config
+    from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.utils import PatchMergerSubmodules
+    from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.vision_model import Qwen3VLVisionModel
+
+    return QwenVLParts(
+        attention=Qwen3VLSelfAttention,
+        rotary=Qwen3VLMultimodalRotaryEmbedding,
+        vision_model=Qwen3VLVisionModel,
+        vision_config=get_vision_model_config,
+        merger_submodules=PatchMergerSubmodules,
+    )
 
 
 class Bridge:
