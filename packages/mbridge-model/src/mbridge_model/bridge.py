@@ -135,7 +135,9 @@ class Bridge:
         """
         try:
             with quiet():
-                self._bridge.load_hf_weights(model)
+                model_bridge = self._bridge._model_bridge
+                _pad_vocabulary(model_bridge, self._bridge.get_conversion_tasks(model))
+                model_bridge.load_weights_hf_to_megatron(self._bridge.hf_pretrained, model)
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ModelError(
                 f"the weights of {self.path} do not fit the model: {error}; leave out overrides of sizes, which come "
@@ -207,6 +209,29 @@ class Bridge:
 
 # Megatron pads these to a multiple of the tensor-parallel size.
 _VOCABULARY_PARAMETERS = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+def _pad_vocabulary(model_bridge: Any, tasks: list[Any]) -> None:
+    """Make `model_bridge` read tensors with a row per token as long as the model's, zeros at the end.
+
+    Megatron-Bridge pads them by itself, but only where they have the names of a model of text: those of a
+    vision-language model it refuses.
+    """
+    rows = {
+        _hf_names(task)[0]: task.param_weight.shape[0] * task.mapping.tp_size
+        for task in tasks
+        if task is not None
+        and task.param_weight is not None
+        and task.global_param_name.endswith(_VOCABULARY_PARAMETERS)
+    }
+    read = model_bridge.maybe_modify_loaded_hf_weight
+
+    def read_padded(hf_param: Any, hf_state_dict: Any) -> Any:
+        weight = read(hf_param, hf_state_dict)
+        missing = rows.get(hf_param, 0) - len(weight) if isinstance(hf_param, str) else 0
+        return torch.nn.functional.pad(weight, (0, 0, 0, missing)) if missing > 0 else weight
+
+    model_bridge.maybe_modify_loaded_hf_weight = read_padded
 
 
 def _hf_names(task: Any) -> list[str]:
