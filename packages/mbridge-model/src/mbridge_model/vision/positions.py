@@ -106,7 +106,7 @@ def mrope_position_ids(
         if times * rows * columns != length:
             raise ModelError(
                 f"an image or video of grid {grids[used - 1]} has {times * rows * columns} tokens, but {length} "
-                "placeholders stand in a row in the text; was the text made for other images?"
+                "placeholder(s) stand in a row in the text; was the text made for other images?"
             )
         step = 1
         if kind == 2 and settings.tokens_per_second is not None:
