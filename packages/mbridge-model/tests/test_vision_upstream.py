@@ -143,7 +143,7 @@ def tower_gradients(directory: Path, overrides: dict[str, Any], with_upstream: b
     from testing.vision_forward import packed_batch, run
 
     model, _ = load(directory, overrides=overrides)
-    tower: Any = model[0].vision_model
+    tower: Any = model[0].get_submodule(model[0].vision.tower)
     if with_upstream:
         del tower.decoder._checkpointed_forward
     samples = [torch.load(directory.with_suffix(".pt"), weights_only=True)["images of several sizes"]]
@@ -165,6 +165,15 @@ def test_recomputation_keeps_the_features_gradients(worker_pool: WorkerPool, ref
     assert len(mergers) == 18
     assert all(upstream[name] == 0.0 for name in mergers)
     assert ours == pytest.approx(stored, rel=1e-5)
+    assert all(gradient > 0.0 for gradient in stored.values())
+
+
+def test_recomputation_of_transformers_tower(worker_pool: WorkerPool, reference: Callable[[str], Path]) -> None:
+    recomputed, stored = (
+        Gang(1, worker_pool).run(tower_gradients, reference("qwen2_5_vl"), overrides, False)[0]
+        for overrides in (RECOMPUTE, {})
+    )
+    assert recomputed == pytest.approx(stored, rel=1e-5)
     assert all(gradient > 0.0 for gradient in stored.values())
 
 

@@ -20,10 +20,11 @@ class VisionInputs:
 
     Attributes:
         pixel_values: float32 [patches, features]: normalised pixels, one flattened patch a row.
-        grid_thw: int64 [items, 3]: patches of each image or video along time, height and width.
+        grid_thw: int64 [items, 3]: patches of each image or video along time, height and width. It stays on the host,
+            where indices are made of it.
 
     Raises:
-        ModelError: wrong dtypes or shapes, or the grids ask for another number of patches than there are.
+        ModelError: wrong dtypes, shapes or device, or the grids ask for another number of patches than there are.
     """
 
     pixel_values: Tensor
@@ -35,8 +36,9 @@ class VisionInputs:
             raise ModelError(f"pixel_values must be float [patches, features], got {pixels.dtype} {list(pixels.shape)}")
         if grid.dim() != 2 or grid.shape[1] != 3 or grid.dtype != torch.int64 or not len(grid):
             raise ModelError(f"grid_thw must be int64 [items, 3], got {grid.dtype} {list(grid.shape)}")
-        # On a GPU the comparison would wait for the device; the batch was checked where it was made.
-        if not grid.is_cuda and int(grid.prod(-1).sum()) != len(pixels):
+        if grid.device.type != "cpu":
+            raise ModelError(f"grid_thw is on {grid.device}; leave it on the CPU")
+        if int(grid.prod(-1).sum()) != len(pixels):
             raise ModelError(f"grid_thw {grid.tolist()} asks for {int(grid.prod(-1).sum())} patches, got {len(pixels)}")
 
     @classmethod
@@ -50,8 +52,5 @@ class VisionInputs:
         )
 
     def to(self, device: torch.device | str) -> Self:
-        """The same on `device`; copies overlap with compute if the memory is pinned."""
-        return type(self)(
-            pixel_values=self.pixel_values.to(device, non_blocking=True),
-            grid_thw=self.grid_thw.to(device, non_blocking=True),
-        )
+        """The same with the pixels on `device`; the copy overlaps with compute if the memory is pinned."""
+        return type(self)(pixel_values=self.pixel_values.to(device, non_blocking=True), grid_thw=self.grid_thw)

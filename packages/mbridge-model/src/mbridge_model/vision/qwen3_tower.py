@@ -1,4 +1,7 @@
-"""Qwen3-VL's vision tower: Megatron-Bridge's module, split over tensor parallel, with two of its errors mended."""
+"""Qwen3-VL's vision tower: Megatron-Bridge's module, split over tensor parallel.
+
+Its layers and mergers are run here, in transformers' order and precision, with the index arithmetic on the host.
+"""
 
 from functools import partial
 from types import MethodType
@@ -9,6 +12,7 @@ from torch import Tensor, nn
 
 from mbridge_model.bridge import qwen_vl_parts
 from mbridge_model.errors import ModelError
+from mbridge_model.vision.packing import pack_frames
 
 ACTIVATION = "gelu_pytorch_tanh"
 
@@ -42,9 +46,27 @@ def build_tower(provider: Any, backend: Literal["te", "torch"]) -> nn.Module:
     return tower
 
 
-def encode(tower: nn.Module, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[Tensor]]:
+def encode(tower: Any, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Features [tokens, hidden], and one more [tokens, hidden] for each entry of `deepstack_visual_indexes`."""
-    return tower(pixel_values, grid_thw=grid_thw)
+    from transformers.vision_utils import get_vision_bilinear_indices_and_weights, get_vision_position_ids
+
+    device, merge = pixel_values.device, tower.spatial_merge_size
+    hidden = tower.patch_embed(pixel_values)
+    # The table of learned positions is interpolated to the size of each image.
+    corners, weights = get_vision_bilinear_indices_and_weights(grid_thw, tower.num_grid_per_side, merge)
+    learned = (tower.pos_embed(corners.to(device)) * weights.to(device).unsqueeze(-1)).sum(0)
+    hidden = hidden + learned.to(hidden.dtype)
+    rotary = tower.rotary_pos_emb
+    frequencies = 1.0 / rotary.theta ** (torch.arange(0, rotary.dim, 2) / rotary.dim)
+    # [patches, row and column, frequencies], each angle for both halves of a head's channels
+    angles = (get_vision_position_ids(grid_thw, merge).unsqueeze(-1) * frequencies).flatten(1).repeat(1, 2)
+    hidden, features = tower.decoder(
+        hidden_states=hidden.unsqueeze(1),
+        attention_mask=None,
+        rotary_pos_emb=angles[:, None, None].to(device),
+        packed_seq_params=pack_frames(grid_thw, device),
+    )
+    return tower.merger(hidden), features
 
 
 def build_rotary(provider: Any) -> nn.Module:
