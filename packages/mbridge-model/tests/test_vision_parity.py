@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from mbridge_model import Parallel
+from safetensors.torch import load_file, save_file
 
 from testing.gang import Gang
 from testing.tiny_models import VOCAB_SIZE, make_vision_model
@@ -52,16 +53,31 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         # Of Qwen2.5-VL the small ones are tied, of Qwen3-VL all but the largest.
         model = make_vision_model(family, family == "qwen2_5_vl", directory)
         write_reference(model, directory, frames_are_runs=family != "qwen2_5_vl")
+        if family == "qwen3_vl_moe":
+            for written in (directory, gradients_of(directory)):
+                transpose_experts(written / "model.safetensors")
         return directory
 
     return make
+
+
+def transpose_experts(file: Path) -> None:
+    """As they lie in the published checkpoints: inputs before outputs, which transformers turns when it loads them."""
+    tensors = load_file(file)
+    save_file(
+        {
+            name: tensor.transpose(1, 2).contiguous() if ".experts." in name else tensor
+            for name, tensor in tensors.items()
+        },
+        file,
+        metadata={"format": "pt"},
+    )
 
 
 def compare(directory: Path, parallel: Parallel, overrides: dict[str, Any]) -> dict[str, Any]:
     """On each rank: the largest differences, the exported tensors that are not bit-exact, layers of this stage."""
     from mbridge_model import MropeSettings, export, load
     from megatron.core import parallel_state
-    from safetensors.torch import load_file
 
     from testing.vision_forward import dense_batch, gradients_into_weights, packed_batch, positions_of, run
 
