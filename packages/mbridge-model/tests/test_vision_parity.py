@@ -50,7 +50,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     @cache
     def make(family: str) -> Path:
         directory = root / family
-        # Of Qwen2.5-VL the small ones are tied, of Qwen3-VL all but the largest.
+        # Embeddings of both kinds: tied in one family, untied in the others.
         model = make_vision_model(family, family == "qwen2_5_vl", directory)
         write_reference(model, directory, frames_are_runs=family != "qwen2_5_vl")
         if family == "qwen3_vl_moe":
