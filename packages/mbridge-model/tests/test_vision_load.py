@@ -148,7 +148,7 @@ def test_sizes_of_stages(layers: int, stages: int, sizes: list[int] | None) -> N
 def trained_parts(directory: Path, frozen: Freeze) -> set[str]:
     from mbridge_model import load
 
-    model, _ = load(directory, freeze=frozen)
+    model, _ = load(directory, freeze=frozen, weights=False)
     parts = set()
     for name, parameter in model[0].named_parameters():
         if parameter.requires_grad:
