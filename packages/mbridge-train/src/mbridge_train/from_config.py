@@ -7,7 +7,7 @@ import torch
 from mbridge_ckpt import Retention, open_checkpoint
 from mbridge_config.schema.actor import ActorConfig
 from mbridge_config.schema.runner import RunnerConfig
-from mbridge_model import Parallel, load
+from mbridge_model import Freeze, Parallel, load
 
 from mbridge_train.checkpoint import load_model
 from mbridge_train.engine import Engine, MicroBatching
@@ -24,7 +24,8 @@ def build_engine(
     runner: RunnerConfig,
     model_directory: Path,
     *,
-    optimizer_steps: int,
+    optimizer_steps: int | None,
+    freeze: Freeze | None = None,
 ) -> Engine:
     """Load the model under the layout of `actor.model` and put the optimizer on it. Collective over all ranks.
 
@@ -34,7 +35,9 @@ def build_engine(
     Args:
         actor, runner: the config's sections, checked.
         model_directory: HuggingFace directory of geometry and, with `actor.megatron.use_hf_ckpt`, weights.
-        optimizer_steps: length of the whole run, where the learning-rate schedule has none of its own.
+        optimizer_steps: length of the whole run, where the learning-rate schedule has none of its own. None: an
+            engine that only evaluates.
+        freeze: parts of a vision-language model that are not trained.
     """
     model, handle = load(
         model_directory,
@@ -49,12 +52,13 @@ def build_engine(
         weights=actor.megatron.use_hf_ckpt,
         seed=actor.seed,
         trust_remote_code=actor.tokenizer.trust_remote_code,
+        freeze=freeze,
     )
     engine = Engine(
         model,
         handle,
         micro_batching=_micro_batching(actor, runner),
-        optimizer=optimizer_settings(actor, optimizer_steps=optimizer_steps),
+        optimizer=None if optimizer_steps is None else optimizer_settings(actor, optimizer_steps=optimizer_steps),
     )
     if not actor.megatron.use_hf_ckpt and actor.model.megatron_checkpoint:
         load_model(engine, open_checkpoint(Path(actor.model.megatron_checkpoint).expanduser()))

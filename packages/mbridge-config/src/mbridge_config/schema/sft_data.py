@@ -39,6 +39,9 @@ class SFTDataConfig:
     max_bad_rows: int = key(
         0, "Rows that cannot be read or used and are skipped before the run ends.", unit="rows", minimum=0
     )
+    skip_long_rows: bool = key(
+        False, "Leave out rows that are longer than runner.seq_length, without counting them as bad."
+    )
     num_workers: int = key(
         2, "Processes that decode images and tokenize; 0: the training process itself.", unit="processes", minimum=0
     )

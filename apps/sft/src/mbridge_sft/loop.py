@@ -1,0 +1,166 @@
+"""An SFT run on one rank, from start to end. `cli.main` starts it on every rank."""
+
+import time
+from typing import Any
+
+from mbridge_config import (
+    SFTConfig,
+    checkpoint_directory,
+    hf_directory,
+    run_directory,
+    take_free_name,
+    tokenizer_directory,
+)
+from mbridge_model import Freeze
+from mbridge_train.checkpoint import load_model
+from mbridge_train.engine import Engine
+from mbridge_train.from_config import build_engine, save_settings
+from mbridge_train.output import RunOutput
+from mbridge_train.processes import broadcast, join, leave, seed_all
+from mbridge_train.resume import find_checkpoint, restore
+from mbridge_train.saving import CheckpointWriter, is_due
+
+from mbridge_sft.encode import Encoder
+from mbridge_sft.errors import DataError
+from mbridge_sft.examples import Examples
+from mbridge_sft.images import PixelLimits
+from mbridge_sft.quickstart import prepare_quickstart
+from mbridge_sft.report import DISPLAY, example_grid
+from mbridge_sft.start import read_data
+from mbridge_sft.trainer import SFTTrainer
+
+
+def run(config: SFTConfig, command: list[str]) -> None:
+    """Train, or only evaluate, as `config` says.
+
+    Args:
+        config: checked. Rank 0's is used everywhere, since `${now:}` and the like differ between processes.
+        command: the words of the command line that started the run, to show how to resume it.
+    """
+    join(config.actor.megatron.distributed_timeout_minutes)
+    try:
+        if not config.runner.only_eval:
+            take_free_name(config)
+        config = broadcast(config)
+        seed_all(config.actor.seed)
+        (_evaluate if config.runner.only_eval else _train)(config, command)
+    finally:
+        leave()
+
+
+def _train(config: SFTConfig, command: list[str]) -> None:
+    output = RunOutput(config, run_directory(config), command, DISPLAY)
+    if config.quickstart.enabled:
+        prepare_quickstart(config, output.message)
+    training, evaluation = read_data(config)
+    assert training is not None  # a rule
+    runner = config.runner
+    steps = runner.max_steps
+    if steps <= 0:
+        steps = max(1, len(training) * runner.max_epochs // config.actor.global_batch_size)
+
+    resume = find_checkpoint(runner.resume_dir, output.checkpoints, output.message)
+    engine = _engine(config, optimizer_steps=steps)
+    data_state = _data_state(config, training)
+    first, bad_rows = 0, ()
+    if resume is not None:
+        state = restore(engine, resume, output.message)
+        _check_same_data(state["data"], data_state)
+        first, bad_rows = state["step"], state["bad_rows"]
+    trainer = SFTTrainer(config, engine=engine, encoder=_encoder(config), say=output.message)
+    checkpoints = CheckpointWriter(engine, output.checkpoints, save_settings(config.actor, runner), resumed_from=resume)
+
+    def evaluated() -> dict[str, float]:
+        assert evaluation is not None
+        started = time.perf_counter()
+        result = trainer.evaluate(evaluation)
+        if output.is_writer:
+            output.report_section = example_grid(result.shown)
+        return result.metrics | {"time/validation": time.perf_counter() - started}
+
+    with output.recording(total_steps=steps, first_step=first):
+        if first == 0 and evaluation is not None:
+            output.step(0, evaluated())
+        batches = trainer.batches(training, first_step=first, bad_rows=bad_rows)
+        started = time.perf_counter()
+        for number, batch in enumerate(batches, start=first + 1):
+            waited = time.perf_counter() - started
+            metrics = trainer.step(batch) | {"time/data": waited, "bad_rows": float(len(batches.bad_rows))}
+            seconds = time.perf_counter() - started
+            metrics |= {"time/other": seconds - waited - metrics["time/train"], "time/step": seconds}
+            last = number == steps
+            if evaluation is not None and (last or is_due(number, runner.val_check_interval)):
+                metrics |= evaluated()
+            if checkpoints.is_due(number, last=last):
+                started = time.perf_counter()
+                state = {"step": number, "data": data_state, "bad_rows": list(batches.bad_rows)}
+                checkpoints.save(number, last=last, loop_state=state, metrics=metrics)
+                metrics["time/save"] = time.perf_counter() - started
+            output.step(number, metrics)
+            if last:
+                break
+            started = time.perf_counter()
+
+
+def _evaluate(config: SFTConfig, command: list[str]) -> None:
+    """Beside what a training run of the same name has left, of which nothing is changed."""
+    output = RunOutput(config, run_directory(config) / "evaluation", command, DISPLAY)
+    if config.quickstart.enabled:
+        prepare_quickstart(config, output.message)
+    _, evaluation = read_data(config)
+    assert evaluation is not None  # a rule
+    checkpoint = find_checkpoint(config.runner.resume_dir, checkpoint_directory(config), output.message)
+    engine = _engine(config, optimizer_steps=None)
+    step = 0
+    if checkpoint is not None:
+        load_model(engine, checkpoint)
+        step = checkpoint.step
+    trainer = SFTTrainer(config, engine=engine, encoder=_encoder(config), say=output.message)
+    with output.recording(total_steps=step, first_step=0):
+        result = trainer.evaluate(evaluation)
+        if output.is_writer:
+            output.report_section = example_grid(result.shown)
+        output.step(step, result.metrics)
+
+
+def _engine(config: SFTConfig, *, optimizer_steps: int | None) -> Engine:
+    model = config.actor.model
+    freeze = Freeze(
+        language_model=model.freeze_language_model,
+        vision_model=model.freeze_vision_model,
+        vision_projection=model.freeze_vision_projection,
+    )
+    return build_engine(
+        config.actor, config.runner, hf_directory(config), optimizer_steps=optimizer_steps, freeze=freeze
+    )
+
+
+def _encoder(config: SFTConfig) -> Encoder:
+    data = config.data
+    return Encoder(
+        tokenizer_directory(config),
+        max_length=config.runner.seq_length,
+        train_on=data.train_on,
+        limits=PixelLimits(min_pixels=data.min_pixels, max_pixels=data.max_pixels, oversized=data.oversized),
+    )
+
+
+def _data_state(config: SFTConfig, training: Examples) -> dict[str, Any]:
+    """What decides which rows a step has."""
+    data = config.data
+    return {
+        "rows": len(training),
+        "data.seed": data.seed,
+        "data.shuffle": data.shuffle,
+        "actor.global_batch_size": config.actor.global_batch_size,
+    }
+
+
+def _check_same_data(saved: dict[str, Any], own: dict[str, Any]) -> None:
+    for name, value in own.items():
+        if saved[name] != value:
+            what = "the number of rows to train on" if name == "rows" else name
+            raise DataError(
+                f"cannot go on with the data: {what} was {saved[name]} when the checkpoint was saved and is {value} "
+                "now; use the data and settings of the first run, or start a new run from its HuggingFace copy"
+            )

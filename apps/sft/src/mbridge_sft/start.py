@@ -1,0 +1,50 @@
+"""What is checked before any rank starts, beside the config: data files, and where the run is to write.
+
+No torch here: a mistake is said at once, not after the seconds that importing Megatron takes.
+"""
+
+from pathlib import Path
+
+from mbridge_config import SFTConfig, refuse_existing_run, refuse_unwritable_directory
+from mbridge_config.schema.sft_data import SFTDataConfig
+
+from mbridge_sft.data import ReadSettings, read_examples
+from mbridge_sft.examples import Examples
+
+
+def check_start(config: SFTConfig) -> None:
+    """Raise `DataError` or `ConfigError` for what would stop the run later. Nothing is left behind."""
+    for paths in data_paths(config):
+        # The quickstart makes what is not there.
+        if paths and not (config.quickstart.enabled and not all(path.exists() for path in paths)):
+            read_examples(paths, read_settings(config.data))
+    if not config.runner.only_eval:
+        refuse_existing_run(config)
+    refuse_unwritable_directory(config)
+
+
+def read_data(config: SFTConfig) -> tuple[Examples | None, Examples | None]:
+    """(training, evaluation) examples of the paths that `data` names; None where it names none."""
+    settings = read_settings(config.data)
+    training, evaluation = (read_examples(paths, settings) if paths else None for paths in data_paths(config))
+    return training, evaluation
+
+
+def data_paths(config: SFTConfig) -> tuple[list[Path], list[Path]]:
+    """(training, evaluation) files and directories; none to train on where the run only evaluates."""
+    data = config.data
+    training = [] if config.runner.only_eval else data.train_data_paths
+    return [Path(path).expanduser() for path in training], [Path(path).expanduser() for path in data.val_data_paths]
+
+
+def read_settings(data: SFTDataConfig) -> ReadSettings:
+    """How rows become examples."""
+    return ReadSettings(
+        prompt_key=data.prompt_key,
+        choice_key=data.choice_key,
+        answer_key=data.answer_key,
+        image_keys=None if data.image_keys is None else tuple(data.image_keys),
+        answer_format=data.answer_format,
+        image_root=None if data.image_root is None else Path(data.image_root).expanduser(),
+        allow_urls=data.allow_urls,
+    )

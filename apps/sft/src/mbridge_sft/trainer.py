@@ -1,0 +1,87 @@
+"""One SFT step, and one evaluation. Every method is collective over all ranks."""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+
+from mbridge_config import SFTConfig
+from mbridge_train.engine import Engine
+from mbridge_train.losses import sft_loss
+
+from mbridge_sft.encode import Encoded, Encoder
+from mbridge_sft.evaluation import Evaluation, QuestionEncoder, evaluate
+from mbridge_sft.examples import Examples
+from mbridge_sft.loader import EncodedBatches
+from mbridge_sft.samples import training_samples
+
+
+class SFTTrainer:
+    """The model in training and what it is evaluated on.
+
+    Args:
+        config: checked.
+        engine: the model.
+        encoder: of examples.
+        say: takes a line for the terminal: which rows are left out.
+    """
+
+    def __init__(self, config: SFTConfig, *, engine: Engine, encoder: Encoder, say: Callable[[str], None]) -> None:
+        self.config = config
+        self.engine = engine
+        self.encoder = encoder
+        self.say = say
+
+    def batches(self, examples: Examples, *, first_step: int, bad_rows: Iterable[int]) -> EncodedBatches[Encoded]:
+        """The training batches from step `first_step` (from 0) on, without end."""
+        data = self.config.data
+        return EncodedBatches(
+            examples,
+            self.encoder.encode,
+            batch_size=self.config.actor.global_batch_size,
+            seed=data.seed if data.shuffle else None,
+            workers=data.num_workers,
+            first_step=first_step,
+            max_bad_rows=data.max_bad_rows,
+            bad_rows=bad_rows,
+            skip_long=data.skip_long_rows,
+            report=self.say,
+        )
+
+    def step(self, batch: Sequence[Encoded]) -> dict[str, float]:
+        """Train on one global batch and return its metrics, the same on every rank."""
+        started = time.perf_counter()
+        samples = training_samples(batch)
+        padding = self.engine.padding_share(samples)
+        loss = self.engine.forward_backward(samples, sft_loss)["loss"]
+        result = self.engine.step()
+        seconds = time.perf_counter() - started
+        tokens = sum(sample.length for sample in samples)
+        images = sum(0 if encoded.vision is None else len(encoded.vision.grid_thw) for encoded in batch)
+        return {
+            "train/loss": loss,
+            "train/grad_norm": result.grad_norm,
+            "train/learning_rate": result.learning_rate,
+            "train/skipped": float(not result.applied),
+            "tokens": float(tokens),
+            "trained_tokens": float(sum(int(encoded.trained.sum()) for encoded in batch)),
+            "images": float(images),
+            "padding_waste": padding,
+            "tokens_per_second": tokens / seconds,
+            "images_per_second": images / seconds,
+            "time/train": seconds,
+        }
+
+    def evaluate(self, examples: Examples) -> Evaluation:
+        """All examples once, in their order."""
+        data, actor = self.config.data, self.config.actor
+        questions = EncodedBatches(
+            examples,
+            QuestionEncoder(self.encoder),
+            batch_size=actor.eval_batch_size or actor.global_batch_size,
+            seed=None,
+            epochs=1,
+            workers=data.num_workers,
+            max_bad_rows=data.max_bad_rows,
+            skip_long=data.skip_long_rows,
+            report=self.say,
+        )
+        return evaluate(self.engine.logprobs, questions)
