@@ -1,0 +1,123 @@
+"""Processes that read and encode rows, so that the training process does not wait for images.
+
+They come from a fork server, which imports what they need once and has none of the training process's threads, GPU or
+Megatron. Each is served by a thread here, which knows what row the process is at should it die.
+"""
+
+import io
+import multiprocessing
+import pickle
+import signal
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import Any, Self, cast
+
+import torch
+
+from mbridge_sft.errors import DataError, RowError
+from mbridge_sft.examples import Example, Examples
+
+JOIN_SECONDS = 5.0
+"""How long a worker may take to end by itself."""
+
+
+def encode_row[T](examples: Examples, encode: Callable[[Example], T], row: int) -> T | RowError:
+    """`encode(examples[row])`, or the error of a bad row. Raises `DataError` for anything else that goes wrong."""
+    try:
+        return encode(examples[row])
+    except RowError as error:
+        return error
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{examples.source(row)}: cannot be encoded: {type(error).__name__}: {error}") from error
+
+
+class WorkerPool[T]:
+    """`workers` processes that map rows to `encode_row(examples, encode, row)`."""
+
+    def __init__(self, examples: Examples, encode: Callable[[Example], T], workers: int) -> None:
+        self._examples = examples
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__, "mbridge_sft.data", "mbridge_sft.encode"])
+        self._processes: list[Any] = []
+        self._idle: SimpleQueue[tuple[Connection, Any]] = SimpleQueue()
+        for number in range(workers):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(theirs, examples, encode), name=f"decoding {number}", daemon=True
+            )
+            process.start()
+            theirs.close()  # so that the process's death ends the connection
+            self._processes.append(process)
+            self._idle.put((ours, process))
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decoding")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.terminate()
+        self._threads.shutdown(cancel_futures=True)
+        for process in self._processes:
+            process.join(JOIN_SECONDS)
+            process.close()
+
+    def map(self, rows: Iterable[int], ahead: int) -> Iterator[T | RowError]:
+        """What becomes of each row, in their order. `ahead` rows are asked for before their turn."""
+        waiting: deque[Future[T | RowError]] = deque()
+        for row in rows:
+            waiting.append(self._threads.submit(self._ask, row))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+    def _ask(self, row: int) -> T | RowError:
+        connection, process = self._idle.get()
+        try:
+            connection.send(row)
+            reply = pickle.loads(connection.recv_bytes())
+        except (EOFError, OSError):
+            process.join(JOIN_SECONDS)
+            code = process.exitcode
+            how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
+            raise DataError(
+                f"{self._examples.source(row)}: the process that decoded this row ended {how}; if it is always this "
+                "row, its image crashes the decoder: take it out; by signal 9, the memory may be too small: lower "
+                "data.num_workers"
+            ) from None
+        self._idle.put((connection, process))
+        if isinstance(reply, DataError) and not isinstance(reply, RowError):
+            raise reply
+        return cast("T | RowError", reply)
+
+
+class _TensorPickler(pickle.Pickler):
+    """Tensors as NumPy arrays: torch's own way goes through a file, or through shared memory that can run out."""
+
+    def reducer_override(self, value: Any) -> Any:
+        return (torch.from_numpy, (value.numpy(),)) if type(value) is torch.Tensor else NotImplemented
+
+
+def _serve(connection: Connection, examples: Examples, encode: Callable[[Example], object]) -> None:
+    """A worker: rows come in, what becomes of them goes out, until the training process closes or dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's to handle
+    torch.set_num_threads(1)
+    try:
+        while True:
+            row = connection.recv()
+            reply: object
+            try:
+                reply = encode_row(examples, encode, row)
+            except DataError as error:
+                reply = error
+            buffer = io.BytesIO()
+            _TensorPickler(buffer, protocol=5).dump(reply)
+            connection.send_bytes(buffer.getbuffer())
+    except (EOFError, OSError):
+        return
