@@ -6,7 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mbridge_train.batch import Sample
 from mbridge_train.errors import TrainError
-from mbridge_train.packing import ModelInputs, collate_dense, collate_packed, plan_micro_batches, token_imbalance
+from mbridge_train.packing import (
+    ModelInputs,
+    collate_dense,
+    collate_packed,
+    padding_share,
+    plan_micro_batches,
+    token_imbalance,
+)
 
 
 def make_sample(length: int, seed: int = 0, reinforcement: bool = True) -> Sample:
@@ -189,3 +196,26 @@ def test_to_moves_every_tensor() -> None:
     moved = collate_packed([make_sample(3)]).to("meta")
     assert {t.device.type for t in (moved.tokens, moved.targets, moved.weights, moved.cu_seqlens)} == {"meta"}  # type: ignore[union-attr]
     assert moved.max_seqlen == 3
+
+
+@pytest.mark.parametrize(
+    ("packed", "multiple", "expected"),
+    [
+        (False, 1, 1 - 15 / (2 * 7 + 3 * 2)),
+        (True, 1, 0.0),
+        (True, 4, 1 - 15 / (8 + 4 + 4 + 4)),
+        (False, 4, 1 - 15 / (2 * 8 + 2 * 4)),
+    ],
+)
+def test_padding_share(packed: bool, multiple: int, expected: float) -> None:
+    lengths = [7, 3, 3, 2]
+    plan = [[[0, 1], [2, 3]], [[], []]]
+    share = padding_share(plan, lengths, packed=packed, pad_each_to_multiple=multiple)
+    assert share == pytest.approx(expected)
+    samples = [make_sample(length) for length in lengths]
+    collate = {
+        True: lambda chosen: collate_packed(chosen, pad_each_to_multiple=multiple),
+        False: lambda chosen: collate_dense(chosen, pad_to_multiple=multiple),
+    }[packed]
+    places = sum(collate([samples[index] for index in chosen]).tokens.numel() for chosen in plan[0])
+    assert share == pytest.approx(1 - 15 / places), "the layouts themselves say the same"

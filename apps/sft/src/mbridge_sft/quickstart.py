@@ -10,7 +10,7 @@ from torch import distributed
 from mbridge_sft.data import read_examples
 from mbridge_sft.digits import write_digits
 from mbridge_sft.examples import readable
-from mbridge_sft.start import data_paths
+from mbridge_sft.start import data_paths, read_settings
 from mbridge_sft.tiny import TinyGeometry, write_tiny_model
 
 
@@ -40,6 +40,6 @@ def _texts(config: SFTConfig) -> Iterator[str]:
     """What the tokenizer is made of: questions and answers, of the evaluation where nothing is trained."""
     training, evaluation = data_paths(config)
     paths: list[Path] = training or evaluation
-    for example in readable(read_examples(paths)):
+    for example in readable(read_examples(paths, read_settings(config.data))):
         yield from (message.text for message in example.messages)
         yield example.answer

@@ -25,7 +25,7 @@ from mbridge_train.errors import TrainError
 from mbridge_train.logprob import vocab_parallel_logprob_and_entropy
 from mbridge_train.losses import LossInputs, LossOutputs, combine_metrics, is_maximum, mean_metrics
 from mbridge_train.optimizer import Optimizer, OptimizerSettings, StepResult, wrap_data_parallel
-from mbridge_train.packing import ModelInputs, Plan, collate_dense, collate_packed, plan_micro_batches
+from mbridge_train.packing import ModelInputs, Plan, collate_dense, collate_packed, padding_share, plan_micro_batches
 
 LossFunction = Callable[[LossInputs], LossOutputs]
 
@@ -150,6 +150,15 @@ class Engine:
         self._broadcast_from_last_stage(values)
         return list(values.cpu().split(lengths))
 
+    def padding_share(self, batch: list[Sample]) -> float:
+        """Share of the token places that hold padding where `batch` is run, over all ranks."""
+        return padding_share(
+            self._plan(batch),
+            [sample.length for sample in batch],
+            packed=self._is_packed,
+            pad_each_to_multiple=self._length_multiple,
+        )
+
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Stream the weights under their HuggingFace names. Collective: every rank iterates to the end."""
         self.synchronize_weights()
@@ -190,12 +199,16 @@ class Engine:
         )
 
     @property
+    def _is_packed(self) -> bool:
+        return self.micro_batching.packed or self.micro_batching.token_budget is not None
+
+    @property
     def _length_multiple(self) -> int:
         # Sequence parallelism divides the sequence evenly over the tensor-parallel ranks.
         return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
 
     def _collate(self, samples: list[Sample]) -> ModelInputs:
-        if self.micro_batching.packed or self.micro_batching.token_budget is not None:
+        if self._is_packed:
             return collate_packed(samples, pad_each_to_multiple=self._length_multiple)
         return collate_dense(samples, pad_to_multiple=self._length_multiple)
 

@@ -91,6 +91,23 @@ def token_imbalance(plan: Plan, lengths: Sequence[int]) -> float:
     return max(totals) * len(totals) / sum(totals)
 
 
+def padding_share(plan: Plan, lengths: Sequence[int], *, packed: bool, pad_each_to_multiple: int = 1) -> float:
+    """Share of the token places in all micro-batches of all ranks that hold padding: 0.0 is none.
+
+    Args:
+        plan: from `plan_micro_batches`.
+        lengths: tokens of each sample.
+        packed: samples stand end to end (`collate_packed`), not in rows as long as the longest (`collate_dense`).
+        pad_each_to_multiple: of each sample if packed, else of the rows.
+    """
+    micro_batches = [micro_batch for rank in plan for micro_batch in rank if micro_batch]
+    places = 0
+    for micro_batch in micro_batches:
+        padded = [round_up(lengths[index], pad_each_to_multiple) for index in micro_batch]
+        places += sum(padded) if packed else len(padded) * max(padded)
+    return 1 - sum(lengths) / places
+
+
 def round_up(value: int, multiple: int) -> int:
     """Smallest multiple of ``multiple`` that is not below ``value``."""
     return -(-value // multiple) * multiple
