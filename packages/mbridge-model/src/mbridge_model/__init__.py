@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mbridge_model.cpu import enable_cpu
     from mbridge_model.errors import ModelError
-    from mbridge_model.model import ModelHandle, export, load
+    from mbridge_model.model import ModelHandle, export, export_recipe, load
     from mbridge_model.parallel import Parallel
     from mbridge_model.save import save_hf
 
-__all__ = ["ModelError", "ModelHandle", "Parallel", "enable_cpu", "export", "load", "save_hf"]
+__all__ = ["ModelError", "ModelHandle", "Parallel", "enable_cpu", "export", "export_recipe", "load", "save_hf"]
 
 # Importing Megatron takes seconds, so a name's module is imported when the name is first used.
 _HOME = {
@@ -23,6 +23,7 @@ _HOME = {
     "Parallel": "parallel",
     "enable_cpu": "cpu",
     "export": "model",
+    "export_recipe": "model",
     "load": "model",
     "save_hf": "save",
 }
