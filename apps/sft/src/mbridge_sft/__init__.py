@@ -1,0 +1,1 @@
+"""Supervised fine-tuning of vision-language and text models with Megatron-Core."""
