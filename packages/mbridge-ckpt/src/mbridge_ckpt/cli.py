@@ -70,9 +70,7 @@ def _ls(options: argparse.Namespace) -> int:
             rows.append([entry["name"], "-", "-", "-", "not committed or damaged, see `verify`"])
         else:
             mark = "latest" if entry["latest"] else ""
-            rows.append(
-                [entry["name"], entry["created"], size_text(entry["bytes"]), str(entry["layout"]), mark]
-            )
+            rows.append([entry["name"], entry["created"], size_text(entry["bytes"]), str(entry["layout"]), mark])
     print_columns(rows)
     for leftover in leftovers:
         print(f"{leftover.path.name}  left by an interrupted save; `mbridge-ckpt prune {directory}` sees to it")

@@ -10,21 +10,43 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mbridge_model.cpu import enable_cpu
     from mbridge_model.errors import ModelError
-    from mbridge_model.model import ModelHandle, export, export_recipe, load
+    from mbridge_model.model import ModelHandle, export, export_recipe, forward, load
     from mbridge_model.parallel import Parallel
     from mbridge_model.save import save_hf
+    from mbridge_model.vision.freeze import Freeze
+    from mbridge_model.vision.inputs import VisionInputs
+    from mbridge_model.vision.positions import MropeSettings, mrope_position_ids
 
-__all__ = ["ModelError", "ModelHandle", "Parallel", "enable_cpu", "export", "export_recipe", "load", "save_hf"]
+__all__ = [
+    "Freeze",
+    "ModelError",
+    "ModelHandle",
+    "MropeSettings",
+    "Parallel",
+    "VisionInputs",
+    "enable_cpu",
+    "export",
+    "export_recipe",
+    "forward",
+    "load",
+    "mrope_position_ids",
+    "save_hf",
+]
 
 # Importing Megatron takes seconds, so a name's module is imported when the name is first used.
 _HOME = {
+    "Freeze": "vision.freeze",
     "ModelError": "errors",
     "ModelHandle": "model",
+    "MropeSettings": "vision.positions",
     "Parallel": "parallel",
+    "VisionInputs": "vision.inputs",
     "enable_cpu": "cpu",
     "export": "model",
     "export_recipe": "model",
+    "forward": "model",
     "load": "model",
+    "mrope_position_ids": "vision.positions",
     "save_hf": "save",
 }
 

@@ -5,7 +5,9 @@ HuggingFace directory, get its Megatron provider, load weights, stream them back
 happens when a model is built, not before.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,44 @@ def import_bridge() -> Any:
             raise ModelError(f"megatron-bridge is not installed; run: {INSTALL_LINE}") from None
         raise
     return AutoBridge
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QwenVLParts:
+    """What `mbridge_model.vision` puts together, of Megatron-Bridge's Qwen3-VL.
+
+    Attributes:
+        attention: self-attention that takes a rotary angle for each token, packed or not.
+        rotary: the language model's interleaved rotary embedding.
+        vision_model: the vision tower, and the next two what it is built from.
+        vision_config: makes the tower's configuration from transformers' and the provider.
+        merger_submodules: norm and linear layers of a merger.
+    """
+
+    attention: type
+    rotary: Callable[..., torch.nn.Module]
+    vision_model: Callable[..., torch.nn.Module]
+    vision_config: Callable[..., Any]
+    merger_submodules: Callable[..., Any]
+
+
+@cache
+def qwen_vl_parts() -> QwenVLParts:
+    """Import them."""
+    import_bridge()
+    from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.attention import Qwen3VLSelfAttention
+    from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope import Qwen3VLMultimodalRotaryEmbedding
+    from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.transformer_config import get_vision_model_config
+    from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.utils import PatchMergerSubmodules
+    from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.vision_model import Qwen3VLVisionModel
+
+    return QwenVLParts(
+        attention=Qwen3VLSelfAttention,
+        rotary=Qwen3VLMultimodalRotaryEmbedding,
+        vision_model=Qwen3VLVisionModel,
+        vision_config=get_vision_model_config,
+        merger_submodules=PatchMergerSubmodules,
+    )
 
 
 class Bridge:
@@ -95,7 +135,9 @@ class Bridge:
         """
         try:
             with quiet():
-                self._bridge.load_hf_weights(model)
+                model_bridge = self._bridge._model_bridge
+                _pad_vocabulary(model_bridge, self._bridge.get_conversion_tasks(model))
+                model_bridge.load_weights_hf_to_megatron(self._bridge.hf_pretrained, model)
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ModelError(
                 f"the weights of {self.path} do not fit the model: {error}; leave out overrides of sizes, which come "
@@ -188,6 +230,29 @@ class Bridge:
 
 # Megatron pads these to a multiple of the tensor-parallel size.
 _VOCABULARY_PARAMETERS = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+def _pad_vocabulary(model_bridge: Any, tasks: list[Any]) -> None:
+    """Make `model_bridge` read tensors with a row per token as long as the model's, zeros at the end.
+
+    Megatron-Bridge pads them by itself, but only where they have the names of a model of text: those of a
+    vision-language model it refuses.
+    """
+    rows = {
+        _hf_names(task)[0]: task.param_weight.shape[0] * task.mapping.tp_size
+        for task in tasks
+        if task is not None
+        and task.param_weight is not None
+        and task.global_param_name.endswith(_VOCABULARY_PARAMETERS)
+    }
+    read = model_bridge.maybe_modify_loaded_hf_weight
+
+    def read_padded(hf_param: Any, hf_state_dict: Any) -> Any:
+        weight = read(hf_param, hf_state_dict)
+        missing = rows.get(hf_param, 0) - len(weight) if isinstance(hf_param, str) else 0
+        return torch.nn.functional.pad(weight, (0, 0, 0, missing)) if missing > 0 else weight
+
+    model_bridge.maybe_modify_loaded_hf_weight = read_padded
 
 
 def _hf_names(task: Any) -> list[str]:

@@ -1,6 +1,6 @@
-"""What config.json says and Megatron-Bridge drops without a word: sliding windows, and rotary frequencies.
+"""What config.json says and Megatron-Bridge drops without a word: sliding windows, rotary frequencies and sections.
 
-Both change the logits and leave no trace in the weights, so `Bridge.check_coverage` cannot see them. What the provider
+They change the logits and leave no trace in the weights, so `Bridge.check_coverage` cannot see them. What the provider
 can express is set; what it cannot is refused, since a model that computes something else is worse than none.
 """
 
@@ -24,7 +24,7 @@ _YARN_DEFAULTS = {
 
 def config_fields(hf_config: Any, provider: Any) -> dict[str, Any]:
     """Provider fields that follow from `hf_config` (a transformers configuration) and that `provider` lacks."""
-    return _window_fields(hf_config, provider) | _yarn_fields(provider)
+    return _window_fields(hf_config, provider) | _yarn_fields(provider) | _mrope_fields(hf_config, provider)
 
 
 def _window_fields(hf_config: Any, provider: Any) -> dict[str, Any]:
@@ -41,6 +41,35 @@ def _yarn_fields(provider: Any) -> dict[str, Any]:
     if provider.position_embedding_type != "yarn":
         return {}
     return {name: value for name, value in _YARN_DEFAULTS.items() if getattr(provider, name, None) is None}
+
+
+def _mrope_fields(hf_config: Any, provider: Any) -> dict[str, Any]:
+    """How many frequencies turn with time, height and width. Of Qwen2.5-VL Megatron-Bridge assumes [16, 24, 24]."""
+    section = (getattr(hf_config, "rope_parameters", None) or {}).get("mrope_section")
+    if provider.position_embedding_type != "mrope" or section is None:
+        return {}
+    return {"mrope_section": list(section)}
+
+
+def check_mrope(text_config: Any) -> None:
+    """Three-dimensional positions have one set of frequencies in Megatron-Core.
+
+    Raises:
+        ModelError: config.json asks for scaled ones, or its sections do not add up to all of them.
+    """
+    parameters = text_config.rope_parameters
+    if parameters["rope_type"] != "default":
+        raise ModelError(
+            f"config.json has rope_type {parameters['rope_type']!r} in {parameters}; Megatron-Core scales no rotary "
+            "embedding of three dimensions, and the model would compute something else"
+        )
+    channels = getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
+    section = parameters.get("mrope_section")
+    if section is not None and sum(section) != channels // 2:
+        raise ModelError(
+            f"config.json has mrope_section {list(section)}, which adds up to {sum(section)}; heads of {channels} "
+            f"channels have {channels // 2} frequencies"
+        )
 
 
 def check_rotary(hf_config: Any, model: list[nn.Module]) -> None:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from mbridge_model.bridge import Bridge, import_bridge
 from mbridge_model.directory import HFDirectory, open_directory
 from mbridge_model.families import GENERIC, Family, find_family
-from mbridge_model.fidelity import check_rotary, config_fields
+from mbridge_model.fidelity import check_mrope, check_rotary, config_fields
 from mbridge_model.parallel import Parallel, initialize_parallel
 from mbridge_model.provider import Backend, configure_provider, resolve_backend
+from mbridge_model.vision import Freeze, VisionInputs
 
 logger = logging.getLogger("mbridge_model")
 
@@ -60,6 +61,7 @@ def load(
     weights: bool = True,
     seed: int = 1234,
     trust_remote_code: bool = False,
+    freeze: Freeze | None = None,
 ) -> tuple[list[nn.Module], ModelHandle]:
     """Build this rank's part of a Megatron model from a HuggingFace directory. Collective over all ranks.
 
@@ -75,6 +77,7 @@ def load(
         weights: copy the weights; without, the parameters have Megatron's random initialisation.
         seed: of Megatron's random streams, where they are not seeded yet.
         trust_remote_code: let transformers run Python files that lie in the directory.
+        freeze: parts of a vision-language model that are not trained; none by default.
 
     Returns:
         The model chunks of this rank (one, without virtual pipeline stages), in training mode and not wrapped for
@@ -97,17 +100,25 @@ def load(
             "%s has no family file here: compare its logits with transformers before you trust it",
             directory.architecture,
         )
+    text_config = bridge.hf_config.get_text_config()
+    if family.vision is not None:
+        check_mrope(text_config)
     configure_provider(
         provider,
         family=family,
         parallel=parallel,
         dtype=dtype,
         backend=resolved,
-        config_fields=config_fields(bridge.hf_config, provider),
+        config_fields=config_fields(text_config, provider),
         overrides=overrides or {},
+        freeze=freeze,
     )
     if weights:
         provider.perform_initialization = False
+    if family.vision is not None:
+        from mbridge_model.vision.model import bind
+
+        bind(provider, family.vision, resolved)
     model = bridge.build(provider)
     check_rotary(bridge.hf_config, model)
     if weights:
@@ -130,6 +141,39 @@ def export_recipe(model: list[nn.Module], handle: ModelHandle) -> list[dict[str,
         None for a model with a tensor that is not such a part (a permuted or computed one).
     """
     return handle.bridge.recipe(model, handle.provider, handle.vocab_size)
+
+
+def forward(
+    model: nn.Module,
+    *,
+    tokens: Tensor,
+    position_ids: Tensor,
+    packed_seq_params: Any = None,
+    vision: VisionInputs | None = None,
+) -> Tensor:
+    """Run one model chunk on one micro-batch, as a pipeline schedule's forward step does.
+
+    Args:
+        model: a chunk that `load` returned, bare or wrapped (data parallel, half precision).
+        tokens: int64 [batch, sequence]; [1, total] for a packed batch.
+        position_ids: int64 [batch, sequence], counted within each sequence; for a vision-language model
+            [3, batch, sequence] from `mrope_position_ids` (positions of padding do not matter). On every stage.
+        packed_seq_params: Megatron-Core's `PackedSeqParams` of a packed batch. On every stage.
+        vision: the images and videos whose placeholders are in `tokens`. Only the first stage reads them, so the
+            others may pass None.
+
+    Returns:
+        On the last pipeline stage logits [batch, sequence, padded vocabulary / TP] in the model's dtype; on the others
+        what the schedule sends on.
+
+    Raises:
+        ModelError: the placeholders in `tokens` are not as many as the features of `vision`.
+    """
+    arguments: dict[str, Any] = {} if vision is None else {"vision": vision}
+    if getattr(model, "config").params_dtype.itemsize == 2:  # noqa: B009 - the class declares no such attribute
+        # The half-precision wrapper would copy the logits to fp32; a loss reads them so piece by piece.
+        arguments["fp32_output"] = False
+    return model(tokens, position_ids, attention_mask=None, packed_seq_params=packed_seq_params, **arguments)
 
 
 def export(model: list[nn.Module], handle: ModelHandle) -> Iterator[tuple[str, Tensor]]:

@@ -16,6 +16,8 @@ from mbridge_model.errors import ModelError
 from mbridge_model.families import Family
 from mbridge_model.parallel import Parallel
 from mbridge_model.quiet import quiet
+from mbridge_model.vision import Freeze
+from mbridge_model.vision.stages import SPLIT_FIELDS, check_deepstack, layout_fields
 
 logger = logging.getLogger("mbridge_model")
 
@@ -59,6 +61,7 @@ def configure_provider(
     backend: Literal["te", "torch"],
     overrides: Mapping[str, Any],
     config_fields: Mapping[str, Any],
+    freeze: Freeze | None = None,
 ) -> None:
     """Change `provider` in place and finalize it.
 
@@ -70,6 +73,7 @@ def configure_provider(
         backend: which layers are built.
         config_fields: provider field -> value, which config.json says and Megatron-Bridge does not carry over.
         overrides: provider field -> value, from the user. They win over everything but a family's forced field.
+        freeze: parts of a vision-language model that are not trained; none by default.
 
     Raises:
         ModelError: an override names no field, or contradicts the family, or Megatron-Core refuses the combination.
@@ -84,6 +88,10 @@ def configure_provider(
     else:
         # Megatron-Core's output layer would ask for Apex's kernel, which no package index has.
         changes.set("gradient_accumulation_fusion", False, "the fused kernel belongs to Apex")
+    if family.vision is not None:
+        changes.update((freeze or Freeze()).fields(), "what `freeze` says")
+    elif freeze not in (None, Freeze()):
+        raise ModelError(f"{freeze} asks to freeze parts of a model of text alone (family {family.name})")
     for name, value in overrides.items():
         forced = next((force for force in family.forces if force.field == name), None)
         if forced is not None and forced.value != value:
@@ -91,11 +99,28 @@ def configure_provider(
         changes.set(name, value, "set by the user")
     for force in family.forces:
         changes.set(force.field, force.value, f"{force.reason} (family {family.name})")
+    if family.vision is not None:
+        _set_vision_fields(changes, parallel, overrides)
+    if provider.num_moe_experts and parallel.tensor > 1:
+        changes.set("sequence_parallel", True, "Megatron-Core trains experts under tensor parallelism only with it")
     try:
         with quiet():
             provider.finalize()
     except (AssertionError, ValueError, RuntimeError) as error:
         raise ModelError(f"Megatron-Core refuses this combination of settings: {error}") from error
+
+
+def _set_vision_fields(changes: "_Changes", parallel: Parallel, overrides: Mapping[str, Any]) -> None:
+    from mbridge_model.vision.specification import language_layers
+
+    provider = changes.provider
+    features = len(getattr(provider.vision_config, "deepstack_visual_indexes", ()))
+    check_deepstack(provider.num_layers, features)
+    if not any(overrides.get(name) for name in SPLIT_FIELDS):
+        reason = f"the first {features} layers take deepstack features, and stand on the first stage where they can"
+        changes.update(layout_fields(provider, parallel.pipeline, features), reason)
+    layers = language_layers(provider.transformer_layer_spec)
+    changes.set("transformer_layer_spec", layers, "deepstack, and an angle for each packed token")
 
 
 class _Changes:

@@ -52,7 +52,8 @@ class MegatronConfig:
     use_hf_ckpt: bool = key(True, "Start from HuggingFace weights; false: from model.megatron_checkpoint.")
     use_dist_ckpt: bool = key(False, "Write Megatron-Core's distributed checkpoints, like ckpt_format=torch_dist.")
     ckpt_format: Literal["torch", "torch_dist"] = key(
-        "torch", "Megatron files: torch, a directory a model-parallel rank; torch_dist, Megatron-Core's distributed ones."
+        "torch",
+        "Megatron files: torch, a directory a model-parallel rank; torch_dist, Megatron-Core's distributed ones.",
     )
     distributed_backend: Literal["nccl", "gloo"] | None = no_effect(
         None, "ranks communicate with nccl where there is a GPU, else with gloo"

@@ -1,9 +1,11 @@
 """Model families: what each forces on the provider, one file a family, all of the same shape."""
 
-from mbridge_model.families import llama, mistral, qwen2, qwen3
+from mbridge_model.families import llama, mistral, qwen2, qwen2_5_vl, qwen3, qwen3_vl, qwen3_vl_moe
 from mbridge_model.families.family import Family, Force
 
-FAMILIES: tuple[Family, ...] = (llama.FAMILY, mistral.FAMILY, qwen2.FAMILY, qwen3.FAMILY)
+FAMILIES: tuple[Family, ...] = tuple(
+    module.FAMILY for module in (llama, mistral, qwen2, qwen3, qwen2_5_vl, qwen3_vl, qwen3_vl_moe)
+)
 
 # Dense architectures without a file here go the same way; they just have nothing forced.
 GENERIC = Family(name="generic", architectures=(), forces=())

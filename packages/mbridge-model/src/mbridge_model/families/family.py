@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+from mbridge_model.vision.family import Vision
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Force:
@@ -27,8 +29,10 @@ class Family:
         name: for logs.
         architectures: HuggingFace model class names.
         forces: provider fields fixed by the family.
+        vision: how it sees, None for a family of text alone.
     """
 
     name: str
     architectures: tuple[str, ...]
     forces: tuple[Force, ...]
+    vision: Vision | None = None

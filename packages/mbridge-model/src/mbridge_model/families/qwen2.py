@@ -2,14 +2,10 @@
 
 from mbridge_model.families.family import Family, Force
 
-FAMILY = Family(
-    name="qwen2",
-    architectures=("Qwen2ForCausalLM",),
-    forces=(
-        Force(
-            field="add_qkv_bias",
-            value=True,
-            reason="Qwen2 checkpoints hold q_proj, k_proj and v_proj biases, and config.json does not say so",
-        ),
-    ),
+QKV_BIAS = Force(
+    field="add_qkv_bias",
+    value=True,
+    reason="Qwen2 checkpoints hold q_proj, k_proj and v_proj biases, and config.json does not say so",
 )
+
+FAMILY = Family(name="qwen2", architectures=("Qwen2ForCausalLM",), forces=(QKV_BIAS,))

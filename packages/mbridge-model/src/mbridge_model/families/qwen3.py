@@ -2,14 +2,10 @@
 
 from mbridge_model.families.family import Family, Force
 
-FAMILY = Family(
-    name="qwen3",
-    architectures=("Qwen3ForCausalLM",),
-    forces=(
-        Force(
-            field="qk_layernorm",
-            value=True,
-            reason="Qwen3 checkpoints hold q_norm and k_norm, and config.json does not say so",
-        ),
-    ),
+QK_NORM = Force(
+    field="qk_layernorm",
+    value=True,
+    reason="Qwen3 checkpoints hold q_norm and k_norm, and config.json does not say so",
 )
+
+FAMILY = Family(name="qwen3", architectures=("Qwen3ForCausalLM",), forces=(QK_NORM,))

@@ -4,6 +4,7 @@ A checkpoint of this backend loads in a Transformer Engine run and the other way
 mappings apply unchanged, because every parameter has the name and the shape that Transformer Engine's layer gives it.
 """
 
+from mbridge_model.torch_backend.attention import TorchDotProductAttention
 from mbridge_model.torch_backend.specification import TorchSpecProvider, torch_block_spec
 
-__all__ = ["TorchSpecProvider", "torch_block_spec"]
+__all__ = ["TorchDotProductAttention", "TorchSpecProvider", "torch_block_spec"]

@@ -108,9 +108,10 @@ class TorchDotProductAttention(MegatronModule):
 
     def _packed(self, query: Tensor, key: Tensor, value: Tensor, packing: PackedSeqParams, is_causal: bool) -> Tensor:
         """[tokens, heads, channels] in and out."""
-        padded = packing.cu_seqlens_q if packing.cu_seqlens_q_padded is None else packing.cu_seqlens_q_padded
-        has_kernel = query.is_cuda and query.dtype != torch.float32
-        if has_kernel and is_causal and self.window is None and not (self.dropout and self.training):
+        is_dense = packing.cu_seqlens_q_padded is None
+        padded = packing.cu_seqlens_q if is_dense else packing.cu_seqlens_q_padded
+        has_kernel = query.is_cuda and query.dtype != torch.float32 and self.window is None
+        if has_kernel and (is_causal or is_dense) and not (self.dropout and self.training):
             # Under a causal mask, padding behind a sequence is seen by no real token, so the slots serve as lengths.
             from torch.nn.attention.varlen import varlen_attn
 
@@ -119,7 +120,15 @@ class TorchDotProductAttention(MegatronModule):
                 key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
             longest = packing.max_seqlen_q
             context = varlen_attn(
-                query, key, value, padded, padded, longest, longest, scale=self.scale, window_size=(-1, 0)
+                query,
+                key,
+                value,
+                padded,
+                padded,
+                longest,
+                longest,
+                scale=self.scale,
+                window_size=(-1, 0 if is_causal else -1),
             )
             assert isinstance(context, Tensor)  # a pair only where the log-sum-exp is asked for
             return context

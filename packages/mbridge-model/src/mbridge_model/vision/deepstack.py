@@ -1,0 +1,46 @@
+"""Deepstack (arXiv 2406.04334): features of the vision tower's inner layers, added after the first language layers.
+
+A pipeline stage other than the first has no tower, but may hold some of those layers. So the features travel with the
+hidden states: behind them, along the last dimension, [sequence, batch, hidden * (1 + features left)]. A layer takes its
+own feature off and adds it; whatever comes between two layers (the pipeline's transfer, whose shapes are exchanged
+first; recomputation; the split over sequence-parallel ranks, and the gradients of all of them) carries one tensor, as
+it does without deepstack. Text positions carry zeros: hidden sizes * n (n + 1) / 2 more activation memory for n
+features in all, less than half of what one layer keeps for n = 3.
+"""
+
+from typing import Any
+
+import torch
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import Tensor
+
+
+class DeepstackLayer(TransformerLayer):
+    """A transformer layer that adds the next feature, if there is one, to what it computes."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        """[sequence, batch, hidden * (1 + n)] in; [sequence, batch, hidden * n] out, or hidden where n is 0."""
+        hidden = self.config.hidden_size
+        if hidden_states.shape[-1] == hidden:
+            return super().forward(hidden_states, *args, **kwargs)
+        own, feature, rest = hidden_states.tensor_split((hidden, 2 * hidden), dim=-1)
+        output, context = super().forward(own.contiguous(), *args, **kwargs)
+        output = output + feature
+        return torch.cat([output, rest], dim=-1) if rest.shape[-1] else output, context
+
+
+def place_features(embeddings: Tensor, mask: Tensor, features: Tensor, deepstack: list[Tensor]) -> Tensor:
+    """Put the tower's features where their placeholders stand, the deepstack ones behind them.
+
+    Args:
+        embeddings: [sequence, batch, hidden].
+        mask: bool [batch, sequence], True at placeholders; row after row they take the features in order.
+        features: [tokens, hidden].
+        deepstack: one [tokens, hidden] for each of the first language layers.
+
+    Returns:
+        [sequence, batch, hidden * (1 + len(deepstack))], zeros behind the embeddings of text.
+    """
+    wide = torch.cat([features, *deepstack], dim=-1).to(embeddings.dtype)
+    base = torch.nn.functional.pad(embeddings, (0, wide.shape[-1] - embeddings.shape[-1]))
+    return base.transpose(0, 1).masked_scatter(mask.unsqueeze(-1), wide).transpose(0, 1).contiguous()

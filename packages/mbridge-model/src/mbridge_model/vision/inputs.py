@@ -1,0 +1,56 @@
+"""The images and videos of a micro-batch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from mbridge_model.errors import ModelError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionInputs:
+    """Images and videos in the order in which their tokens stand in the batch, row after row.
+
+    Both are cut into patches by the model's HuggingFace processor, which returns them as `pixel_values` and
+    `image_grid_thw`, or `pixel_values_videos` and `video_grid_thw`. Where a batch has both, they are interleaved as
+    their tokens are.
+
+    Attributes:
+        pixel_values: float32 [patches, features]: normalised pixels, one flattened patch a row.
+        grid_thw: int64 [items, 3]: patches of each image or video along time, height and width. It stays on the host,
+            where indices are made of it.
+
+    Raises:
+        ModelError: wrong dtypes, shapes or device, or the grids ask for another number of patches than there are.
+    """
+
+    pixel_values: Tensor
+    grid_thw: Tensor
+
+    def __post_init__(self) -> None:
+        pixels, grid = self.pixel_values, self.grid_thw
+        if pixels.dim() != 2 or not pixels.is_floating_point():
+            raise ModelError(f"pixel_values must be float [patches, features], got {pixels.dtype} {list(pixels.shape)}")
+        if grid.dim() != 2 or grid.shape[1] != 3 or grid.dtype != torch.int64 or not len(grid):
+            raise ModelError(f"grid_thw must be int64 [items, 3], got {grid.dtype} {list(grid.shape)}")
+        if grid.device.type != "cpu":
+            raise ModelError(f"grid_thw is on {grid.device}; leave it on the CPU")
+        if int(grid.prod(-1).sum()) != len(pixels):
+            raise ModelError(f"grid_thw {grid.tolist()} asks for {int(grid.prod(-1).sum())} patches, got {len(pixels)}")
+
+    @classmethod
+    def concatenate(cls, parts: "Sequence[VisionInputs]") -> "VisionInputs | None":
+        """Those of several samples as one, in their order; None for no parts, a micro-batch of text alone."""
+        if not parts:
+            return None
+        return cls(
+            pixel_values=torch.cat([part.pixel_values for part in parts]),
+            grid_thw=torch.cat([part.grid_thw for part in parts]),
+        )
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same with the pixels on `device`; the copy overlaps with compute if the memory is pinned."""
+        return type(self)(pixel_values=self.pixel_values.to(device, non_blocking=True), grid_thw=self.grid_thw)

@@ -1,0 +1,169 @@
+"""The vision-language model: a tower on the first pipeline stage, and Megatron-Core's GPT model.
+
+Megatron-Bridge has a model class for each family, from which the names of the parameters come. This one takes their
+place: the forward pass is the same for all families, takes positions instead of deriving them (so it can be packed),
+and lets deepstack features cross pipeline stages.
+"""
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import scatter_to_sequence_parallel_region
+from megatron.core.transformer.module import MegatronModule
+from torch import Tensor, nn
+
+from mbridge_model.errors import ModelError
+from mbridge_model.vision.deepstack import place_features
+from mbridge_model.vision.family import Vision
+from mbridge_model.vision.inputs import VisionInputs
+
+
+class VisionLanguageModel(MegatronModule):
+    """A causal language model that reads images and videos.
+
+    Args:
+        config: the Megatron provider.
+        vision: the family's part.
+        language_model: this stage's part of it, whose embedding does not split the sequence.
+        tower: the vision tower on the first pipeline stage, None on the others.
+    """
+
+    def __init__(self, config: Any, vision: Vision, *, language_model: GPTModel, tower: nn.Module | None) -> None:
+        super().__init__(config=config)
+        self.vision = vision
+        if tower is not None:
+            self.add_module(vision.tower, tower)
+        self.language_model = language_model
+        self.pre_process: bool = language_model.pre_process
+        self.post_process: bool = language_model.post_process
+        self.vp_stage = language_model.vp_stage
+        self.pg_collection = language_model.pg_collection
+        # Megatron-Core sums the gradients of tied embeddings over the first and the last stage by these two.
+        self.share_embeddings_and_output_weights = language_model.share_embeddings_and_output_weights
+        self.shared_embedding_or_output_weight = language_model.shared_embedding_or_output_weight
+
+    def set_input_tensor(self, input_tensor: Any) -> None:
+        """Take what the previous pipeline stage sent."""
+        self.language_model.set_input_tensor(input_tensor)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        packed_seq_params: Any = None,
+        vision: VisionInputs | None = None,
+    ) -> Tensor:
+        """Logits of the next token, or what the next stage needs.
+
+        Args:
+            input_ids: int64 [batch, sequence], needed on the first stage; images and videos as their placeholders.
+            position_ids: int64 [3, batch, sequence], from `mrope_position_ids`, needed on every stage. For text alone
+                [batch, sequence] does, too.
+            attention_mask: None for causal attention.
+            packed_seq_params: boundaries of the sequences of a packed batch, needed on every stage.
+            vision: the images and videos of the batch, read on the first stage only; None for text alone.
+
+        Returns:
+            [batch, sequence, vocabulary / TP] on the last stage.
+
+        Raises:
+            ModelError: the placeholders are not as many as the tower's features.
+        """
+        if position_ids.dim() == 2:
+            position_ids = position_ids.expand(3, -1, -1)
+        return self.language_model(
+            input_ids,
+            position_ids,
+            attention_mask,
+            decoder_input=self._embed(input_ids, vision) if self.pre_process else None,
+            packed_seq_params=packed_seq_params,
+        )
+
+    def _embed(self, input_ids: Tensor, vision: VisionInputs | None) -> Tensor:
+        """[sequence (/ TP), batch, hidden * (1 + deepstack features)]."""
+        hidden = self.language_model.embedding(input_ids=input_ids, position_ids=None)
+        mask = (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)
+        placeholders = int(mask.sum())
+        tower = self.get_submodule(self.vision.tower)
+        if vision is not None:
+            features, deepstack = self.vision.encode(tower, vision.pixel_values, vision.grid_thw)
+            if len(features) == placeholders:
+                hidden = place_features(hidden, mask, features, deepstack)
+        elif torch.is_grad_enabled():
+            hidden = hidden + no_gradient(tower, hidden)
+        if placeholders != (0 if vision is None else len(features)):
+            raise ModelError(
+                f"the tokens hold {placeholders} placeholders of images and videos, but pixel_values give "
+                f"{0 if vision is None else len(features)} features; put each sample's images in the batch, in order"
+            )
+        if self.config.sequence_parallel:
+            # The backward pass gathers, so the tower gets the gradients of all positions on each rank.
+            hidden = scatter_to_sequence_parallel_region(hidden, group=self.pg_collection.tp).contiguous()
+        return hidden
+
+
+def no_gradient(module: nn.Module, like: Tensor) -> Tensor:
+    """A zero that gives each trainable parameter of `module` a gradient of zeros.
+
+    A micro-batch of text does not reach the tower. Megatron-Core, which starts a bucket's reduction when all of its
+    gradients are there, would wait for the tower's; and where only the tower is trained there would be nothing to run
+    a backward pass from.
+    """
+    empty = [parameter.flatten()[:0].sum() for parameter in module.parameters() if parameter.requires_grad]
+    return torch.stack(empty).sum().to(like.dtype) if empty else like.new_zeros(())
+
+
+def provide(
+    provider: Any,
+    vision: Vision,
+    backend: Literal["te", "torch"],
+    pre_process: bool | None = None,
+    post_process: bool | None = None,
+    vp_stage: int | None = None,
+) -> VisionLanguageModel:
+    """Build one pipeline stage; in place of the provider's own `provide`."""
+    language_model = provider.provide_language_model(pre_process, post_process, vp_stage)
+    if vision.build_rotary is not None:
+        language_model.rotary_pos_emb = vision.build_rotary(provider)
+    tower = vision.build_tower(provider, backend) if language_model.pre_process else None
+    if tower is not None:
+        average_over_tensor_parallel(tower, provider)
+    model = VisionLanguageModel(provider, vision, language_model=language_model, tower=tower)
+    freeze(model, provider)
+    return model
+
+
+def bind(provider: Any, vision: Vision, backend: Literal["te", "torch"]) -> None:
+    """Make `provider` build `VisionLanguageModel`s."""
+    provider.provide = partial(provide, provider, vision, backend)
+
+
+def average_over_tensor_parallel(tower: nn.Module, provider: Any) -> None:
+    """Mark the tower's parameters that each tensor-parallel rank holds whole, so that their gradients stay the same.
+
+    They are equal already but for the rounding of GPU kernels that add in no fixed order, which would make the copies
+    drift apart. Gloo has no average; on a CPU the order is fixed.
+    """
+    group = provider._pg_collection.tp
+    if group.size() > 1 and torch.distributed.get_backend(group) == "nccl":
+        for parameter in tower.parameters():
+            if not getattr(parameter, "tensor_model_parallel", False):
+                setattr(parameter, "average_gradients_across_tp_domain", True)  # noqa: B010 - no attribute of the class
+
+
+def freeze(model: VisionLanguageModel, provider: Any) -> None:
+    """Exclude from training what the provider's freeze fields name."""
+    if provider.freeze_language_model:
+        model.language_model.requires_grad_(False)
+    if not model.pre_process:
+        return
+    tower = model.get_submodule(model.vision.tower)
+    projections = [tower.get_submodule(name) for name in model.vision.projections]
+    if provider.freeze_vision_model:
+        tower.requires_grad_(False)
+    for projection in projections:
+        projection.requires_grad_(not provider.freeze_vision_projection)

@@ -1,0 +1,151 @@
+"""Qwen3-VL's vision tower: Megatron-Bridge's module, split over tensor parallel.
+
+Its layers and mergers are run here, in transformers' order and precision, with the index arithmetic on the host.
+"""
+
+from functools import partial
+from types import MethodType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mbridge_model.bridge import qwen_vl_parts
+from mbridge_model.errors import ModelError
+from mbridge_model.vision.packing import pack_frames
+
+ACTIVATION = "gelu_pytorch_tanh"
+
+
+def build_tower(provider: Any, backend: Literal["te", "torch"]) -> nn.Module:
+    """The tower of `provider.vision_config`, from the backend's modules.
+
+    Raises:
+        ModelError: the tower has another activation than Megatron-Bridge's module computes.
+    """
+    activation = provider.vision_config.hidden_act
+    if activation != ACTIVATION:
+        raise ModelError(f"vision_config.hidden_act is {activation!r}; Qwen3-VL's tower is built with {ACTIVATION!r}")
+    parts = qwen_vl_parts()
+    config = parts.vision_config(provider.vision_config, megatron_config=provider)
+    config.params_dtype = provider.params_dtype
+    config.perform_initialization = provider.perform_initialization
+    modules = _backend_modules(backend)
+    tower = parts.vision_model(
+        config,
+        _layer_spec(modules, parts.attention),
+        parts.merger_submodules(
+            patch_norm=modules.layer_norm(),
+            linear_fc1=modules.column_parallel_linear(),
+            linear_fc2=modules.row_parallel_linear(),
+        ),
+        pg_collection=provider._pg_collection,
+    )
+    use_exact_gelu_in_mergers(tower)
+    track_features_under_recompute(tower)
+    return tower
+
+
+def encode(tower: Any, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Features [tokens, hidden], and one more [tokens, hidden] for each entry of `deepstack_visual_indexes`."""
+    from transformers.vision_utils import get_vision_bilinear_indices_and_weights, get_vision_position_ids
+
+    device, merge = pixel_values.device, tower.spatial_merge_size
+    hidden = tower.patch_embed(pixel_values)
+    # The table of learned positions is interpolated to the size of each image.
+    corners, weights = get_vision_bilinear_indices_and_weights(grid_thw, tower.num_grid_per_side, merge)
+    learned = (tower.pos_embed(corners.to(device)) * weights.to(device).unsqueeze(-1)).sum(0)
+    hidden = hidden + learned.to(hidden.dtype)
+    rotary = tower.rotary_pos_emb
+    frequencies = 1.0 / rotary.theta ** (torch.arange(0, rotary.dim, 2) / rotary.dim)
+    # [patches, row and column, frequencies], each angle for both halves of a head's channels
+    angles = (get_vision_position_ids(grid_thw, merge).unsqueeze(-1) * frequencies).flatten(1).repeat(1, 2)
+    hidden, features = tower.decoder(
+        hidden_states=hidden.unsqueeze(1),
+        attention_mask=None,
+        rotary_pos_emb=angles[:, None, None].to(device),
+        packed_seq_params=pack_frames(grid_thw, device),
+    )
+    return tower.merger(hidden), features
+
+
+def build_rotary(provider: Any) -> nn.Module:
+    """The language model's rotary embedding: time, height and width interleave along the frequencies."""
+    return qwen_vl_parts().rotary(
+        kv_channels=provider.kv_channels,
+        rotary_percent=provider.rotary_percent,
+        rotary_interleaved=provider.rotary_interleaved,
+        rotary_base=provider.rotary_base,
+        cp_group=provider._pg_collection.cp,
+    )
+
+
+def use_exact_gelu_in_mergers(tower: Any) -> None:
+    """transformers' mergers have the exact GELU; Megatron-Bridge gives them the tanh approximation of the layers."""
+    for merger in (tower.merger, *tower.decoder.deepstack_merger_list):
+        merger.activation_func = torch.nn.functional.gelu
+
+
+def track_features_under_recompute(tower: Any) -> None:
+    """Let gradients reach the tower through the deepstack features when activations are recomputed in full.
+
+    Megatron-Bridge computes the features inside the checkpointed function and returns them as a list, of which
+    autograd knows nothing: neither the deepstack mergers nor the layers below would learn from them.
+    """
+    tower.decoder._checkpointed_forward = MethodType(_checkpointed_forward, tower.decoder)
+
+
+def _checkpointed_forward(
+    block: Any, hidden_states: Tensor, rotary_pos_emb: Tensor, packed_seq_params: Any, **unused: Any
+) -> tuple[Tensor, list[Tensor]]:
+    """Checkpoint each layer, and run the mergers outside."""
+    from megatron.core.tensor_parallel import checkpoint
+
+    def run(layer: nn.Module, hidden: Tensor, angles: Tensor) -> Tensor:
+        return layer(hidden, None, rotary_pos_emb=angles, packed_seq_params=packed_seq_params)[0]
+
+    features = []
+    for number, layer in enumerate(block.layers):
+        hidden_states = checkpoint(partial(run, layer), False, hidden_states, rotary_pos_emb)
+        if number in block.deepstack_visual_indexes:
+            merger = block.deepstack_merger_list[block.deepstack_visual_indexes.index(number)]
+            features.append(merger(hidden_states))
+    return hidden_states, features
+
+
+def _backend_modules(backend: Literal["te", "torch"]) -> Any:
+    if backend == "te":
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        return TESpecProvider()
+    from mbridge_model.torch_backend import TorchSpecProvider
+
+    return TorchSpecProvider()
+
+
+def _layer_spec(modules: Any, attention: type) -> Any:
+    """A pre-norm layer with LayerNorm, biases and attention in both directions."""
+    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
+    from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
+    from megatron.core.transformer.attention import SelfAttentionSubmodules
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.spec_utils import ModuleSpec
+    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+
+    return ModuleSpec(
+        module=TransformerLayer,
+        submodules=TransformerLayerSubmodules(
+            self_attention=ModuleSpec(
+                module=attention,
+                params={"attn_mask_type": AttnMaskType.no_mask},
+                submodules=SelfAttentionSubmodules(
+                    linear_qkv=modules.column_parallel_layer_norm_linear(),
+                    core_attention=modules.core_attention(),
+                    linear_proj=modules.row_parallel_linear(),
+                ),
+            ),
+            self_attn_bda=get_bias_dropout_add,
+            mlp=get_mlp_module_spec_for_backend(backend=modules, num_experts=None),
+            mlp_bda=get_bias_dropout_add,
+        ),
+    )

@@ -1,0 +1,58 @@
+"""Which language layers each pipeline stage holds when deepstack features are wanted early."""
+
+from typing import Any
+
+from mbridge_model.errors import ModelError
+
+
+def deepstack_stage_sizes(layers: int, stages: int, features: int) -> list[int] | None:
+    """Layers of each pipeline stage such that the first holds the layers that take deepstack features.
+
+    Features that a later stage needs travel to it, which costs transfers of up to 1 + features times the size. So the
+    first stage gets at least `features` layers where each other stage still gets one, and the rest is spread evenly.
+
+    Returns:
+        The sizes; None where the even split that Megatron-Core makes by itself does, or nothing can be won.
+    """
+    if stages == 1 or features == 0 or layers // stages >= features or layers - features < stages - 1:
+        return None
+    rest, more = divmod(layers - features, stages - 1)
+    return [features] + [rest + 1] * more + [rest] * (stages - 1 - more)
+
+
+def layout_fields(provider: Any, stages: int, features: int) -> dict[str, Any]:
+    """The provider field that sets these sizes; nothing where the user decided the split (see `SPLIT_FIELDS`)."""
+    sizes = deepstack_stage_sizes(provider.num_layers, stages, features)
+    if sizes is None:
+        return {}
+    layout = [["decoder"] * size for size in sizes]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return {"pipeline_model_parallel_layout": layout}
+
+
+# With any of these the user divides the layers.
+SPLIT_FIELDS = (
+    "num_layers_in_first_pipeline_stage",
+    "num_layers_in_last_pipeline_stage",
+    "pipeline_model_parallel_layout",
+    "account_for_embedding_in_pipeline_split",
+    "account_for_loss_in_pipeline_split",
+    "virtual_pipeline_model_parallel_size",
+)
+
+
+def check_deepstack(layers: int, features: int) -> None:
+    """Each feature is added after a layer of its own.
+
+    Megatron-Bridge compares the number of features with the layers of the first stage instead, and so refuses layouts
+    that work and reports the wrong number.
+
+    Raises:
+        ModelError: there are fewer language layers than features.
+    """
+    if layers < features:
+        raise ModelError(
+            f"config.json has {features} deepstack_visual_indexes in vision_config, but only {layers} language "
+            "layers (num_hidden_layers) to add their features after; correct one of the two"
+        )
