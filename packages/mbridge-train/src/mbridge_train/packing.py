@@ -193,8 +193,10 @@ class ModelInputs:
         moved = copy(self)
         for field in fields(self):
             value = getattr(self, field.name)
-            if isinstance(value, Tensor | VisionInputs):
+            if isinstance(value, Tensor):
                 setattr(moved, field.name, value.to(device, non_blocking=True))
+        if self.vision is not None:
+            moved.vision = self.vision.to(device)
         return moved
 
 

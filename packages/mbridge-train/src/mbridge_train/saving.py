@@ -1,6 +1,6 @@
 """The checkpoints of a run: in what form they are written, and which of them stay on the disk."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ class SaveSettings:
     hf_export_every: int = 1
     max_shard_size: str = "5GB"
     file_format: Literal["torch", "torch_dist"] = "torch"
-    retention: Retention = Retention()
+    retention: Retention = field(default_factory=Retention)
 
 
 class CheckpointWriter:
