@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from mbridge_ckpt.checkpoint import list_checkpoints, open_checkpoint
-from mbridge_ckpt.cli_output import ProgressBar, print_columns, print_json, size_text
+from mbridge_ckpt.cli_convert import run_export_hf, run_import_megatron
+from mbridge_ckpt.cli_output import ProgressBar, layout_text, print_columns, print_json, size_text
 from mbridge_ckpt.errors import CheckpointError
-from mbridge_ckpt.layout import Layout
 from mbridge_ckpt.manifest import read_manifest
 from mbridge_ckpt.publish import find_leftovers
 from mbridge_ckpt.retention import Retention, prune
@@ -72,7 +72,7 @@ def _ls(options: argparse.Namespace) -> int:
         else:
             mark = "latest" if entry["latest"] else ""
             rows.append(
-                [entry["name"], entry["created"], size_text(entry["bytes"]), _layout_text(entry["layout"]), mark]
+                [entry["name"], entry["created"], size_text(entry["bytes"]), layout_text(entry["layout"]), mark]
             )
     print_columns(rows)
     for leftover in leftovers:
@@ -91,7 +91,7 @@ def _show(options: argparse.Namespace) -> int:
         print_json({"path": checkpoint.path, **header, "bytes": manifest.total_bytes, "files": files})
         return FINE
     print(f"{checkpoint.path}\nstep {manifest.step}, {manifest.created}, {size_text(manifest.total_bytes)} in"
-          f" {len(manifest.files)} files, {_layout_text(manifest.layout)}")  # fmt: skip
+          f" {len(manifest.files)} files, {layout_text(manifest.layout)}")  # fmt: skip
     print("written by " + ", ".join(f"{name} {version}" for name, version in manifest.writer.items()))
     for key, value in manifest.metadata.items():
         print(f"{key}: {value}")
@@ -189,15 +189,8 @@ def _reshard(options: argparse.Namespace) -> int:
     if options.json:
         print_json({"path": path, "layout": manifest.layout, "bytes": manifest.total_bytes})
     else:
-        print(f"{path}: {_layout_text(manifest.layout)}, {size_text(manifest.total_bytes)}")
+        print(f"{path}: {layout_text(manifest.layout)}, {size_text(manifest.total_bytes)}")
     return FINE
-
-
-def _layout_text(layout: Layout) -> str:
-    names = {"tensor": "TP", "pipeline": "PP", "virtual_pipeline": "VPP", "data": "DP", "context": "CP"}
-    names |= {"expert": "EP", "expert_tensor": "ETP"}
-    parts = [f"{names[name]} {size}" for name, size in layout.to_json().items() if size > 1]
-    return ", ".join(parts) or "one rank"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -228,6 +221,18 @@ def _parser() -> argparse.ArgumentParser:
     cut.add_argument("--tp", type=int, default=1, help="tensor-parallel size (1)")
     cut.add_argument("--pp", type=int, default=1, help="pipeline stages (1)")
     cut.add_argument("--vocabulary-multiple", type=int, metavar="M", help="pad the vocabulary to M times --tp rows")
+    export = command(
+        "export-hf", run_export_hf, "Write a checkpoint's weights as a HuggingFace directory.", "CHECKPOINT"
+    )
+    export.add_argument("destination", type=Path, metavar="DIRECTORY", help="directory to make; it must not exist")
+    export.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB; by default as exported, or 5GB")
+    export.add_argument("--hf-files", type=Path, metavar="DIR", help="where config.json, tokenizer and so on come from")
+    bring = command(
+        "import-megatron", run_import_megatron, "Make a checkpoint from a tree of Megatron-LM's torch format.", "SOURCE"
+    )
+    bring.add_argument("destination", type=Path, metavar="DIRECTORY", help="checkpoints directory to write into")
+    bring.add_argument("--no-optimizer", action="store_true", help="import the weights alone")
+    bring.add_argument("--vocab-size", type=int, metavar="N", help="real tokens, without padding (all stored rows)")
     tidy = command("prune", _prune, "Remove leftovers of dead saves, and checkpoints that no rule keeps.", "DIRECTORY")
     tidy.add_argument("--keep-last", type=int, metavar="N", help="keep the N newest")
     tidy.add_argument("--keep-every", type=int, metavar="K", help="keep steps that are multiples of K")

@@ -8,6 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from mbridge_ckpt.layout import Layout
+
 
 def size_text(count: float) -> str:
     """A byte count in binary units, three digits."""
@@ -16,6 +18,14 @@ def size_text(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} TiB"
+
+
+def layout_text(layout: Layout) -> str:
+    """The sizes that are not 1."""
+    names = {"tensor": "TP", "pipeline": "PP", "virtual_pipeline": "VPP", "data": "DP", "context": "CP"}
+    names |= {"expert": "EP", "expert_tensor": "ETP"}
+    parts = [f"{names[name]} {size}" for name, size in layout.to_json().items() if size > 1]
+    return ", ".join(parts) or "one rank"
 
 
 def print_columns(rows: Sequence[Sequence[object]]) -> None:

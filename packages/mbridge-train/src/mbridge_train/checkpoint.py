@@ -80,7 +80,7 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint | Path) -> dict[str, 
     """Put a saved state back into the engine and the random streams. Collective over all ranks.
 
     Returns:
-        The `loop_state` that was saved.
+        The `loop_state` that was saved; {} for a checkpoint imported from Megatron-LM, which has none.
 
     Raises:
         TrainError: the checkpoint was written under another layout, or for another model.
@@ -101,7 +101,7 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint | Path) -> dict[str, 
     if own is not None:
         restore_random_state(own["random"])
         get_cuda_rng_tracker().set_states(own["streams"])
-    return checkpoint.load_json(LOOP_FILE)
+    return checkpoint.load_json(LOOP_FILE) if checkpoint.has(LOOP_FILE) else {}
 
 
 def load_model(engine: Engine, checkpoint: Checkpoint) -> None:
