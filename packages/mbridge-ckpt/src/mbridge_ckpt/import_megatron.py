@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from mbridge_ckpt.errors import CorruptCheckpointError, LayoutError
 from mbridge_ckpt.layout import Layout, model_file, optimizer_file
+from mbridge_ckpt.megatron_entries import MASTER, MOMENTS
 from mbridge_ckpt.megatron_names import EMBEDDING, OUTPUT_LAYER, NamedParameter, down_projection
-from mbridge_ckpt.megatron_optimizer import MASTER, MOMENTS, RankOptimizer, read_optimizer
+from mbridge_ckpt.megatron_optimizer import RankOptimizer, read_optimizer
 from mbridge_ckpt.megatron_pickle import argument
 from mbridge_ckpt.megatron_tree import MegatronTree, ModelStage
 from mbridge_ckpt.placement import ParameterPlacement
