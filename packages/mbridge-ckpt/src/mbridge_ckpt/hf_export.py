@@ -82,6 +82,7 @@ def write_weights(sink: Sink, tensors: "Iterable[tuple[str, Tensor]]", limit: in
     for shard in _shards(tensors, limit):
         shards.append(_write_shard(sink, f"{prefix}part-{len(shards):05d}", shard))
         total += sum(tensor.nbytes for tensor in shard.values())
+        shard.clear()  # or it would live, by the loop's name, while the next one fills
     _name_shards(sink, prefix, shards, total)
     return sum(len(records) for records in shards)
 
@@ -150,6 +151,7 @@ def _shards(tensors: "Iterable[tuple[str, Tensor]]", limit: int) -> "Iterator[di
         # A copy, for the exporter may hand out a live parameter, or reuse its buffer for the next tensor.
         shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
         size += tensor.nbytes
+        del tensor  # before the next one is asked for
     if shard:
         yield shard
 

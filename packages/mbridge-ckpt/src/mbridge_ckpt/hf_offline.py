@@ -162,3 +162,4 @@ def _counted(tensors: "Iterator[tuple[str, Tensor]]", progress: Progress) -> "It
         if progress is not None:
             progress(tensor.nbytes)
         yield name, tensor
+        del tensor  # before the next one is read

@@ -31,3 +31,4 @@ def read_safetensors(path: Path) -> "Iterator[tuple[str, Tensor]]":
                         raise CorruptCheckpointError(f"{path}: ends within {record.name}")
                     rest = rest[count:]
             yield record.name, tensor
+            del tensor  # before the next one is made
