@@ -1,4 +1,4 @@
-"""`export-hf`: of a checkpoint with an export, and of one without by its recipe; whole or not at all; one shard of memory."""
+"""`export-hf`: of a checkpoint with an export, and of one without by its recipe; whole or not at all."""
 
 import json
 import subprocess
@@ -21,7 +21,6 @@ from mbridge_ckpt import (
     begin_save,
     export_hf,
     model_file,
-    open_checkpoint,
     write_hf,
 )
 from mbridge_ckpt.cli import main
@@ -250,37 +249,34 @@ def test_a_recipe_is_read_as_it_was_written() -> None:
         HfRecipe.from_bytes(later.encode())
 
 
-@pytest.mark.parametrize("kind", ["recipe", "export"])
-def test_memory_is_one_shard(tmp_path: Path, kind: str) -> None:
-    """Six tensors of 36 MiB in shards of two; neither Megatron nor transformers is imported."""
+def test_memory_is_one_shard(tmp_path: Path) -> None:
+    """Six tensors of 36 MiB in shards of two, by recipe and from an export; no Megatron, no transformers."""
     megabytes, count = 36, 6  # larger than what the C library keeps for itself when it is freed
     tensors = {f"decoder.layers.{n}.w": torch.full((1024, megabytes * 256), float(n)) for n in range(count)}
     made = HfRecipe(tensors=tuple(HfTensor(name=name, parameter=name) for name in tensors))
+    places = [ParameterPlacement(name=name, global_name=name, stage="layer", layer=n) for n, name in enumerate(tensors)]
     with begin_save(tmp_path / "run", step=1, layout=Layout()) as writing:
-        if kind == "recipe":
-            places = [
-                ParameterPlacement(name=name, global_name=name, stage="layer", layer=n) for n, name in enumerate(tensors)
-            ]
-            writing.write_torch(model_file(1, Layout(), tensor_rank=0), {"model": tensors}, placements=places)
-            writing.write_bytes(RECIPE_FILE, made.to_bytes())
-            writing.write_bytes("actor/hf_model/config.json", b"{}")
-        else:
-            write_hf(writing, tensors.items(), None)
-        checkpoint = writing.commit()
+        writing.write_torch(model_file(1, Layout(), tensor_rank=0), {"model": tensors}, placements=places)
+        writing.write_bytes(RECIPE_FILE, made.to_bytes())
+        writing.write_bytes("actor/hf_model/config.json", b"{}")
+        by_recipe = writing.commit()
+    with begin_save(tmp_path / "run", step=2, layout=Layout()) as writing:
+        write_hf(writing, tensors.items(), None)
+        with_export = writing.commit()
     code = """
 import json, re, sys, torch
 from mbridge_ckpt.cli import main
 def peak(): return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
 before = peak()
-code = main(["export-hf", *sys.argv[1:]])
+codes = [main(["export-hf", source, f"{source}_hf", "--max-shard-size", sys.argv[1]]) for source in sys.argv[2:]]
 modules = [name for name in sys.modules if name.startswith(("megatron", "transformers"))]
-print(json.dumps([code, peak() - before, modules]))
+print(json.dumps([codes, peak() - before, modules]))
 """
-    arguments = [str(checkpoint), str(tmp_path / "out"), "--max-shard-size", f"{2 * megabytes}MiB"]
+    arguments = [f"{2 * megabytes}MiB", str(by_recipe), str(with_export)]
     done = subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, text=True)
-    code, kibibytes, modules = json.loads(done.stdout.splitlines()[-1])
-    assert code == 0 and modules == []
+    codes, kibibytes, modules = json.loads(done.stdout.splitlines()[-1])
+    assert codes == [0, 0] and modules == []
     # A shard, and the tensor that comes next; all of it would be 216 MiB.
     assert kibibytes < 1024 * (3 * megabytes + 24), f"{kibibytes / 1024:.0f} MiB over the start"
-    assert len(list((tmp_path / "out").glob("*.safetensors"))) == count // 2
-    assert open_checkpoint(checkpoint).step == 1
+    for source in (by_recipe, with_export):
+        assert len(list(Path(f"{source}_hf").glob("*.safetensors"))) == count // 2

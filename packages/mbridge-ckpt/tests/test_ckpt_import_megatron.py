@@ -4,7 +4,6 @@ import os
 import shutil
 from argparse import Namespace
 from collections.abc import Callable
-from math import ceil, prod
 from pathlib import Path
 from signal import Signals
 from typing import Any
@@ -96,7 +95,7 @@ def rank_models(model: dict[str, Tensor], sizes: Sizes, tensor: int, pipeline: i
 
 
 def flat_state(parts: list[dict[str, dict[str, Tensor]]], old: bool) -> dict[Any, Any]:
-    """`distrib_optim.pt` for parts of {kind: {name: tensor}}: reversed, at multiples of 64; unaligned in a list if old."""
+    """`distrib_optim.pt` of parts {kind: {name: tensor}}: reversed, at multiples of 64; if old, unaligned in lists."""
     state: dict[Any, Any] = {} if old else {"buckets_coalesced": True}
     for number, kinds in enumerate(parts):
         flat: dict[str, Any] = {}
