@@ -14,6 +14,9 @@ from mbridge_ckpt.errors import (
     UnsafeCheckpointError,
 )
 from mbridge_ckpt.hf_export import write_hf
+from mbridge_ckpt.hf_offline import ExportReport, export_hf
+from mbridge_ckpt.hf_recipe import RECIPE_FILE, HfRecipe, HfTensor
+from mbridge_ckpt.import_megatron import import_megatron
 from mbridge_ckpt.layout import HF_DIRECTORY, Layout, iteration_directory, model_file, mp_rank_directory, optimizer_file
 from mbridge_ckpt.manifest import FileRecord, Manifest, TensorRecord
 from mbridge_ckpt.placement import ParameterPlacement, place_parameter
@@ -26,10 +29,14 @@ from mbridge_ckpt.verify import Problem, VerifyReport, verify
 
 __all__ = [
     "HF_DIRECTORY",
+    "RECIPE_FILE",
     "Checkpoint",
     "CheckpointError",
     "CorruptCheckpointError",
+    "ExportReport",
     "FileRecord",
+    "HfRecipe",
+    "HfTensor",
     "IncompleteCheckpointError",
     "Layout",
     "LayoutError",
@@ -48,8 +55,10 @@ __all__ = [
     "WholeModel",
     "begin_save",
     "capture_random_state",
+    "export_hf",
     "find_resume",
     "hold",
+    "import_megatron",
     "iteration_directory",
     "list_checkpoints",
     "load_torch",

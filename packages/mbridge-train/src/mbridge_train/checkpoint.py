@@ -10,8 +10,11 @@ from typing import Any, Literal
 
 import torch
 from mbridge_ckpt import (
+    RECIPE_FILE,
     Checkpoint,
     CorruptCheckpointError,
+    HfRecipe,
+    HfTensor,
     WholeModel,
     begin_save,
     capture_random_state,
@@ -23,6 +26,7 @@ from mbridge_ckpt import (
     verify,
     write_hf,
 )
+from mbridge_model import export_recipe
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
@@ -75,6 +79,7 @@ def save_checkpoint(
     layout = current_layout()
     ranks = model_parallel_ranks()
     state = optimizer_state.collect(engine.optimizer, parameter_names(engine)) if engine.optimizer else None
+    recipe = _recipe(engine) if file_format == "torch" else None
     with begin_save(directory, step=step, layout=layout) as save:
         if file_format == "torch_dist":
             torch_dist.write(engine, save, iteration_directory(step), state)
@@ -86,9 +91,19 @@ def save_checkpoint(
         save.write_rank_state({"random": capture_random_state(), "streams": get_cuda_rng_tracker().get_states()})
         if torch.distributed.get_rank() == 0:
             save.write_json(LOOP_FILE, loop_state)
+        if recipe is not None and save.is_first:
+            save.write_bytes(RECIPE_FILE, recipe.to_bytes())
         if export_hf:
             write_hf(save, engine.export_weights(), engine.handle.directory.path, max_shard_size=max_shard_size)
         return save.commit({"metrics": metrics or {}})
+
+
+def _recipe(engine: Engine) -> HfRecipe | None:
+    """For `mbridge-ckpt export-hf`, which makes the HuggingFace copy later and without Megatron."""
+    entries = export_recipe(engine.model, engine.handle)
+    if entries is None:
+        return None
+    return HfRecipe(tensors=tuple(HfTensor(**entry) for entry in entries), source=str(engine.handle.directory.path))
 
 
 def load_checkpoint(engine: Engine, checkpoint: Checkpoint | Path) -> dict[str, Any]:
@@ -98,7 +113,7 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint | Path) -> dict[str, 
     With the same sizes the random streams (dropout's) go on too; with others they stay as they were seeded.
 
     Returns:
-        The `loop_state` that was saved.
+        The `loop_state` that was saved; {} for a checkpoint imported from Megatron-LM, which has none.
 
     Raises:
         TrainError: the checkpoint was written for another model.
@@ -115,7 +130,7 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint | Path) -> dict[str, 
         if own is not None:
             restore_random_state(own["random"])
             get_cuda_rng_tracker().set_states(own["streams"])
-    return checkpoint.load_json(LOOP_FILE)
+    return checkpoint.load_json(LOOP_FILE) if checkpoint.has(LOOP_FILE) else {}
 
 
 def load_model(engine: Engine, checkpoint: Checkpoint) -> None:
