@@ -13,7 +13,8 @@ from mbridge_ckpt.errors import CheckpointError
 from mbridge_ckpt.layout import HF_DIRECTORY
 from mbridge_ckpt.manifest import TensorRecord
 from mbridge_ckpt.safetensors_header import DTYPES
-from mbridge_ckpt.transaction import Save
+from mbridge_ckpt.torch_zip import tensor_bytes
+from mbridge_ckpt.writing import CheckpointWriter
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +30,7 @@ _WEIGHTS = re.compile(
 
 
 def write_hf(
-    save: Save,
+    save: CheckpointWriter,
     tensors: "Iterable[tuple[str, Tensor]]",
     source: str | Path | None,
     *,
@@ -39,8 +40,9 @@ def write_hf(
     """Export to `directory` of the checkpoint being saved; call it on every rank of the save.
 
     Args:
-        save: of `begin_save`. Its first rank writes; the others only run `tensors` to its end, since a gathering
-            iterator is collective. So does the first rank when its disk fails: `commit` then raises.
+        save: of `begin_save` or `AsyncSaver.begin_save`. Its first rank writes; the others only run `tensors` to its
+            end, since a gathering iterator is collective. So does the first rank when its disk fails: `commit` then
+            raises.
         tensors: (HuggingFace name, tensor on any device), each name once. Consumed one at a time.
         source: HuggingFace directory whose other files (config, tokenizer, chat template, generation and processor
             configuration, custom code) are copied; None to copy nothing.
@@ -59,7 +61,7 @@ def write_hf(
         raise CheckpointError(f"{source} is not a directory; give the HuggingFace directory the model came from")
     shards: list[tuple[TensorRecord, ...]] = []
     total = 0
-    for shard in _shards(tensors, limit):
+    for shard in _shards(save, tensors, limit):
         shards.append(_write_shard(save, f"{directory}/part-{len(shards):05d}", shard))
         total += sum(tensor.nbytes for tensor in shard.values())
     _name_shards(save, directory, shards, total)
@@ -82,7 +84,9 @@ def parse_size(size: int | str) -> int:
     return count
 
 
-def _shards(tensors: "Iterable[tuple[str, Tensor]]", limit: int) -> "Iterator[dict[str, Tensor]]":
+def _shards(
+    save: CheckpointWriter, tensors: "Iterable[tuple[str, Tensor]]", limit: int
+) -> "Iterator[dict[str, Tensor]]":
     shard: dict[str, Tensor] = {}
     seen: set[str] = set()
     size = 0
@@ -94,15 +98,13 @@ def _shards(tensors: "Iterable[tuple[str, Tensor]]", limit: int) -> "Iterator[di
             yield shard
             shard, size = {}, 0
         # A copy, for the exporter may hand out a live parameter, or reuse its buffer for the next tensor.
-        shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        shard[name] = save.host_copy(tensor)
         size += tensor.nbytes
     if shard:
         yield shard
 
 
-def _write_shard(save: Save, path: str, shard: "dict[str, Tensor]") -> tuple[TensorRecord, ...]:
-    import torch
-
+def _write_shard(save: CheckpointWriter, path: str, shard: "dict[str, Tensor]") -> tuple[TensorRecord, ...]:
     # Widest types first, so that every tensor begins at a multiple of its element size.
     names = sorted(shard, key=lambda name: (-shard[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -122,12 +124,11 @@ def _write_shard(save: Save, path: str, shard: "dict[str, Tensor]") -> tuple[Ten
         stream.tensors = tuple(records)
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            if shard[name].numel():
-                stream.write(memoryview(shard[name].reshape(-1).view(torch.uint8).numpy()))
+            stream.write(tensor_bytes(shard[name]))
     return tuple(records)
 
 
-def _name_shards(save: Save, directory: str, shards: list[tuple[TensorRecord, ...]], total: int) -> None:
+def _name_shards(save: CheckpointWriter, directory: str, shards: list[tuple[TensorRecord, ...]], total: int) -> None:
     """Give the shards their names, which hold the number of shards, and write the index if there is more than one."""
     if len(shards) == 1:
         save.rename(f"{directory}/part-00000", f"{directory}/model.safetensors")
@@ -141,7 +142,7 @@ def _name_shards(save: Save, directory: str, shards: list[tuple[TensorRecord, ..
     save.write_json(f"{directory}/model.safetensors.index.json", index)
 
 
-def _carry_over(save: Save, source: Path, directory: str) -> None:
+def _carry_over(save: CheckpointWriter, source: Path, directory: str) -> None:
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)
         hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
