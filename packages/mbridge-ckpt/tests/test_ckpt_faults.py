@@ -149,7 +149,7 @@ def test_one_rank_or_all_ranks_killed(worker, directory):
         newest = assert_newest_is_whole(directory, newest, world=2)
         if other["error"] is not None:
             assert (
-                other["kind"] == "SaveError" and f"global_step_{step} was not saved: a rank is gone" in other["error"]
+                other["kind"] == "RanksLostError" and f"global_step_{step} was not saved: a rank is gone" in other["error"]
             )
     for step in range(17, 22):
         worker.save(directory, step, world=2, victim="all", kill_after=0.02 * (step - 16))

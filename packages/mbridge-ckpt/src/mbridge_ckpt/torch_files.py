@@ -3,11 +3,12 @@
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
+from mbridge_ckpt.hashing_reader import HashingReader
 from mbridge_ckpt.manifest import TensorRecord
-from mbridge_ckpt.torch_inspect import DTYPE_BYTES, MAXIMUM_DEPTH, inspect_torch_file
+from mbridge_ckpt.torch_inspect import DTYPE_BYTES, MAXIMUM_DEPTH, read_structure
 from mbridge_ckpt.torch_zip import LazyTensor, Writer, host_tensor, write_torch_zip
 
 if TYPE_CHECKING:
@@ -38,12 +39,27 @@ def load_torch(path: str | Path, *, map_location: Any = "cpu", mmap: bool = Fals
 
     Raises UnsafeCheckpointError or CorruptCheckpointError, naming the file and what in it was refused.
     """
+    path = Path(path)
+    with path.open("rb") as stream:
+        read_structure(stream, path)
+        return _load(path, path if mmap else stream, map_location, mmap)
+
+
+def load_torch_hashed(path: Path, map_location: Any = "cpu") -> tuple[Any, str]:
+    """As `load_torch`, and the XXH3-128 of the file, which is read once for both."""
+    with HashingReader(path) as stream:
+        read_structure(stream, path)
+        value = _load(path, stream, map_location, False)
+        return value, stream.digest()
+
+
+def _load(path: Path, source: Path | IO[bytes] | HashingReader, map_location: Any, mmap: bool) -> Any:
     import torch
 
-    path = Path(path)
-    inspect_torch_file(path)
+    if not isinstance(source, Path):
+        source.seek(0)
     try:
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        return torch.load(source, map_location=map_location, weights_only=True, mmap=mmap)  # type: ignore[arg-type]
     except FileNotFoundError:
         raise
     except OSError as error:
