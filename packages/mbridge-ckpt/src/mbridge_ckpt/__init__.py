@@ -4,12 +4,14 @@ Importing this does not import torch; writing or reading a tensor does.
 """
 
 from mbridge_ckpt.assemble import WholeModel
+from mbridge_ckpt.async_save import AsyncSaver
 from mbridge_ckpt.checkpoint import Checkpoint, PassedOver, Resume, find_resume, hold, list_checkpoints, open_checkpoint
 from mbridge_ckpt.errors import (
     CheckpointError,
     CorruptCheckpointError,
     IncompleteCheckpointError,
     LayoutError,
+    RanksLostError,
     SaveError,
     UnsafeCheckpointError,
 )
@@ -22,16 +24,20 @@ from mbridge_ckpt.manifest import FileRecord, Manifest, TensorRecord
 from mbridge_ckpt.placement import ParameterPlacement, place_parameter
 from mbridge_ckpt.reshard import reshard
 from mbridge_ckpt.retention import PruneReport, Retention, prune
+from mbridge_ckpt.snapshot import SnapshotSave
 from mbridge_ckpt.state import capture_random_state, restore_random_state
 from mbridge_ckpt.torch_files import load_torch
 from mbridge_ckpt.transaction import Save, begin_save
 from mbridge_ckpt.verify import Problem, VerifyReport, verify
+from mbridge_ckpt.writing import CheckpointWriter
 
 __all__ = [
     "HF_DIRECTORY",
     "RECIPE_FILE",
+    "AsyncSaver",
     "Checkpoint",
     "CheckpointError",
+    "CheckpointWriter",
     "CorruptCheckpointError",
     "ExportReport",
     "FileRecord",
@@ -45,10 +51,12 @@ __all__ = [
     "PassedOver",
     "Problem",
     "PruneReport",
+    "RanksLostError",
     "Resume",
     "Retention",
     "Save",
     "SaveError",
+    "SnapshotSave",
     "TensorRecord",
     "UnsafeCheckpointError",
     "VerifyReport",

@@ -14,7 +14,8 @@ from mbridge_ckpt.errors import CheckpointError
 from mbridge_ckpt.layout import HF_DIRECTORY
 from mbridge_ckpt.manifest import TensorRecord
 from mbridge_ckpt.safetensors_header import DTYPES
-from mbridge_ckpt.transaction import Save, SaveStream
+from mbridge_ckpt.torch_zip import tensor_bytes
+from mbridge_ckpt.writing import CheckpointWriter, SaveStream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,7 +31,7 @@ _WEIGHTS = re.compile(
 
 
 def write_hf(
-    save: Save,
+    save: CheckpointWriter,
     tensors: "Iterable[tuple[str, Tensor]]",
     source: str | Path | None,
     *,
@@ -40,8 +41,9 @@ def write_hf(
     """Export to `directory` of the checkpoint being saved; call it on every rank of the save.
 
     Args:
-        save: of `begin_save`. Its first rank writes; the others only run `tensors` to its end, since a gathering
-            iterator is collective. So does the first rank when its disk fails: `commit` then raises.
+        save: of `begin_save` or `AsyncSaver.begin_save`. Its first rank writes; the others only run `tensors` to its
+            end, since a gathering iterator is collective. So does the first rank when its disk fails: `commit` then
+            raises.
         tensors: (HuggingFace name, tensor on any device), each name once. Consumed one at a time.
         source: HuggingFace directory whose other files (config, tokenizer, chat template, generation and processor
             configuration, custom code) are copied; None to copy nothing.
@@ -74,12 +76,15 @@ class Sink(Protocol):
     def write_json(self, path: str, value: Any) -> None:
         """A new file of JSON text."""
 
+    def host_copy(self, tensor: "Tensor") -> "Tensor":
+        """A copy on the CPU, contiguous, that stays as it is whatever becomes of `tensor`."""
+
 
 def write_weights(sink: Sink, tensors: "Iterable[tuple[str, Tensor]]", limit: int, *, prefix: str = "") -> int:
     """Write shards of at most `limit` bytes, and an index if there are several; returns the number of tensors."""
     shards: list[tuple[TensorRecord, ...]] = []
     total = 0
-    for shard in _shards(tensors, limit):
+    for shard in _shards(sink, tensors, limit):
         shards.append(_write_shard(sink, f"{prefix}part-{len(shards):05d}", shard))
         total += sum(tensor.nbytes for tensor in shard.values())
         shard.clear()  # or it would live, by the loop's name, while the next one fills
@@ -137,7 +142,7 @@ def parse_size(size: int | str) -> int:
     return count
 
 
-def _shards(tensors: "Iterable[tuple[str, Tensor]]", limit: int) -> "Iterator[dict[str, Tensor]]":
+def _shards(sink: Sink, tensors: "Iterable[tuple[str, Tensor]]", limit: int) -> "Iterator[dict[str, Tensor]]":
     shard: dict[str, Tensor] = {}
     seen: set[str] = set()
     size = 0
@@ -149,7 +154,7 @@ def _shards(tensors: "Iterable[tuple[str, Tensor]]", limit: int) -> "Iterator[di
             yield shard
             shard, size = {}, 0
         # A copy, for the exporter may hand out a live parameter, or reuse its buffer for the next tensor.
-        shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        shard[name] = sink.host_copy(tensor)
         size += tensor.nbytes
         del tensor  # before the next one is asked for
     if shard:
@@ -157,8 +162,6 @@ def _shards(tensors: "Iterable[tuple[str, Tensor]]", limit: int) -> "Iterator[di
 
 
 def _write_shard(sink: Sink, path: str, shard: "dict[str, Tensor]") -> tuple[TensorRecord, ...]:
-    import torch
-
     # Widest types first, so that every tensor begins at a multiple of its element size.
     names = sorted(shard, key=lambda name: (-shard[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -178,8 +181,7 @@ def _write_shard(sink: Sink, path: str, shard: "dict[str, Tensor]") -> tuple[Ten
         stream.tensors = tuple(records)
         stream.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            if shard[name].numel():
-                stream.write(memoryview(shard[name].reshape(-1).view(torch.uint8).numpy()))
+            stream.write(tensor_bytes(shard[name]))
     return tuple(records)
 
 

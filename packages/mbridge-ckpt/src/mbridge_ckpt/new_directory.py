@@ -8,12 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from mbridge_ckpt.durable import HashingFile, fsync_path, fsync_tree_directories
 from mbridge_ckpt.errors import CheckpointError
 from mbridge_ckpt.layout import inside
-from mbridge_ckpt.transaction import SaveStream
+from mbridge_ckpt.transaction import FileStream
+from mbridge_ckpt.writing import SaveStream
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class NewDirectory:
@@ -35,7 +39,7 @@ class NewDirectory:
         target.parent.mkdir(parents=True, exist_ok=True)
         file = HashingFile(target)
         try:
-            yield SaveStream(file)
+            yield FileStream(file)
             file.close()
         finally:
             file.abandon()
@@ -43,6 +47,10 @@ class NewDirectory:
     def rename(self, old: str, new: str) -> None:
         """Give a file another name."""
         os.rename(inside(self.path, old), inside(self.path, new))
+
+    def host_copy(self, tensor: "Tensor") -> "Tensor":
+        """A copy in ordinary memory."""
+        return tensor.detach().to("cpu", copy=True).contiguous()
 
     def write_json(self, path: str, value: Any) -> None:
         """A new file of JSON text."""

@@ -164,7 +164,7 @@ def inspect_torch_file(path: Path) -> tuple[TensorRecord, ...]:
         return read_structure(stream, path).tensors
 
 
-def read_structure(stream: IO[bytes], path: Path, stand_ins: StandIns | None = None) -> Structure:
+def read_structure(stream: IO[bytes] | io.RawIOBase, path: Path, stand_ins: StandIns | None = None) -> Structure:
     """Structure of an open torch.save file; raises as `inspect_torch_file` does."""
     try:
         return _read(stream, stand_ins or {})
@@ -176,7 +176,7 @@ def read_structure(stream: IO[bytes], path: Path, stand_ins: StandIns | None = N
         raise CorruptCheckpointError(f"{path}: damaged pickle: {type(error).__name__}: {error}") from None
 
 
-def _read(stream: IO[bytes], stand_ins: StandIns) -> Structure:
+def _read(stream: Any, stand_ins: StandIns) -> Structure:
     try:
         entries = zipfile.ZipFile(stream).infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeDecodeError) as error:
@@ -218,7 +218,7 @@ def _read(stream: IO[bytes], stand_ins: StandIns) -> Structure:
     return Structure(value, tuple(records), positions)
 
 
-def _data_offset(stream: IO[bytes], entry: zipfile.ZipInfo) -> int:
+def _data_offset(stream: Any, entry: zipfile.ZipInfo) -> int:
     stream.seek(entry.header_offset)
     header = stream.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
@@ -227,7 +227,7 @@ def _data_offset(stream: IO[bytes], entry: zipfile.ZipInfo) -> int:
     return entry.header_offset + 30 + names
 
 
-def _stored_bytes(stream: IO[bytes], entry: zipfile.ZipInfo) -> bytes:
+def _stored_bytes(stream: Any, entry: zipfile.ZipInfo) -> bytes:
     # Not ZipFile.read: it insists on the zip's own CRC-32, which torch can be told to leave out.
     stream.seek(_data_offset(stream, entry))
     data = stream.read(entry.file_size)
