@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from mbridge_ckpt import reshard
 from mbridge_model import MropeSettings, Parallel, VisionInputs
 from mbridge_train.batch import Sample, aggregation_weights
 
@@ -161,9 +162,11 @@ def resume(directory: Path, checkpoint: Path, parallel: Parallel) -> Any:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_goes_on_under_another_layout(gang2: Gang, models: Path, tmp_path: Path, family: str) -> None:
-    """The tower is on the first stage, whole or cut over tensor-parallel ranks."""
+    """The tower is on the first stage, whole or cut over tensor-parallel ranks, and that stage has more layers."""
     weights, record = gang2.run(save_and_go_on, models / family, tmp_path, Parallel(tensor=2))[0]
-    for loaded, ours in gang2.run(resume, models / family, tmp_path / "global_step_2", Parallel(pipeline=2)):
-        assert weights.keys() == loaded.keys()
-        assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
-        assert [loss for loss, _ in ours] == pytest.approx([loss for loss, _ in record], abs=1e-5)
+    saved = tmp_path / "global_step_2"
+    for checkpoint in (saved, reshard(saved, tmp_path / "even", tensor=1, pipeline=2)):
+        for loaded, ours in gang2.run(resume, models / family, checkpoint, Parallel(pipeline=2)):
+            assert weights.keys() == loaded.keys()
+            assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+            assert [loss for loss, _ in ours] == pytest.approx([loss for loss, _ in record], abs=1e-5)

@@ -13,6 +13,7 @@ from mbridge_ckpt.errors import (
     LayoutError,
     RanksLostError,
     SaveError,
+    SaverBusyError,
     UnsafeCheckpointError,
 )
 from mbridge_ckpt.hf_export import write_hf
@@ -56,6 +57,7 @@ __all__ = [
     "Retention",
     "Save",
     "SaveError",
+    "SaverBusyError",
     "SnapshotSave",
     "TensorRecord",
     "UnsafeCheckpointError",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 
 from mbridge_ckpt.arena import Arena
 from mbridge_ckpt.collective import Ranks
-from mbridge_ckpt.errors import SaveError
+from mbridge_ckpt.errors import SaveError, SaverBusyError
 from mbridge_ckpt.layout import Layout, step_directory
 from mbridge_ckpt.snapshot import Snapshot, SnapshotSave
 from mbridge_ckpt.writer_process import Place, WriterProcess
@@ -83,8 +83,8 @@ class AsyncSaver:
         """Begin a save, with the arguments of the function `begin_save`; collective.
 
         Raises SaveError on every rank: a save before this one failed on some rank and that was not raised there yet,
-        a writer is gone, or the last save is still running under `when_busy="refuse"`. Faults of the directory show
-        later.
+        or a writer is gone; its subclass SaverBusyError: the last save is still running under `when_busy="refuse"`.
+        Faults of the directory show later.
         """
         if self._writer is None:
             raise RuntimeError("the AsyncSaver is closed")
@@ -95,7 +95,7 @@ class AsyncSaver:
         if failures := [failure for failure, _ in states if failure is not None]:
             raise SaveError(f"{final} was not begun: {'; '.join(dict.fromkeys(failures))}")
         if running := [path for _, path in states if path is not None]:
-            raise SaveError(
+            raise SaverBusyError(
                 f"{final} was not begun: {running[0]} is still being written and when_busy is 'refuse'; save less"
                 " often, or wait() first"
             )

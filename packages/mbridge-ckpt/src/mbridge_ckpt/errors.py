@@ -31,3 +31,7 @@ class RanksLostError(SaveError):
 
 class LayoutError(CheckpointError):
     """The parallel layout asked for cannot hold this checkpoint, or the checkpoint does not say enough to be cut."""
+
+
+class SaverBusyError(SaveError):
+    """A save in the background was refused, for the one before it is still being written."""
