@@ -11,7 +11,7 @@ from mbridge_model import Freeze, ModelError, Parallel
 from mbridge_model.vision.stages import deepstack_stage_sizes
 
 from testing.gang import Gang, WorkerPool
-from testing.tiny_models import IMAGE_TOKEN, PATCH_FEATURES, make_vision_model
+from testing.tiny_models import IMAGE_TOKEN, PATCH_FEATURES, make_model, make_vision_model
 
 Make = Callable[..., Path]
 
@@ -148,7 +148,7 @@ def test_sizes_of_stages(layers: int, stages: int, sizes: list[int] | None) -> N
 def trained_parts(directory: Path, frozen: Freeze) -> set[str]:
     from mbridge_model import load
 
-    model, _ = load(directory, freeze=frozen)
+    model, _ = load(directory, freeze=frozen, weights=False)
     parts = set()
     for name, parameter in model[0].named_parameters():
         if parameter.requires_grad:
@@ -166,6 +166,20 @@ def test_frozen_parts(worker_pool: WorkerPool, make: Make, family: str) -> None:
     assert gang.run(trained_parts, directory, Freeze(vision_projection=True)) == [{"language", "vision"}]
     only_projection = Freeze(language_model=True, vision_model=True)
     assert gang.run(trained_parts, directory, only_projection) == [{"projection"}]
+
+
+def test_a_model_of_text_has_no_parts_to_freeze(worker_pool: WorkerPool, tmp_path: Path) -> None:
+    make_model("qwen3", False, tmp_path)
+    (message,) = Gang(1, worker_pool).run(freeze_error, tmp_path)
+    assert "asks to freeze parts of a model of text alone (family qwen3)" in message
+
+
+def freeze_error(directory: Path) -> str:
+    from mbridge_model import load
+
+    with pytest.raises(ModelError) as raised:
+        load(directory, freeze=Freeze(vision_model=True))
+    return str(raised.value)
 
 
 def text_gradients(directory: Path) -> tuple[list[str], list[str]]:

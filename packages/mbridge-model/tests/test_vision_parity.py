@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from mbridge_model import Parallel
+from safetensors.torch import load_file, save_file
 
 from testing.gang import Gang
 from testing.tiny_models import VOCAB_SIZE, make_vision_model
@@ -49,19 +50,34 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     @cache
     def make(family: str) -> Path:
         directory = root / family
-        # Of Qwen2.5-VL the small ones are tied, of Qwen3-VL all but the largest.
+        # Embeddings of both kinds: tied in one family, untied in the others.
         model = make_vision_model(family, family == "qwen2_5_vl", directory)
         write_reference(model, directory, frames_are_runs=family != "qwen2_5_vl")
+        if family == "qwen3_vl_moe":
+            for written in (directory, gradients_of(directory)):
+                transpose_experts(written / "model.safetensors")
         return directory
 
     return make
+
+
+def transpose_experts(file: Path) -> None:
+    """As they lie in the published checkpoints: inputs before outputs, which transformers turns when it loads them."""
+    tensors = load_file(file)
+    save_file(
+        {
+            name: tensor.transpose(1, 2).contiguous() if ".experts." in name else tensor
+            for name, tensor in tensors.items()
+        },
+        file,
+        metadata={"format": "pt"},
+    )
 
 
 def compare(directory: Path, parallel: Parallel, overrides: dict[str, Any]) -> dict[str, Any]:
     """On each rank: the largest differences, the exported tensors that are not bit-exact, layers of this stage."""
     from mbridge_model import MropeSettings, export, load
     from megatron.core import parallel_state
-    from safetensors.torch import load_file
 
     from testing.vision_forward import dense_batch, gradients_into_weights, packed_batch, positions_of, run
 
@@ -98,6 +114,7 @@ def compare(directory: Path, parallel: Parallel, overrides: dict[str, Any]) -> d
         ]
         batch, starts = packed_batch(everything, settings, multiple)
         gradients_into_weights(model, batch, starts, lengths, VOCAB_SIZE)
+        result["unequal copies"] = unequal_copies(model[0])
         expected = load_file(gradients_of(directory) / "model.safetensors")
         result["gradients"] = {
             name: ((gradient - expected[name]).abs().max() / expected[name].abs().max()).item()
@@ -108,12 +125,28 @@ def compare(directory: Path, parallel: Parallel, overrides: dict[str, Any]) -> d
         parallel_state.destroy_model_parallel()
 
 
+def unequal_copies(chunk: torch.nn.Module) -> list[str]:
+    """Parameters of the tower that each tensor-parallel rank holds whole, and that have not the same gradient there."""
+    from megatron.core import parallel_state
+
+    group = parallel_state.get_tensor_model_parallel_group()
+    unequal = []
+    for name, parameter in chunk.named_parameters():
+        if name.startswith("vis") and not getattr(parameter, "tensor_model_parallel", False):
+            copies = [torch.empty_like(parameter) for _ in range(group.size())]
+            torch.distributed.all_gather(copies, parameter.detach(), group=group)
+            if not torch.allclose(copies[0], copies[-1], rtol=1e-5, atol=1e-6):
+                unequal.append(name)
+    return unequal
+
+
 def check(results: list[dict[str, Any]]) -> None:
     kinds = ("dense", "packed", "one image", "text only")
     assert any("dense" in result for result in results)
     for result in results:
         assert result["wrong"] == []
         assert result["positions"] == []
+        assert result["unequal copies"] == []
         for kind in kinds:
             assert result.get(kind, 0.0) <= TOLERANCE, (kind, result[kind])
         worst = max(result["gradients"], key=result["gradients"].__getitem__)
@@ -147,3 +180,33 @@ def test_a_cut_that_the_user_chose(gang2: Gang, reference: Callable[[str], Path]
     results = gang2.run(compare, reference("qwen3_vl"), Parallel(pipeline=2), EARLY_CUT)
     check(results)
     assert [result["layers"] for result in results] == [1, 3]
+
+
+def half_precision(directory: Path, parallel: Parallel) -> float | None:
+    from mbridge_model import MropeSettings, load
+    from megatron.core import parallel_state
+
+    from testing.vision_forward import packed_batch, run
+
+    samples = list(torch.load(directory.with_suffix(".pt"), weights_only=True).values())
+    batch, starts = packed_batch(samples, MropeSettings.from_directory(directory), parallel.tensor)
+    model, _ = load(directory, parallel, dtype=torch.bfloat16)
+    try:
+        logits = run(model, batch, starts, [len(sample["tokens"]) for sample in samples], VOCAB_SIZE, backward=False)
+    finally:
+        parallel_state.destroy_model_parallel()
+    if logits is None:
+        return None
+    assert logits[0].dtype == torch.bfloat16
+    return max(
+        (ours.float() - sample["logits"]).abs().max().item() for ours, sample in zip(logits, samples, strict=True)
+    )
+
+
+@pytest.mark.parametrize("layout", ["TP 2 SP", "PP 2"])
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_bfloat16_is_near_fp32(gang2: Gang, reference: Callable[[str], Path], family: str, layout: str) -> None:
+    differences = gang2.run(half_precision, reference(family), LAYOUTS_2[layout])
+    # 8 bits of mantissa, logits up to 4: an error of each layer's rounding, and not of fp32's.
+    assert all(1e-3 < difference < 0.15 for difference in differences if difference is not None)
+    assert differences[-1] is not None
