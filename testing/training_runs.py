@@ -36,6 +36,7 @@ def build(
     dtype: str = "float32",
     seed: int = 1234,
     weights: bool = True,
+    batching: dict[str, Any] | None = None,
 ) -> Any:
     """An engine of its own, whatever ran in this process before."""
     from mbridge_model import load
@@ -68,7 +69,12 @@ def build(
         seed=seed,
         weights=weights,
     )
-    return Engine(model, handle, micro_batching=MicroBatching(micro_batch_size=2, packed=True), optimizer=settings)
+    return Engine(
+        model,
+        handle,
+        micro_batching=MicroBatching(**(batching or {"micro_batch_size": 2, "packed": True})),
+        optimizer=settings,
+    )
 
 
 def leave() -> None:

@@ -10,27 +10,30 @@ JSON object a line on stdin and answers each with one on stdout:
     fail_at, errno            the i-th system call of rank `victim` raises OSError; or the first of this name
     file_limit                RLIMIT_FSIZE in bytes
     raise_at                  rank `victim` raises ValueError in the block of the save
+    background                save with AsyncSaver; faults then strike its writer process, only kill_after the rank
+    kill_writer_after         seconds after handing over until the writer process gets SIGKILL
+    kill_after_commit         the rank kills itself when it has handed over
 """
 
 import errno
 import faulthandler
 import json
 import os
-import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import mbridge_ckpt.publish
+import mbridge_ckpt
 import torch
 import torch.distributed
-from mbridge_ckpt import Layout, begin_save, model_file, optimizer_file
+from fault_interceptor import intercept
+from mbridge_ckpt import AsyncSaver, Layout, Save, begin_save, model_file, optimizer_file, writer_process
 
 real_write = os.write
-CALLS = ("mkdir", "open", "write", "fsync", "rename", "symlink", "replace", "unlink", "rmdir")
 
 
 def content(step: int, rank: int) -> dict:
@@ -38,51 +41,28 @@ def content(step: int, rank: int) -> dict:
     return {"model": {f"layer.{i}": torch.randn(61, 67, generator=generator) for i in range(2)}, "iteration": step}
 
 
-def save(directory: Path, step: int, world: int, rank: int, raises: bool) -> None:
+def save(directory: Path, step: int, world: int, rank: int, raises: bool, background: bool = False) -> None:
+    if background:
+        with AsyncSaver() as saver:
+            write(saver.begin_save, directory, step, world, rank, raises)
+    else:
+        write(begin_save, directory, step, world, rank, raises)
+
+
+def write(begin: Callable, directory: Path, step: int, world: int, rank: int, raises: bool) -> None:
     layout = Layout(tensor=world)
-    with begin_save(directory, step=step, layout=layout) as writing:
+    with begin(directory, step=step, layout=layout) as writing:
         value = content(step, rank)
         writing.write_torch(model_file(step, layout, tensor_rank=rank), value)
         writing.write_torch(optimizer_file(step, layout, tensor_rank=rank), {"exp_avg": value["model"], "step": step})
         if rank == 0:
             writing.write_json("actor/hf_model/config.json", {"step": step})
-            writing.file("actor/hf_model/other.txt").write_text("x" * 1000)
+            if isinstance(writing, Save):
+                writing.file("actor/hf_model/other.txt").write_text("x" * 1000)
         if raises:
             raise ValueError("this rank's model is broken")
         writing.write_rank_state({"random": mbridge_ckpt.capture_random_state(), "position": step})
         writing.commit({"step": step})
-
-
-class Interceptor:
-    """Counts the calls that change the disk and strikes at a chosen one."""
-
-    def __init__(self, kill_at: int | None, fail_at: int | str | None, number: int) -> None:
-        self.count = 0
-        self.trace: list[str] = []
-        self._kill_at, self._fail_at, self._number = kill_at, fail_at, number
-        for name in CALLS:
-            setattr(os, name, self._wrap(name, getattr(os, name)))
-        mbridge_ckpt.publish.exchange = self._wrap("exchange", mbridge_ckpt.publish.exchange)
-
-    def _wrap(self, name: str, real):
-        def call(*arguments, **options):
-            if name == "open" and not arguments[1] & os.O_CREAT:
-                return real(*arguments, **options)
-            index, self.count = self.count, self.count + 1
-            self.trace.append(name)
-            if self._fail_at in (index, name):
-                raise OSError(self._number, os.strerror(self._number))
-            if self._kill_at == 2 * index:
-                if name == "write":
-                    real(arguments[0], arguments[1][: len(arguments[1]) // 2])
-                os.kill(os.getpid(), signal.SIGKILL)
-            try:
-                return real(*arguments, **options)
-            finally:
-                if self._kill_at == 2 * index + 1:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        return call
 
 
 def child(command: dict, rank: int, answer: int) -> None:
@@ -95,16 +75,36 @@ def child(command: dict, rank: int, answer: int) -> None:
             world_size=world,
             timeout=timedelta(seconds=60),
         )
-    if "file_limit" in command:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (command["file_limit"], command["file_limit"]))
     kill_at, fail_at = (command.get(key) if victim else None for key in ("kill_at", "fail_at"))
-    interceptor = Interceptor(kill_at, fail_at, command.get("errno", errno.EIO))
-    result = {"error": None, "kind": None}
+    strike = (kill_at, fail_at, command.get("errno", errno.EIO), command.get("file_limit"))
+    directory, step, raises = Path(command["directory"]), command["step"], victim and "raise_at" in command
+    result = {"error": None, "kind": None, "calls": 0, "trace": []}
     try:
-        save(Path(command["directory"]), command["step"], world, rank, victim and "raise_at" in command)
+        if command.get("background"):
+            save_in_background(strike, command, directory, step, world, rank, raises)
+        else:
+            interceptor = intercept(*strike)
+            result |= {"trace": interceptor.trace}
+            save(directory, step, world, rank, raises)
     except Exception as error:  # noqa: BLE001 - reported to the test, whatever it is
-        result = {"error": str(error), "kind": type(error).__name__}
-    real_write(answer, json.dumps(result | {"calls": interceptor.count, "trace": interceptor.trace}).encode())
+        result |= {"error": str(error), "kind": type(error).__name__}
+    result["calls"] = len(result["trace"])
+    real_write(answer, json.dumps(result).encode())
+
+
+def save_in_background(strike: tuple, command: dict, *arguments) -> None:
+    here = str(Path(__file__).parent)
+    prelude = f"import sys; sys.path.append({here!r}); from fault_interceptor import intercept; intercept{strike!r}"
+    writer_process._PROGRAM = f"{prelude}; {writer_process._PROGRAM}"
+    with AsyncSaver() as saver:
+        saver.check()
+        write(saver.begin_save, *arguments)
+        if "kill_after_commit" in command:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if "kill_writer_after" in command:
+            time.sleep(command["kill_writer_after"])
+            os.kill(saver.process_id, signal.SIGKILL)
+        saver.wait()
 
 
 def run(command: dict) -> list[dict | None]:

@@ -1,91 +1,18 @@
 """Kill, starve and break saves in every place; what was committed before or during them must load and be equal."""
 
 import errno
-import json
 import os
 import random
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
-import torch
-from mbridge_ckpt import (
-    Layout,
-    Retention,
-    begin_save,
-    find_resume,
-    model_file,
-    open_checkpoint,
-    optimizer_file,
-    prune,
-    verify,
-)
+from mbridge_ckpt import Layout, Retention, begin_save, find_resume, open_checkpoint, prune, verify
 
-WORKER = Path(__file__).with_name("fault_worker.py")
-
-
-class Worker:
-    """The process of fault_worker.py."""
-
-    def __init__(self, scratch: Path) -> None:
-        self._scratch = scratch
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(WORKER)]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
-        )
-        self._count = 0
-
-    def save(self, directory: Path, step: int, world: int = 1, **fault: object) -> list[dict | None]:
-        self._count += 1
-        command = {"directory": str(directory), "step": step, "world": world} | fault
-        command["rendezvous"] = str(self._scratch / f"rendezvous_{self._count}")
-        self.process.stdin.write(json.dumps(command) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
-
-
-@pytest.fixture
-def directory() -> Iterator[Path]:
-    """A place in memory where there is one: a kill loses nothing that fsync would have saved, and it is faster."""
-    with TemporaryDirectory(dir="/dev/shm" if os.access("/dev/shm", os.W_OK) else None) as name:
-        yield Path(name)
-
-
-@pytest.fixture(scope="module")
-def worker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    worker = Worker(tmp_path_factory.mktemp("rendezvous"))
-    yield worker
-    worker.process.stdin.close()
-    worker.process.wait(timeout=30)
-
-
-def content(step: int, rank: int) -> dict:
-    generator = torch.Generator().manual_seed(1000 * step + rank)
-    return {"model": {f"layer.{i}": torch.randn(61, 67, generator=generator) for i in range(2)}, "iteration": step}
-
-
-def assert_newest_is_whole(directory: Path, at_least: int, world: int = 1) -> int:
-    """The newest checkpoint is committed, needs no passing over, and equals what its save was given."""
-    resume = find_resume(directory)
-    assert resume.checkpoint is not None and resume.checkpoint.step >= at_least
-    assert all("unfinished" in item.reason for item in resume.passed_over), resume.passed_over
-    step = resume.checkpoint.step
-    for rank in range(world):
-        expected = content(step, rank)
-        found = resume.checkpoint.load_torch(model_file(step, Layout(tensor=world), tensor_rank=rank))
-        moments = resume.checkpoint.load_torch(optimizer_file(step, Layout(tensor=world), tensor_rank=rank))
-        assert found["iteration"] == moments["step"] == step
-        for name, tensor in expected["model"].items():
-            assert torch.equal(found["model"][name], tensor) and torch.equal(moments["exp_avg"][name], tensor)
-    assert open_checkpoint(directory / "latest").step <= step  # behind, if the kill came between rename and link
-    return step
+from testing.checkpoint_faults import WORKER, assert_newest_is_whole, content, forget_step_2
 
 
 def test_killed_at_200_random_moments(worker, directory):
@@ -129,12 +56,6 @@ def test_killed_before_and_after_every_system_call(worker, directory, replaces):
     assert replaces or (not committed[0] and committed[-1] and committed == sorted(committed))
 
 
-def forget_step_2(directory: Path) -> None:
-    shutil.rmtree(directory / "global_step_2")
-    (directory / "latest").unlink(missing_ok=True)
-    (directory / "latest").symlink_to("global_step_1")
-
-
 def test_one_rank_or_all_ranks_killed(worker, directory):
     results = worker.save(directory, 0, world=2)
     assert [result["error"] for result in results] == [None, None]
@@ -149,7 +70,8 @@ def test_one_rank_or_all_ranks_killed(worker, directory):
         newest = assert_newest_is_whole(directory, newest, world=2)
         if other["error"] is not None:
             assert (
-                other["kind"] == "SaveError" and f"global_step_{step} was not saved: a rank is gone" in other["error"]
+                other["kind"] == "RanksLostError"
+                and f"global_step_{step} was not saved: a rank is gone" in other["error"]
             )
     for step in range(17, 22):
         worker.save(directory, step, world=2, victim="all", kill_after=0.02 * (step - 16))
@@ -181,7 +103,8 @@ def test_file_size_limit_names_the_file_and_leaves_nothing(worker, tmp_path, lim
     assert assert_newest_is_whole(tmp_path, 1) == 1
 
 
-def test_full_disk(tmp_path):
+@pytest.mark.parametrize("background", [False, True])
+def test_full_disk(tmp_path, background):
     # A tmpfs of our own in a mount namespace; the script prints what the save said and what was left.
     script = f"""
 import sys; sys.path.insert(0, {str(WORKER.parent)!r})
@@ -189,7 +112,7 @@ from pathlib import Path; import fault_worker
 target = Path({str(tmp_path)!r})
 fault_worker.save(target, 1, 1, 0, False)
 try:
-    fault_worker.save(target, 2, 1, 0, False)
+    fault_worker.save(target, 2, 1, 0, False, {background})
 except fault_worker.mbridge_ckpt.SaveError as error:
     print(error)
 print(sorted(path.name for path in target.iterdir()), fault_worker.mbridge_ckpt.find_resume(target).checkpoint.step)

@@ -76,6 +76,57 @@ def test_other_files_are_carried_over_and_weights_are_not(tmp_path):
     assert (path / "code/more.py").read_text() == '{"from": "code/more.py"}'
 
 
+def test_a_download_cache_is_carried_over_as_files(tmp_path):
+    """A snapshot of the HuggingFace cache: links to blobs, of a multimodal model with code of its own."""
+    names = ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"]
+    names += ["video_preprocessor_config.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"]
+    names += ["special_tokens_map.json", "chat_template.jinja", "chat_template.json", "modeling_own.py"]
+    cache = tmp_path / "models--org--name"
+    snapshot = cache / "snapshots" / "0a1b"
+    (cache / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, name in enumerate([*names, "model-00001-of-00002.safetensors", "pytorch_model.bin.index.json"]):
+        (cache / "blobs" / str(number)).write_text(f"content of {name}")
+        (snapshot / name).symlink_to(f"../../blobs/{number}")
+    with begin_save(tmp_path / "run", step=1, layout=Layout()) as save:
+        write_hf(save, weights().items(), snapshot)
+        path = save.commit() / "actor/hf_model"
+    assert sorted(file.name for file in path.iterdir()) == sorted([*names, "model.safetensors"])
+    assert not any(file.is_symlink() for file in path.iterdir())
+    assert all((path / name).read_text() == f"content of {name}" for name in names)
+
+    (cache / "blobs" / str(names.index("chat_template.jinja"))).unlink()
+    (cache / "blobs" / str(len(names))).unlink()  # weights are not needed
+    with (
+        pytest.raises(CheckpointError, match=r"chat_template.jinja is a link to .*blobs/10, which is not there"),
+        begin_save(tmp_path / "run", step=2, layout=Layout()) as save,
+    ):
+        write_hf(save, weights().items(), snapshot)
+
+
+def test_memory_is_one_shard_and_one_tensor(tmp_path, monkeypatch):
+    """Of what is held to be written: no shard lives on while the next one fills."""
+    import weakref
+
+    from mbridge_ckpt import hf_export
+
+    held: list[weakref.ref] = []
+    most = 0
+    shards = hf_export._shards
+
+    def watched(tensors, limit):
+        nonlocal most
+        for shard in shards(tensors, limit):
+            most = max(most, sum(reference() is not None for reference in held) + len(shard))
+            held.extend(weakref.ref(tensor) for tensor in shard.values())
+            yield shard
+            del shard
+
+    monkeypatch.setattr(hf_export, "_shards", watched)
+    path = export(tmp_path, ((f"w{number}", torch.ones(256)) for number in range(40)), 4 * 1024)
+    assert most == 4 and len(list(path.glob("*.safetensors"))) == 10
+
+
 def test_no_more_than_a_shard_is_held(tmp_path):
     import weakref
 

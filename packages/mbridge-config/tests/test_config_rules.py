@@ -26,6 +26,12 @@ def test_good_config_has_no_problems(checked: Checked) -> None:
 CASES = [
     ("shard-size", ["runner.checkpoint.max_shard_size=5 apples"], None, "not a size in bytes"),
     ("shard-size", ["runner.checkpoint.max_shard_size=0GB"], None, "not a size in bytes"),
+    (
+        "async-torch-dist",
+        ["runner.checkpoint.async_save=true", "actor.megatron.use_dist_ckpt=true"],
+        None,
+        "while training waits",
+    ),
     ("keep-best-metric", ["runner.checkpoint.keep_best=2"], None, "measured with the last step only"),
     ("tensor-parallel-heads", [f"{TP}=5"], 5, "12 attention heads cannot be shared by 5 ranks"),
     ("tensor-parallel-kv-groups", [f"{TP}=3"], 3, "2 key-value heads (groups) are neither a multiple nor a divisor"),

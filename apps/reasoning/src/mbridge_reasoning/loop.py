@@ -9,7 +9,7 @@ from mbridge_train.output import RunOutput
 from mbridge_train.processes import broadcast, join, leave, seed_all
 from mbridge_train.reference import Snapshot
 from mbridge_train.resume import find_checkpoint, restore
-from mbridge_train.saving import CheckpointWriter, is_due
+from mbridge_train.saving import RunSaver, is_due
 from transformers import AutoTokenizer
 
 from mbridge_reasoning.data import Problem, tokenize_problems
@@ -106,16 +106,15 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
         show=output.message,
     )
 
-    checkpoints = CheckpointWriter(
-        engine, output.checkpoints, save_settings(config.actor, config.runner), resumed_from=resume
-    )
+    checkpoints = RunSaver(engine, output.checkpoints, save_settings(config.actor, config.runner), resumed_from=resume)
 
-    with output.recording(total_steps=steps, first_step=first):
+    with output.recording(total_steps=steps, first_step=first), checkpoints:
         if first == 0 and validation:
             output.step(0, trainer.validate(validation))
         for number in range(first + 1, steps + 1):
             problems = [train[index] for index in sampler.next_batch()]
             metrics = trainer.step(number, problems)
+            checkpoints.check()
             last = number == steps
             if validation and (last or is_due(number, config.runner.val_check_interval)):
                 started = time.perf_counter()

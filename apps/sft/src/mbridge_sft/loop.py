@@ -18,7 +18,7 @@ from mbridge_train.from_config import build_engine, save_settings
 from mbridge_train.output import RunOutput
 from mbridge_train.processes import broadcast, join, leave, seed_all
 from mbridge_train.resume import find_checkpoint, restore
-from mbridge_train.saving import CheckpointWriter, is_due
+from mbridge_train.saving import RunSaver, is_due
 
 from mbridge_sft.encode import Encoder
 from mbridge_sft.errors import DataError
@@ -68,7 +68,7 @@ def _train(config: SFTConfig, command: list[str]) -> None:
         _check_same_data(state["data"], data_state)
         first, bad_rows = state["step"], state["bad_rows"]
     trainer = SFTTrainer(config, engine=engine, encoder=_encoder(config), say=output.message)
-    checkpoints = CheckpointWriter(engine, output.checkpoints, save_settings(config.actor, runner), resumed_from=resume)
+    checkpoints = RunSaver(engine, output.checkpoints, save_settings(config.actor, runner), resumed_from=resume)
 
     def evaluated() -> dict[str, float]:
         assert evaluation is not None
@@ -78,7 +78,7 @@ def _train(config: SFTConfig, command: list[str]) -> None:
             output.report_section = example_grid(result.shown)
         return result.metrics | {"time/validation": time.perf_counter() - started}
 
-    with output.recording(total_steps=steps, first_step=first):
+    with output.recording(total_steps=steps, first_step=first), checkpoints:
         if first == 0 and evaluation is not None:
             output.step(0, evaluated())
         batches = trainer.batches(training, first_step=first, bad_rows=bad_rows)
@@ -86,6 +86,7 @@ def _train(config: SFTConfig, command: list[str]) -> None:
         for number, batch in enumerate(batches, start=first + 1):
             waited = time.perf_counter() - started
             metrics = trainer.step(batch) | {"time/data": waited, "bad_rows": float(len(batches.bad_rows))}
+            checkpoints.check()
             seconds = time.perf_counter() - started
             metrics |= {"time/other": seconds - waited - metrics["time/train"], "time/step": seconds}
             last = number == steps

@@ -4,32 +4,46 @@ Importing this does not import torch; writing or reading a tensor does.
 """
 
 from mbridge_ckpt.assemble import WholeModel
+from mbridge_ckpt.async_save import AsyncSaver
 from mbridge_ckpt.checkpoint import Checkpoint, PassedOver, Resume, find_resume, hold, list_checkpoints, open_checkpoint
 from mbridge_ckpt.errors import (
     CheckpointError,
     CorruptCheckpointError,
     IncompleteCheckpointError,
     LayoutError,
+    RanksLostError,
     SaveError,
+    SaverBusyError,
     UnsafeCheckpointError,
 )
 from mbridge_ckpt.hf_export import write_hf
+from mbridge_ckpt.hf_offline import ExportReport, export_hf
+from mbridge_ckpt.hf_recipe import RECIPE_FILE, HfRecipe, HfTensor
+from mbridge_ckpt.import_megatron import import_megatron
 from mbridge_ckpt.layout import HF_DIRECTORY, Layout, iteration_directory, model_file, mp_rank_directory, optimizer_file
 from mbridge_ckpt.manifest import FileRecord, Manifest, TensorRecord
 from mbridge_ckpt.placement import ParameterPlacement, place_parameter
 from mbridge_ckpt.reshard import reshard
 from mbridge_ckpt.retention import PruneReport, Retention, prune
+from mbridge_ckpt.snapshot import SnapshotSave
 from mbridge_ckpt.state import capture_random_state, restore_random_state
 from mbridge_ckpt.torch_files import load_torch
 from mbridge_ckpt.transaction import Save, begin_save
 from mbridge_ckpt.verify import Problem, VerifyReport, verify
+from mbridge_ckpt.writing import CheckpointWriter
 
 __all__ = [
     "HF_DIRECTORY",
+    "RECIPE_FILE",
+    "AsyncSaver",
     "Checkpoint",
     "CheckpointError",
+    "CheckpointWriter",
     "CorruptCheckpointError",
+    "ExportReport",
     "FileRecord",
+    "HfRecipe",
+    "HfTensor",
     "IncompleteCheckpointError",
     "Layout",
     "LayoutError",
@@ -38,18 +52,23 @@ __all__ = [
     "PassedOver",
     "Problem",
     "PruneReport",
+    "RanksLostError",
     "Resume",
     "Retention",
     "Save",
     "SaveError",
+    "SaverBusyError",
+    "SnapshotSave",
     "TensorRecord",
     "UnsafeCheckpointError",
     "VerifyReport",
     "WholeModel",
     "begin_save",
     "capture_random_state",
+    "export_hf",
     "find_resume",
     "hold",
+    "import_megatron",
     "iteration_directory",
     "list_checkpoints",
     "load_torch",

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from mbridge_ckpt.collective import Ranks
 from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, IncompleteCheckpointError
 from mbridge_ckpt.layout import MANIFEST_FILE, Layout, rank_state_file, step_of
-from mbridge_ckpt.manifest import Manifest, read_manifest
+from mbridge_ckpt.manifest import FileRecord, Manifest, read_manifest
 from mbridge_ckpt.publish import find_leftovers
 from mbridge_ckpt.state import unwrap_rank_state
-from mbridge_ckpt.torch_files import load_torch
-from mbridge_ckpt.verify import check_file, verify
+from mbridge_ckpt.torch_files import load_torch, load_torch_hashed
+from mbridge_ckpt.verify import check_file, load_checked, verify
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -51,15 +51,13 @@ class Checkpoint:
 
     def verified(self, path: str) -> Path:
         """Absolute path of a file after its size and checksum were found right, which reads it once."""
-        try:
-            record = self.manifest.file(path)
-        except IncompleteCheckpointError as error:
-            raise IncompleteCheckpointError(f"{self.path}: {error}") from None
-        return check_file(self.path, record)
+        return check_file(self.path, self._record(path))
 
     def load_torch(self, path: str, *, map_location: Any = "cpu", mmap: bool = False) -> Any:
-        """Content of a torch.save file, see `load_torch`."""
-        return load_torch(self.verified(path), map_location=map_location, mmap=mmap)
+        """Content of a torch.save file, see `load_torch`; read once, for the content and for its checksum."""
+        if mmap:
+            return load_torch(self.verified(path), map_location=map_location, mmap=True)
+        return load_checked(self.path, self._record(path), lambda file: load_torch_hashed(file, map_location))
 
     def load_json(self, path: str) -> Any:
         """Content of a JSON file."""
@@ -68,6 +66,12 @@ class Checkpoint:
             return json.loads(file.read_bytes())
         except (ValueError, RecursionError) as error:
             raise CorruptCheckpointError(f"{file}: not JSON: {error}") from None
+
+    def _record(self, path: str) -> FileRecord:
+        try:
+            return self.manifest.file(path)
+        except IncompleteCheckpointError as error:
+            raise IncompleteCheckpointError(f"{self.path}: {error}") from None
 
     def load_rank_state(self, rank: int) -> dict[str, Any] | None:
         """What rank `rank` stored with `Save.write_rank_state`; None if the writing job had no such rank."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mbridge_ckpt.checkpoint import list_checkpoints, open_checkpoint
+from mbridge_ckpt.cli_convert import run_export_hf, run_import_megatron
 from mbridge_ckpt.cli_output import ProgressBar, print_columns, print_json, size_text
 from mbridge_ckpt.errors import CheckpointError
 from mbridge_ckpt.manifest import read_manifest
@@ -70,9 +71,7 @@ def _ls(options: argparse.Namespace) -> int:
             rows.append([entry["name"], "-", "-", "-", "not committed or damaged, see `verify`"])
         else:
             mark = "latest" if entry["latest"] else ""
-            rows.append(
-                [entry["name"], entry["created"], size_text(entry["bytes"]), str(entry["layout"]), mark]
-            )
+            rows.append([entry["name"], entry["created"], size_text(entry["bytes"]), str(entry["layout"]), mark])
     print_columns(rows)
     for leftover in leftovers:
         print(f"{leftover.path.name}  left by an interrupted save; `mbridge-ckpt prune {directory}` sees to it")
@@ -220,6 +219,18 @@ def _parser() -> argparse.ArgumentParser:
     cut.add_argument("--tp", type=int, default=1, help="tensor-parallel size (1)")
     cut.add_argument("--pp", type=int, default=1, help="pipeline stages (1)")
     cut.add_argument("--vocabulary-multiple", type=int, metavar="M", help="pad the vocabulary to M times --tp rows")
+    export = command(
+        "export-hf", run_export_hf, "Write a checkpoint's weights as a HuggingFace directory.", "CHECKPOINT"
+    )
+    export.add_argument("destination", type=Path, metavar="DIRECTORY", help="directory to make; it must not exist")
+    export.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB; by default as exported, or 5GB")
+    export.add_argument("--hf-files", type=Path, metavar="DIR", help="where config.json, tokenizer and so on come from")
+    bring = command(
+        "import-megatron", run_import_megatron, "Make a checkpoint from a tree of Megatron-LM's torch format.", "SOURCE"
+    )
+    bring.add_argument("destination", type=Path, metavar="DIRECTORY", help="checkpoints directory to write into")
+    bring.add_argument("--no-optimizer", action="store_true", help="import the weights alone")
+    bring.add_argument("--vocab-size", type=int, metavar="N", help="real tokens, without padding (all stored rows)")
     tidy = command("prune", _prune, "Remove leftovers of dead saves, and checkpoints that no rule keeps.", "DIRECTORY")
     tidy.add_argument("--keep-last", type=int, metavar="N", help="keep the N newest")
     tidy.add_argument("--keep-every", type=int, metavar="K", help="keep steps that are multiples of K")

@@ -25,5 +25,13 @@ class SaveError(CheckpointError):
     """A save did not commit on any rank; the checkpoints that existed before are untouched."""
 
 
+class RanksLostError(SaveError):
+    """A save could not reach its other ranks: one of them died or went another way. No save with them can follow."""
+
+
 class LayoutError(CheckpointError):
     """The parallel layout asked for cannot hold this checkpoint, or the checkpoint does not say enough to be cut."""
+
+
+class SaverBusyError(SaveError):
+    """A save in the background was refused, for the one before it is still being written."""

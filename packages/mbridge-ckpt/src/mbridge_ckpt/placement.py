@@ -107,11 +107,11 @@ def place_parameter(
 
     Reads `tensor_model_parallel`, `partition_dim` and `partition_stride` of `parameter`. `layer_offset` is the global
     number of the stage's (or model chunk's) first layer and `expert_offset` of the rank's first expert. A name with
-    `decoder.layers.N.` gets stage "layer" whatever `stage` says; vision towers, which use other names, keep `stage`.
+    `decoder.layers.N.` gets stage "layer", except on stage "first": there they are layers of a vision tower.
     `partition_stride` overrides the mark, for parameters whose marks are known to be wrong.
     """
     global_name, layer, expert = name, None, None
-    if match := _LAYER.fullmatch(name):
+    if stage != "first" and (match := _LAYER.fullmatch(name)):
         layer = int(match[2]) + layer_offset
         global_name, stage = f"{match[1]}{layer}{match[3]}", "layer"
     if match := _EXPERT.fullmatch(global_name):

@@ -1,26 +1,33 @@
 """Write and read torch.save files: plain containers and tensors only, so that reading never needs to run code."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, TYPE_CHECKING, Any
 
 from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
+from mbridge_ckpt.hashing_reader import HashingReader
 from mbridge_ckpt.manifest import TensorRecord
-from mbridge_ckpt.torch_inspect import DTYPE_BYTES, MAXIMUM_DEPTH, inspect_torch_file
-from mbridge_ckpt.torch_zip import LazyTensor, Writer, write_torch_zip
+from mbridge_ckpt.torch_inspect import DTYPE_BYTES, MAXIMUM_DEPTH, read_structure
+from mbridge_ckpt.torch_zip import LazyTensor, Writer, host_tensor, write_torch_zip
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
-def write_torch_file(out: Writer, value: Any) -> tuple[TensorRecord, ...]:
+def write_torch_file(
+    out: Writer, value: Any, to_host: "Callable[[Tensor], Tensor]" = host_tensor
+) -> tuple[TensorRecord, ...]:
     """Write `value` in torch.save's format; returns the tensors in it.
 
     `value` is made of dict, OrderedDict, list, tuple, str, int, float, bool, None, torch.Size, torch.dtype, tensors and
     LazyTensors. Tensors are stored detached, on the CPU and without the rest of a storage they are a view of; one at a
-    time is copied to the host if it is elsewhere. Two tensors that share memory are stored twice.
+    time is copied to the host if it is elsewhere, by `to_host`. Two tensors that share memory are stored twice.
 
     Raises CheckpointError naming the key for any other type: it could be written but not read back safely.
     """
     records: list[TensorRecord] = []
-    write_torch_zip(out, _plain(value, "", 0, records))
+    write_torch_zip(out, _plain(value, "", 0, records), to_host)
     return tuple(records)
 
 
@@ -32,12 +39,27 @@ def load_torch(path: str | Path, *, map_location: Any = "cpu", mmap: bool = Fals
 
     Raises UnsafeCheckpointError or CorruptCheckpointError, naming the file and what in it was refused.
     """
+    path = Path(path)
+    with path.open("rb") as stream:
+        read_structure(stream, path)
+        return _load(path, path if mmap else stream, map_location, mmap)
+
+
+def load_torch_hashed(path: Path, map_location: Any = "cpu") -> tuple[Any, str]:
+    """As `load_torch`, and the XXH3-128 of the file, which is read once for both."""
+    with HashingReader(path) as stream:
+        read_structure(stream, path)
+        value = _load(path, stream, map_location, False)
+        return value, stream.digest()
+
+
+def _load(path: Path, source: Path | IO[bytes] | HashingReader, map_location: Any, mmap: bool) -> Any:
     import torch
 
-    path = Path(path)
-    inspect_torch_file(path)
+    if not isinstance(source, Path):
+        source.seek(0)
     try:
-        return torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
+        return torch.load(source, map_location=map_location, weights_only=True, mmap=mmap)  # type: ignore[arg-type]
     except FileNotFoundError:
         raise
     except OSError as error:

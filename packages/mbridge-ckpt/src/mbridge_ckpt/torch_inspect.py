@@ -11,7 +11,7 @@ import pickle
 import pickletools
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -112,14 +112,21 @@ _GLOBALS: dict[tuple[str, str], Any] = {
 }
 
 
+StandIns = Mapping[tuple[str, str], Callable[[], Any]]
+"""Further names that a pickle may use, by module and name, each with what makes a fresh inert stand-in for it."""
+
+
 class _Unpickler(pickle.Unpickler):
     """Builds plain containers and the stand-ins above; any other name ends the reading."""
 
-    def __init__(self, data: bytes, storages: dict[str, int]) -> None:
+    def __init__(self, data: bytes, storages: dict[str, int], others: "StandIns") -> None:
         super().__init__(io.BytesIO(data))
         self._storages = storages
+        self._others = others
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self._others:
+            return self._others[module, name]()
         if (module, name) not in _GLOBALS:
             raise UnsafeCheckpointError(
                 f"its pickle calls {module}.{name}, which a checkpoint never needs; do not load this file"
@@ -157,10 +164,10 @@ def inspect_torch_file(path: Path) -> tuple[TensorRecord, ...]:
         return read_structure(stream, path).tensors
 
 
-def read_structure(stream: IO[bytes], path: Path) -> Structure:
+def read_structure(stream: IO[bytes] | io.RawIOBase, path: Path, stand_ins: StandIns | None = None) -> Structure:
     """Structure of an open torch.save file; raises as `inspect_torch_file` does."""
     try:
-        return _read(stream)
+        return _read(stream, stand_ins or {})
     except (CorruptCheckpointError, UnsafeCheckpointError) as error:
         raise type(error)(f"{path}: {error}") from None
     except OSError as error:
@@ -169,7 +176,7 @@ def read_structure(stream: IO[bytes], path: Path) -> Structure:
         raise CorruptCheckpointError(f"{path}: damaged pickle: {type(error).__name__}: {error}") from None
 
 
-def _read(stream: IO[bytes]) -> Structure:
+def _read(stream: Any, stand_ins: StandIns) -> Structure:
     try:
         entries = zipfile.ZipFile(stream).infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeDecodeError) as error:
@@ -199,7 +206,7 @@ def _read(stream: IO[bytes]) -> Structure:
     storages = {e.filename.removeprefix(prefix): e.file_size for e in entries if e.filename.startswith(prefix)}
     data = _stored_bytes(stream, pickles[0])
     _check_memo(data)
-    value = _Unpickler(data, storages).load()
+    value = _Unpickler(data, storages, stand_ins).load()
     positions = {}
     for entry in entries:
         if entry.filename.startswith(prefix):
@@ -211,7 +218,7 @@ def _read(stream: IO[bytes]) -> Structure:
     return Structure(value, tuple(records), positions)
 
 
-def _data_offset(stream: IO[bytes], entry: zipfile.ZipInfo) -> int:
+def _data_offset(stream: Any, entry: zipfile.ZipInfo) -> int:
     stream.seek(entry.header_offset)
     header = stream.read(30)
     if len(header) < 30 or header[:4] != b"PK\x03\x04":
@@ -220,7 +227,7 @@ def _data_offset(stream: IO[bytes], entry: zipfile.ZipInfo) -> int:
     return entry.header_offset + 30 + names
 
 
-def _stored_bytes(stream: IO[bytes], entry: zipfile.ZipInfo) -> bytes:
+def _stored_bytes(stream: Any, entry: zipfile.ZipInfo) -> bytes:
     # Not ZipFile.read: it insists on the zip's own CRC-32, which torch can be told to leave out.
     stream.seek(_data_offset(stream, entry))
     data = stream.read(entry.file_size)

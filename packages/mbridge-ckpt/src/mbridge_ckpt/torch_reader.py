@@ -5,7 +5,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from mbridge_ckpt.errors import CorruptCheckpointError
-from mbridge_ckpt.torch_inspect import DTYPE_BYTES, StoredTensor, read_structure
+from mbridge_ckpt.torch_inspect import DTYPE_BYTES, StandIns, StoredTensor, read_structure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 class TorchFileReader:
     """An open torch.save file. `value` is what was saved, with a StoredTensor in place of each tensor.
 
-    Runs nothing in the file; raises as `inspect_torch_file` does.
+    Runs nothing in the file; raises as `inspect_torch_file` does. `stand_ins` are further names its pickle may use.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, stand_ins: StandIns | None = None) -> None:
         self.path = path
         self._stream = path.open("rb", buffering=0)
         try:
-            structure = read_structure(self._stream, path)
+            structure = read_structure(self._stream, path, stand_ins)
         except BaseException:
             self._stream.close()
             raise

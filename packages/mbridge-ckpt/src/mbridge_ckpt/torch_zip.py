@@ -54,8 +54,23 @@ class _Storage:
     elements: int
 
 
-def write_torch_zip(out: Writer, value: Any) -> None:
-    """Write `value`: plain containers with torch tensors and LazyTensors as leaves (checked by the caller)."""
+def host_tensor(tensor: "Tensor") -> "Tensor":
+    """`tensor` detached, contiguous and on the CPU; not a copy if it is all that already."""
+    return tensor.detach().cpu().contiguous()
+
+
+def tensor_bytes(tensor: "Tensor") -> memoryview:
+    """The bytes of a contiguous CPU tensor, in its own memory."""
+    import torch
+
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+
+
+def write_torch_zip(out: Writer, value: Any, to_host: "Callable[[Tensor], Tensor]" = host_tensor) -> None:
+    """Write `value`: plain containers with torch tensors and LazyTensors as leaves (checked by the caller).
+
+    `to_host` gives the contiguous CPU tensor whose bytes are then handed to `out`.
+    """
     pickled = io.BytesIO()
     pickler = _Pickler(pickled)
     pickler.dump(value)
@@ -66,7 +81,7 @@ def write_torch_zip(out: Writer, value: Any) -> None:
     archive.add("byteorder", sys.byteorder.encode())
     for key, tensor in enumerate(pickler.tensors):
         size = prod(tensor.shape) * DTYPE_BYTES[tensor.dtype if isinstance(tensor, LazyTensor) else _dtype_name(tensor)]
-        archive.add_storage(f"data/{key}", size, _bytes(tensor))
+        archive.add_storage(f"data/{key}", size, tensor_bytes(to_host(_real(tensor))))
     archive.add("version", b"3\n")
     archive.finish()
 
@@ -75,14 +90,13 @@ def _dtype_name(tensor: "Tensor") -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _bytes(tensor: "Tensor | LazyTensor") -> memoryview:
-    import torch
-
-    real = tensor.read() if isinstance(tensor, LazyTensor) else tensor
-    if isinstance(tensor, LazyTensor) and (tuple(real.shape), _dtype_name(real)) != (tensor.shape, tensor.dtype):
+def _real(tensor: "Tensor | LazyTensor") -> "Tensor":
+    if not isinstance(tensor, LazyTensor):
+        return tensor
+    real = tensor.read()
+    if (tuple(real.shape), _dtype_name(real)) != (tensor.shape, tensor.dtype):
         raise ValueError(f"announced {tensor.dtype}{list(tensor.shape)}, got {_dtype_name(real)}{list(real.shape)}")
-    flat = real.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return real
 
 
 class _Pickler(pickle.Pickler):

@@ -9,35 +9,34 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 from mbridge_ckpt.collective import Ranks
 from mbridge_ckpt.durable import HashingFile, fsync_path, hash_file
-from mbridge_ckpt.errors import CheckpointError, SaveError
+from mbridge_ckpt.errors import CheckpointError, RanksLostError, SaveError
 from mbridge_ckpt.layout import (
     MANIFEST_FILE,
     TRACKER_FILE,
     Layout,
     inside,
     iteration_directory,
-    rank_state_file,
     step_directory,
 )
-from mbridge_ckpt.manifest import FileRecord, Manifest, TensorRecord
-from mbridge_ckpt.placement import ParameterPlacement
+from mbridge_ckpt.manifest import FileRecord, Manifest
 from mbridge_ckpt.publish import WRITER_FILE, publish, temporary_directory, writer_versions
-from mbridge_ckpt.state import wrap_rank_state
-from mbridge_ckpt.torch_files import write_torch_file
+from mbridge_ckpt.torch_zip import host_tensor
 from mbridge_ckpt.verify import files_below
+from mbridge_ckpt.writing import CheckpointWriter, SaveStream
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from torch.distributed import ProcessGroup
 
 
@@ -57,7 +56,7 @@ def begin_save(
 
     Raises SaveError on every rank if one rank cannot begin.
     """
-    return Save(Path(directory), step=step, layout=layout, group=group, existing=existing)
+    return Save(Path(directory), step=step, layout=layout, ranks=Ranks(group), existing=existing)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +68,8 @@ class _Failure:
     reason: str
 
 
-class Save:
-    """A save in progress, made by `begin_save`. A context manager whose block ends with `commit`.
+class Save(CheckpointWriter):
+    """A save that is on the disk when `commit` returns, made by `begin_save`.
 
     An I/O error (full disk, file-size limit) in a `write_*` method does not raise there: this rank goes on, so that
     collectives inside the block stay matched; what it writes later is dropped, and `commit` raises on every rank. An
@@ -83,18 +82,15 @@ class Save:
         *,
         step: int,
         layout: Layout,
-        group: "ProcessGroup | None",
+        ranks: Ranks,
         existing: Literal["replace", "refuse"],
     ) -> None:
-        self.step = step
-        self.layout = layout
-        self._ranks = Ranks(group)
+        super().__init__(step, layout, ranks)
         self._final = directory / step_directory(step)
         self._records: dict[str, FileRecord] = {}
         self._external: list[str] = []
         self._failure: _Failure | None = None
         self._lock = -1
-        self._open = True
         temporary = temporary_directory(directory, step)
         if self._ranks.rank == 0:
             try:
@@ -110,32 +106,9 @@ class Save:
             self._note(f"does not see {self.path}, which the first rank made; all ranks need one shared file system")
         self._agree(None)
 
-    def write_torch(self, path: str, value: Any, *, placements: Sequence[ParameterPlacement] = ()) -> None:
-        """torch.save `value` (see `write_torch_file` for what it may hold); `placements` describe its parameters."""
-        with self.stream(path) as stream:
-            stream.tensors = write_torch_file(stream, value)
-            stream.placements = tuple(placements)
-
-    def write_json(self, path: str, value: Any) -> None:
-        """Write `value` as JSON text; ValueError for NaN and infinities, TypeError for what JSON does not know."""
-        self.write_bytes(path, json.dumps(value, indent=2, allow_nan=False).encode() + b"\n")
-
-    def write_bytes(self, path: str, data: bytes) -> None:
-        """Write `data` as it is."""
-        with self.stream(path) as stream:
-            stream.write(data)
-
-    def write_rank_state(self, state: dict[str, Any]) -> None:
-        """Store what this rank of the job needs to go on (random state, data position, loop); one call a rank."""
-        rank = self._ranks.global_rank
-        self.write_torch(rank_state_file(rank), wrap_rank_state(rank, state))
-
     @contextmanager
-    def stream(self, path: str) -> Iterator["SaveStream"]:
-        """A new file to write piece by piece; hashed on the way, on the disk when the block ends.
-
-        Set the stream's `tensors` and `placements` to have them in the manifest.
-        """
+    def stream(self, path: str) -> Iterator[SaveStream]:
+        """A new file to write piece by piece; hashed on the way, on the disk when the block ends."""
         target = self._new_file(path)
         file: HashingFile | None = None
         if self._failure is None:
@@ -144,7 +117,7 @@ class Save:
                 file = HashingFile(target)
             except OSError as error:
                 self._note_writing(path, error)
-        stream = SaveStream(file)
+        stream = FileStream(file)
         try:
             yield stream
             if file is not None:
@@ -173,19 +146,23 @@ class Save:
         return target
 
     def rename(self, old: str, new: str) -> None:
-        """Give a file that this rank wrote in this save another name."""
+        """One system call; the content is not written again."""
         target = self._new_file(new)
         if self._failure is None:
             try:
                 os.rename(self.path / old, target)
                 self._records[new] = replace(self._records.pop(old), path=new)
+                self._names.discard(old)
             except OSError as error:
                 self._note_writing(new, error)
 
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the first rank of the save, the one that writes what exists once."""
-        return self._ranks.rank == 0
+    def to_host(self, tensor: "Tensor") -> "Tensor":
+        """`tensor` itself where that will do: it is written before the caller goes on."""
+        return host_tensor(tensor)
+
+    def host_copy(self, tensor: "Tensor") -> "Tensor":
+        """A copy in ordinary memory."""
+        return tensor.detach().to("cpu", copy=True).contiguous()
 
     @property
     def failed(self) -> bool:
@@ -195,9 +172,8 @@ class Save:
     def commit(self, metadata: dict[str, Any] | None = None, *, writer: dict[str, str] | None = None) -> Path:
         """Make the save a checkpoint and return its directory, on every rank; collective.
 
-        `metadata` is a JSON object (retention by metric reads `metadata["metrics"]`), `writer` versions to record
-        beside our own; both are taken from the group's first rank. Raises SaveError on every rank, naming the ranks
-        that failed and why; then no checkpoint was made and those of before are as they were.
+        Raises SaveError on every rank, naming the ranks that failed and why; then no checkpoint was made and those of
+        before are as they were. For the arguments see `CheckpointWriter.commit`.
         """
         self._hash_external()
         self._open = False
@@ -237,12 +213,7 @@ class Save:
                 self._note(f"cannot read back {self._final / path}: {_text(error)}")
 
     def _new_file(self, path: str) -> Path:
-        if not self._open:
-            raise RuntimeError(f"{path}: the save is over, nothing more can be written")
-        if path in (MANIFEST_FILE, WRITER_FILE, TRACKER_FILE) or path in self._records or path in self._external:
-            raise CheckpointError(
-                f"{path}: this name is reserved or was written before in the same save; choose another"
-            )
+        self._claim(path)
         return inside(self.path, path)
 
     def _note(self, reason: str) -> None:
@@ -258,7 +229,7 @@ class Save:
         try:
             answers = self._ranks.gather((self._failure, value))
         except RuntimeError as error:
-            raise SaveError(
+            raise RanksLostError(
                 f"{self._final} was not saved: a rank is gone or out of step ({str(error).splitlines()[0]}); earlier"
                 f" checkpoints are untouched, and `mbridge-ckpt prune` removes {self.path.name}"
             ) from error
@@ -280,9 +251,6 @@ class Save:
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -308,16 +276,15 @@ class Save:
             error.add_note(str(failure))
 
 
-class SaveStream:
-    """One file being written; drops what it is given once its rank has failed."""
+class FileStream(SaveStream):
+    """A file on the disk; drops what it is given once its rank has failed."""
 
     def __init__(self, file: HashingFile | None) -> None:
+        super().__init__()
         self._file = file
-        self.tensors: tuple[TensorRecord, ...] = ()
-        self.placements: tuple[ParameterPlacement, ...] = ()
 
-    def write(self, data: bytes | memoryview) -> int:
-        """Write all of `data`; OSError ends the `with` block of this stream."""
+    def write(self, data: bytes | memoryview, /) -> int:
+        """OSError ends the `with` block of this stream."""
         return self._file.write(data) if self._file is not None else memoryview(data).nbytes
 
 

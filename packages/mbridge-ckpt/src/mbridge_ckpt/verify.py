@@ -1,7 +1,8 @@
 """Does a checkpoint on the disk equal what was committed? By sizes and headers in a moment, by checksums in full."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -94,28 +95,55 @@ def check_file(root: Path, record: FileRecord, *, contents: bool = True) -> Path
     Sizes always; with `contents` the checksum, without it the headers and tensor lists.
     """
     path = inside(root, record.path)
-    try:
-        size = path.stat().st_size
-        if size != record.bytes:
-            raise CorruptCheckpointError(
-                f"{path}: {size} bytes, {record.bytes} were written; use another checkpoint, or copy this one again"
-            )
+    with _named_errors(path, record):
+        _check_size(path, record)
         if contents:
-            _, digest = hash_file(path)
-            if digest != record.xxh3_128:
-                raise CorruptCheckpointError(
-                    f"{path}: its content changed since it was written (checksum {digest}, written {record.xxh3_128}); "
-                    "use another checkpoint, or copy this one again"
-                )
+            _check_digest(path, record, hash_file(path)[1])
         else:
             _check_header(path, record)
+    return path
+
+
+def load_checked[T](root: Path, record: FileRecord, load: Callable[[Path], tuple[T, str]]) -> T:
+    """What `load` makes of a file, if the checksum that it gives too is right; raises as `check_file` does."""
+    path = inside(root, record.path)
+    with _named_errors(path, record):
+        _check_size(path, record)
+        try:
+            value, digest = load(path)
+        except CheckpointError:
+            _check_digest(path, record, hash_file(path)[1])  # a changed file may be anything: say that it changed
+            raise
+        _check_digest(path, record, digest)
+        return value
+
+
+@contextmanager
+def _named_errors(path: Path, record: FileRecord) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise IncompleteCheckpointError(
             f"{path}: the file is missing; it was committed with {record.bytes} bytes"
         ) from None
     except OSError as error:
         raise CorruptCheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return path
+
+
+def _check_size(path: Path, record: FileRecord) -> None:
+    size = path.stat().st_size
+    if size != record.bytes:
+        raise CorruptCheckpointError(
+            f"{path}: {size} bytes, {record.bytes} were written; use another checkpoint, or copy this one again"
+        )
+
+
+def _check_digest(path: Path, record: FileRecord, digest: str) -> None:
+    if digest != record.xxh3_128:
+        raise CorruptCheckpointError(
+            f"{path}: its content changed since it was written (checksum {digest}, written {record.xxh3_128}); "
+            "use another checkpoint, or copy this one again"
+        )
 
 
 def _check_header(path: Path, record: FileRecord) -> None:

@@ -158,6 +158,27 @@ class Bridge:
         for name, tensor in self._bridge.export_hf_weights(model, cpu=False, show_progress=False):
             yield name, tensor[:vocab_size] if name in vocabulary else tensor
 
+    def recipe(self, model: list[torch.nn.Module], provider: Any, vocab_size: int) -> list[dict[str, Any]] | None:
+        """What `mbridge_model.export_recipe` returns. Collective over all ranks."""
+        with quiet():
+            tasks = self._bridge.get_conversion_tasks(model)
+        entries: list[dict[str, Any]] = []
+        for task in tasks:
+            if task is None:
+                continue
+            parts = _parts(task)
+            if parts is None:
+                return None
+            for part, name in parts.items():
+                entry = {"name": name, "parameter": task.global_param_name, "part": part}
+                if part in ("query", "key", "value"):
+                    entry |= {"heads": provider.num_attention_heads, "groups": provider.num_query_groups}
+                    entry |= {"head_dim": provider.kv_channels}
+                elif task.global_param_name.endswith(_VOCABULARY_PARAMETERS):
+                    entry["rows"] = vocab_size
+                entries.append(entry)
+        return entries
+
     def check_coverage(self, model: list[torch.nn.Module]) -> None:
         """Check that each weight of the directory has a place in the model, and each parameter a weight.
 
@@ -238,3 +259,21 @@ def _hf_names(task: Any) -> list[str]:
     """The HuggingFace tensors that one Megatron parameter is made of: one, or several such as q, k and v."""
     names = task.mapping.hf_param
     return [names] if isinstance(names, str) else list(names.values())
+
+
+# Megatron-Bridge's mappings of one HuggingFace tensor that only gather what tensor parallelism has cut.
+_PLAIN_MAPPINGS = ("AutoMapping", "ColumnParallelMapping", "DirectMapping", "ReplicatedMapping", "RowParallelMapping")
+_FUSED_MAPPINGS = {
+    "QKVMapping": {"q": "query", "k": "key", "v": "value"},
+    "GatedMLPMapping": {"gate": "gate", "up": "up"},
+}
+
+
+def _parts(task: Any) -> dict[str, str] | None:
+    """HuggingFace name of each part of a Megatron parameter; None if parts alone do not describe the mapping."""
+    kind, names = type(task.mapping).__name__, task.mapping.hf_param
+    if isinstance(names, str):
+        is_plain = kind in _PLAIN_MAPPINGS and getattr(task.mapping, "permute_dims", None) is None
+        return {"whole": names} if is_plain else None
+    parts = _FUSED_MAPPINGS.get(kind)
+    return {parts[key]: name for key, name in names.items()} if parts and names.keys() == parts.keys() else None

@@ -130,6 +130,19 @@ def load(
     return model, handle
 
 
+def export_recipe(model: list[nn.Module], handle: ModelHandle) -> list[dict[str, Any]] | None:
+    """How each HuggingFace tensor is a part of one Megatron parameter, for exporting without Megatron later.
+
+    Collective over all ranks. Each entry has `name` (HuggingFace), `parameter` (Megatron's, layers numbered over the
+    whole model) and `part`: "whole"; "query", "key" or "value" of a fused weight or bias, with `heads`, `groups` and
+    `head_dim`; "gate" or "up" of a gated `linear_fc1`. `rows` are the real tokens of a padded vocabulary.
+
+    Returns:
+        None for a model with a tensor that is not such a part (a permuted or computed one).
+    """
+    return handle.bridge.recipe(model, handle.provider, handle.vocab_size)
+
+
 def forward(
     model: nn.Module,
     *,

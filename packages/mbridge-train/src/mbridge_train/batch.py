@@ -10,10 +10,13 @@ micro-batch size, packing or data parallelism, and partial results combine by ad
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from mbridge_model import VisionInputs
 
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 """How a per-token loss becomes one number; see :func:`aggregation_weights`."""
@@ -21,7 +24,7 @@ Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 
 @dataclass(kw_only=True, slots=True)
 class Sample:
-    """One sequence. All tensors are on the CPU, have one dimension and the same length (at least 1).
+    """One sequence. All tensors are on the CPU and, but for those of images, have the same length (at least 1).
 
     Per-token values are aligned to the token they belong to *as a target*: entry ``t`` concerns the prediction of
     ``tokens[t]`` from ``tokens[:t]``. Nothing predicts the first token, so ``weights[0]`` is 0 and the first entry of
@@ -42,6 +45,10 @@ class Sample:
     """float32 [length]: natural log probabilities under the policy that sampled the tokens."""
     reference_logprobs: Tensor | None = None
     """float32 [length]: natural log probabilities under the reference policy of the KL penalty."""
+    vision: "VisionInputs | None" = None
+    """Images and videos whose placeholders are among the tokens, in their order."""
+    position_ids: Tensor | None = None
+    """int64 [3, length]: positions in time, height and width (`mbridge_model.mrope_position_ids`); None: counted."""
 
     def __post_init__(self) -> None:
         _check_tensor("tokens", self.tokens, torch.int64, None)
@@ -58,6 +65,9 @@ class Sample:
             _check_tensor(name, value, torch.float32, self.length)
             if not bool(value[trained].isfinite().all()):
                 raise ValueError(f"Sample.{name} is not finite on a token with a weight")
+
+        if self.position_ids is not None and self.position_ids.shape != (3, self.length):
+            raise ValueError(f"Sample.position_ids is {list(self.position_ids.shape)} for {self.length} tokens")
 
     @property
     def length(self) -> int:

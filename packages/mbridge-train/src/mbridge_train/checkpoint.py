@@ -10,8 +10,13 @@ from typing import Any, Literal
 
 import torch
 from mbridge_ckpt import (
+    RECIPE_FILE,
+    AsyncSaver,
     Checkpoint,
     CorruptCheckpointError,
+    HfRecipe,
+    HfTensor,
+    Save,
     WholeModel,
     begin_save,
     capture_random_state,
@@ -23,6 +28,7 @@ from mbridge_ckpt import (
     verify,
     write_hf,
 )
+from mbridge_model import export_recipe
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
@@ -51,6 +57,7 @@ def save_checkpoint(
     export_hf: bool = True,
     max_shard_size: str = "5GB",
     file_format: Literal["torch", "torch_dist"] = "torch",
+    saver: AsyncSaver | None = None,
 ) -> Path:
     """Save everything that the run needs to go on. Collective over all ranks.
 
@@ -64,9 +71,10 @@ def save_checkpoint(
         max_shard_size: of that directory's files.
         file_format: "torch": files of each model-parallel rank, by parameter name; "torch_dist": Megatron-Core's
             distributed checkpoint. Both are read under any layout.
+        saver: writes in the background; the weights may change as soon as this returns. Not with "torch_dist".
 
     Returns:
-        The committed directory.
+        The committed directory; with `saver` the one that will be.
 
     Raises:
         mbridge_ckpt.SaveError: on every rank, if one rank could not write; nothing is then left half written.
@@ -75,8 +83,10 @@ def save_checkpoint(
     layout = current_layout()
     ranks = model_parallel_ranks()
     state = optimizer_state.collect(engine.optimizer, parameter_names(engine)) if engine.optimizer else None
-    with begin_save(directory, step=step, layout=layout) as save:
-        if file_format == "torch_dist":
+    recipe = _recipe(engine) if file_format == "torch" else None
+    begin = begin_save if saver is None else saver.begin_save
+    with begin(directory, step=step, layout=layout) as save:
+        if isinstance(save, Save) and file_format == "torch_dist":
             torch_dist.write(engine, save, iteration_directory(step), state)
         elif is_first_data_rank():
             content = {"model": model_state(engine), "iteration": step, "layout": layout.to_json()}
@@ -86,9 +96,19 @@ def save_checkpoint(
         save.write_rank_state({"random": capture_random_state(), "streams": get_cuda_rng_tracker().get_states()})
         if torch.distributed.get_rank() == 0:
             save.write_json(LOOP_FILE, loop_state)
+        if recipe is not None and save.is_first:
+            save.write_bytes(RECIPE_FILE, recipe.to_bytes())
         if export_hf:
             write_hf(save, engine.export_weights(), engine.handle.directory.path, max_shard_size=max_shard_size)
         return save.commit({"metrics": metrics or {}})
+
+
+def _recipe(engine: Engine) -> HfRecipe | None:
+    """For `mbridge-ckpt export-hf`, which makes the HuggingFace copy later and without Megatron."""
+    entries = export_recipe(engine.model, engine.handle)
+    if entries is None:
+        return None
+    return HfRecipe(tensors=tuple(HfTensor(**entry) for entry in entries), source=str(engine.handle.directory.path))
 
 
 def load_checkpoint(engine: Engine, checkpoint: Checkpoint | Path) -> dict[str, Any]:
@@ -98,7 +118,7 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint | Path) -> dict[str, 
     With the same sizes the random streams (dropout's) go on too; with others they stay as they were seeded.
 
     Returns:
-        The `loop_state` that was saved.
+        The `loop_state` that was saved; {} for a checkpoint imported from Megatron-LM, which has none.
 
     Raises:
         TrainError: the checkpoint was written for another model.
@@ -115,7 +135,7 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint | Path) -> dict[str, 
         if own is not None:
             restore_random_state(own["random"])
             get_cuda_rng_tracker().set_states(own["streams"])
-    return checkpoint.load_json(LOOP_FILE)
+    return checkpoint.load_json(LOOP_FILE) if checkpoint.has(LOOP_FILE) else {}
 
 
 def load_model(engine: Engine, checkpoint: Checkpoint) -> None:
@@ -124,7 +144,9 @@ def load_model(engine: Engine, checkpoint: Checkpoint) -> None:
     Raises:
         TrainError: the checkpoint was written for another model.
     """
-    if not _reads_only_own_file(checkpoint):
+    reads_own = [False] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(reads_own, _reads_only_own_file(engine, checkpoint))
+    if not all(reads_own):
         report = verify(checkpoint.path, only_needed_to_resume=True)  # each rank reads a share
         if not report.resumable:
             raise CorruptCheckpointError("; ".join(problem.message for problem in report.problems))
@@ -141,7 +163,7 @@ def load_model(engine: Engine, checkpoint: Checkpoint) -> None:
 def _read_model(engine: Engine, checkpoint: Checkpoint) -> dict[str, Tensor]:
     if torch_dist.is_torch_dist(_iteration(checkpoint)):
         return torch_dist.read_model(engine, _iteration(checkpoint))
-    if not _reads_only_own_file(checkpoint):
+    if not _reads_only_own_file(engine, checkpoint):
         with WholeModel(checkpoint) as whole:
             return relayout.read_model(engine, whole)
     path = model_file(checkpoint.step, checkpoint.layout, **model_parallel_ranks())
@@ -150,7 +172,7 @@ def _read_model(engine: Engine, checkpoint: Checkpoint) -> dict[str, Tensor]:
     wrong = sorted(set(saved) ^ set(own)) or [name for name in own if own[name].shape != saved[name].shape]
     if wrong:
         raise TrainError(
-            f"{checkpoint.path / path} does not fit this model: {len(wrong)} parameter(s) differ, first {wrong[0]!r}; "
+            f"{checkpoint.path / path} does not fit this model: {len(wrong)} tensor(s) differ, first {wrong[0]!r}; "
             "it was written for another model, or another vocabulary or depth"
         )
     return saved
@@ -162,7 +184,7 @@ def _read_optimizer(engine: Engine, checkpoint: Checkpoint) -> dict[str, Any] | 
         return torch_dist.read_optimizer(engine, _iteration(checkpoint))
     if not is_first_data_rank():
         return None
-    if not _reads_only_own_file(checkpoint):
+    if not _reads_only_own_file(engine, checkpoint):
         with WholeModel(checkpoint) as whole:
             return relayout.read_optimizer(engine, whole)
     path = optimizer_file(checkpoint.step, checkpoint.layout, **model_parallel_ranks())
@@ -170,12 +192,16 @@ def _read_optimizer(engine: Engine, checkpoint: Checkpoint) -> dict[str, Any] | 
     return state
 
 
-def _reads_only_own_file(checkpoint: Checkpoint) -> bool:
-    """Whether each rank finds what it needs in the one file of its model-parallel rank, whose checksum it compares."""
+def _reads_only_own_file(engine: Engine, checkpoint: Checkpoint) -> bool:
+    """Whether this rank finds what it needs in the one file of its model-parallel rank, whose checksum it compares."""
     # Data-parallel ranks have the same weights, and the optimizer's state is stored whole, so their number is free.
     layout = current_layout()
-    same = replace(checkpoint.layout, data=layout.data) == layout
-    return same and not torch_dist.is_torch_dist(_iteration(checkpoint))
+    if replace(checkpoint.layout, data=layout.data) != layout or torch_dist.is_torch_dist(_iteration(checkpoint)):
+        return False
+    # With the same sizes, layers may still be cut elsewhere: the first stage of a vision-language model may have more.
+    path = model_file(checkpoint.step, checkpoint.layout, **model_parallel_ranks())
+    stored = {placement.name: placement.global_name for placement in checkpoint.manifest.file(path).placements}
+    return stored == {placement.name: placement.global_name for placement in placements(engine)}
 
 
 def _iteration(checkpoint: Checkpoint) -> Path:

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from mbridge_model import ModelHandle, export
+from mbridge_model import ModelHandle, export, forward
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -245,14 +245,16 @@ class Engine:
             chunk.train(not forward_only)
 
         def forward_step(iterator: Iterator[ModelInputs], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-            inputs = next(iterator).to(self.device)
-            output = model(
-                inputs.tokens,
-                inputs.position_ids,
-                attention_mask=None,
+            inputs = next(iterator)
+            if not parallel_state.is_pipeline_first_stage():
+                inputs.vision = None  # pixels are read there alone
+            inputs = inputs.to(self.device)
+            output = forward(
+                model,
+                tokens=inputs.tokens,
+                position_ids=inputs.position_ids,
                 packed_seq_params=_packed_seq_params(inputs),
-                # Half-precision logits stay so: the log probability reads them in fp32, piece by piece.
-                **({"fp32_output": False} if self.config.bf16 or self.config.fp16 else {}),
+                vision=inputs.vision,
             )
             return output, partial(self._token_outputs, inputs, outputs, temperature, with_entropy)
 

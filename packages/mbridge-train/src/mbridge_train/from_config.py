@@ -99,6 +99,8 @@ def save_settings(actor: ActorConfig, runner: RunnerConfig) -> SaveSettings:
             metric=settings.keep_best_metric if settings.keep_best else None,
             best_is=settings.keep_best_is,
         ),
+        in_background=settings.async_save,
+        when_busy=settings.when_busy,
     )
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import torch
+from mbridge_model import VisionInputs
 from torch import Tensor
 
 from mbridge_train.batch import Sample
@@ -160,7 +161,8 @@ class ModelInputs:
     tokens: Tensor
     """int64 [batch, seq]; 0 in padding."""
     position_ids: Tensor
-    """int64 [batch, seq]: position within the sample, counted on through its padding."""
+    """int64 [batch, seq]: position within the sample, counted on through its padding. [3, batch, seq] (time, height,
+    width) if a sample has positions of its own; padding then has any."""
     targets: Tensor
     """int64 [batch, seq]: the token that the logits here predict."""
     weights: Tensor
@@ -179,6 +181,8 @@ class ModelInputs:
     """Position of each sample's first token in the flattened [batch * seq] layout."""
     sample_lengths: list[int]
     """Tokens of each sample."""
+    vision: VisionInputs | None = None
+    """Images and videos of all samples, in the order of their placeholders; None if there are none."""
 
     def unpack(self, values: Tensor) -> list[Tensor]:
         """Per-position results back to samples.
@@ -208,6 +212,8 @@ class ModelInputs:
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
                 setattr(moved, field.name, value.to(device, non_blocking=True))
+        if self.vision is not None:
+            moved.vision = self.vision.to(device)
         return moved
 
 
@@ -281,7 +287,7 @@ def _lay_out(samples: Sequence[Sample], starts: list[int], position_ids: Tensor)
 
     return ModelInputs(
         tokens=place("tokens", 0, torch.int64),
-        position_ids=position_ids,
+        position_ids=_place_positions(samples, starts, position_ids),
         targets=place("tokens", 1, torch.int64),
         weights=place("weights", 1, torch.float32),
         advantages=place_optional("advantages"),
@@ -292,4 +298,16 @@ def _lay_out(samples: Sequence[Sample], starts: list[int], position_ids: Tensor)
         max_seqlen=None,
         sample_starts=starts,
         sample_lengths=[sample.length for sample in samples],
+        vision=VisionInputs.concatenate([sample.vision for sample in samples if sample.vision is not None]),
     )
+
+
+def _place_positions(samples: Sequence[Sample], starts: list[int], position_ids: Tensor) -> Tensor:
+    """Counted positions, with those that samples have of their own in their places: then in three dimensions."""
+    if all(sample.position_ids is None for sample in samples):
+        return position_ids
+    flat = position_ids.reshape(1, -1).repeat(3, 1)
+    for sample, start in zip(samples, starts, strict=True):
+        if sample.position_ids is not None:
+            flat[:, start : start + sample.length] = sample.position_ids
+    return flat.view(3, *position_ids.shape)

@@ -46,19 +46,25 @@ def placements(engine: Engine) -> list[ParameterPlacement]:
 
     offset = get_transformer_layer_offset(engine.config)
     tied = engine.config.share_embeddings_and_output_weights
+    gated = engine.config.gated_linear_unit
+    vision = engine.handle.family.vision
     found = []
     for name, parameter in unwrapped(engine).named_parameters():
-        is_vocabulary = name in ("embedding.word_embeddings.weight", "output_layer.weight")
+        in_tower = vision is not None and name.startswith(f"{vision.tower}.")
+        is_embedding = name.endswith("embedding.word_embeddings.weight")
+        output_name = name.replace("embedding.word_embeddings", "output_layer")
         found.append(
             place_parameter(
                 name,
                 parameter,
-                stage="first" if name.startswith("embedding.") else "last",
+                stage="first" if in_tower or is_embedding else "last",
                 layer_offset=offset,
                 # Megatron-Core does not mark the fused gate and up projection on every path.
-                partition_stride=2 if ".linear_fc1." in name and engine.config.gated_linear_unit else None,
-                vocabulary_rows=engine.handle.vocab_size if is_vocabulary else None,
-                last_stage_copy="output_layer.weight" if tied and name.startswith("embedding.word") else None,
+                partition_stride=2 if ".linear_fc1." in name and not in_tower and gated else None,
+                vocabulary_rows=engine.handle.vocab_size
+                if is_embedding or name.endswith("output_layer.weight")
+                else None,
+                last_stage_copy=output_name if tied and is_embedding else None,
             )
         )
     return found

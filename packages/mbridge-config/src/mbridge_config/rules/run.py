@@ -47,6 +47,17 @@ def shard_size(context: Context) -> Iterable[Finding]:
         yield Finding(key, "it is not a size in bytes", "write for example 5GB or 512MiB")
 
 
+@rule("async-torch-dist", "runner.checkpoint.async_save", "actor.megatron.ckpt_format", "actor.megatron.use_dist_ckpt")
+def async_torch_dist(context: Context) -> Iterable[Finding]:
+    """Distributed checkpoints are to be written in the background, which only the other format is."""
+    config = context.config
+    megatron = config.actor.megatron
+    if config.runner.checkpoint.async_save and (megatron.use_dist_ckpt or megatron.ckpt_format == "torch_dist"):
+        reason = "torch_dist checkpoints are written by Megatron-Core itself, while training waits"
+        fix = "set actor.megatron.use_dist_ckpt=false and actor.megatron.ckpt_format=torch, or async_save=false"
+        yield Finding("runner.checkpoint.async_save", reason, fix)
+
+
 @rule("keep-best-metric", "runner.checkpoint.keep_best", "runner.checkpoint.keep_best_metric")
 def keep_best(context: Context) -> Iterable[Finding]:
     """The best checkpoints by a validation metric are to be kept, and nothing is validated on the way."""
@@ -60,6 +71,7 @@ def keep_best(context: Context) -> Iterable[Finding]:
 
 RULES = (
     shard_size,
+    async_torch_dist,
     keep_best,
     task_type,
     no_steps,

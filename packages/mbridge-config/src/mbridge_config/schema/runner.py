@@ -26,6 +26,12 @@ class CheckpointConfig:
         1, "HuggingFace copy with every n-th checkpoint and with the last; 0: with none.", minimum=0
     )
     max_shard_size: str = key("5GB", "Largest file of the HuggingFace copy.")
+    async_save: bool = key(
+        False, "Train on while a process beside each rank writes; takes host memory for a copy of what the rank saves."
+    )
+    when_busy: Literal["wait", "refuse"] = key(
+        "wait", "A save that comes while the last one is being written: wait for it, or make none (but for the last)."
+    )
     keep_last: int | None = key(None, "Newest checkpoints to keep. null, with the two below: all.", minimum=1)
     keep_every: int | None = key(None, "Also keep those whose step is a multiple.", unit="steps", minimum=1)
     keep_best: int | None = key(None, "Also keep this many of the best by keep_best_metric.", minimum=1)

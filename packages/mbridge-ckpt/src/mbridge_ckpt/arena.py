@@ -1,0 +1,152 @@
+"""Host memory that another process sees too: what a save in the background copies tensors into.
+
+A memfd, not a file in /dev/shm, which containers limit to 64 MB. It is mapped once, at the size of the machine's
+memory; pages are taken as they are needed and then kept, since the first touch of a page costs several times the copy
+into it. For tensors of a GPU the pages are pinned as they are taken, so that the copies run at the bus's full speed and
+without waiting for each.
+"""
+
+import errno
+import mmap
+import os
+from typing import TYPE_CHECKING
+
+from mbridge_ckpt.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.cuda import Stream
+
+ALIGNMENT = 64
+STEP = 16 << 20  # pages are taken and pinned by so many bytes; one copy from a GPU must not cross two pinned ranges
+
+Extent = tuple[int, int]
+"""Offset and length in bytes."""
+
+
+class Arena:
+    """Shared memory, filled from the beginning at each save. `descriptor` is what another process maps.
+
+    Raises CheckpointError when the memory is not enough.
+    """
+
+    def __init__(self) -> None:
+        import torch
+
+        self.capacity = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // STEP * STEP
+        self.descriptor = os.memfd_create("mbridge-ckpt")
+        try:
+            os.ftruncate(self.descriptor, self.capacity)  # sparse: no memory is taken yet
+        except OSError as error:
+            os.close(self.descriptor)
+            raise CheckpointError(f"no shared memory: {error.strerror}; `ulimit -f` must be unlimited") from None
+        mapping = mmap.mmap(self.descriptor, self.capacity)
+        self._bytes: Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
+        self._used = 0
+        self._taken = 0
+        self._pinned: dict[int, int] = {}  # offset of each pinned range, and its address
+        self._copying: set[Stream] = set()  # CUDA streams with copies that may still run
+
+    @property
+    def taken(self) -> int:
+        """Bytes of memory held, between saves too."""
+        return self._taken
+
+    def reset(self) -> None:
+        """Forget what was stored; the memory is kept for the next save."""
+        self._used = 0
+
+    def store(self, data: bytes | memoryview) -> Extent:
+        """Copy `data` in; data that lies here already is not copied."""
+        import numpy
+
+        view = memoryview(data).cast("B")
+        if not len(view):
+            return self._used, 0
+        source = numpy.frombuffer(view, dtype=numpy.uint8)
+        offset = source.ctypes.data - self._memory.data_ptr()
+        if 0 <= offset < self.capacity:
+            return offset, len(view)
+        offset = self._take(len(view))
+        memoryview(self._memory[offset : offset + len(view)].numpy())[:] = view
+        return offset, len(view)
+
+    def store_tensor(self, tensor: "Tensor") -> "Tensor":
+        """A contiguous CPU copy of `tensor` in the arena; if it comes from a GPU, to be read after `synchronize`."""
+        import torch
+
+        offset = self._take(tensor.nbytes)
+        target = self._memory[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        if not tensor.is_cuda:
+            return target.copy_(tensor.detach())
+        self._copying.add(torch.cuda.current_stream(tensor.device))
+        source = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        position = 0
+        while position < len(source):
+            begin = offset + position
+            self._pin(begin // STEP * STEP)
+            end = min(position + STEP - begin % STEP, len(source))
+            self._memory[begin : offset + end].copy_(source[position:end], non_blocking=True)
+            position = end
+        return target
+
+    def synchronize(self) -> None:
+        """Wait for the copies from a GPU."""
+        while self._copying:
+            self._copying.pop().synchronize()
+
+    def close(self) -> None:
+        """Give the memory back, once the other process has ended and no tensor in the arena is left."""
+        import torch
+
+        if self._bytes is None:
+            return
+        self.synchronize()
+        for address in self._pinned.values():
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
+        self._pinned.clear()
+        self._bytes = None  # and with it the mapping
+        os.close(self.descriptor)
+
+    @property
+    def _memory(self) -> "Tensor":
+        if self._bytes is None:
+            raise RuntimeError("the arena is closed")
+        return self._bytes
+
+    def _take(self, size: int) -> int:
+        """Offset of `size` fresh bytes."""
+        offset = self._used
+        end = offset + -(-size // ALIGNMENT) * ALIGNMENT
+        if end > self._taken:
+            more = -(-(end - self._taken) // STEP) * STEP
+            try:
+                if end > self.capacity:
+                    raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+                os.posix_fallocate(self.descriptor, self._taken, more)  # faster than a fault for each page
+            except OSError as error:
+                raise CheckpointError(
+                    f"no memory for a copy of what is saved ({end} bytes so far): {error.strerror}; save without"
+                    " AsyncSaver, or give the process more memory"
+                ) from None
+            self._taken += more
+        self._used = end
+        return offset
+
+    def _pin(self, offset: int) -> None:
+        import torch
+
+        if offset not in self._pinned:
+            address = self._memory.data_ptr() + offset
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(address, STEP, 0))
+            self._pinned[offset] = address
+
+
+class ArenaReader:
+    """The arena seen from the other process, by the descriptor that it inherited."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._view = memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
+
+    def __getitem__(self, extent: Extent) -> memoryview:
+        return self._view[extent[0] : extent[0] + extent[1]]

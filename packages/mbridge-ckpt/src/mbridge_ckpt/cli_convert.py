@@ -1,0 +1,47 @@
+"""The commands that turn formats into each other: `import-megatron` and `export-hf`."""
+
+import argparse
+
+from mbridge_ckpt.checkpoint import open_checkpoint
+from mbridge_ckpt.cli_output import ProgressBar, print_json, size_text
+from mbridge_ckpt.manifest import read_manifest
+
+
+def run_import_megatron(options: argparse.Namespace) -> int:
+    from mbridge_ckpt.import_megatron import import_megatron
+    from mbridge_ckpt.megatron_tree import find_iteration
+
+    total = sum(file.stat().st_size for file in find_iteration(options.path).glob("mp_rank_*/*.pt"))
+    with ProgressBar("writing", total) as progress:
+        path = import_megatron(
+            options.path,
+            options.destination,
+            optimizer=not options.no_optimizer,
+            vocabulary_rows=options.vocab_size,
+            progress=progress,
+        )
+    manifest = read_manifest(path)
+    if options.json:
+        print_json({"path": path, "layout": manifest.layout, "bytes": manifest.total_bytes})
+    else:
+        print(f"{path}: {manifest.layout}, {size_text(manifest.total_bytes)}")
+    return 0
+
+
+def run_export_hf(options: argparse.Namespace) -> int:
+    from mbridge_ckpt.hf_offline import export_hf
+
+    checkpoint = open_checkpoint(options.path)
+    with ProgressBar("writing", checkpoint.manifest.total_bytes) as progress:
+        report = export_hf(
+            checkpoint.path,
+            options.destination,
+            max_shard_size=options.max_shard_size,
+            hf_files=options.hf_files,
+            progress=progress,
+        )
+    if options.json:
+        print_json(report)
+    else:
+        print(f"{report.path}: {report.tensors} tensors, {size_text(report.bytes)}, from {report.weights_from}")
+    return 0

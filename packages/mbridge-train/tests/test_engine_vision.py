@@ -1,0 +1,172 @@
+"""Vision-language models in the engine: the steps of transformers under each layout, and checkpoints across layouts."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mbridge_ckpt import reshard
+from mbridge_model import MropeSettings, Parallel, VisionInputs
+from mbridge_train.batch import Sample, aggregation_weights
+
+from testing.gang import Gang
+from testing.tiny_models import make_vision_model
+from testing.training_runs import BETAS, SHARDED, WEIGHT_DECAY, build, leave
+from testing.vision_forward import positions_of
+from testing.vision_samples import LAYOUTS, SECONDS_PER_GRID, make_sample, transformers_inputs
+
+STEPS = 3
+FAMILIES = {"qwen2_5_vl": True, "qwen3_vl": False}  # tied embeddings or not
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("engine_vision")
+    for family, tied in FAMILIES.items():
+        make_vision_model(family, tied, root / family)
+    return root
+
+
+def samples(family: str, step: int) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(step)
+    return [make_sample(layout, family == "qwen3_vl", generator) for layout in LAYOUTS.values()]
+
+
+def make_batch(directory: Path, step: int) -> list[Sample]:
+    """Every token but the first is trained, also placeholders: more of the model shows."""
+    settings = MropeSettings.from_directory(directory)
+    raw = samples(directory.name, step)
+    weights = aggregation_weights([torch.arange(len(sample["tokens"])) > 0 for sample in raw], "token-mean")
+    return [
+        Sample(
+            tokens=sample["tokens"],
+            weights=weight,
+            position_ids=positions_of(sample, settings),
+            vision=None
+            if sample["grid_thw"] is None
+            else VisionInputs(pixel_values=sample["pixel_values"], grid_thw=sample["grid_thw"]),
+        )
+        for sample, weight in zip(raw, weights, strict=True)
+    ]
+
+
+def train(engine: Any, directory: Path, first: int, last: int) -> list[tuple[float, float]]:
+    from mbridge_train.losses import sft_loss
+
+    record = []
+    for step in range(first, last):
+        loss = engine.forward_backward(make_batch(directory, step), sft_loss)["loss"]
+        record.append((loss, engine.step().grad_norm))
+    return record
+
+
+def run(directory: Path, parallel: Parallel, batching: dict[str, Any]) -> Any:
+    try:
+        engine = build(directory, parallel, SHARDED, batching=batching)
+        return train(engine, directory, 0, STEPS), engine.logprobs(make_batch(directory, STEPS))
+    finally:
+        leave()
+
+
+def twin(directory: Path) -> tuple[list[tuple[float, float]], list[torch.Tensor]]:
+    """The same of transformers and torch's AdamW in one process."""
+    from mbridge_train.schedule import Schedule
+    from transformers import AutoModelForImageTextToText
+
+    model = AutoModelForImageTextToText.from_pretrained(directory, dtype=torch.float32)
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
+        {"params": [p for p in parameters if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=BETAS)
+    schedule = Schedule(max_lr=3e-3, warmup_steps=4, decay_steps=8, min_lr=1e-4, decay_style="cosine")
+
+    def logprobs(sample: dict[str, Any]) -> torch.Tensor:
+        inputs = transformers_inputs(sample)
+        if directory.name == "qwen2_5_vl" and any(sample["is_video"]):
+            inputs["second_per_grid_ts"] = torch.full((sum(sample["is_video"]),), SECONDS_PER_GRID)
+        logits = model(**inputs).logits[0].log_softmax(-1)
+        return logits[:-1].gather(1, sample["tokens"][1:, None])[:, 0]
+
+    record = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        batch = samples(directory.name, step)
+        count = sum(len(sample["tokens"]) - 1 for sample in batch)
+        loss = -sum(logprobs(sample).sum() for sample in batch) / count
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = schedule.learning_rate(step)
+        optimizer.step()
+        record.append((loss.item(), norm.item()))
+    with torch.no_grad():
+        return record, [torch.cat([torch.zeros(1), logprobs(s)]) for s in samples(directory.name, STEPS)]
+
+
+@pytest.fixture(scope="module")
+def expected(models: Path) -> dict[str, Any]:
+    return {family: twin(models / family) for family in FAMILIES}
+
+
+DENSE, PACKED, BUDGET = {"micro_batch_size": 2}, {"micro_batch_size": 3, "packed": True}, {"token_budget": 80}
+CASES = [
+    (2, "DP 2 dense", Parallel(), DENSE),
+    (2, "TP 2 SP budget", Parallel(tensor=2, sequence=True), BUDGET),
+    (2, "PP 2 packed", Parallel(pipeline=2), PACKED),
+    (4, "TP 2 SP x PP 2 packed", Parallel(tensor=2, pipeline=2, sequence=True), PACKED),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case[1])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_steps_are_those_of_transformers(
+    gang2: Gang, gang4: Gang, models: Path, expected: dict[str, Any], family: str, case: Any
+) -> None:
+    size, _, parallel, batching = case
+    record, logprobs = expected[family]
+    for ours, own_logprobs in (gang2 if size == 2 else gang4).run(run, models / family, parallel, batching):
+        assert ours[0] == pytest.approx(record[0], rel=1e-5)
+        # From the second step on, Adam has amplified the rounding of the first.
+        assert [loss for loss, _ in ours] == pytest.approx([loss for loss, _ in record], abs=1e-4)
+        assert [norm for _, norm in ours] == pytest.approx([norm for _, norm in record], rel=2e-3)
+        for one, other in zip(own_logprobs, logprobs, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-3, rtol=0)
+
+
+def save_and_go_on(directory: Path, output: Path, parallel: Parallel) -> Any:
+    from mbridge_train.checkpoint import save_checkpoint
+
+    try:
+        engine = build(directory, parallel, SHARDED)
+        train(engine, directory, 0, 2)
+        save_checkpoint(engine, output, step=2, loop_state={}, export_hf=False)
+        weights = {name: tensor.clone() for name, tensor in engine.export_weights()}
+        return weights, train(engine, directory, 2, 4)
+    finally:
+        leave()
+
+
+def resume(directory: Path, checkpoint: Path, parallel: Parallel) -> Any:
+    from mbridge_train.checkpoint import load_checkpoint
+
+    try:
+        engine = build(directory, parallel, SHARDED, weights=False)
+        load_checkpoint(engine, checkpoint)
+        weights = {name: tensor.clone() for name, tensor in engine.export_weights()}
+        return weights, train(engine, directory, 2, 4)
+    finally:
+        leave()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_goes_on_under_another_layout(gang2: Gang, models: Path, tmp_path: Path, family: str) -> None:
+    """The tower is on the first stage, whole or cut over tensor-parallel ranks, and that stage has more layers."""
+    weights, record = gang2.run(save_and_go_on, models / family, tmp_path, Parallel(tensor=2))[0]
+    saved = tmp_path / "global_step_2"
+    for checkpoint in (saved, reshard(saved, tmp_path / "even", tensor=1, pipeline=2)):
+        for loaded, ours in gang2.run(resume, models / family, checkpoint, Parallel(pipeline=2)):
+            assert weights.keys() == loaded.keys()
+            assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+            assert [loss for loss, _ in ours] == pytest.approx([loss for loss, _ in record], abs=1e-5)

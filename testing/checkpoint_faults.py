@@ -1,0 +1,65 @@
+"""Make checkpoints in processes that are killed or whose system calls fail, and look at what is left."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from mbridge_ckpt import Layout, find_resume, model_file, open_checkpoint, optimizer_file
+
+WORKER = Path(__file__).parents[1] / "packages/mbridge-ckpt/tests/fault_worker.py"
+
+
+class Worker:
+    """The process of fault_worker.py."""
+
+    def __init__(self, scratch: Path) -> None:
+        self._scratch = scratch
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(WORKER)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        self._count = 0
+
+    def save(self, directory: Path, step: int, world: int = 1, **fault: object) -> list[dict[str, Any] | None]:
+        self._count += 1
+        command = {"directory": str(directory), "step": step, "world": world} | fault
+        command["rendezvous"] = str(self._scratch / f"rendezvous_{self._count}")
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        answers: list[dict[str, Any] | None] = json.loads(self.process.stdout.readline())
+        return answers
+
+
+def content(step: int, rank: int) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return {"model": {f"layer.{i}": torch.randn(61, 67, generator=generator) for i in range(2)}, "iteration": step}
+
+
+def assert_newest_is_whole(directory: Path, at_least: int, world: int = 1) -> int:
+    """The newest checkpoint is committed, needs no passing over, and equals what its save was given."""
+    resume = find_resume(directory)
+    assert resume.checkpoint is not None and resume.checkpoint.step >= at_least
+    assert all("unfinished" in item.reason for item in resume.passed_over), resume.passed_over
+    step = resume.checkpoint.step
+    for rank in range(world):
+        expected = content(step, rank)
+        found = resume.checkpoint.load_torch(model_file(step, Layout(tensor=world), tensor_rank=rank))
+        moments = resume.checkpoint.load_torch(optimizer_file(step, Layout(tensor=world), tensor_rank=rank))
+        assert found["iteration"] == moments["step"] == step
+        for name, tensor in expected["model"].items():
+            assert torch.equal(found["model"][name], tensor) and torch.equal(moments["exp_avg"][name], tensor)
+    assert open_checkpoint(directory / "latest").step <= step  # behind, if the kill came between rename and link
+    return step
+
+
+def forget_step_2(directory: Path) -> None:
+    shutil.rmtree(directory / "global_step_2")
+    (directory / "latest").unlink(missing_ok=True)
+    (directory / "latest").symlink_to("global_step_1")
