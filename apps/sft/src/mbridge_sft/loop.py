@@ -70,20 +70,12 @@ def _train(config: SFTConfig, command: list[str]) -> None:
     trainer = SFTTrainer(config, engine=engine, encoder=_encoder(config), say=output.message)
     checkpoints = RunSaver(engine, output.checkpoints, save_settings(config.actor, runner), resumed_from=resume)
 
-    def evaluated() -> dict[str, float]:
-        assert evaluation is not None
-        started = time.perf_counter()
-        result = trainer.evaluate(evaluation)
-        if output.is_writer:
-            output.report_section = example_grid(result.shown)
-        return result.metrics | {"time/validation": time.perf_counter() - started}
-
     with output.recording(total_steps=steps, first_step=first), checkpoints:
         if first == 0 and evaluation is not None:
-            output.step(0, evaluated())
+            output.step(0, _evaluated(trainer, evaluation, output))
         batches = trainer.batches(training, first_step=first, bad_rows=bad_rows)
         started = time.perf_counter()
-        for number, batch in enumerate(batches, start=first + 1):
+        for number, batch in zip(range(first + 1, steps + 1), batches, strict=False):
             waited = time.perf_counter() - started
             metrics = trainer.step(batch) | {"time/data": waited, "bad_rows": float(len(batches.bad_rows))}
             checkpoints.check()
@@ -91,15 +83,13 @@ def _train(config: SFTConfig, command: list[str]) -> None:
             metrics |= {"time/other": seconds - waited - metrics["time/train"], "time/step": seconds}
             last = number == steps
             if evaluation is not None and (last or is_due(number, runner.val_check_interval)):
-                metrics |= evaluated()
+                metrics |= _evaluated(trainer, evaluation, output)
             if checkpoints.is_due(number, last=last):
                 started = time.perf_counter()
                 state = {"step": number, "data": data_state, "bad_rows": list(batches.bad_rows)}
                 checkpoints.save(number, last=last, loop_state=state, metrics=metrics)
                 metrics["time/save"] = time.perf_counter() - started
             output.step(number, metrics)
-            if last:
-                break
             started = time.perf_counter()
 
 
@@ -118,10 +108,16 @@ def _evaluate(config: SFTConfig, command: list[str]) -> None:
         step = checkpoint.step
     trainer = SFTTrainer(config, engine=engine, encoder=_encoder(config), say=output.message)
     with output.recording(total_steps=step, first_step=0):
-        result = trainer.evaluate(evaluation)
-        if output.is_writer:
-            output.report_section = example_grid(result.shown)
-        output.step(step, result.metrics)
+        output.step(step, _evaluated(trainer, evaluation, output))
+
+
+def _evaluated(trainer: SFTTrainer, examples: Examples, output: RunOutput) -> dict[str, float]:
+    """Metrics of an evaluation, whose examples the report will show."""
+    started = time.perf_counter()
+    result = trainer.evaluate(examples)
+    if output.is_writer:
+        output.report_section = example_grid(result.shown)
+    return result.metrics | {"time/validation": time.perf_counter() - started}
 
 
 def _engine(config: SFTConfig, *, optimizer_steps: int | None) -> Engine:
