@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mbridge_config import ConfigError, check, compose, parse_arguments
+from mbridge_config import ConfigError, SFTConfig, check, compose, parse_arguments
 from mbridge_config.catalog import config_directory, config_names, installed_directories
 from mbridge_config.cli import main
 
@@ -119,7 +119,9 @@ def test_configs_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, p
 def test_configs_of_the_reasoning_app(tmp_path: Path) -> None:
     if "reasoning" not in installed_directories():
         pytest.skip("the reasoning app is not installed")
-    report = check(compose("quickstart", overrides=[f"runner.output_dir={tmp_path}"], strict=False), world_size=2)
+    report = check(
+        compose("reasoning/quickstart", overrides=[f"runner.output_dir={tmp_path}"], strict=False), world_size=2
+    )
     assert report.errors == []
     with pytest.raises(ConfigError) as error:
         compose("qwen2.5-1.5b-grpo-megatron")
@@ -128,3 +130,13 @@ def test_configs_of_the_reasoning_app(tmp_path: Path) -> None:
         "data.train_data_paths",
         "data.val_data_paths",
     }
+
+
+def test_a_name_that_two_apps_have() -> None:
+    with pytest.raises(ConfigError, match="use one of reasoning/quickstart, sft/quickstart"):
+        compose("quickstart")
+    assert isinstance(compose("sft/quickstart"), SFTConfig)
+    assert isinstance(compose("qwen3_vl_megatron_sft_vlm", overrides=GIVEN), SFTConfig)
+
+
+GIVEN = [f"{key}=x" for key in ("actor.model.model_path", "data.train_data_paths", "data.val_data_paths")]

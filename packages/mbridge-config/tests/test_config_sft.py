@@ -147,7 +147,7 @@ def test_freezing_a_text_model(checked: Checked, model: Path) -> None:
 
 def test_the_model_under_the_key_of_reasoning(checked: Checked, model: Path) -> None:
     report = checked("actor.model.model_path=null", f"actor.megatron.ckpt_convertor.hf_model_path={model}")
-    problem = report.errors[0]
+    (problem,) = report.errors
     assert problem.id == "hf-path-empty" and problem.key == "actor.model.model_path"
     assert "actor.megatron.ckpt_convertor.hf_model_path is set" in problem.reason
     assert "an SFT run reads its model from actor.model.model_path" in problem.reason

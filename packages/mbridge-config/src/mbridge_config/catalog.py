@@ -68,8 +68,7 @@ def find_config(name: str, directories: Iterable[Path]) -> tuple[Path, Path]:
     wanted = name.removesuffix(SUFFIX)
     directories = list(directories)
     for directory in directories:
-        names = config_names(directory)
-        matches = [wanted] if wanted in names else [known for known in names if known.rpartition("/")[2] == wanted]
+        matches = _matches(wanted, directory)
         if len(matches) == 1:
             return directory / f"{matches[0]}{SUFFIX}", directory
         if matches:
@@ -83,6 +82,28 @@ def find_config(name: str, directories: Iterable[Path]) -> tuple[Path, Path]:
     close = [leaves[leaf] for leaf in difflib.get_close_matches(wanted.rpartition("/")[2], leaves, n=5, cutoff=0.3)]
     listing = [*close, *(known for known in available if known not in close)]
     raise _wrong_name(name, "there is no such config", f"available, nearest first: {', '.join(listing)}")
+
+
+def find_installed_config(name: str) -> tuple[Path, Path]:
+    """`find_config` among all installed apps; `sft/quickstart` means the one of the app sft.
+
+    Raises `ConfigError`, also where several apps have a config of this name.
+    """
+    apps = installed_directories()
+    app, _, rest = name.partition("/")
+    if rest and app in apps:
+        return find_config(rest, [apps[app]])
+    holders = [app for app, directory in apps.items() if _matches(name.removesuffix(SUFFIX), directory)]
+    if len(holders) > 1 and not Path(name).is_file():
+        fix = f"use one of {', '.join(f'{app}/{name}' for app in holders)}"
+        raise _wrong_name(name, "more than one app has a config of this name", fix)
+    return find_config(name, apps.values())
+
+
+def _matches(wanted: str, directory: Path) -> list[str]:
+    """Names in `directory` that `wanted` may mean: itself, or all whose last part it is."""
+    names = config_names(directory)
+    return [wanted] if wanted in names else [known for known in names if known.rpartition("/")[2] == wanted]
 
 
 def _wrong_name(name: str, reason: str, fix: str) -> ConfigError:

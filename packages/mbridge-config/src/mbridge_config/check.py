@@ -55,7 +55,10 @@ def check(config: RunConfig, world_size: int | None = None) -> Report:
     problems = list(config.origin.problems)
     world_size = expected_world_size(config) if world_size is None else world_size
     facts = _read(config, hf_key(config), hf_directory, _model_facts(config), problems)
-    size = _read(config, TOKENIZER_KEY, tokenizer_directory, _tokenizer_size(config), problems)
+    size = None
+    # The tokenizer of SFT is the model's unless its key is set, so an empty model key is one mistake, not two.
+    if not isinstance(config, SFTConfig) or config.actor.tokenizer.tokenizer_model:
+        size = _read(config, TOKENIZER_KEY, tokenizer_directory, _tokenizer_size(config), problems)
     context = Context(config=config, facts=facts, tokenizer_size=size, world_size=world_size)
     for rule in SFT if isinstance(config, SFTConfig) else REASONING:
         problems += rule.problems(context)

@@ -93,7 +93,7 @@ def _as_json(name: str, report: Any) -> dict[str, Any]:
 
 
 def _listing() -> str:
-    names = [name for directory in installed_directories().values() for name in config_names(directory)]
+    names = [f"{app}/{name}" for app, directory in installed_directories().items() for name in config_names(directory)]
     return "configs of installed apps:\n" + ("\n".join(f"  {name}" for name in names) or "  none")
 
 

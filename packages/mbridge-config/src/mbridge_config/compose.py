@@ -8,11 +8,11 @@ tree is converted, so that all mistakes are found at once.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-from mbridge_config.catalog import config_directory, find_config, given_directory, installed_directories
+from mbridge_config.catalog import config_directory, find_config, find_installed_config, given_directory
 from mbridge_config.convert import convert
 from mbridge_config.derive import derive
 from mbridge_config.keys import default_of, hints, is_section, spec_of
@@ -60,14 +60,14 @@ def compose(
     """The config `config_name` with `overrides` (`key=value`, `+key=value`, `++key=value`, `~key`).
 
     The name is looked up in `config_path`; without one, in the configs of the app with the import name
-    `package_config`; without both, in those of all installed apps. `schema` is `ReasoningConfig` or `SFTConfig`;
-    without it `runner.task_type` decides. Raises `ConfigError` with everything that is
-    wrong in names, syntax, keys and types; with `strict=False` mistakes in keys and types are left in
+    `package_config`; without both, in those of all installed apps (`sft/quickstart` is that of the app sft). `schema`
+    is `ReasoningConfig` or `SFTConfig`; without it `runner.task_type` decides. Raises `ConfigError` with everything
+    that is wrong in names, syntax, keys and types; with `strict=False` mistakes in keys and types are left in
     `config.origin.problems`, for `check` to report them together with its own.
     """
     from mbridge_config.hydra_tree import hydra_tree  # YAML and Hydra take most of a second to import
 
-    file, directory = find_config(config_name, _directories(config_path, package_config))
+    file, directory = _find(config_name, config_path, package_config)
     tree, places = hydra_tree(file, directory, overrides)
     origin = Origin(name=config_name, file=str(file), places=places)
     return from_tree(tree, origin, schema or schema_of(tree), strict=strict)
@@ -84,12 +84,12 @@ def from_tree(tree: Mapping[Any, Any], origin: Origin, schema: type[Schema], *, 
     return config
 
 
-def _directories(config_path: str | Path | None, package_config: str | None) -> Iterable[Path]:
+def _find(name: str, config_path: str | Path | None, package_config: str | None) -> tuple[Path, Path]:
     if config_path is not None:
-        return [given_directory(config_path)]
+        return find_config(name, [given_directory(config_path)])
     if package_config is not None:
-        return [config_directory(package_config)]
-    return installed_directories().values()
+        return find_config(name, [config_directory(package_config)])
+    return find_installed_config(name)
 
 
 def defaults_tree(schema: type) -> dict[str, Any]:
