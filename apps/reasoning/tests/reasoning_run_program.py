@@ -17,6 +17,8 @@ from pathlib import Path
 from mbridge_ckpt import Layout, begin_save
 from mbridge_reasoning import cli
 
+from testing.app_runs import files
+
 SHORT = (
     "runner.max_steps=4",
     "runner.save_interval=2",
@@ -62,10 +64,6 @@ def mistake(name: str, directory: Path, *overrides: str) -> dict[str, object]:
     with contextlib.redirect_stderr(io.StringIO()) as said:
         code = cli.main()
     return {"code": code, "said": said.getvalue(), "changed": sorted(files(directory) ^ before)}
-
-
-def files(directory: Path) -> set[str]:
-    return {f"{path} {path.stat().st_mtime_ns}" for path in directory.rglob("*")}
 
 
 def mistakes(directory: Path) -> None:

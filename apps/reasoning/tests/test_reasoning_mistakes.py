@@ -14,6 +14,8 @@ from mbridge_ckpt import Layout, begin_save
 from mbridge_reasoning import cli
 from mbridge_reasoning.tiny import TinyGeometry, write_tiny_model
 
+from testing.app_runs import tree
+
 Fail = Callable[..., str]
 HF = "actor.megatron.ckpt_convertor.hf_model_path"
 TP = "actor.model.tensor_model_parallel_size"
@@ -56,13 +58,6 @@ def settings() -> list[str]:
         "runner.experiment_name=mine",
         "runner.max_steps=1",
     ]
-
-
-def tree(directory: Path) -> dict[str, bytes | None]:
-    return {
-        path.relative_to(directory).as_posix(): path.read_bytes() if path.is_file() else None
-        for path in directory.rglob("*")
-    }
 
 
 @pytest.fixture

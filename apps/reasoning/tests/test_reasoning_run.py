@@ -1,20 +1,16 @@
 """Whole runs of the app: what they leave, and that a run which was stopped goes on as if it had not been."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from testing.app_runs import assert_same_state, execute, leaves, metrics, saved
+
 PROGRAM = Path(__file__).parent / "reasoning_run_program.py"
-TIMES = re.compile(r"time/|tokens_per_second$|time$")
 
 
 @pytest.fixture(scope="module")
@@ -22,54 +18,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The directory that the program's runs are in, and what they printed."""
     directory = tmp_path_factory.mktemp("runs")
     return directory, execute(str(PROGRAM), str(directory))
-
-
-def execute(*words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=840,
-        check=False,
-    )
-    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    assert "Traceback" not in done.stderr
-    return done.stdout
-
-
-def metrics(run: Path) -> dict[int, dict[str, float]]:
-    """By step, without what is measured with a clock."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return {
-        record["step"]: {name: value for name, value in record.items() if not TIMES.match(name)} for record in records
-    }
-
-
-def saved(run: Path, step: int, file: str) -> Any:
-    directory = run / "checkpoints" / f"global_step_{step}" / "actor" / f"iter_{step:07d}" / "mp_rank_00"
-    return torch.load(directory / file, weights_only=True)
-
-
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every tensor and scalar in nested containers, with its place."""
-    if isinstance(value, dict | list | tuple):
-        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from leaves(item, f"{path}.{key}")
-    else:
-        yield path, value
-
-
-def assert_same_state(one: Any, other: Any) -> None:
-    first, second = dict(leaves(one)), dict(leaves(other))
-    assert first.keys() == second.keys()
-    for place, value in first.items():
-        if isinstance(value, torch.Tensor):
-            # Bits, so that not even 0.0 and -0.0 count as the same.
-            assert value.dtype == second[place].dtype, place
-            assert value.numpy(force=True).tobytes() == second[place].numpy(force=True).tobytes(), place
-        else:
-            assert value == second[place], place
 
 
 def test_resumed_run_has_the_metrics_of_the_unbroken_one(runs: tuple[Path, str]) -> None:

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from mbridge_config.keys import key, no_effect, section
 from mbridge_config.origin import Origin
-from mbridge_config.schema.actor import ActorConfig
+from mbridge_config.schema.actor import ActorConfig, TokenizerConfig
 from mbridge_config.schema.cluster import ClusterConfig, LauncherConfig
 from mbridge_config.schema.model import ModelConfig
 from mbridge_config.schema.runner import RunnerConfig
@@ -34,6 +34,14 @@ class SFTModelConfig(ModelConfig):
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
+class SFTTokenizerConfig(TokenizerConfig):
+    """`actor.tokenizer` of an SFT run."""
+
+    tokenizer_model: str | None = key(None, "Directory of tokenizer, processor and chat template. null: model_path.")
+    use_fast: bool = no_effect(True, "processors have their tokenizer's Rust implementation")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
 class SFTActorConfig(ActorConfig):
     """`actor` of an SFT run."""
 
@@ -47,6 +55,7 @@ class SFTActorConfig(ActorConfig):
         None, "Examples evaluated at once over all ranks. null: global_batch_size.", unit="examples", minimum=1
     )
     model: SFTModelConfig = section(SFTModelConfig, "The model.")
+    tokenizer: SFTTokenizerConfig = section(SFTTokenizerConfig, "The tokenizer.")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

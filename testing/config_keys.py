@@ -1,0 +1,49 @@
+"""Which keys of a config some code reads, so that no setting is silently without effect."""
+
+import ast
+from importlib.util import find_spec
+from pathlib import Path
+
+from mbridge_config import key_table
+from mbridge_config.keys import Status
+
+# These declare, fill in and describe keys; none of them acts on a value.
+NOT_READERS = ("schema", "derive.py", "plan.py")
+
+
+def unread_keys(schema: type, packages: tuple[str, ...], status: Status) -> tuple[list[str], int]:
+    """Keys of `schema` with this status that nothing in the packages reads, and how many keys have the status.
+
+    A key counts as read if an attribute of its name is, or if its full name is in the sources. Keys that leave no
+    choice, as every value but the default is refused or means the same, are not listed.
+    """
+    names = _names_read(packages)
+    infos = [info for info in key_table(schema) if info.spec.status is status]
+    unread = [
+        info.path
+        for info in infos
+        if info.path.rpartition(".")[2] not in names and info.path not in names and not info.spec.refused
+    ]
+    return unread, len(infos)
+
+
+def _names_read(packages: tuple[str, ...]) -> set[str]:
+    """Attributes that the sources read, and all text in them, since some keys are looked up by their full name."""
+    found = set()
+    for file in _sources(packages):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                found.add(node.attr)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.add(node.value)
+    return found
+
+
+def _sources(packages: tuple[str, ...]) -> list[Path]:
+    files = []
+    for package in packages:
+        spec = find_spec(package)
+        assert spec is not None and spec.origin is not None
+        root = Path(spec.origin).parent
+        files += [file for file in root.rglob("*.py") if not set(NOT_READERS) & set(file.relative_to(root).parts)]
+    return files
