@@ -19,6 +19,8 @@ from mbridge_sft.examples import Example, ImageReference
 from mbridge_sft.images import LARGEST, PixelLimits, decode
 from mbridge_sft.template import ChatTemplate
 
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Encoded:
@@ -61,7 +63,7 @@ class Encoder:
         train_on: Literal["last", "all"] = "last",
         limits: PixelLimits | None = None,
     ) -> None:
-        self._arguments = {"max_length": max_length, "train_on": train_on, "limits": limits}
+        self._again = partial(Encoder, model_directory, max_length=max_length, train_on=train_on, limits=limits)
         self._directory = Path(model_directory)
         self._max_length = max_length
         self._train_on = train_on
@@ -85,6 +87,9 @@ class Encoder:
         self._template = ChatTemplate(self.tokenizer, template, str(self._directory))
 
     def _load(self, kind: Any) -> Any:
+        # transformers makes an empty tokenizer where it finds none of the files.
+        if not any((self._directory / name).is_file() for name in _TOKENIZER_FILES):
+            raise DataError(f"{self._directory} has none of {', '.join(_TOKENIZER_FILES)}; complete the download")
         try:
             return kind.from_pretrained(self._directory, local_files_only=True)
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -92,7 +97,7 @@ class Encoder:
             raise DataError(f"{self._directory}: its {name} cannot be loaded: {error}") from None
 
     def __reduce__(self) -> Any:
-        return partial(Encoder, self._directory, **self._arguments), ()
+        return self._again, ()
 
     def encode(self, example: Example) -> Encoded:
         """The example as one sequence.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from mbridge_sft.errors import RowError
 from mbridge_sft.examples import ImageReference
@@ -15,8 +15,9 @@ from mbridge_sft.examples import ImageReference
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Formats that are decoded in this process; PIL would hand others to programs such as Ghostscript."""
 
-LARGEST = 2**28
-"""Pixels of an image over which it is refused unread: a small file can unpack to terabytes."""
+LARGEST = 2**27
+"""Pixels of an image over which it is refused unread, since a small file can unpack to terabytes. (PIL has a limit of
+its own, which is somewhat higher.)"""
 
 LARGEST_FILE = 2**28
 """Bytes of a file."""
@@ -63,7 +64,7 @@ def decode(image: ImageReference, source: str, *, most_pixels: int = LARGEST) ->
     except RowError:
         raise
     except Exception as error:  # noqa: BLE001 - decoders raise anything on a broken file
-        reason = "no image format that is read here" if isinstance(error, Image.UnidentifiedImageError) else error
+        reason = "no image format that is read here" if isinstance(error, UnidentifiedImageError) else error
         raise RowError(f"{source}: the image of {len(data)} bytes cannot be decoded: {reason}") from None
 
 

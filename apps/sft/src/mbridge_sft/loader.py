@@ -7,7 +7,6 @@ batch would depend on it.
 
 from collections.abc import Callable, Iterable, Iterator
 from itertools import count, takewhile
-from typing import cast
 
 from mbridge_sft.errors import DataError, LongRowError, RowError
 from mbridge_sft.examples import Example, Examples
@@ -103,7 +102,7 @@ class EncodedBatches[T]:
                 if isinstance(outcome, RowError):
                     self._leave_out(row, outcome)
                 else:
-                    batch.append(cast("T", outcome))
+                    batch.append(outcome)
             if not batch:
                 raise DataError(
                     f"no row of batch {step} can be used, the last of them {self._examples.source(rows[-1])}; correct "

@@ -7,6 +7,8 @@ by row groups, of which a few small ones are kept: HuggingFace writes 100 rows a
 import ast
 import json
 import re
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal
 
@@ -66,8 +68,9 @@ class ParquetFile:
             if key not in names:
                 raise DataError(f"{path} has no column {key!r}, only {', '.join(names)}: correct data.{setting}")
         metadata = self._file.metadata
-        self._group_rows = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
-        if not sum(self._group_rows):
+        # Of each row group, the row behind its last.
+        self._ends = list(accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)))
+        if not len(self):
             raise DataError(f"{path} has no rows: give a file with at least one, or take it out")
 
     def _open(self) -> None:
@@ -85,7 +88,7 @@ class ParquetFile:
         self._open()
 
     def __len__(self) -> int:
-        return sum(self._group_rows)
+        return self._ends[-1] if self._ends else 0
 
     def source(self, index: int) -> str:
         """File and row."""
@@ -121,10 +124,8 @@ class ParquetFile:
     def _row(self, index: int) -> dict[str, Any]:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        group = 0
-        while index >= self._group_rows[group]:
-            index -= self._group_rows[group]
-            group += 1
+        group = bisect_right(self._ends, index)
+        index -= self._ends[group - 1] if group else 0
         columns = [self._prompt_key, self._answer_key, *self._image_keys]
         columns += [self._choice_key] if self._has_choices else []
         try:
@@ -140,7 +141,7 @@ class ParquetFile:
             raise RowError(f"{self._path} row group {group} cannot be read: {error}") from None
 
     def _stream(self, group: int, index: int, columns: list[str]) -> dict[str, Any]:
-        for batch in self._file.iter_batches(batch_size=16, row_groups=[group], columns=columns):
+        for batch in self._file.iter_batches(batch_size=16, row_groups=[group], columns=columns, use_threads=False):
             if index < len(batch):
                 return dict(batch.slice(index, 1).to_pylist()[0])
             index -= len(batch)

@@ -65,21 +65,23 @@ class ChatTemplate:
         while mark in full:
             mark += "@"
         marked = [*turns[:index], {"role": "assistant", "content": mark}, *turns[index + 1 :]]
-        before, _, after = self._render(marked).partition(mark)
+        before, found, after = self._render(marked).partition(mark)
         prompt = self._render(turns[:index], add_generation_prompt=True)
-        if prompt != self._render(turns[:index]) and full.startswith(prompt):
+        has_prompt = prompt != self._render(turns[:index])
+        if has_prompt and full.startswith(prompt):
             start = len(prompt)
-        elif full.startswith(before):
-            # The prompt has a think block that the template leaves out of past turns, or there is no prompt at all.
+        elif full.startswith(before) and (not has_prompt or prompt.startswith(before)):
+            # There is no generation prompt, or it ends with a think block that the template takes out of past turns.
             start = len(before)
         else:
-            start = len(full) + 1
+            found = ""
         content_end = len(full) - len(after)
-        if not full.endswith(after) or start > content_end:
+        if not found or not full.endswith(after) or start > content_end:
             raise DataError(
                 f"{source}: the chat template of {self._name} does not show where the assistant's turn {index + 1} "
-                "begins: its text is neither the generation prompt nor the same header followed by the answer; "
-                "use a template that writes each turn independently of the later ones"
+                "begins and ends: its text is not what follows the generation prompt; use a template that writes a "
+                "turn in the same way whatever comes later"
+                + (", or set data.train_on=last" if index + 1 < len(turns) else "")
             )
         return start, content_end + self._end(after, source)
 

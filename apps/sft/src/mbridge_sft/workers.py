@@ -37,12 +37,15 @@ def encode_row[T](examples: Examples, encode: Callable[[Example], T], row: int) 
 
 
 class WorkerPool[T]:
-    """`workers` processes that map rows to `encode_row(examples, encode, row)`."""
+    """`workers` processes that map rows to `encode_row(examples, encode, row)`.
+
+    The module of `encode` is imported in them, so it should not import what only training needs.
+    """
 
     def __init__(self, examples: Examples, encode: Callable[[Example], T], workers: int) -> None:
         self._examples = examples
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, "mbridge_sft.data", "mbridge_sft.encode"])
+        context.set_forkserver_preload([__name__, encode.__module__])
         self._processes: list[Any] = []
         self._idle: SimpleQueue[tuple[Connection, Any]] = SimpleQueue()
         for number in range(workers):
