@@ -23,6 +23,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return directory, execute(str(PROGRAM), str(directory))
 
 
+def validation(run: Path, step: int) -> dict[str, float]:
+    return {name: value for name, value in metrics(run)[step].items() if name.startswith("validation/")}
+
+
 def test_resumed_run_has_the_metrics_of_the_unbroken_one(runs: tuple[Path, str]) -> None:
     directory, _ = runs
     unbroken = metrics(directory / "unbroken")
@@ -93,11 +97,10 @@ def test_loss_and_evaluation_agree_with_transformers(runs: tuple[Path, str]) -> 
 
 def test_evaluation_alone_says_what_training_said(runs: tuple[Path, str]) -> None:
     directory, _ = runs
-    last = metrics(directory / "unbroken")[4]
-    expected = {name: value for name, value in last.items() if name.startswith("validation/")}
+    expected = validation(directory / "unbroken", 4)
     assert {"validation/loss", "validation/accuracy", "validation/accuracy_by_mean"} <= expected.keys()
-    assert metrics(directory / "unbroken" / "evaluation") == {4: expected}
-    assert metrics(directory / "from-hf" / "evaluation") == {0: pytest.approx(expected, rel=1e-6)}
+    assert validation(directory / "unbroken" / "evaluation", 4) == expected
+    assert validation(directory / "from-hf" / "evaluation", 0) == pytest.approx(expected, rel=1e-6)
     assert not (directory / "from-hf" / "checkpoints").exists()
 
 
@@ -163,5 +166,5 @@ def test_other_layouts_train_and_evaluate_alike(runs: tuple[Path, str]) -> None:
     stages = metrics(directory / "stages")
     for step in (3, 4):
         assert stages[step] == pytest.approx(unbroken[step], rel=1e-3, abs=1e-4)
-    expected = {name: value for name, value in stages[4].items() if name.startswith("validation/")}
-    assert metrics(directory / "ranks" / "evaluation") == {4: pytest.approx(expected, rel=1e-5)}
+    expected = validation(directory / "stages", 4)
+    assert validation(directory / "ranks" / "evaluation", 4) == pytest.approx(expected, rel=1e-5)
