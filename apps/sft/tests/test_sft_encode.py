@@ -3,6 +3,7 @@
 import io
 import json
 import pickle
+import re
 import shutil
 
 import pytest
@@ -12,7 +13,7 @@ from mbridge_sft.errors import DataError, LongRowError, RowError
 from mbridge_sft.examples import Example, ImageReference, Message
 from mbridge_sft.images import PixelLimits
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2_5_VLProcessor
 
 SIZES = [(32, 32), (17, 55), (70, 33)]
 
@@ -88,6 +89,24 @@ def test_equal_to_the_processor_on_several_images(tiny_model, limits):
     assert trained == "No 𝄞<|im_end|>"
     if limits is None:  # heights and widths to the nearest 16 pixels, two patches
         assert encoded.vision.grid_thw.tolist() == [[1, 4, 8], [1, 4, 4], [1, 6, 2]]
+
+
+def test_equal_to_the_processor_of_qwen2_5_vl(tiny_model, tmp_path):
+    processor = AutoProcessor.from_pretrained(tiny_model)
+    parts = {name: getattr(processor, name) for name in ("image_processor", "tokenizer", "video_processor")}
+    processor = Qwen2_5_VLProcessor(**parts, chat_template=processor.chat_template)
+    processor.save_pretrained(tmp_path)
+    config = json.loads((tiny_model / "config.json").read_text())
+    config |= {"architectures": ["Qwen2_5_VLForConditionalGeneration"], "model_type": "qwen2_5_vl"}
+    config["vision_config"] |= {"tokens_per_second": 2}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    images = [picture(*size) for size in SIZES[:2]]
+    encoded = Encoder(tmp_path).encode(example(*map(reference, images), "Which?"))
+    text = re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>", processor.tokenizer.decode(encoded.tokens))
+    expected = processor(text=[text], images=images, return_tensors="pt")
+    assert encoded.tokens.tolist() == expected["input_ids"][0].tolist()
+    assert torch.equal(encoded.vision.pixel_values, expected["pixel_values"])
+    assert encoded.position_ids.shape == (3, len(encoded.tokens))
 
 
 @pytest.mark.parametrize(

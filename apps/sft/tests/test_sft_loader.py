@@ -119,8 +119,10 @@ def test_long_rows_are_bad_unless_they_may_be_left_out(tmp_path):
         take(EncodedBatches(examples, number, batch_size=1, seed=None, skip_long=True), 2)
 
 
-def test_a_worker_that_dies_names_the_row(tmp_path):
-    batches = EncodedBatches(rows(tmp_path, [0, 1, "kill", 3]), number, batch_size=2, seed=None, workers=2)
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_worker_that_dies_names_the_row(tmp_path, workers):
+    examples = rows(tmp_path, [0, 1, "kill", 3, 4, 5])
+    batches = EncodedBatches(examples, number, batch_size=2, seed=None, workers=workers)
     iterator = iter(batches)
     assert next(iterator) == [0, 1]
     with pytest.raises(DataError, match=r"a.jsonl line 3: the process that decoded this row ended by signal 9"):

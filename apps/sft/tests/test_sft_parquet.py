@@ -38,7 +38,8 @@ def test_choices_are_a_list_or_the_text_of_one(tmp_path, choices):
 
 
 @pytest.mark.parametrize(
-    ("answer", "right"), [(0, "Yes"), ("No", "No"), ("b", "No"), ("C", "3"), (" 0 ", "Yes"), ("3", "3"), ("2", "3")]
+    ("answer", "right"),
+    [(0, "Yes"), (2.0, "3"), ("No", "No"), ("b", "No"), ("C", "3"), (" 0 ", "Yes"), ("3", "3"), ("2", "3")],
 )
 def test_answer_is_an_index_a_letter_or_the_choice_itself(tmp_path, answer, right):
     assert read(write(tmp_path / "a.parquet", [row(correct_answer=answer)]))[0].answer == right
@@ -83,6 +84,9 @@ def test_raw_bytes_are_an_image(tmp_path):
         ({"correct_answer": "Maybe"}, r"'Maybe' is none"),
         ({"correct_answer": "D"}, r"'D' is none"),
         ({"correct_answer": None}, r"None is none"),
+        ({"correct_answer": 0.5}, r"0.5 is none"),
+        ({"correct_answer": float("nan")}, r"nan is none"),
+        ({"correct_answer": float("inf")}, r"inf is none"),
         ({"correct_answer": True}, r"True is none"),
         ({"choices": "__import__('os').getpid()"}, r"is no list; write one such as"),
         ({"choices": "[" * 5000}, r"is no list; write one such as"),

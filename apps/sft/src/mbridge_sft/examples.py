@@ -1,6 +1,5 @@
 """What is trained and evaluated on: a conversation, its answer, and images that nobody has decoded yet."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -62,14 +61,3 @@ class Examples(Protocol):
     def source(self, index: int) -> str:
         """File and row, without reading the row."""
         ...
-
-
-def readable(examples: Examples) -> Iterator[Example]:
-    """All rows in order, without the bad ones."""
-    from mbridge_sft.errors import RowError
-
-    for index in range(len(examples)):
-        try:
-            yield examples[index]
-        except RowError:
-            continue

@@ -184,8 +184,8 @@ def _choices(value: Any, where: str) -> tuple[str, ...]:
 def _right(answer: Any, choices: tuple[str, ...], where: str) -> int:
     """Index of the right choice: an integer is the index itself; text is a choice, a letter, or an index."""
     right = -1
-    if isinstance(answer, int) and not isinstance(answer, bool):
-        right = answer
+    if isinstance(answer, int | float) and not isinstance(answer, bool) and answer == answer // 1:
+        right = int(answer)  # pandas makes floats of integers where a row has none
     elif isinstance(answer, str):
         text = answer.strip()
         if text in choices:

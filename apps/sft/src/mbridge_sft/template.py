@@ -68,15 +68,14 @@ class ChatTemplate:
         before, found, after = self._render(marked).partition(mark)
         prompt = self._render(turns[:index], add_generation_prompt=True)
         has_prompt = prompt != self._render(turns[:index])
+        start = None
         if has_prompt and full.startswith(prompt):
             start = len(prompt)
         elif full.startswith(before) and (not has_prompt or prompt.startswith(before)):
             # There is no generation prompt, or it ends with a think block that the template takes out of past turns.
             start = len(before)
-        else:
-            found = ""
         content_end = len(full) - len(after)
-        if not found or not full.endswith(after) or start > content_end:
+        if not found or start is None or start > content_end or not full.endswith(after):
             raise DataError(
                 f"{source}: the chat template of {self._name} does not show where the assistant's turn {index + 1} "
                 "begins and ends: its text is not what follows the generation prompt; use a template that writes a "

@@ -46,29 +46,21 @@ class WorkerPool[T]:
         self._examples = examples
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, encode.__module__])
-        self._processes: list[Any] = []
-        self._idle: SimpleQueue[tuple[Connection, Any]] = SimpleQueue()
-        for number in range(workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(theirs, examples, encode), name=f"decoding {number}", daemon=True
-            )
-            process.start()
-            theirs.close()  # so that the process's death ends the connection
-            self._processes.append(process)
-            self._idle.put((ours, process))
+        self._workers = [_Worker(context, examples, encode) for _ in range(workers)]
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decoding")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes:
-            process.terminate()
+        for worker in self._workers:
+            worker.process.terminate()
         self._threads.shutdown(cancel_futures=True)
-        for process in self._processes:
-            process.join(JOIN_SECONDS)
-            process.close()
+        for worker in self._workers:
+            worker.close()
 
     def map(self, rows: Iterable[int], ahead: int) -> Iterator[T | RowError]:
         """What becomes of each row, in their order. `ahead` rows are asked for before their turn."""
@@ -81,23 +73,47 @@ class WorkerPool[T]:
             yield waiting.popleft().result()
 
     def _ask(self, row: int) -> T | RowError:
-        connection, process = self._idle.get()
+        worker = self._idle.get()  # there are as many as threads
         try:
-            connection.send(row)
-            reply = pickle.loads(connection.recv_bytes())
-        except (EOFError, OSError):
-            process.join(JOIN_SECONDS)
-            code = process.exitcode
-            how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
-            raise DataError(
-                f"{self._examples.source(row)}: the process that decoded this row ended {how}; if it is always this "
-                "row, its image crashes the decoder: take it out; by signal 9, the memory may be too small: lower "
-                "data.num_workers"
-            ) from None
-        self._idle.put((connection, process))
+            reply = worker.ask(row, self._examples.source(row))
+        finally:
+            self._idle.put(worker)
         if isinstance(reply, DataError) and not isinstance(reply, RowError):
             raise reply
         return cast("T | RowError", reply)
+
+
+class _Worker:
+    """One process, asked by one thread at a time."""
+
+    def __init__(self, context: Any, examples: Examples, encode: Callable[[Example], object]) -> None:
+        self._connection, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs, examples, encode), name="decoding", daemon=True)
+        self.process.start()
+        theirs.close()  # so that the process's death ends the connection
+        self._death: DataError | None = None
+
+    def ask(self, row: int, source: str) -> object:
+        """The reply for a row. Raises `DataError`, with the row that it was at, if the process died."""
+        if self._death is not None:
+            raise self._death
+        try:
+            self._connection.send(row)
+            return pickle.loads(self._connection.recv_bytes())
+        except (EOFError, OSError):
+            self.process.join(JOIN_SECONDS)
+            code = self.process.exitcode
+            how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
+            self._death = DataError(
+                f"{source}: the process that decoded this row ended {how}; if it is always this row, its image "
+                "crashes the decoder: take it out; by signal 9, the memory may be too small: lower data.num_workers"
+            )
+            raise self._death from None
+
+    def close(self) -> None:
+        """After `process.terminate()`."""
+        self.process.join(JOIN_SECONDS)
+        self._connection.close()
 
 
 class _TensorPickler(pickle.Pickler):
