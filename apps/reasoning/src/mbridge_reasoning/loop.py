@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from mbridge_ckpt import Checkpoint, find_resume, open_checkpoint
 from mbridge_config import ReasoningConfig, hf_directory, tokenizer_directory
-from mbridge_train.checkpoint import load_checkpoint, load_model
+from mbridge_train.checkpoint import load_checkpoint, load_start
 from mbridge_train.from_config import DTYPES, build_engine, save_settings
 from mbridge_train.processes import broadcast, join, leave, seed_all
 from mbridge_train.rank_state import current_layout
@@ -84,7 +84,7 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
         optimizer_steps=steps * config.algorithm.n_minibatches,
     )
     if not config.actor.megatron.use_hf_ckpt and config.actor.model.megatron_checkpoint:
-        load_model(engine, open_checkpoint(Path(config.actor.model.megatron_checkpoint).expanduser()))
+        load_start(engine, Path(config.actor.model.megatron_checkpoint).expanduser())
     # Before a resume: the reference is the policy that the run began with.
     reference = Snapshot(engine) if config.algorithm.kl_beta > 0 else None
     first = 0
