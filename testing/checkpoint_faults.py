@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from mbridge_ckpt import Layout, find_resume, model_file, open_checkpoint, optimizer_file
@@ -25,16 +26,18 @@ class Worker:
         )
         self._count = 0
 
-    def save(self, directory: Path, step: int, world: int = 1, **fault: object) -> list[dict | None]:
+    def save(self, directory: Path, step: int, world: int = 1, **fault: object) -> list[Any]:
+        """Result of every rank, a dict with `error`, `kind`, `calls` and `trace`; None for a rank that was killed."""
         self._count += 1
         command = {"directory": str(directory), "step": step, "world": world} | fault
         command["rendezvous"] = str(self._scratch / f"rendezvous_{self._count}")
+        assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(command) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
 
 
-def content(step: int, rank: int) -> dict:
+def content(step: int, rank: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1000 * step + rank)
     return {"model": {f"layer.{i}": torch.randn(61, 67, generator=generator) for i in range(2)}, "iteration": step}
 
