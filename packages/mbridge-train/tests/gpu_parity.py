@@ -34,7 +34,7 @@ def main() -> None:
     ):
         directory = Path(tempfile.mkdtemp()) / family
         if family.endswith("vl"):
-            reference = make_vision_model(family, tied, directory, text=SIZES).cuda()
+            reference = make_vision_model(family, tied, directory).cuda()
             raw = test_engine_vision.samples(family, 0)
             inputs = [test_engine_vision.reference_inputs(family, sample) for sample in raw]
             batch = test_engine_vision.make_batch(directory, 0)

@@ -194,7 +194,7 @@ def _read_model(engine: Engine, checkpoint: Checkpoint) -> dict[str, Tensor]:
         with WholeModel(checkpoint) as whole:
             return relayout.read_model(engine, whole)
     path = model_file(checkpoint.step, checkpoint.layout, **model_parallel_ranks())
-    saved: dict[str, Tensor] = checkpoint.load_torch(path)["model"]
+    saved: dict[str, Tensor] = checkpoint.load_torch(path, mmap=True)["model"]
     own = model_state(engine)
     wrong = sorted(set(saved) ^ set(own)) or [name for name in own if own[name].shape != saved[name].shape]
     if wrong:
@@ -215,7 +215,7 @@ def _read_optimizer(engine: Engine, checkpoint: Checkpoint) -> dict[str, Any] | 
         with WholeModel(checkpoint) as whole:
             return relayout.read_optimizer(engine, whole)
     path = optimizer_file(checkpoint.step, checkpoint.layout, **model_parallel_ranks())
-    state: dict[str, Any] = checkpoint.load_torch(path)
+    state: dict[str, Any] = checkpoint.load_torch(path, mmap=True)
     return state
 
 
