@@ -26,15 +26,15 @@ class Worker:
         )
         self._count = 0
 
-    def save(self, directory: Path, step: int, world: int = 1, **fault: object) -> list[dict[str, Any] | None]:
+    def save(self, directory: Path, step: int, world: int = 1, **fault: object) -> list[Any]:
+        """Result of every rank, a dict with `error`, `kind`, `calls` and `trace`; None for a rank that was killed."""
         self._count += 1
         command = {"directory": str(directory), "step": step, "world": world} | fault
         command["rendezvous"] = str(self._scratch / f"rendezvous_{self._count}")
         assert self.process.stdin is not None and self.process.stdout is not None
         self.process.stdin.write(json.dumps(command) + "\n")
         self.process.stdin.flush()
-        answers: list[dict[str, Any] | None] = json.loads(self.process.stdout.readline())
-        return answers
+        return json.loads(self.process.stdout.readline())
 
 
 def content(step: int, rank: int) -> dict[str, Any]:

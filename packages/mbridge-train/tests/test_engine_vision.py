@@ -60,12 +60,20 @@ def train(engine: Any, directory: Path, first: int, last: int) -> list[tuple[flo
     return record
 
 
-def run(directory: Path, parallel: Parallel, batching: dict[str, Any]) -> Any:
+def run(directory: Path, parallel: Parallel, batching: dict[str, Any], dtype: str = "float32") -> Any:
     try:
-        engine = build(directory, parallel, SHARDED, batching=batching)
+        engine = build(directory, parallel, SHARDED, batching=batching, dtype=dtype)
         return train(engine, directory, 0, STEPS), engine.logprobs(make_batch(directory, STEPS))
     finally:
         leave()
+
+
+def reference_inputs(family: str, sample: dict[str, Any]) -> dict[str, Any]:
+    """The sample as transformers' model takes it."""
+    inputs = transformers_inputs(sample)
+    if family == "qwen2_5_vl" and any(sample["is_video"]):
+        inputs["second_per_grid_ts"] = torch.full((sum(sample["is_video"]),), SECONDS_PER_GRID)
+    return inputs
 
 
 def twin(directory: Path) -> tuple[list[tuple[float, float]], list[torch.Tensor]]:
@@ -83,10 +91,7 @@ def twin(directory: Path) -> tuple[list[tuple[float, float]], list[torch.Tensor]
     schedule = Schedule(max_lr=3e-3, warmup_steps=4, decay_steps=8, min_lr=1e-4, decay_style="cosine")
 
     def logprobs(sample: dict[str, Any]) -> torch.Tensor:
-        inputs = transformers_inputs(sample)
-        if directory.name == "qwen2_5_vl" and any(sample["is_video"]):
-            inputs["second_per_grid_ts"] = torch.full((sum(sample["is_video"]),), SECONDS_PER_GRID)
-        logits = model(**inputs).logits[0].log_softmax(-1)
+        logits = model(**reference_inputs(directory.name, sample)).logits[0].log_softmax(-1)
         return logits[:-1].gather(1, sample["tokens"][1:, None])[:, 0]
 
     record = []

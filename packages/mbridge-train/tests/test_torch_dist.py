@@ -41,14 +41,11 @@ def write_as_megatron_does(directory: Path) -> Any:
 
 def read(model: Path, checkpoint: Path, parallel: Parallel) -> Any:
     """Weights after reading, or the class and message of what was raised."""
-    from mbridge_train import torch_dist
-    from mbridge_train.rank_state import model_state
+    from mbridge_train.checkpoint import load_start
 
     try:
         engine = build(model, parallel, SHARDED, weights=False)
-        own = model_state(engine)
-        for name, tensor in torch_dist.read_model(engine, checkpoint).items():
-            own[name].copy_(tensor)
+        load_start(engine, checkpoint)
         return {name: tensor.clone() for name, tensor in engine.export_weights()}
     except Exception as error:  # noqa: BLE001 - the test compares classes
         return type(error).__name__, str(error)
@@ -95,6 +92,14 @@ def test_directories_from_elsewhere(gang2: Gang, directory: Path, tmp_path: Path
         for loaded in gang2.run(read, directory / "model", checkpoint, parallel):
             assert weights.keys() == loaded.keys()
             assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+    tree = tmp_path / "tree"  # with a tracker file, as Megatron-LM leaves it
+    shutil.copytree(checkpoint, tree / checkpoint.name)
+    (tree / "latest_checkpointed_iteration.txt").write_text("1")
+    assert isinstance(gang2.run(read, directory / "model", tree, Parallel())[0], dict)
+    (tree / "iter_0000001" / "metadata.json").unlink()
+    (tree / "iter_0000001" / "mp_rank_00").mkdir()
+    for kind, message in gang2.run(read, directory / "model", tree, Parallel()):
+        assert kind == "TrainError" and f"mbridge-ckpt import-megatron {tree}" in message
     for kind, message in gang2.run(read, directory / "shallow", checkpoint, Parallel()):
         assert kind == "TrainError" and "another model" in message
 

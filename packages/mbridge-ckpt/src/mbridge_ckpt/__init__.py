@@ -20,8 +20,17 @@ from mbridge_ckpt.hf_export import write_hf
 from mbridge_ckpt.hf_offline import ExportReport, export_hf
 from mbridge_ckpt.hf_recipe import RECIPE_FILE, HfRecipe, HfTensor
 from mbridge_ckpt.import_megatron import import_megatron
-from mbridge_ckpt.layout import HF_DIRECTORY, Layout, iteration_directory, model_file, mp_rank_directory, optimizer_file
+from mbridge_ckpt.layout import (
+    HF_DIRECTORY,
+    MANIFEST_FILE,
+    Layout,
+    iteration_directory,
+    model_file,
+    mp_rank_directory,
+    optimizer_file,
+)
 from mbridge_ckpt.manifest import FileRecord, Manifest, TensorRecord
+from mbridge_ckpt.megatron_tree import find_iteration
 from mbridge_ckpt.placement import ParameterPlacement, place_parameter
 from mbridge_ckpt.reshard import reshard
 from mbridge_ckpt.retention import PruneReport, Retention, prune
@@ -34,6 +43,7 @@ from mbridge_ckpt.writing import CheckpointWriter
 
 __all__ = [
     "HF_DIRECTORY",
+    "MANIFEST_FILE",
     "RECIPE_FILE",
     "AsyncSaver",
     "Checkpoint",
@@ -66,6 +76,7 @@ __all__ = [
     "begin_save",
     "capture_random_state",
     "export_hf",
+    "find_iteration",
     "find_resume",
     "hold",
     "import_megatron",

@@ -9,9 +9,8 @@ from pathlib import Path
 import xxhash
 
 BLOCK = 1 << 20  # small enough that what was read is still in the processor's cache when it is hashed
-READ_AHEAD = 32 << 20  # the kernel's own reading ahead is too short to keep a disk busy while we hash and fault pages
 LARGEST_GAP = 4096
-_HUGE_PAGES_FROM = 4 << 20
+HUGE_PAGES_FROM = 4 << 20
 
 
 class HashingReader(io.RawIOBase):
@@ -28,12 +27,11 @@ class HashingReader(io.RawIOBase):
         self._hash = xxhash.xxh3_128()
         self._hashed = 0
         self._position = 0
-        self._announced = 0
 
     def readinto(self, buffer: "memoryview | bytearray", /) -> int:  # type: ignore[override]
         """Fill `buffer`, short only at the end of the file."""
         view = memoryview(buffer).cast("B")
-        if len(view) >= _HUGE_PAGES_FROM:
+        if len(view) >= HUGE_PAGES_FROM:
             _use_huge_pages(view)
         gap = self._position - self._hashed
         if 0 < gap <= LARGEST_GAP and len(view) > gap:
@@ -41,15 +39,13 @@ class HashingReader(io.RawIOBase):
             self._hashed = self._position
         done = 0
         while done < len(view):
-            block = view[done : done + BLOCK]
-            count = self._read(block)
+            count = self._read(view[done : done + BLOCK])
             if not count:
                 break
             done += count
         return done
 
     def _read(self, block: memoryview) -> int:
-        self._announce(len(block))
         count = os.preadv(self._descriptor, [block], self._position)
         begin, self._position = self._position, self._position + count
         if begin <= self._hashed < self._position:
@@ -57,18 +53,11 @@ class HashingReader(io.RawIOBase):
             self._hashed = self._position
         return count
 
-    def _announce(self, size: int) -> None:
-        """Have the kernel fetch ahead of a reading that goes on from where it was."""
-        if self._position == self._hashed and size == BLOCK and self._position + READ_AHEAD // 2 >= self._announced:
-            begin = max(self._position, self._announced)
-            self._announced = self._position + READ_AHEAD
-            os.posix_fadvise(self._descriptor, begin, self._announced - begin, os.POSIX_FADV_WILLNEED)
-
     def digest(self) -> str:
         """Checksum of the whole file, as 32 hexadecimal digits."""
         self.seek(self._hashed)
-        block = memoryview(bytearray(min(BLOCK, max(self._size - self._hashed, 1))))
-        while self._read(block):
+        buffer = bytearray(min(BLOCK, max(self._size - self._hashed, 1)))
+        while self.readinto(buffer):
             pass
         return self._hash.hexdigest()
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from mbridge_ckpt import (
+    MANIFEST_FILE,
     RECIPE_FILE,
     AsyncSaver,
     Checkpoint,
@@ -20,6 +21,7 @@ from mbridge_ckpt import (
     WholeModel,
     begin_save,
     capture_random_state,
+    find_iteration,
     iteration_directory,
     model_file,
     open_checkpoint,
@@ -138,6 +140,29 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint | Path) -> dict[str, 
     return checkpoint.load_json(LOOP_FILE) if checkpoint.has(LOOP_FILE) else {}
 
 
+def load_start(engine: Engine, path: Path) -> None:
+    """Load the weights that a run begins with. Collective over all ranks.
+
+    Args:
+        path: one of our checkpoints, or a `torch_dist` directory of Megatron-Core, also one with a tracker file.
+
+    Raises:
+        TrainError: another model's, or a tree of Megatron-LM's other format, which has to be imported first.
+        mbridge_ckpt.CheckpointError: there is none, or a file is missing or damaged.
+    """
+    if (path / MANIFEST_FILE).exists() or (path / "latest").exists():
+        return load_model(engine, open_checkpoint(path))
+    directory = find_iteration(path)
+    if torch_dist.is_torch_dist(directory):
+        return _copy_in(engine, torch_dist.read_model(engine, directory))
+    if any(directory.glob("mp_rank_*")):
+        raise TrainError(
+            f"{path} is a tree of Megatron-LM; import it with `mbridge-ckpt import-megatron {path} DIRECTORY` and set "
+            "actor.model.megatron_checkpoint to what that makes"
+        )
+    return load_model(engine, open_checkpoint(path))
+
+
 def load_model(engine: Engine, checkpoint: Checkpoint) -> None:
     """Load only the weights, under any layout. Every data-parallel rank reads for itself.
 
@@ -150,11 +175,13 @@ def load_model(engine: Engine, checkpoint: Checkpoint) -> None:
         report = verify(checkpoint.path, only_needed_to_resume=True)  # each rank reads a share
         if not report.resumable:
             raise CorruptCheckpointError("; ".join(problem.message for problem in report.problems))
-    own = model_state(engine)
-    saved = _read_model(engine, checkpoint)
+    _copy_in(engine, _read_model(engine, checkpoint))
+
+
+def _copy_in(engine: Engine, weights: dict[str, Tensor]) -> None:
     with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(saved[name])
+        for name, tensor in model_state(engine).items():
+            tensor.copy_(weights[name])
     if engine.optimizer is not None:
         # Half-precision training has fp32 copies of the weights, which the first step would put back.
         engine.optimizer.megatron.reload_model_params()
@@ -167,7 +194,7 @@ def _read_model(engine: Engine, checkpoint: Checkpoint) -> dict[str, Tensor]:
         with WholeModel(checkpoint) as whole:
             return relayout.read_model(engine, whole)
     path = model_file(checkpoint.step, checkpoint.layout, **model_parallel_ranks())
-    saved: dict[str, Tensor] = checkpoint.load_torch(path)["model"]
+    saved: dict[str, Tensor] = checkpoint.load_torch(path, mmap=True)["model"]
     own = model_state(engine)
     wrong = sorted(set(saved) ^ set(own)) or [name for name in own if own[name].shape != saved[name].shape]
     if wrong:
@@ -188,7 +215,7 @@ def _read_optimizer(engine: Engine, checkpoint: Checkpoint) -> dict[str, Any] | 
         with WholeModel(checkpoint) as whole:
             return relayout.read_optimizer(engine, whole)
     path = optimizer_file(checkpoint.step, checkpoint.layout, **model_parallel_ranks())
-    state: dict[str, Any] = checkpoint.load_torch(path)
+    state: dict[str, Any] = checkpoint.load_torch(path, mmap=True)
     return state
 
 

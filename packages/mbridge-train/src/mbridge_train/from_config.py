@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mbridge_ckpt import Retention, open_checkpoint
+from mbridge_ckpt import Retention
 from mbridge_config.schema.actor import ActorConfig
 from mbridge_config.schema.runner import RunnerConfig
 from mbridge_model import Freeze, Parallel, load
 
-from mbridge_train.checkpoint import load_model
+from mbridge_train.checkpoint import load_start
 from mbridge_train.engine import Engine, MicroBatching
 from mbridge_train.optimizer import OptimizerSettings
 from mbridge_train.packing import round_up
@@ -61,7 +61,7 @@ def build_engine(
         optimizer=None if optimizer_steps is None else optimizer_settings(actor, optimizer_steps=optimizer_steps),
     )
     if not actor.megatron.use_hf_ckpt and actor.model.megatron_checkpoint:
-        load_model(engine, open_checkpoint(Path(actor.model.megatron_checkpoint).expanduser()))
+        load_start(engine, Path(actor.model.megatron_checkpoint).expanduser())
     return engine
 
 
