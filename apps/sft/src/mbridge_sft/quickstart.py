@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from contextlib import suppress
 
 from mbridge_config import SFTConfig, hf_directory
 from torch import distributed
 
 from mbridge_sft.data import read_examples
 from mbridge_sft.digits import write_digits
-from mbridge_sft.examples import readable
+from mbridge_sft.errors import RowError
 from mbridge_sft.start import data_paths, read_settings
 from mbridge_sft.tiny import TinyGeometry, write_tiny_model
 
@@ -39,7 +39,9 @@ def prepare_quickstart(config: SFTConfig, say: Callable[[str], None]) -> None:
 def _texts(config: SFTConfig) -> Iterator[str]:
     """What the tokenizer is made of: questions and answers, of the evaluation where nothing is trained."""
     training, evaluation = data_paths(config)
-    paths: list[Path] = training or evaluation
-    for example in readable(read_examples(paths, read_settings(config.data))):
-        yield from (message.text for message in example.messages)
-        yield example.answer
+    examples = read_examples(training or evaluation, read_settings(config.data))
+    for row in range(len(examples)):
+        with suppress(RowError):  # the loader counts and names it
+            example = examples[row]
+            yield from (message.text for message in example.messages)
+            yield example.answer
