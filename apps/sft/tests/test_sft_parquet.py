@@ -8,7 +8,7 @@ import pytest
 from mbridge_sft import parquet
 from mbridge_sft.data import ReadSettings, read_examples
 from mbridge_sft.errors import DataError, RowError
-from mbridge_sft.examples import ImageReference
+from mbridge_sft.examples import ImageReference, readable
 
 IMAGE = {"bytes": b"not decoded here", "path": "a.png"}
 
@@ -140,6 +140,11 @@ def test_files_and_directories_as_one_sequence(tmp_path):
     questions = [examples[index].messages[0].text.partition("\n")[0] for index in range(len(examples))]
     assert questions == ["a0", "a1", "a2", "b0", "b1", "c0", "b0", "b1"]
     assert [examples.source(index).rpartition("/")[2] for index in (3, 5)] == ["b.parquet row 0", "c.jsonl line 1"]
+
+
+def test_readable_rows(tmp_path):
+    path = write(tmp_path / "a.parquet", [row(), row(correct_answer=9), row(correct_answer=2)])
+    assert [example.answer for example in readable(read(path))] == ["No", "3"]
 
 
 @pytest.mark.parametrize(

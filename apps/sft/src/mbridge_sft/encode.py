@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +51,7 @@ class Encoder:
         limits: on the size of images.
 
     Raises:
-        DataError: the directory's tokenizer or processor cannot be loaded, or there is no chat template.
+        DataError: the directory's tokenizer or processor cannot be loaded or used, or there is no chat template.
         ModelError: the directory is not a model's.
     """
 
@@ -84,6 +84,8 @@ class Encoder:
             raise DataError(
                 f"{self._directory} has no chat template; put a chat_template.jinja beside the tokenizer's files"
             )
+        self._ids_of = lru_cache(maxsize=16)(self._token_ids)  # the choices of a question share all but the answer
+        self._check_tokenizer()
         self._template = ChatTemplate(self.tokenizer, template, str(self._directory))
 
     def _load(self, kind: Any) -> Any:
@@ -130,8 +132,8 @@ class Encoder:
 
     def _patches(self, images: Sequence[ImageReference], source: str) -> VisionInputs:
         size = self._image_processor.size
-        smallest = self._limits.min_pixels or int(size["shortest_edge"])
         largest = self._limits.max_pixels or int(size["longest_edge"])
+        smallest = min(self._limits.min_pixels or int(size["shortest_edge"]), largest)
         most = largest if self._limits.oversized == "refuse" else LARGEST
         decoded = [decode(image, source, most_pixels=most) for image in images]
         try:
@@ -145,7 +147,11 @@ class Encoder:
     def _encode(self, example: Example, vision: VisionInputs | None, train_on: Literal["last", "all"]) -> Encoded:
         source = example.source
         segments = self._template.segments(example.messages, example.answer, train_on=train_on, source=source)
-        tokens, trained = self._tokenize(segments, source)
+        # Piece by piece, as in generation, where the prompt is tokenized before there is an answer. Only an answer that
+        # starts with white space can give other tokens than the text as a whole does.
+        pieces = [(self._ids_of(text), is_trained) for text, is_trained in segments]
+        tokens = torch.tensor([token for ids, _ in pieces for token in ids])
+        trained = torch.tensor([is_trained for ids, is_trained in pieces for _ in ids])
         if self._mrope is not None:
             tokens, trained = self._expand(tokens, trained, vision, source)
         if self._max_length is not None and len(tokens) > self._max_length:
@@ -161,21 +167,13 @@ class Encoder:
                 raise RowError(f"{source}: {error}") from None
         return Encoded(tokens=tokens, trained=trained, vision=vision, position_ids=position_ids, source=source)
 
-    def _tokenize(self, segments: Sequence[tuple[str, bool]], source: str) -> tuple[Tensor, Tensor]:
-        """Piece by piece, as in generation, where the prompt is tokenized before there is an answer.
-
-        Only an answer that starts with white space can give other tokens than the text as a whole does.
-        """
-        pieces = [(self._token_ids(text), is_trained) for text, is_trained in segments]
-        tokens = [token for ids, _ in pieces for token in ids]
-        whole = self._token_ids("".join(text for text, _ in segments))
-        if tokens != whole and self.tokenizer.decode(tokens) != self.tokenizer.decode(whole):
+    def _check_tokenizer(self) -> None:
+        pieces = [token for text in ("a question", "an answer") for token in self._token_ids(text)]
+        if self.tokenizer.decode(pieces) != self.tokenizer.decode(self._token_ids("a questionan answer")):
             raise DataError(
-                f"{source}: the tokenizer of {self._directory} adds to each piece of a text, so that an answer cannot "
-                "be told from its prompt; use a tokenizer of the byte-level kind"
+                f"the tokenizer of {self._directory} adds to each piece of a text, so that an answer cannot be told "
+                "from its prompt; use a tokenizer of the byte-level kind"
             )
-        trained = [is_trained for ids, is_trained in pieces for _ in ids]
-        return torch.tensor(tokens), torch.tensor(trained)
 
     def _token_ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

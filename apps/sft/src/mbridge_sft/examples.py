@@ -1,7 +1,10 @@
 """What is trained and evaluated on: a conversation, its answer, and images that nobody has decoded yet."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, Protocol
+
+from mbridge_sft.errors import RowError
 
 Role = Literal["system", "user", "assistant"]
 
@@ -61,3 +64,12 @@ class Examples(Protocol):
     def source(self, index: int) -> str:
         """File and row, without reading the row."""
         ...
+
+
+def readable(examples: Examples) -> Iterator[Example]:
+    """All rows in their order, without the bad ones."""
+    for index in range(len(examples)):
+        try:
+            yield examples[index]
+        except RowError:
+            continue
