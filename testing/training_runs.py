@@ -27,6 +27,31 @@ def make_batch(step: int) -> list[Sample]:
     ]
 
 
+def policy_samples(
+    masks: list[torch.Tensor], generator: torch.Generator, aggregation: Any = "token-mean", *, spread: float = 1.0
+) -> list[Sample]:
+    """Samples with all that a policy loss reads: random tokens, advantages, and log probabilities around -5.
+
+    Args:
+        masks: bool [length] of each sample: which tokens are trained.
+        spread: standard deviation of the log probabilities.
+    """
+
+    def noise(length: int) -> torch.Tensor:
+        return torch.randn(length, generator=generator)
+
+    return [
+        Sample(
+            tokens=torch.randint(VOCAB_SIZE, (len(mask),), generator=generator),
+            weights=weight,
+            advantages=noise(len(mask)),
+            old_logprobs=noise(len(mask)) * spread - 5.0,
+            reference_logprobs=noise(len(mask)) * spread - 5.0,
+        )
+        for mask, weight in zip(masks, aggregation_weights(masks, aggregation), strict=True)
+    ]
+
+
 def build(
     directory: Path,
     parallel: Parallel,

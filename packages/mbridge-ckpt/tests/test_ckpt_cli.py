@@ -35,7 +35,7 @@ def test_ls(run, capsys):
     assert main(["ls", str(run)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[:4]] == ["NAME", "global_step_15", "global_step_10", "global_step_5"]
-    assert "TP 2, DP 4" in lines[1] and lines[1].endswith("latest") and "not committed" in lines[2]
+    assert "TP 2, PP 1, DP 4" in lines[1] and lines[1].endswith("latest") and "not committed" in lines[2]
     assert lines[4].startswith(".global_step_20.saving-")
     assert main(["ls", str(run), "--json"]) == 0
     value = json.loads(capsys.readouterr().out)
@@ -46,7 +46,7 @@ def test_ls(run, capsys):
 def test_show(run, capsys):
     assert main(["show", str(run / "global_step_5"), "--tensors", "--file", "mp_rank_01"]) == 0
     text = capsys.readouterr().out
-    assert "step 5" in text and "TP 2, DP 4" in text and "reward" in text and "mp_rank_00" not in text
+    assert "step 5" in text and "TP 2, PP 1, DP 4" in text and "reward" in text and "mp_rank_00" not in text
     assert "float32  [3, 39]  model/layer.39" in text
     assert main(["show", str(run), "--json"]) == 0
     value = json.loads(capsys.readouterr().out)

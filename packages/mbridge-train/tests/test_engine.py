@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from mbridge_model import Parallel
-from mbridge_train.batch import Sample, aggregation_weights
-from torch import Tensor
+from mbridge_train.batch import Sample
 
 from testing.gang import Gang
-from testing.tiny_models import VOCAB_SIZE, make_model
+from testing.tiny_models import make_model
+from testing.training_runs import policy_samples
 
 STEPS = 5
 LENGTHS = (1, 2, 17, 9, 30, 5, 5, 12)  # the first cannot be trained on, and the last is a prompt with an empty answer
@@ -25,21 +25,7 @@ def make_batch(step: int) -> list[Sample]:
     generator = torch.Generator().manual_seed(100 + step)
     masks = [torch.arange(length) >= max(1, length // 3) for length in LENGTHS]
     masks[-1][:] = False
-    weights = aggregation_weights(masks, "token-mean")
-
-    def noise(length: int) -> Tensor:
-        return torch.randn(length, generator=generator)
-
-    return [
-        Sample(
-            tokens=torch.randint(VOCAB_SIZE, (length,), generator=generator),
-            weights=weight,
-            advantages=noise(length),
-            old_logprobs=noise(length) * 0.3 - 5.0,
-            reference_logprobs=noise(length) * 0.3 - 5.0,
-        )
-        for length, weight in zip(LENGTHS, weights, strict=True)
-    ]
+    return policy_samples(masks, generator, spread=0.3)
 
 
 @pytest.fixture(scope="module")

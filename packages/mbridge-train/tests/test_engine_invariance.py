@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from mbridge_train.batch import Sample, aggregation_weights
-from torch import Tensor
+from mbridge_train.batch import Sample
 
 from testing.gang import Gang
-from testing.tiny_models import VOCAB_SIZE, make_model
+from testing.tiny_models import make_model
+from testing.training_runs import policy_samples
 
 DUAL = {"clip_ratio_low": 0.2, "clip_ratio_high": 0.3, "dual_clip": 1.5, "kl_penalty": "k2", "kl_beta": 0.1}
 PLAIN = {"clip_ratio_low": 0.1, "clip_ratio_high": 0.1}
@@ -28,21 +28,7 @@ BLOCK = {"recompute_granularity": "full", "recompute_method": "block", "recomput
 def make_batch(lengths: tuple[int, ...], aggregation: Any = "token-mean", *, trained: bool = True) -> list[Sample]:
     generator = torch.Generator().manual_seed(sum(lengths))
     masks = [(torch.arange(length) > length // 4) & trained for length in lengths]
-    weights = aggregation_weights(masks, aggregation)
-
-    def noise(length: int) -> Tensor:
-        return torch.randn(length, generator=generator)
-
-    return [
-        Sample(
-            tokens=torch.randint(VOCAB_SIZE, (length,), generator=generator),
-            weights=weight,
-            advantages=noise(length),
-            old_logprobs=noise(length) - 5.0,
-            reference_logprobs=noise(length) - 5.0,
-        )
-        for length, weight in zip(lengths, weights, strict=True)
-    ]
+    return policy_samples(masks, generator, aggregation)
 
 
 @pytest.fixture(scope="module")

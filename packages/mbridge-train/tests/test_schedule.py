@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 from mbridge_train.errors import TrainError
-from mbridge_train.schedule import Schedule, warmup_steps_from
+from mbridge_train.schedule import Schedule
 
 STYLES: list[dict[str, Any]] = [
     {"decay_style": "constant"},
@@ -59,17 +59,6 @@ def test_points_by_hand() -> None:
     wsd = Schedule(max_lr=1.0, decay_steps=20, decay_style="WSD", wsd_decay_steps=4, wsd_decay_style="minus_sqrt")
     assert [wsd.learning_rate(s) for s in (0, 16, 17, 20)] == pytest.approx([1, 1, 0.5, 0])
     assert Schedule(max_lr=0.5).learning_rate(10**6) == 0.5
-
-
-def test_warmup_steps() -> None:
-    assert warmup_steps_from(warmup_iters=7, warmup_fraction=None, decay_steps=100) == 7
-    assert warmup_steps_from(warmup_iters=None, warmup_fraction=0.05, decay_steps=100) == 5
-    assert warmup_steps_from(warmup_iters=0, warmup_fraction=0.5, decay_steps=5) == 2
-    assert warmup_steps_from(warmup_iters=None, warmup_fraction=None, decay_steps=100) == 0
-    with pytest.raises(TrainError, match="give only one"):
-        warmup_steps_from(warmup_iters=3, warmup_fraction=0.1, decay_steps=100)
-    with pytest.raises(TrainError, match=r"lr_warmup_fraction=1\.0"):
-        warmup_steps_from(warmup_iters=None, warmup_fraction=1.0, decay_steps=100)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mbridge_ckpt.checkpoint import list_checkpoints, open_checkpoint
-from mbridge_ckpt.cli_convert import run_export_hf, run_import_megatron
+from mbridge_ckpt.cli_convert import run_export_hf, run_import_megatron, run_reshard
 from mbridge_ckpt.cli_output import ProgressBar, print_columns, print_json, size_text
 from mbridge_ckpt.errors import CheckpointError
 from mbridge_ckpt.manifest import read_manifest
@@ -170,27 +170,6 @@ def _diff(options: argparse.Namespace) -> int:
     return NO if differences else FINE
 
 
-def _reshard(options: argparse.Namespace) -> int:
-    from mbridge_ckpt.reshard import reshard
-
-    checkpoint = open_checkpoint(options.path)
-    with ProgressBar("writing", checkpoint.manifest.total_bytes) as progress:
-        path = reshard(
-            checkpoint.path,
-            options.destination,
-            tensor=options.tp,
-            pipeline=options.pp,
-            vocabulary_multiple=options.vocabulary_multiple,
-            progress=progress,
-        )
-    manifest = read_manifest(path)
-    if options.json:
-        print_json({"path": path, "layout": manifest.layout, "bytes": manifest.total_bytes})
-    else:
-        print(f"{path}: {manifest.layout}, {size_text(manifest.total_bytes)}")
-    return FINE
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mbridge-ckpt",
@@ -214,7 +193,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--full", action="store_true", help="read every byte and compare checksums")
     compare = command("diff", _diff, "Which parameters of two checkpoints differ, and by how much.", "FIRST")
     compare.add_argument("other", type=Path, metavar="SECOND")
-    cut = command("reshard", _reshard, "Cut a checkpoint for another parallel layout.", "CHECKPOINT")
+    cut = command("reshard", run_reshard, "Cut a checkpoint for another parallel layout.", "CHECKPOINT")
     cut.add_argument("destination", type=Path, metavar="DIRECTORY", help="checkpoints directory to write into")
     cut.add_argument("--tp", type=int, default=1, help="tensor-parallel size (1)")
     cut.add_argument("--pp", type=int, default=1, help="pipeline stages (1)")

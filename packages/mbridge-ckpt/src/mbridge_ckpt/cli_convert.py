@@ -1,10 +1,27 @@
-"""The commands that turn formats into each other: `import-megatron` and `export-hf`."""
+"""The commands that make something new of a checkpoint: `reshard`, `import-megatron` and `export-hf`."""
 
 import argparse
+from pathlib import Path
 
 from mbridge_ckpt.checkpoint import open_checkpoint
 from mbridge_ckpt.cli_output import ProgressBar, print_json, size_text
 from mbridge_ckpt.manifest import read_manifest
+
+
+def run_reshard(options: argparse.Namespace) -> int:
+    from mbridge_ckpt.reshard import reshard
+
+    checkpoint = open_checkpoint(options.path)
+    with ProgressBar("writing", checkpoint.manifest.total_bytes) as progress:
+        path = reshard(
+            checkpoint.path,
+            options.destination,
+            tensor=options.tp,
+            pipeline=options.pp,
+            vocabulary_multiple=options.vocabulary_multiple,
+            progress=progress,
+        )
+    return _print_made(options, path)
 
 
 def run_import_megatron(options: argparse.Namespace) -> int:
@@ -20,12 +37,7 @@ def run_import_megatron(options: argparse.Namespace) -> int:
             vocabulary_rows=options.vocab_size,
             progress=progress,
         )
-    manifest = read_manifest(path)
-    if options.json:
-        print_json({"path": path, "layout": manifest.layout, "bytes": manifest.total_bytes})
-    else:
-        print(f"{path}: {manifest.layout}, {size_text(manifest.total_bytes)}")
-    return 0
+    return _print_made(options, path)
 
 
 def run_export_hf(options: argparse.Namespace) -> int:
@@ -44,4 +56,13 @@ def run_export_hf(options: argparse.Namespace) -> int:
         print_json(report)
     else:
         print(f"{report.path}: {report.tensors} tensors, {size_text(report.bytes)}, from {report.weights_from}")
+    return 0
+
+
+def _print_made(options: argparse.Namespace, path: Path) -> int:
+    manifest = read_manifest(path)
+    if options.json:
+        print_json({"path": path, "layout": manifest.layout, "bytes": manifest.total_bytes})
+    else:
+        print(f"{path}: {manifest.layout}, {size_text(manifest.total_bytes)}")
     return 0

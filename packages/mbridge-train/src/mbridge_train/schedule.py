@@ -101,19 +101,6 @@ class Schedule:
                 return 1 - math.sqrt(progress)
 
 
-def warmup_steps_from(*, warmup_iters: int | None, warmup_fraction: float | None, decay_steps: int) -> int:
-    """Length of the warm-up from whichever of a number and a fraction of ``decay_steps`` is given, 0 from neither.
-
-    Raises:
-        TrainError: both are given, or the fraction is not in [0, 1).
-    """
-    if warmup_fraction is None:
-        return warmup_iters or 0
-    _check(not warmup_iters, f"lr_warmup_iters={warmup_iters} and lr_warmup_fraction={warmup_fraction}: give only one")
-    _check(0 <= warmup_fraction < 1, f"lr_warmup_fraction={warmup_fraction} must be at least 0 and less than 1")
-    return int(warmup_fraction * decay_steps)
-
-
 def _cosine(progress: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * progress))
 

@@ -1,0 +1,272 @@
+"""Geometry, synthetic global batches and the work in them, for `vlm_sft_speed.py`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+IMAGES = (1, 3)  # least and most of a sample
+
+_VISION = {"spatial_merge_size": 2, "temporal_patch_size": 2, "num_heads": 16, "in_channels": 3}
+_QWEN3_VISION = _VISION | {"hidden_act": "gelu_pytorch_tanh", "patch_size": 16}
+_TINY_TEXT = {
+    "vocab_size": 512,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "max_position_embeddings": 4096,
+}
+_TINY_VISION = {"depth": 3, "hidden_size": 32, "intermediate_size": 40, "num_heads": 2, "out_hidden_size": 32}
+_TINY_VISION |= {"patch_size": 4}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Geometry:
+    """A model's sizes and the samples it is fed.
+
+    Attributes:
+        architecture: transformers' class.
+        config: name of transformers' configuration class.
+        text, vision: its two parts.
+        sides: shortest and longest side of an image, in pixels.
+        text_tokens: fewest and most tokens of a sample that are no image's, question and answer together.
+        special_tokens: the first of five ids, for the start and end of an image, padding, an image, a video; text is
+            of ids below.
+    """
+
+    architecture: str
+    config: str
+    text: dict[str, Any]
+    vision: dict[str, Any]
+    sides: tuple[int, int] = (224, 896)
+    text_tokens: tuple[int, int] = (30, 400)
+    special_tokens: int = 151652
+
+    @property
+    def image_token(self) -> int:
+        """The placeholder."""
+        return self.special_tokens + 3
+
+    def make_config(self) -> Any:
+        """transformers' configuration object."""
+        import transformers
+
+        return getattr(transformers, self.config)(
+            architectures=[self.architecture],
+            text_config=dict(self.text),
+            vision_config=dict(self.vision),
+            vision_start_token_id=self.special_tokens,
+            vision_end_token_id=self.special_tokens + 1,
+            image_token_id=self.image_token,
+            video_token_id=self.special_tokens + 4,
+            tie_word_embeddings=True,
+        )
+
+
+# Of config.json of Qwen/Qwen2.5-VL-3B-Instruct and Qwen/Qwen3-VL-4B-Instruct on the HuggingFace hub. What is not named
+# is transformers' default, equal there. The first's tower has the sizes of all Qwen2.5-VL but for out_hidden_size
+# (arXiv 2502.13923, table 1).
+GEOMETRIES = {
+    "2.5-3b": Geometry(
+        architecture="Qwen2_5_VLForConditionalGeneration",
+        config="Qwen2_5_VLConfig",
+        text={
+            "vocab_size": 151936,
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 128000,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]},
+        },
+        vision=_VISION
+        | {
+            "depth": 32,
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "out_hidden_size": 2048,
+            "patch_size": 14,
+            "window_size": 112,
+            "fullatt_block_indexes": [7, 15, 23, 31],
+            "tokens_per_second": 2,
+        },
+    ),
+    "3-4b": Geometry(
+        architecture="Qwen3VLForConditionalGeneration",
+        config="Qwen3VLConfig",
+        text={
+            "vocab_size": 151936,
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "rms_norm_eps": 1e-6,
+            "max_position_embeddings": 262144,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_section": [24, 20, 20],
+                "mrope_interleaved": True,
+            },
+        },
+        vision=_QWEN3_VISION
+        | {
+            "depth": 24,
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "out_hidden_size": 2560,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [5, 11, 17],
+        },
+    ),
+    # For trying the benchmark on a CPU.
+    "tiny-2.5": Geometry(
+        architecture="Qwen2_5_VLForConditionalGeneration",
+        config="Qwen2_5_VLConfig",
+        text=_TINY_TEXT
+        | {
+            "hidden_size": 64,
+            "head_dim": 32,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [4, 6, 6]},
+        },
+        vision=_VISION | _TINY_VISION | {"out_hidden_size": 64, "window_size": 16, "fullatt_block_indexes": [2]},
+        sides=(16, 48),
+        text_tokens=(6, 20),
+        special_tokens=500,
+    ),
+    "tiny": Geometry(
+        architecture="Qwen3VLForConditionalGeneration",
+        config="Qwen3VLConfig",
+        text=_TINY_TEXT
+        | {
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e4,
+                "mrope_section": [6, 5, 5],
+                "mrope_interleaved": True,
+            }
+        },
+        vision=_QWEN3_VISION | _TINY_VISION | {"num_position_embeddings": 36, "deepstack_visual_indexes": [0, 1]},
+        sides=(16, 48),
+        text_tokens=(6, 20),
+        special_tokens=500,
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One conversation: images, then a question, then the answer that is trained.
+
+    Attributes:
+        tokens: int64 [length].
+        trained: bool [length]: the answer.
+        pixel_values: float32 [patches, features].
+        grid_thw: int64 [images, 3].
+    """
+
+    tokens: Tensor
+    trained: Tensor
+    pixel_values: Tensor
+    grid_thw: Tensor
+
+
+def write_config(name: str, directory: Path) -> None:
+    """Write config.json alone: the models get random weights."""
+    GEOMETRIES[name].make_config().save_pretrained(directory)
+
+
+def make_batches(name: str, samples: int, batches: int) -> list[list[Example]]:
+    """Global batches, the same for the same arguments. Sides and lengths are uniform between their bounds."""
+    geometry = GEOMETRIES[name]
+    generator = torch.Generator().manual_seed(0)
+    merge, patch = geometry.vision["spatial_merge_size"], geometry.vision["patch_size"]
+    sides = tuple(side // (merge * patch) for side in geometry.sides)
+    features = 3 * geometry.vision["temporal_patch_size"] * patch**2
+    start, end = geometry.special_tokens, geometry.special_tokens + 1
+    # All images are windows of one noise: tens of gigabytes of fresh noise would take longer than the training.
+    noise = torch.randn(4 * IMAGES[1] * (sides[1] * merge) ** 2 // 3, features, generator=generator)
+
+    def draw(least: int, most: int) -> int:
+        return int(torch.randint(least, most + 1, (), generator=generator))
+
+    def example() -> Example:
+        grids = [(1, merge * draw(*sides), merge * draw(*sides)) for _ in range(draw(*IMAGES))]
+        text = draw(*geometry.text_tokens)
+        words = torch.randint(geometry.special_tokens, (text,), generator=generator).tolist()
+        tokens: list[int] = []
+        for _, rows, columns in grids:
+            tokens += [start, *[geometry.image_token] * (rows * columns // merge**2), end]
+        tokens += words
+        patches = sum(rows * columns for _, rows, columns in grids)
+        first = draw(0, len(noise) - patches)
+        return Example(
+            tokens=torch.tensor(tokens),
+            trained=torch.arange(len(tokens)) >= len(tokens) - draw(text // 4, text // 2),
+            pixel_values=noise[first : first + patches],
+            grid_thw=torch.tensor(grids),
+        )
+
+    return [[example() for _ in range(samples)] for _ in range(batches)]
+
+
+class Work:
+    """Floating-point operations of a training step as the model needs them, whatever a program spends.
+
+    Each weight of a linear layer is used once for each of its rows in the forward pass, 2 operations, and twice in
+    the backward pass: 6. Rows are tokens in the language model and its output layer, patches in the tower, and tokens
+    of images in its mergers. Attention multiplies queries by keys and probabilities by values, 2 * 2 * length**2 *
+    heads * head_dim forward and twice that backward: 12 * length**2 * width, half of it under a causal mask, for each
+    sequence, image or window. Padding, recomputation, embeddings, norms and activations count nothing.
+    """
+
+    def __init__(self, name: str) -> None:
+        import transformers
+
+        config = GEOMETRIES[name].make_config()
+        with torch.device("meta"):
+            model = transformers.AutoModelForImageTextToText.from_config(config)
+        self.text, self.vision = config.text_config, config.vision_config
+        self.parameters = sum(parameter.numel() for parameter in model.parameters())
+        self.weights = {"tokens": 0, "patches": 0, "merged": 0}
+        for module_name, module in model.named_modules():
+            if isinstance(module, nn.Linear | nn.Conv3d):
+                is_tower = "visual." in module_name
+                rows = "merged" if is_tower and "merger" in module_name else "patches" if is_tower else "tokens"
+                self.weights[rows] += module.weight.numel()
+
+    def flops(self, batch: list[Example]) -> float:
+        """Of one global batch, forward and backward."""
+        patches = sum(len(example.pixel_values) for example in batch)
+        rows = {
+            "tokens": sum(len(example.tokens) for example in batch),
+            "patches": patches,
+            "merged": patches // self.vision.spatial_merge_size**2,
+        }
+        linear = 6 * sum(weights * rows[kind] for kind, weights in self.weights.items())
+        text = self.text
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        causal = 6 * text.num_hidden_layers * text.num_attention_heads * head_dim
+        tower = sum(12 * self.vision.hidden_size * self._squares(example.grid_thw) for example in batch)
+        return float(linear + causal * sum(len(example.tokens) ** 2 for example in batch) + tower)
+
+    def _squares(self, grid_thw: Tensor) -> int:
+        """Sum of length**2 over what attends to itself, over all layers of the tower."""
+        from transformers.vision_utils import get_vision_window_index
+
+        vision = self.vision
+        whole = int((grid_thw[:, 1] * grid_thw[:, 2]).square().sum())
+        if not hasattr(vision, "window_size"):
+            return int(vision.depth) * whole
+        _, ends = get_vision_window_index(grid_thw, vision.spatial_merge_size, vision.window_size, vision.patch_size)
+        full = len(vision.fullatt_block_indexes)
+        return full * whole + (vision.depth - full) * int(ends.diff().long().square().sum())

@@ -1,0 +1,74 @@
+"""The benchmark of fine-tuning speed: both sides compute the same, and its count of operations is right."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def data() -> ModuleType:
+    specification = importlib.util.spec_from_file_location("vlm_sft_data", BENCHMARKS / "vlm_sft_data.py")
+    assert specification is not None and specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    sys.modules["vlm_sft_data"] = module  # dataclasses look it up
+    specification.loader.exec_module(module)
+    return module
+
+
+def test_both_sides_take_the_same_steps(tmp_path: Path) -> None:
+    """From the same weights, in fp32: losses and gradient norms of three steps."""
+    output = tmp_path / "figures.json"
+    options = "--model tiny --dtype float32 --same-weights --cases ours-torch fsdp2 --token-budget 256"
+    options += " --micro-batch-size 3 --samples 4 --steps 1 --warmup 2 --strict --recompute off"
+    command = [sys.executable, str(BENCHMARKS / "vlm_sft_speed.py"), *options.split(), "--output", str(output)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    report = json.loads(output.read_text())
+    results = {result["case"]: result for result in report["results"]}
+    ours, theirs = results["ours-torch"], results["fsdp2"]
+    for key in ("losses", "grad_norms"):
+        assert ours[key] == pytest.approx(theirs[key], rel=1e-4), key
+    assert ours["tokens"] == theirs["tokens"] and ours["flops"] == theirs["flops"]
+    speeds = [result["summary"]["tokens_per_second"][0] for result in (ours, theirs)]
+    assert report["speedup"]["ours-torch"] == pytest.approx(speeds[0] / speeds[1])
+    assert "times the tokens/s of fsdp2" in done.stdout
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-2.5"])
+def test_counted_operations(data: ModuleType, name: str) -> None:
+    """Against torch's counter of the operations that transformers' model runs."""
+    ((example,),) = data.make_batches(name, 1, 1)
+    config = data.GEOMETRIES[name].make_config()
+    model = transformers.AutoModelForImageTextToText.from_config(config, attn_implementation="eager")
+    tokens = example.tokens[None]
+    with FlopCounterMode(display=False) as counter:
+        model(
+            input_ids=tokens,
+            labels=tokens.where(example.trained, -100),
+            mm_token_type_ids=(tokens == config.image_token_id).int(),
+            pixel_values=example.pixel_values,
+            image_grid_thw=example.grid_thw,
+        ).loss.backward()
+    text, length = config.text_config, len(example.tokens)
+    # The eager model multiplies what the causal mask then hides, nobody needs gradients of pixels, and the angles of
+    # three positions a token are matrix products, too.
+    hidden_half = 6 * length**2 * text.num_hidden_layers * text.num_attention_heads * text.head_dim
+    pixel_gradients = 2 * example.pixel_values.numel() * config.vision_config.hidden_size
+    angles = 2 * 3 * length * text.head_dim // 2
+    assert data.Work(name).flops([example]) == counter.get_total_flops() - hidden_half + pixel_gradients - angles
+
+
+@pytest.mark.parametrize(("name", "billions"), [("2.5-3b", 3.75), ("3-4b", 4.44)])
+def test_real_geometry(data: ModuleType, name: str, billions: float) -> None:
+    """Sizes as published, and sequences that fit the smallest default token budget."""
+    assert data.Work(name).parameters / 1e9 == pytest.approx(billions, abs=0.005)
+    assert max(len(example.tokens) for batch in data.make_batches(name, 24, 5) for example in batch) <= 4096
