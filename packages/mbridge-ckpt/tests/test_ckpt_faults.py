@@ -31,6 +31,8 @@ def test_killed_at_200_random_moments(worker, directory):
         committed += found == step
         newest = found
         assert result[0] is None or found == step
+        # The machine gets slower and faster; kills are to stay within the saves, the latest ones after the commit.
+        seconds *= 1.02 if result[0] is None else 0.97
         if step % 8 == 0:
             prune(directory, Retention(last=1))
             assert open_checkpoint(directory / "latest").step <= newest
