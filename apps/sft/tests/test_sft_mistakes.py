@@ -48,6 +48,7 @@ def settings() -> list[str]:
         "runner.output_dir=results",
         "runner.experiment_name=mine",
         "runner.max_steps=1",
+        "actor.lr_sched.lr_warmup_iters=0",
     ]
 
 

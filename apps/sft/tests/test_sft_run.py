@@ -33,17 +33,15 @@ def test_resumed_run_has_the_metrics_of_the_unbroken_one(runs: tuple[Path, str])
     assert list(unbroken) == [0, 1, 2, 3, 4]
     assert unbroken[4]["bad_rows"] == 1 and unbroken[4]["train/loss"] < unbroken[1]["train/loss"]
     assert metrics(directory / "stopped") == unbroken
-    assert metrics(directory / "elsewhere") == {step: unbroken[step] for step in (3, 4)}
 
 
-@pytest.mark.parametrize("run", ["stopped", "elsewhere"])
 @pytest.mark.parametrize("file", ["model_optim_rng.pt", "distrib_optim.pt"])
-def test_resumed_run_has_the_state_of_the_unbroken_one(runs: tuple[Path, str], run: str, file: str) -> None:
+def test_resumed_run_has_the_state_of_the_unbroken_one(runs: tuple[Path, str], file: str) -> None:
     directory, _ = runs
     expected = saved(directory / "unbroken", 4, file)
     tensors = [value for _, value in leaves(expected) if isinstance(value, torch.Tensor)]
     assert sum(tensor.numel() for tensor in tensors) > 100_000
-    assert_same_state(saved(directory / run, 4, file), expected)
+    assert_same_state(saved(directory / "stopped", 4, file), expected)
 
 
 def test_training_changes_tower_and_language_model(runs: tuple[Path, str]) -> None:
@@ -142,7 +140,6 @@ MISTAKES = {
     "large": r"whole/a\.parquet row \d+: the image has 32 x 32 pixels, more than 1000; make it smaller, raise",
     "long": r"train/a\.parquet row \d+: \d+ tokens, \d+ of them before or between answers, are more than 40 \(runner",
     "data": r"data\.seed was 1234 when the checkpoint was saved and is 5 now",
-    "batch": r"actor\.global_batch_size was 6 when the checkpoint was saved and is 5 now",
 }
 
 

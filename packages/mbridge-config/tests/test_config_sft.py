@@ -118,6 +118,12 @@ CASES = [
         "width 32 make 96",
     ),
     ("quickstart-model", ["quickstart.enabled=true", "quickstart.vision_depth=1"], None, "tower has 1 layers"),
+    (
+        "warmup-length",
+        ["runner.max_steps=5", "actor.lr_sched.lr_warmup_iters=5", "actor.lr_sched.lr_decay_style=cosine"],
+        None,
+        "not shorter than the run of runner.max_steps 5",
+    ),
     ("global-batch-ranks", [], 16, "not a multiple of data-parallel 16"),
     ("pipeline-parallel-layers", [f"{PP}=7"], 7, "8 layers cannot be shared by 7 stages"),
     ("no-effect", ["data.lazy_loading=true"], None, "images are always decoded when they are needed"),

@@ -9,6 +9,7 @@ from mbridge_config.rules.run import TRAIN, VALIDATION
 ONLY_EVAL = "runner.only_eval"
 SMALLEST, LARGEST = "data.min_pixels", "data.max_pixels"
 FORMAT = "data.dataset_name"
+WARMUP = "actor.lr_sched.lr_warmup_iters"
 SUFFIXES = {"auto": (".parquet", ".jsonl"), "robo2vlm": (".parquet",), "messages": (".jsonl",)}
 
 
@@ -64,6 +65,21 @@ def pixels(context: Context) -> Iterable[Finding]:
         yield Finding(SMALLEST, f"more than {LARGEST} {data.max_pixels}", f"use {data.max_pixels} or less")
 
 
+@rule(
+    "warmup-length",
+    WARMUP,
+    "runner.max_steps",
+    *(f"actor.lr_sched.{name}" for name in ("lr_decay_style", "lr_decay_iters")),
+)
+def warmup(context: Context) -> Iterable[Finding]:
+    """The learning rate decays over the whole run, and the warm-up is not shorter than that."""
+    schedule, steps = context.config.actor.lr_sched, context.config.runner.max_steps
+    decays_over_run = schedule.lr_decay_style != "constant" and schedule.lr_decay_iters is None and steps > 0
+    if decays_over_run and schedule.lr_warmup_fraction is None and schedule.lr_warmup_iters >= steps:
+        reason = f"not shorter than the run of runner.max_steps {steps}, over which the rate decays"
+        yield Finding(WARMUP, reason, f"use less than {steps}, or set actor.lr_sched.lr_decay_iters")
+
+
 @rule("quickstart-model", "quickstart")
 def quickstart_model(context: Context) -> Iterable[Finding]:
     """The vision-language model that the quickstart is to make has heads that do not fit together, or deepstack
@@ -85,4 +101,4 @@ def quickstart_model(context: Context) -> Iterable[Finding]:
         yield Finding("quickstart.deepstack_visual_indexes", reason, fix)
 
 
-RULES = (train_data, evaluation_data, data_paths, pixels, quickstart_model)
+RULES = (train_data, evaluation_data, data_paths, pixels, warmup, quickstart_model)
