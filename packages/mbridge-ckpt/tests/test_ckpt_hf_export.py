@@ -114,9 +114,9 @@ def test_memory_is_one_shard_and_one_tensor(tmp_path, monkeypatch):
     most = 0
     shards = hf_export._shards
 
-    def watched(tensors, limit):
+    def watched(sink, tensors, limit):
         nonlocal most
-        for shard in shards(tensors, limit):
+        for shard in shards(sink, tensors, limit):
             most = max(most, sum(reference() is not None for reference in held) + len(shard))
             held.extend(weakref.ref(tensor) for tensor in shard.values())
             yield shard
