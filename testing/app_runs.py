@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+ROOT = Path(__file__).parents[1]
 TIMES = re.compile(r"time/|\w+_per_second$|time$")
 
 
@@ -18,7 +19,8 @@ def execute(*words: str) -> str:
     """What `python *words` prints; it must succeed without a traceback."""
     done = subprocess.run(
         [sys.executable, *words],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # The program imports `testing`, as the test file that starts it does.
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
         timeout=840,
