@@ -124,6 +124,12 @@ def test_hanging_and_dying_workers_are_replaced(odd_worker):
         assert not Path(f"/proc/{pid}").exists()
 
 
+def test_worker_killed_while_it_starts_is_replaced(odd_worker):
+    with RewardPool(timeout=30.0, workers=1) as pool:
+        os.kill(pids(pool)[0], 9)
+        assert pool.score([("$1$", problem("$1$"))] * 2) == [Score(1.0)] * 2
+
+
 @pytest.mark.timeout(60)
 def test_workers_end_with_a_killed_parent(odd_worker):
     script = (

@@ -125,6 +125,9 @@ class RewardPool:
         if message is not None and message.get("ready"):
             worker.ready = True
             return
+        if message is None and not worker.started_again and time.monotonic() < worker.deadline:
+            worker.restart(started_again=True)  # killed from outside, perhaps: only dying twice is its own fault
+            return
         reason = message["error"] if message else f"it ended or took more than {START_LIMIT:.0f} seconds to start"
         self.close()
         raise RewardError(
@@ -134,13 +137,18 @@ class RewardPool:
 
 
 class _Worker:
-    """One worker process and the pipe to it. `busy_with`: position of the answer it scores, None if idle."""
+    """One worker process and the pipe to it.
+
+    Attributes:
+        busy_with: position of the answer it scores, None if idle.
+        started_again: the process before this one ended before it was ready.
+    """
 
     def __init__(self, command: list[str]) -> None:
         self._command = command
-        self._start()
+        self._start(started_again=False)
 
-    def _start(self) -> None:
+    def _start(self, started_again: bool) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
         self._process = subprocess.Popen(
             self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0
@@ -148,6 +156,7 @@ class _Worker:
         assert self._process.stdin and self._process.stdout
         self._requests, self.replies = self._process.stdin, self._process.stdout
         self.ready = False
+        self.started_again = started_again
         self.busy_with: int | None = None
         self.deadline = time.monotonic() + START_LIMIT
 
@@ -172,9 +181,9 @@ class _Worker:
         message: dict[str, Any] = json.loads(line)
         return message
 
-    def restart(self) -> None:
+    def restart(self, started_again: bool = False) -> None:
         self.kill()
-        self._start()
+        self._start(started_again)
 
     def kill(self) -> None:
         self._process.kill()
