@@ -33,7 +33,13 @@ def gang4(worker_pool: WorkerPool) -> Gang:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked `gpu` where there is no GPU. Torch is asked only if there is such a test."""
+    """Say what runs together when tests run in several processes; skip what needs a GPU where there is none."""
+    with_gangs = {item.path for item in items if "worker_pool" in getattr(item, "fixturenames", ())}
+    for item in items:
+        # A file's tests share its fixtures; all gangs share workers that took long to start.
+        item.add_marker(pytest.mark.xdist_group("gangs" if item.path in with_gangs else str(item.path)))
+
+    # Torch is asked only if there is a test for GPUs.
     gpu_items = [item for item in items if item.get_closest_marker("gpu") is not None]
     if not gpu_items:
         return

@@ -31,10 +31,14 @@ PACKAGES = {
 }
 
 
+# A few processes share the groups that conftest.py makes, in order: half of the tests keep only one core busy.
+IN_PARALLEL = ["--numprocesses=auto", "--maxprocesses=4", "--dist=loadgroup", "--no-loadscope-reorder"]
+
+
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests but those marked `real`; arguments go to pytest."""
-    session.run(sys.executable, "-m", "pytest", *session.posargs)
+    """All tests but those marked `real`. Arguments go to pytest, which then runs in one process."""
+    session.run(sys.executable, "-m", "pytest", *(session.posargs or IN_PARALLEL))
 
 
 @nox.session

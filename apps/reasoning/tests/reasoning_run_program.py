@@ -1,7 +1,6 @@
 """Runs of the app, one after the other in one process, since importing Megatron takes longer than any of them.
 
     python reasoning_run_program.py DIRECTORY
-    python reasoning_run_program.py DIRECTORY split     # after it: its run, cut for two ranks and back again
 
 Everything lies in DIRECTORY afterwards; `test_reasoning_run.py` reads it. The runs are of the quickstart's kind, cut
 short, with a reference policy, minibatches and shuffled answers.
@@ -121,9 +120,6 @@ def split(directory: Path) -> None:
 
 def main() -> None:
     directory = Path(sys.argv[1])
-    if sys.argv[2:] == ["split"]:
-        split(directory)
-        return
     run("unbroken", directory)
 
     run("stopped", directory, "runner.max_steps=2")
@@ -142,6 +138,7 @@ def main() -> None:
 
     run("unbroken", directory, "runner.max_steps=1")
 
+    split(directory)
     mistakes(directory)
 
 

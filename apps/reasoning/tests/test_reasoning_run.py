@@ -131,8 +131,7 @@ def test_damaged_checkpoint_is_passed_over(runs: tuple[Path, str]) -> None:
 
 def test_a_run_goes_on_with_other_parallel_sizes(runs: tuple[Path, str]) -> None:
     """Two ranks of the launcher, tensor-parallel, go on from one rank's checkpoint, and one rank from theirs."""
-    directory, _ = runs
-    printed = execute(str(PROGRAM), str(directory), "split")
+    directory, printed = runs
     assert "was written with TP 1, PP 1, DP 1; this run has TP 2, PP 1, DP 1" in printed
     unbroken = metrics(directory / "unbroken")
     for run, step in (("split", 3), ("joined", 4)):

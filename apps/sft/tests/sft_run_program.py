@@ -1,7 +1,6 @@
 """Runs of the app, one after the other in one process, since importing Megatron takes longer than any of them.
 
     python sft_run_program.py DIRECTORY
-    python sft_run_program.py DIRECTORY split     # after it: its run, cut for two ranks
 
 Everything lies in DIRECTORY afterwards; `test_sft_run.py` reads it. The runs are of the quickstart's kind, cut short,
 with packed batches of uneven length, a bad row, and shuffled data; the first decodes in another process.
@@ -118,9 +117,6 @@ def split(directory: Path) -> None:
 
 def main() -> None:
     directory = Path(sys.argv[1])
-    if sys.argv[2:] == ["split"]:
-        split(directory)
-        return
     write_data(directory)
     run("unbroken", directory, "data.num_workers=1")
     run("stopped", directory, "runner.max_steps=2")
@@ -145,6 +141,7 @@ def main() -> None:
         f"data.train_data_paths=[{directory / 'chats.jsonl'}]",
         f"data.val_data_paths=[{directory / 'chats.jsonl'}]",
     )
+    split(directory)
     mistakes(directory)
 
 

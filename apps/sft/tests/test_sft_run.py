@@ -154,11 +154,9 @@ def test_mistake_that_only_a_rank_finds(runs: tuple[Path, str], mistake: str) ->
     assert found["changed"] == []
 
 
-@pytest.mark.slow
 def test_pipeline_stages_train_and_evaluate_alike(runs: tuple[Path, str]) -> None:
     """Two stages go on from a checkpoint of one rank."""
     directory, _ = runs
-    execute(str(PROGRAM), str(directory), "split")
     unbroken, stages = metrics(directory / "unbroken"), metrics(directory / "stages")
     assert list(stages) == [3, 4]
     for step in stages:
