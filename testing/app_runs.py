@@ -16,7 +16,7 @@ TIMES = re.compile(r"time/|\w+_per_second$|time$")
 
 
 def execute(*words: str) -> str:
-    """What `python *words` prints; it must succeed without a traceback."""
+    """What `python *words` prints; it must succeed without a traceback or a warning."""
     done = subprocess.run(
         [sys.executable, *words],
         # The program imports `testing`, as the test file that starts it does.
@@ -27,7 +27,7 @@ def execute(*words: str) -> str:
         check=False,
     )
     assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr, done.stderr
     return done.stdout
 
 

@@ -71,8 +71,10 @@ def run_entry(entry: str, args: tuple[Any, ...]) -> Failure | None:
 
 
 def _quiet_upstream() -> None:
-    """Megatron-Core's import says a dozen times which optional GPU libraries are missing; that is no news to a user."""
-    warnings.filterwarnings("ignore", module=r"megatron\.")
+    """Megatron-Core's import says a dozen times which optional GPU libraries are missing; torch's checkpoints, how
+    Megatron-Core should have called them. That is no news to a user.
+    """
+    warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.checkpoint")
     warnings.filterwarnings("ignore", category=SyntaxWarning)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 
