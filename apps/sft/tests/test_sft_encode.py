@@ -1,5 +1,6 @@
 """Encoding equals the HuggingFace processor on the same text and images, and trains what it should."""
 
+import contextlib
 import io
 import json
 import pickle
@@ -222,3 +223,24 @@ def test_a_tokenizer_that_adds_to_each_piece_is_refused(text_model, tmp_path):
     (directory / "tokenizer_config.json").write_text(json.dumps(settings))
     with pytest.raises(DataError, match=rf"the tokenizer of {directory} adds to each piece of a text"):
         Encoder(directory)
+
+
+def test_code_of_the_directory_runs_only_where_it_is_trusted(text_model, tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    directory = shutil.copytree(text_model, tmp_path / "model")
+    ran = tmp_path / "ran"
+    (directory / "tokenization_own.py").write_text(
+        f"from pathlib import Path\nfrom transformers import PreTrainedTokenizerFast\nPath({str(ran)!r}).touch()\n"
+        "class OwnTokenizer(PreTrainedTokenizerFast): pass\n"
+    )
+    settings = json.loads((directory / "tokenizer_config.json").read_text())
+    settings |= {
+        "tokenizer_class": "OwnTokenizer",
+        "auto_map": {"AutoTokenizer": [None, "tokenization_own.OwnTokenizer"]},
+    }
+    (directory / "tokenizer_config.json").write_text(json.dumps(settings))
+    with contextlib.suppress(DataError):  # transformers refuses, or takes the plain class
+        Encoder(directory)
+    assert not ran.exists()
+    encoder = pickle.loads(pickle.dumps(Encoder(directory, trust_remote_code=True)))
+    assert ran.exists() and type(encoder.tokenizer).__name__ == "OwnTokenizer"

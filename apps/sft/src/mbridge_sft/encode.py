@@ -49,6 +49,7 @@ class Encoder:
         max_length: most tokens of a sequence; None: no limit.
         train_on: the last answer, or all of the assistant's turns.
         limits: on the size of images.
+        trust_remote_code: let transformers run Python files that lie in the directory.
 
     Raises:
         DataError: the directory's tokenizer or processor cannot be loaded or used, or there is no chat template.
@@ -62,9 +63,18 @@ class Encoder:
         max_length: int | None = None,
         train_on: Literal["last", "all"] = "last",
         limits: PixelLimits | None = None,
+        trust_remote_code: bool = False,
     ) -> None:
-        self._again = partial(Encoder, model_directory, max_length=max_length, train_on=train_on, limits=limits)
+        self._again = partial(
+            Encoder,
+            model_directory,
+            max_length=max_length,
+            train_on=train_on,
+            limits=limits,
+            trust_remote_code=trust_remote_code,
+        )
         self._directory = Path(model_directory)
+        self._trust_remote_code = trust_remote_code
         self._max_length = max_length
         self._train_on = train_on
         self._limits = limits or PixelLimits()
@@ -93,7 +103,9 @@ class Encoder:
         if not any((self._directory / name).is_file() for name in _TOKENIZER_FILES):
             raise DataError(f"{self._directory} has none of {', '.join(_TOKENIZER_FILES)}; complete the download")
         try:
-            return kind.from_pretrained(self._directory, local_files_only=True)
+            return kind.from_pretrained(
+                self._directory, local_files_only=True, trust_remote_code=self._trust_remote_code
+            )
         except (OSError, ValueError, KeyError, TypeError) as error:
             name = "processor" if kind is AutoProcessor else "tokenizer"
             raise DataError(f"{self._directory}: its {name} cannot be loaded: {error}") from None

@@ -139,6 +139,7 @@ def _encoder(config: SFTConfig) -> Encoder:
         max_length=config.runner.seq_length,
         train_on=data.train_on,
         limits=PixelLimits(min_pixels=data.min_pixels, max_pixels=data.max_pixels, oversized=data.oversized),
+        trust_remote_code=config.actor.tokenizer.trust_remote_code,
     )
 
 
