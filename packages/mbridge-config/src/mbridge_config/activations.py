@@ -129,13 +129,16 @@ def _attention(facts: HFFacts, kernels: Kernels) -> float:
     e = kernels.number_bytes
     query, key = facts.num_attention_heads * facts.head_dim, facts.num_query_groups * facts.head_dim
     kept = 4.0 * facts.num_attention_heads
-    if facts.qk_layernorm or facts.model_type in QK_LAYERNORM_FAMILIES:
+    has_norms = facts.qk_layernorm or facts.model_type in QK_LAYERNORM_FAMILIES
+    if has_norms:
         kept += (e if kernels.backend == "te" else 4 + e) * (query + key)
     if kernels.backend == "te":
         return kept + e * (2 * query + 2 * key)
-    if kernels.packed and key < query:
-        return kept + 4 * e * query
-    return kept + 3 * e * (query + key)
+    if not kernels.packed or key == query:
+        return kept + 3 * e * (query + key)
+    # In fp32 the norm of k keeps its input itself, and with it the fused projection that this is a part of.
+    projection = e * (query + key) if has_norms and e == 4 else 0
+    return kept + 4 * e * query + projection
 
 
 def _gated_mlp(width: int, kernels: Kernels) -> float:

@@ -69,17 +69,18 @@ def count_parameters(facts: HFFacts) -> int | None:
     return size.total
 
 
+def count_vision_parameters(facts: HFFacts) -> int:
+    """Those of them in the vision tower and its projection."""
+    return (vision_tower(facts.vision) + vision_projection(facts.vision)).total if facts.vision is not None else 0
+
+
 def count_active_parameters(facts: HFFacts) -> int | None:
-    """Parameters that one token of text uses: all, less the vision tower and the experts it is not sent to."""
+    """All but those of the experts that one token is not sent to; None where `can_count` is false."""
     total = count_parameters(facts)
-    if total is None:
-        return None
-    if facts.vision is not None:
-        total -= (vision_tower(facts.vision) + vision_projection(facts.vision)).total
-    if facts.num_experts and facts.experts_per_token:
-        layers = facts.num_layers - len(facts.dense_layers)
-        total -= layers * (facts.num_experts - facts.experts_per_token) * _expert(facts)
-    return total
+    if total is None or not facts.num_experts or not facts.experts_per_token:
+        return total
+    layers = facts.num_layers - len(facts.dense_layers)
+    return total - layers * (facts.num_experts - facts.experts_per_token) * _expert(facts)
 
 
 def embedding(facts: HFFacts, *, padded_for: int | None = None) -> Size:
