@@ -119,4 +119,9 @@ def as_arguments(values: Mapping[str, Any]) -> str:
 
 
 def _layout_as_dict(layout: Layout) -> dict[str, Any]:
-    return {"values": dict(layout.values), "changes": dict(layout.changes), "reasons": reasons(layout), "plan": layout.plan.as_dict()}
+    return {
+        "values": dict(layout.values),
+        "changes": dict(layout.changes),
+        "reasons": reasons(layout),
+        "plan": layout.plan.as_dict(),
+    }

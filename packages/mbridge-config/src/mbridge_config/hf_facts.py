@@ -150,7 +150,7 @@ class _Reader:
             vision_ffn_hidden_size=_whole(self.vision.get("intermediate_size")),
             deepstack_visual_indexes=deepstack,
             vision=vision_facts(family, self.vision),
-            dense_layers=self.dense_layers(layers),
+            dense_layers=self.dense_layers(layers) if facts["num_experts"] else (),
             **facts,
         )
 
@@ -169,7 +169,8 @@ class _Reader:
         """Layers without experts: those of `mlp_only_layers`, and all but every `decoder_sparse_step`-th."""
         named, step = self.text.get("mlp_only_layers"), _whole(self.text.get("decoder_sparse_step")) or 1
         names = named if isinstance(named, list) else []
-        return tuple(number for number in range(layers) if number in names or (number + 1) % step)
+        deepest = min(layers, 10_000)  # a larger number is a mistake, which shall not cost minutes
+        return tuple(number for number in range(deepest) if number in names or (number + 1) % step)
 
     def count(self, *names: str, required: bool = False) -> int | None:
         """The first of the fields `names` that is there, a positive whole number."""

@@ -141,9 +141,9 @@ def _micro_batches(config: RunConfig) -> Iterator[dict[str, Any]]:
     while 2 * counts[-1] * longest <= MOST_TOKENS:
         counts.append(2 * counts[-1])
     dynamic = get(config, DYNAMIC)
-    key, own = (BUDGET, config.runner.max_tokens_per_mbs) if dynamic else (MICRO, config.actor.micro_batch_size)
+    own = (config.runner.max_tokens_per_mbs or longest) if dynamic else config.actor.micro_batch_size
     for size in sorted({own, *(count * longest if dynamic else count for count in counts)}):
-        yield {key: size}
+        yield {BUDGET if dynamic else MICRO: size}
 
 
 def _divisors(number: int, limit: int) -> list[int]:

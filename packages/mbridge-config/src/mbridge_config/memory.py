@@ -112,8 +112,13 @@ class StageMemory:
             "rollout weights": self.rollout_weights,
         }
         training = {"activations": self.activations, "logits": self.logits, "working": self.working}
-        passing = training if sum(training.values()) >= self.generation else {"generation": self.generation}
+        passing = training if self.passing >= self.generation else {"generation": self.generation}
         return {name: value for name, value in (lasting | passing).items() if value}
+
+    @property
+    def passing(self) -> int:
+        """What a training step takes beyond what lasts."""
+        return self.activations + self.logits + self.working
 
     @property
     def peak(self) -> int:
@@ -253,4 +258,4 @@ def _generation_bytes(facts: HFFacts, e: int, generation: Generation) -> int:
     cache = rows * facts.num_layers * 2 * facts.num_query_groups * facts.head_dim * e  # a token
     sampling = rows * (facts.vocab_size or 0) * (e + 32)
     mlp = rows * generation.prompt_tokens * e * 4 * ((facts.ffn_hidden_size or 0) + facts.hidden_size)
-    return max(cache * generation.tokens + sampling, cache * generation.prompt_tokens + mlp)
+    return round(float(max(cache * generation.tokens + sampling, cache * generation.prompt_tokens + mlp)))

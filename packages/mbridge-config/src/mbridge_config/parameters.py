@@ -42,12 +42,20 @@ class Size:
         return -(-self.split // tensor_parallel) + self.whole
 
 
+_LARGEST = 2**32
+_DEEPEST = 10_000
+
+
 def can_count(facts: HFFacts) -> bool:
-    """Whether the architecture is known, and config.json has all sizes."""
+    """Whether the architecture is known, and config.json has all sizes, of which none is beyond all reason."""
     has_mlp = facts.ffn_hidden_size is not None or not facts.dense_layers
     experts = (facts.num_experts, facts.experts_per_token, facts.expert_ffn_hidden_size)
+    sizes = (facts.hidden_size, facts.num_attention_heads, facts.head_dim, facts.ffn_hidden_size, facts.vocab_size)
+    sizes += (*experts, *(dataclasses.astuple(facts.vision)[1:] if facts.vision is not None else ()))
     return (
         facts.model_type in FAMILIES
+        and facts.num_layers <= _DEEPEST
+        and all(size <= _LARGEST for size in sizes if size is not None)
         and facts.vocab_size is not None
         and (has_mlp if facts.num_experts else facts.ffn_hidden_size is not None)
         and (not facts.num_experts or None not in experts)

@@ -1,5 +1,6 @@
 """The parallel plan of a run: how ranks, layers and sequences are shared, and what a rank holds. No torch."""
 
+import contextlib
 import dataclasses
 from typing import Any
 
@@ -98,7 +99,8 @@ def make_plan(config: Any, facts: HFFacts | None, world_size: int) -> ParallelPl
     known = facts if facts is not None and can_count(facts) else None
     memory: tuple[StageMemory, ...] = ()
     if known and sizes is not None:
-        memory = estimate_memory(training_setup(config, known, sizes, data, world_size, micro_batches))
+        with contextlib.suppress(OverflowError):  # a length beyond all reason
+            memory = estimate_memory(training_setup(config, known, sizes, data, world_size, micro_batches))
     return ParallelPlan(
         world_size=world_size,
         tensor_parallel=tensor,

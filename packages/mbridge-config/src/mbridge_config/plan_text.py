@@ -14,7 +14,7 @@ _MEANING = {
     "logits": "and their gradient",
     "working": "recomputation, and gradients inside a layer",
     "rollout weights": "the model that generates, whole on each rank",
-    "generation": "keys and values, sampling; not at the same time as training",
+    "generation": "keys and values, sampling",
 }
 
 
@@ -82,6 +82,10 @@ def _memory(plan: "ParallelPlan", memory_gib: float | None) -> list[tuple[str, s
         ("memory a rank", f"about {gib(peak.peak)}{stage}{of} ({plan.precision}, {layers}, {plan.recompute})"),
         *((f"  {name}", _term(name, peak, plan.precision)) for name in peak.terms),
     ]
+    if peak.generation:
+        lasting = peak.peak - max(peak.passing, peak.generation)
+        turns = f"{gib(lasting + peak.passing)} in training, {gib(lasting + peak.generation)} in generation"
+        lines.append(("  by turns", turns))
     if len(plan.memory) > 1:
         lines.append(("  by stage", ", ".join(gib(stage.peak) for stage in plan.memory)))
     if peak.reference_on_host:

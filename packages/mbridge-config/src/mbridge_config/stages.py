@@ -5,7 +5,6 @@ import dataclasses
 from mbridge_config.hf_facts import HFFacts
 
 
-
 def stage_sizes(layers: int, stages: int, deepstack: int = 0) -> tuple[int, ...] | None:
     """Layers of each stage, in order; None where they cannot be shared.
 
