@@ -70,7 +70,7 @@ def _check(words: Sequence[str]) -> int:
     if arguments.memory is not None:
         report.problems = ordered([*report.problems, *memory_problems(config, report, arguments.memory)])
     if arguments.json:
-        print(json.dumps(_as_json(arguments.name, report), indent=2))
+        print(json.dumps(_as_json(arguments.name, report) | {"memory_gib": arguments.memory}, indent=2))
     else:
         if str(report):
             print(report, end="\n\n")
