@@ -56,17 +56,6 @@ def argument_parser(program: str, epilog: str) -> argparse.ArgumentParser:
     return parser
 
 
-def memory_size(text: str) -> float:
-    """A `--memory` in GiB; raises `argparse.ArgumentTypeError`."""
-    try:
-        size = float(text)
-    except ValueError:
-        size = 0.0
-    if not 0 < size < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is no size of a GPU's memory in GiB, such as 80")
-    return size
-
-
 def _default(name: str | None) -> str:
     return "name of the config" if name is None else f"name of the config; without it, {name}"
 
@@ -80,3 +69,14 @@ def _listing(package: str) -> str:
 
 def _usage(reason: str, fix: str) -> ConfigError:
     return ConfigError(Problem(id="usage", key=None, value=None, reason=reason, fix=fix))
+
+
+def memory_size(text: str) -> float:
+    """A `--memory` in GiB; raises `argparse.ArgumentTypeError`."""
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no size of a GPU's memory in GiB, such as 80")
+    return size

@@ -45,9 +45,7 @@ def _commands() -> argparse.ArgumentParser:
 
 def _check(words: Sequence[str]) -> int:
     parser = Parser(
-        prog="mbridge-config check",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_listing() if {"-h", "--help"} & set(words) else None,  # looking for the apps takes a while
+        prog="mbridge-config check", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_listing()
     )
     parser.add_argument("name", metavar="NAME", help="name of a config, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key")
