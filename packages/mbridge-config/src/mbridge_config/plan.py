@@ -39,6 +39,7 @@ class ParallelPlan:
     micro_batches: int | None  # of one data-parallel rank in one optimizer step; None: by tokens
     micro_batches_of_longest: int  # the same if all sequences are as long as allowed
     max_tokens_per_micro_batch: int
+    max_patches_per_micro_batch: int  # of images, if each token is one's; what the memory is estimated for
     max_tokens_per_step: int
     pipeline_bubble: float  # with micro_batches_of_longest
     precision: str
@@ -98,9 +99,12 @@ def make_plan(config: Any, facts: HFFacts | None, world_size: int) -> ParallelPl
     micro_batches = -(-actor.global_batch_size // (data * together))
     known = facts if facts is not None and can_count(facts) else None
     memory: tuple[StageMemory, ...] = ()
+    patches = 0
     if known and sizes is not None:
+        setup = training_setup(config, known, sizes, data, world_size, micro_batches)
+        patches = setup.micro_batch.patches
         with contextlib.suppress(OverflowError):  # a length beyond all reason
-            memory = estimate_memory(training_setup(config, known, sizes, data, world_size, micro_batches))
+            memory = estimate_memory(setup)
     return ParallelPlan(
         world_size=world_size,
         tensor_parallel=tensor,
@@ -120,6 +124,7 @@ def make_plan(config: Any, facts: HFFacts | None, world_size: int) -> ParallelPl
         micro_batches=None if dynamic else micro_batches,
         micro_batches_of_longest=micro_batches,
         max_tokens_per_micro_batch=runner.max_tokens_per_mbs if dynamic else runner.seq_length * actor.micro_batch_size,
+        max_patches_per_micro_batch=patches,
         max_tokens_per_step=sequences * runner.seq_length,
         pipeline_bubble=pipeline_bubble(pipeline, micro_batches),
         precision=model.precision,

@@ -54,6 +54,8 @@ def _batches(plan: "ParallelPlan") -> list[tuple[str, str]]:
     micro = f"up to {plan.max_tokens_per_micro_batch:,} tokens each, {of_longest}"
     if plan.micro_batches is not None:
         micro = f"{plan.micro_batches} of {plan.micro_batch_size} on each data-parallel rank"
+    if plan.max_patches_per_micro_batch:
+        micro += f"; at most {plan.max_patches_per_micro_batch:,} patches of images in one"
     bubble = "none, with one stage"
     if plan.pipeline_parallel > 1:
         more = "" if plan.micro_batches is not None else ", more where sequences are shorter"
@@ -77,7 +79,7 @@ def _memory(plan: "ParallelPlan", memory_gib: float | None) -> list[tuple[str, s
         return [("memory a rank", f"not estimated: {reason}")]
     stage = f" on stage {peak.stage}" if len(plan.memory) > 1 else ""
     of = "" if memory_gib is None else f" of {memory_gib:g} GiB, {USABLE:.0%} of which may be planned"
-    layers = "Transformer Engine" if plan.backend == "te" else "plain torch"
+    layers = {"te": "Transformer Engine", "torch": "plain torch", "auto": "layers of plain torch at most"}[plan.backend]
     lines = [
         ("memory a rank", f"about {gib(peak.peak)}{stage}{of} ({plan.precision}, {layers}, {plan.recompute})"),
         *((f"  {name}", _term(name, peak, plan.precision)) for name in peak.terms),
