@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mbridge_config import ReasoningConfig, Report, check, compose
+from mbridge_config import HFFacts, ReasoningConfig, Report, check, compose
 
 GEOMETRY = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -101,3 +101,21 @@ def checked(yaml: Path) -> Callable[..., Report]:
         return check(compose("run", yaml, overrides, schema=ReasoningConfig, strict=False), world_size)
 
     return run
+
+
+@pytest.fixture
+def real_model(tmp_path: Path) -> Callable[[str], Path]:
+    """`real_model("qwen2.5-7b")` writes a directory with the config.json of a published model, from geometries/."""
+
+    def write(name: str) -> Path:
+        directory = write_model(tmp_path / name)
+        (directory / "config.json").write_text((Path(__file__).parent / "geometries" / f"{name}.json").read_text())
+        return directory
+
+    return write
+
+
+@pytest.fixture
+def real_facts(real_model: Callable[[str], Path]) -> Callable[[str], HFFacts]:
+    """`real_facts("qwen2.5-7b")`: the facts of a published model."""
+    return lambda name: HFFacts.load(real_model(name))

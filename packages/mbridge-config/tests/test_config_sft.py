@@ -216,15 +216,15 @@ def test_plan_shows_layers_and_features_of_each_stage(sft: Path, capsys: pytest.
 
     assert stages(f"{PP}=4", "actor.global_batch_size=12") == [
         "layers by stage    3, 2, 2, 1",
-        "stage 0            vision tower, language layers 0-2; after layers 0-2 the deepstack features 5, 11, 17",
-        "stage 1            language layers 3-4",
-        "stage 2            language layers 5-6",
-        "stage 3            language layer 7",
+        "stage 0            vision tower, embedding, layers 0-2; after layers 0-2 the deepstack features 5, 11, 17",
+        "stage 1            layers 3-4",
+        "stage 2            layers 5-6",
+        "stage 3            layer 7, norm, output layer (a copy of the embedding's weights)",
     ]
     assert stages(f"{PP}=8")[1:4] == [
-        "stage 0            vision tower, language layer 0; after layer 0 the deepstack features 5",
-        "stage 1            language layer 1; after layer 1 the deepstack features 11",
-        "stage 2            language layer 2; after layer 2 the deepstack features 17",
+        "stage 0            vision tower, embedding, layer 0; after layer 0 the deepstack features 5",
+        "stage 1            layer 1; after layer 1 the deepstack features 11",
+        "stage 2            layer 2; after layer 2 the deepstack features 17",
     ]
 
 

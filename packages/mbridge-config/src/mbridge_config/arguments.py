@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,14 @@ class Arguments:
     config_name: str
     config_path: Path | None
     overrides: tuple[str, ...]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are `ConfigError`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the error."""
+        raise _usage(message, f"see `{self.prog} --help`")
 
 
 def parse_arguments(
@@ -39,17 +48,12 @@ def parse_arguments(
 
 def argument_parser(program: str, epilog: str) -> argparse.ArgumentParser:
     """A parser with `--config-path` and `key=value`, whose errors are `ConfigError`."""
-    parser = _Parser(prog=program, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog=program, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key; ~key puts its default back")
     parser.add_argument(
         "--config-path", "-cp", type=Path, metavar="DIR", help="directory of configs, in place of the app's own"
     )
     return parser
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise _usage(message, f"see `{self.prog} --help`")
 
 
 def _default(name: str | None) -> str:
@@ -65,3 +69,14 @@ def _listing(package: str) -> str:
 
 def _usage(reason: str, fix: str) -> ConfigError:
     return ConfigError(Problem(id="usage", key=None, value=None, reason=reason, fix=fix))
+
+
+def memory_size(text: str) -> float:
+    """A `--memory` in GiB; raises `argparse.ArgumentTypeError`."""
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no size of a GPU's memory in GiB, such as 80")
+    return size

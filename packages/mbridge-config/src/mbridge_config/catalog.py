@@ -1,6 +1,7 @@
 """Finding configs: directories of installed apps, names in them, and the one that a name means."""
 
 import difflib
+import functools
 import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
@@ -37,8 +38,9 @@ def config_directory(package: str) -> Path:
     )
 
 
+@functools.cache
 def installed_directories() -> dict[str, Path]:
-    """Config directories of all installed apps by app name (entry point group `mbridge.configs`)."""
+    """Config directories of all installed apps by app name (entry point group `mbridge.configs`), looked for once."""
     import importlib.metadata  # slow to import, and only this function needs it
 
     found: dict[str, Path] = {}

@@ -14,7 +14,7 @@ from mbridge_config.hf_facts import HFFacts
 from mbridge_config.made_models import made_model_facts
 from mbridge_config.plan import ParallelPlan, expected_world_size, make_plan
 from mbridge_config.problems import ConfigError, Problem, Severity, ordered, render
-from mbridge_config.rules import REASONING, SFT, Context
+from mbridge_config.rules import REASONING, SFT, Context, Rule
 from mbridge_config.runs import RunConfig
 from mbridge_config.schema.sft import SFTConfig
 from mbridge_config.tokenizer_facts import tokenizer_size
@@ -60,7 +60,7 @@ def check(config: RunConfig, world_size: int | None = None) -> Report:
     if not isinstance(config, SFTConfig) or config.actor.tokenizer.tokenizer_model:
         size = _read(config, TOKENIZER_KEY, tokenizer_directory, _tokenizer_size(config), problems)
     context = Context(config=config, facts=facts, tokenizer_size=size, world_size=world_size)
-    for rule in SFT if isinstance(config, SFTConfig) else REASONING:
+    for rule in rules_of(config):
         problems += rule.problems(context)
     model = config.actor.model
     ranks = world_size or model.tensor_model_parallel_size * model.pipeline_model_parallel_size
@@ -71,6 +71,11 @@ def check(config: RunConfig, world_size: int | None = None) -> Report:
         world_size=world_size,
         plan=make_plan(config, facts, ranks),
     )
+
+
+def rules_of(config: RunConfig) -> tuple[Rule, ...]:
+    """The rules of this kind of run."""
+    return SFT if isinstance(config, SFTConfig) else REASONING
 
 
 def _read(

@@ -3,27 +3,23 @@
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from mbridge_config.arguments import Parser, memory_size
 from mbridge_config.catalog import config_names, installed_directories
-from mbridge_config.problems import ConfigError, Problem
+from mbridge_config.problems import ConfigError, ordered
 
 EXIT_ERRORS = 2
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(Problem(id="usage", key=None, value=None, reason=message, fix=f"see `{self.prog} --help`"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 where there are errors."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        if words[:1] == ["check"]:
-            return _check(words[1:])
+        if words and words[0] in COMMANDS:
+            return COMMANDS[words[0]][0](words[1:])
         commands = _commands()
         commands.parse_args(words)
         commands.error("the command must come first")
@@ -36,24 +32,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _commands() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="mbridge-config",
         description="Check configs of mbridge runs before a GPU is touched.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=_listing(),
     )
-    parser.add_argument("command", choices=["check"], help="check NAME: print all problems, and the parallel plan")
+    listing = "; ".join(f"{name}: {text}" for name, (_, text) in COMMANDS.items())
+    parser.add_argument("command", choices=list(COMMANDS), help=listing)
     return parser
 
 
 def _check(words: Sequence[str]) -> int:
-    parser = _Parser(
+    parser = Parser(
         prog="mbridge-config check", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_listing()
     )
     parser.add_argument("name", metavar="NAME", help="name of a config, or a YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key")
     parser.add_argument("--config-path", "-cp", metavar="DIR", type=Path, help="directory of configs")
     parser.add_argument("--world-size", metavar="N", type=int, help="ranks of the run, on all hosts")
+    parser.add_argument("--memory", metavar="GIB", type=memory_size, help="memory of a GPU, which a rank must fit")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_intermixed_args(list(words))
     if arguments.world_size is not None and arguments.world_size < 1:
@@ -62,27 +60,29 @@ def _check(words: Sequence[str]) -> int:
     # hydra takes half a second to import; --help does without it
     from mbridge_config.check import check
     from mbridge_config.compose import compose
+    from mbridge_config.memory_check import memory_problems
+    from mbridge_config.plan_text import plan_text
 
     config = compose(arguments.name, arguments.config_path, arguments.overrides, strict=False)
     report = check(config, arguments.world_size)
+    if arguments.memory is not None:
+        report.problems = ordered([*report.problems, *memory_problems(config, report, arguments.memory)])
     if arguments.json:
-        print(json.dumps(_as_json(arguments.name, report), indent=2))
+        print(json.dumps(_as_json(arguments.name, report) | {"memory_gib": arguments.memory}, indent=2))
     else:
         if str(report):
             print(report, end="\n\n")
         if report.plan is not None:
             if report.world_size is None:
                 print("smallest number of ranks (give --world-size for yours):")
-            print(report.plan)
+            print(plan_text(report.plan, arguments.memory), end="")
         count = len(report.errors)
         print(f"{arguments.name}: {'ok' if not count else f'{count} error' + ('s' if count > 1 else '')}")
     return EXIT_ERRORS if report.errors else 0
 
 
 def _as_json(name: str, report: Any) -> dict[str, Any]:
-    import dataclasses
-
-    plan = None if report.plan is None else dataclasses.asdict(report.plan)
+    plan = None if report.plan is None else report.plan.as_dict()
     return {
         "config": name,
         "ok": not report.errors,
@@ -95,6 +95,26 @@ def _as_json(name: str, report: Any) -> dict[str, Any]:
 def _listing() -> str:
     names = [f"{app}/{name}" for app, directory in installed_directories().items() for name in config_names(directory)]
     return "configs of installed apps:\n" + ("\n".join(f"  {name}" for name in names) or "  none")
+
+
+def _fit(words: Sequence[str]) -> int:
+    from mbridge_config.fit_command import run
+
+    return run(words)
+
+
+def _init(words: Sequence[str]) -> int:
+    from mbridge_config.init import run
+
+    return run(words)
+
+
+COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
+    "check": (_check, "print all problems of a config, and the parallel plan"),
+    "fit": (_fit, "print layouts that fit the memory of GPUs, best first"),
+    "init": (_init, "write a config for a model"),
+}
+"""What runs each command, and its line in the help. A command imports what it needs when it runs."""
 
 
 if __name__ == "__main__":

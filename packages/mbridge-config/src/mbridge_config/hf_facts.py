@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mbridge_config.problems import ConfigError, Problem, Where, shown
+from mbridge_config.vision_facts import VisionFacts, vision_facts
 
 # config.json leaves this out where it is the family's default, which is true only for these
 _TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3", "gemma3_text", "gpt2")
@@ -44,11 +45,15 @@ class HFFacts:
     activation: str | None = None
     num_experts: int | None = None
     experts_per_token: int | None = None
+    expert_ffn_hidden_size: int | None = None
+    dense_layers: tuple[int, ...] = ()
+    """Layers of a mixture-of-experts model that have no experts."""
     has_vision: bool = False
     vision_heads: int | None = None
     vision_ffn_hidden_size: int | None = None
     deepstack_visual_indexes: tuple[int, ...] = ()
     """Layers of the vision tower whose features are added after the first language layers, one after each."""
+    vision: VisionFacts | None = None
 
     @classmethod
     def load(cls, directory: str | Path) -> "HFFacts":
@@ -117,6 +122,7 @@ class _Reader:
             "max_position_embeddings": self.count("max_position_embeddings", "n_positions"),
             "num_experts": self.count("num_experts", "num_local_experts", "n_routed_experts"),
             "experts_per_token": self.count("num_experts_per_tok"),
+            "expert_ffn_hidden_size": self.count("moe_intermediate_size"),
         }
         deepstack = self.deepstack()
         if self.problems:
@@ -143,6 +149,8 @@ class _Reader:
             vision_heads=_whole(self.vision.get("num_heads")),
             vision_ffn_hidden_size=_whole(self.vision.get("intermediate_size")),
             deepstack_visual_indexes=deepstack,
+            vision=vision_facts(family, self.vision),
+            dense_layers=self.dense_layers(layers) if facts["num_experts"] else (),
             **facts,
         )
 
@@ -156,6 +164,13 @@ class _Reader:
         reason = f"vision_config.deepstack_visual_indexes is {value!r}, not a list of layer numbers"
         self.report("hf-config-field", reason, "correct config.json")
         return ()
+
+    def dense_layers(self, layers: int) -> tuple[int, ...]:
+        """Layers without experts: those of `mlp_only_layers`, and all but every `decoder_sparse_step`-th."""
+        named, step = self.text.get("mlp_only_layers"), _whole(self.text.get("decoder_sparse_step")) or 1
+        names = named if isinstance(named, list) else []
+        deepest = min(layers, 10_000)  # a larger number is a mistake, which shall not cost minutes
+        return tuple(number for number in range(deepest) if number in names or (number + 1) % step)
 
     def count(self, *names: str, required: bool = False) -> int | None:
         """The first of the fields `names` that is there, a positive whole number."""

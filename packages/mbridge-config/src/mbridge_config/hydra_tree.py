@@ -29,6 +29,8 @@ def hydra_tree(file: Path, directory: Path, overrides: Sequence[str]) -> tuple[d
     folders = [file.parent] if file.parent == directory else [file.parent, directory]
     own_places = places_of(file)
     arguments = [_argument(override, folders) for override in overrides]
+    # asking Hydra again for the files it used costs as much as composing: only where there may be others
+    has_defaults = "defaults" in own_places or any(not argument.startswith("++") for argument in arguments)
     if len(folders) > 1 and "hydra.searchpath" not in own_places:
         arguments.append(f"hydra.searchpath=[{_quoted(f'file://{directory}')}]")
     name = file.name.removesuffix(".yaml")
@@ -36,8 +38,7 @@ def hydra_tree(file: Path, directory: Path, overrides: Sequence[str]) -> tuple[d
         with initialize_config_dir(version_base="1.3", config_dir=str(file.parent)):
             tree = OmegaConf.to_container(compose(name, overrides=arguments), resolve=False)
             defaults: list[Any] = []
-            # asking Hydra again for the files it used costs as much as composing: only where there may be others
-            if "defaults" in own_places or any(not argument.startswith("++") for argument in arguments):
+            if has_defaults:
                 loader = GlobalHydra.instance().config_loader()
                 defaults = loader.compute_defaults_list(name, arguments, RunMode.RUN).defaults
     except yaml.MarkedYAMLError as error:

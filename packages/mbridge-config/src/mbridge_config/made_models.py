@@ -6,6 +6,7 @@ from mbridge_config.hf_facts import HFFacts
 from mbridge_config.runs import RunConfig
 from mbridge_config.schema.reasoning import ReasoningConfig
 from mbridge_config.schema.sft import SFTConfig
+from mbridge_config.vision_facts import VisionFacts
 
 
 def made_model_facts(config: RunConfig, directory: Path) -> HFFacts:
@@ -27,6 +28,7 @@ def _text(config: ReasoningConfig, directory: Path) -> HFFacts:
         num_query_groups=made.num_key_value_heads,
         head_dim=max(1, made.hidden_size // made.num_attention_heads),
         ffn_hidden_size=made.intermediate_size,
+        vocab_size=made.vocab_size,
         max_position_embeddings=made.max_position_embeddings,
         tied_embeddings=made.tie_word_embeddings,
         qkv_bias=True,
@@ -46,6 +48,7 @@ def _vision_language(config: SFTConfig, directory: Path) -> HFFacts:
         num_query_groups=made.num_key_value_heads,
         head_dim=32,
         ffn_hidden_size=made.intermediate_size,
+        vocab_size=made.vocab_size,
         max_position_embeddings=made.max_position_embeddings,
         tied_embeddings=made.tie_word_embeddings,
         qk_layernorm=True,
@@ -54,4 +57,15 @@ def _vision_language(config: SFTConfig, directory: Path) -> HFFacts:
         vision_heads=made.vision_num_heads,
         vision_ffn_hidden_size=made.vision_intermediate_size,
         deepstack_visual_indexes=tuple(made.deepstack_visual_indexes),
+        vision=VisionFacts(
+            kind="qwen3_vl",
+            depth=made.vision_depth,
+            hidden_size=made.vision_hidden_size,
+            intermediate_size=made.vision_intermediate_size,
+            num_heads=made.vision_num_heads,
+            out_hidden_size=made.hidden_size,
+            patch_size=8,
+            num_position_embeddings=16,
+            deepstack_features=len(made.deepstack_visual_indexes),
+        ),
     )

@@ -1,4 +1,8 @@
-"""Which language layers each pipeline stage holds."""
+"""What each pipeline stage holds: language layers, embedding, output layer, vision tower, deepstack features."""
+
+import dataclasses
+
+from mbridge_config.hf_facts import HFFacts
 
 
 def stage_sizes(layers: int, stages: int, deepstack: int = 0) -> tuple[int, ...] | None:
@@ -14,20 +18,53 @@ def stage_sizes(layers: int, stages: int, deepstack: int = 0) -> tuple[int, ...]
     return None if layers % stages else (layers // stages,) * stages
 
 
-def describe_stages(sizes: tuple[int, ...], deepstack_visual_indexes: tuple[int, ...]) -> list[str]:
-    """What each stage of a vision-language model holds: its layers, and the deepstack features added after them."""
-    lines, first = [], 0
-    for stage, size in enumerate(sizes):
-        end = first + size
-        text = f"language {_span(first, end - 1)}"
-        features = deepstack_visual_indexes[first:end]
-        if features:
-            after = _span(first, first + len(features) - 1)
-            text += f"; after {after} the deepstack features {', '.join(map(str, features))}"
-        lines.append(f"vision tower, {text}" if stage == 0 else text)
-        first = end
-    return lines
+@dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
+class Stage:
+    """One pipeline stage. `output`: the output layer, "own" or "embedding" where that is tied to it.
+
+    `deepstack`: the vision tower's layers whose features are added here, one after each layer from `first_layer` on.
+    """
+
+    first_layer: int
+    layers: int
+    embedding: bool
+    output: str | None
+    vision_tower: bool
+    deepstack: tuple[int, ...]
+
+    def __str__(self) -> str:
+        parts = ["vision tower"] if self.vision_tower else []
+        parts += ["embedding"] if self.embedding else []
+        parts.append(_span(self.first_layer, self.layers))
+        if self.output is not None:
+            parts.append("norm")
+            tied = "the embedding's weights" if self.embedding else "a copy of the embedding's weights"
+            parts.append("output layer" if self.output == "own" else f"output layer ({tied})")
+        text = ", ".join(parts)
+        if self.deepstack:
+            after = _span(self.first_layer, len(self.deepstack))
+            text += f"; after {after} the deepstack features {', '.join(map(str, self.deepstack))}"
+        return text
 
 
-def _span(first: int, last: int) -> str:
-    return f"layer {first}" if first == last else f"layers {first}-{last}"
+def make_stages(sizes: tuple[int, ...], facts: HFFacts) -> tuple[Stage, ...]:
+    """The stages that hold so many layers each."""
+    stages, first = [], 0
+    for number, size in enumerate(sizes):
+        is_last = number == len(sizes) - 1
+        stages.append(
+            Stage(
+                first_layer=first,
+                layers=size,
+                embedding=number == 0,
+                output=("embedding" if facts.tied_embeddings else "own") if is_last else None,
+                vision_tower=number == 0 and facts.has_vision,
+                deepstack=facts.deepstack_visual_indexes[first : first + size],
+            )
+        )
+        first += size
+    return tuple(stages)
+
+
+def _span(first: int, layers: int) -> str:
+    return f"layer {first}" if layers == 1 else f"layers {first}-{first + layers - 1}"

@@ -1,0 +1,68 @@
+"""The vision tower that a config.json describes."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+# Fields that published models may leave out, with the value that all of them have.
+_DEFAULTS = {"in_channels": 3, "spatial_merge_size": 2, "temporal_patch_size": 2}
+_REQUIRED = ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "patch_size")
+_OTHER_NAMES = {"in_channels": "in_chans"}
+_KINDS: Mapping[str, Literal["qwen2_5_vl", "qwen3_vl"]] = {
+    "qwen2_5_vl": "qwen2_5_vl",
+    "qwen3_vl": "qwen3_vl",
+    "qwen3_vl_moe": "qwen3_vl",
+}
+
+
+@dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
+class VisionFacts:
+    """Sizes of a vision tower.
+
+    `kind` is the architecture: Qwen2.5-VL's (RMSNorm, gated MLP, window attention; arXiv 2502.13923) or Qwen3-VL's
+    (LayerNorm, plain MLP, learned positions, deepstack; arXiv 2511.21631).
+    """
+
+    kind: Literal["qwen2_5_vl", "qwen3_vl"]
+    depth: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    out_hidden_size: int
+    patch_size: int
+    in_channels: int = 3
+    spatial_merge_size: int = 2
+    temporal_patch_size: int = 2
+    num_position_embeddings: int = 0
+    deepstack_features: int = 0
+
+    @property
+    def patch_features(self) -> int:
+        """Numbers of one patch: channels x frames x height x width."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def patches_per_token(self) -> int:
+        """Patches that are merged into one token of the language model."""
+        return self.spatial_merge_size**2
+
+    @property
+    def merged_size(self) -> int:
+        """Width of the patches of one token beside each other."""
+        return self.hidden_size * self.patches_per_token
+
+
+def vision_facts(family: str, vision: Mapping[str, Any]) -> VisionFacts | None:
+    """The tower of `vision_config` in a config.json of `family`; None for another architecture or missing sizes."""
+    kind = _KINDS.get(family.removesuffix("_text"))
+    sizes: dict[str, int] = {}
+    names = [*_REQUIRED, *_DEFAULTS, *(["num_position_embeddings"] if kind == "qwen3_vl" else [])]
+    for name in names:
+        value = vision.get(name, vision.get(_OTHER_NAMES.get(name, ""), _DEFAULTS.get(name)))
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            return None
+        sizes[name] = value
+    if kind is None:
+        return None
+    deepstack = vision.get("deepstack_visual_indexes") if kind == "qwen3_vl" else None
+    return VisionFacts(kind=kind, deepstack_features=len(deepstack) if isinstance(deepstack, list) else 0, **sizes)
