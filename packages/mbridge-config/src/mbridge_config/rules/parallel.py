@@ -11,6 +11,8 @@ PP = "actor.model.pipeline_model_parallel_size"
 CP = "actor.model.context_parallel_size"
 EP = "actor.model.expert_model_parallel_size"
 ETP = "actor.model.expert_tensor_parallel_size"
+FIRST_STAGE = "actor.model.decoder_first_pipeline_num_layers"
+LAST_STAGE = "actor.model.decoder_last_pipeline_num_layers"
 VPP = "actor.model.virtual_pipeline_model_parallel_size"
 SP = "actor.model.sequence_parallel"
 
@@ -110,6 +112,18 @@ def virtual_pipeline(context: Context) -> Iterable[Finding]:
     return _more_than_one(context, VPP, value, "a virtual pipeline")
 
 
+@rule("uneven-stages-not-built", FIRST_STAGE, LAST_STAGE)
+def uneven_stages(context: Context) -> Iterable[Finding]:
+    """Numbers of layers of the first or last pipeline stage were asked for, which this version refuses."""
+    model = context.config.actor.model
+    for key, value in (
+        (FIRST_STAGE, model.decoder_first_pipeline_num_layers),
+        (LAST_STAGE, model.decoder_last_pipeline_num_layers),
+    ):
+        if value is not None:
+            yield Finding(key, "the pipeline stages share the layers evenly in this version", "remove the key")
+
+
 @rule("sequence-parallel-without-tensor-parallel", SP, TP)
 def sequence_parallel(context: Context) -> Iterable[Finding]:
     """Sequence parallelism splits activations over the tensor-parallel ranks, and there is only one."""
@@ -128,5 +142,6 @@ RULES = (
     context_parallel,
     expert_parallel,
     virtual_pipeline,
+    uneven_stages,
     sequence_parallel,
 )

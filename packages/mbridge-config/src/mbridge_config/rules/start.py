@@ -3,11 +3,12 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from mbridge_config.directories import TOKENIZER_KEY, hf_key
+from mbridge_config.directories import HF_KEYS, TOKENIZER_KEY, hf_key
 from mbridge_config.hf_facts import read_json_object
 from mbridge_config.problems import ConfigError, shown
 from mbridge_config.rules.base import Context, Finding, rule
 from mbridge_config.safetensors_facts import fault
+from mbridge_config.tokenizer_facts import token_ids
 
 CHECKPOINT = "actor.model.megatron_checkpoint"
 USE_HF = "actor.megatron.use_hf_ckpt"
@@ -123,7 +124,7 @@ def damaged(context: Context) -> Iterable[Finding]:
         yield Finding(hf_key(config), found, "copy or download the file again")
 
 
-@rule("tokenizer-vocabulary", TOKENIZER_KEY, "actor.megatron.ckpt_convertor.hf_model_path")
+@rule("tokenizer-vocabulary", TOKENIZER_KEY, *HF_KEYS)
 def vocabulary(context: Context) -> Iterable[Finding]:
     """The tokenizer makes token ids that the model has no embedding for."""
     facts, size = context.facts, context.tokenizer_size
@@ -136,6 +137,29 @@ def vocabulary(context: Context) -> Iterable[Finding]:
         )
 
 
+@rule("tokenizer-directory", TOKENIZER_KEY, *HF_KEYS)
+def tokenizer(context: Context) -> Iterable[Finding]:
+    """The tokenizer lies in another directory than the model, and gives a token another id than the model's own."""
+    config, facts = context.config, context.facts
+    place = config.actor.tokenizer.tokenizer_model
+    if facts is None or not place:
+        return
+    directory, own = Path(place).expanduser(), facts.directory
+    if not (directory.is_dir() and own.is_dir()) or directory.resolve() == own.resolve():
+        return
+    try:
+        given, expected = token_ids(directory), token_ids(own)
+    except ConfigError:
+        return  # the tokenizer's own rules say so; the model's own is not used
+    differing = (token for token, number in expected.items() if given.get(token, number) != number)
+    if (token := next(differing, None)) is not None:
+        reason = (
+            f"not the tokenizer of the model in {hf_key(config)} {shown(own)}: "
+            f"token {token!r} is {given[token]} here and {expected[token]} there"
+        )
+        yield Finding(TOKENIZER_KEY, reason, f"write `tokenizer_model: ${{{hf_key(config)}}}`")
+
+
 RULES = (
     required,
     forbidden,
@@ -145,4 +169,5 @@ RULES = (
     weights,
     damaged,
     vocabulary,
+    tokenizer,
 )

@@ -81,6 +81,7 @@ class AlgorithmConfig:
     max_num_gen_batches: int | None = no_effect(None, "each step generates once")
     gamma: float | None = no_effect(None, _CRITIC)
     gae_lambda: float | None = no_effect(None, _CRITIC)
+    value_cliprange: float | None = no_effect(None, _CRITIC)
     value_clip: float | None = no_effect(None, _CRITIC)
     critic_warmup_steps: int | None = no_effect(None, _CRITIC)
     reinpp_kl_beta: float | None = no_effect(None, _REINFORCE)

@@ -5,6 +5,14 @@ from typing import Literal
 
 from mbridge_config.keys import key, no_effect, section
 
+OTHER_TASKS = {
+    "embodied": "embodied agents are not trained by mbridge",
+    "embodied_eval": "embodied agents are not trained by mbridge",
+    "reasoning_eval": "evaluation alone is not in this version of reasoning runs",
+    "coding_online_rl": "online RL on code is not in this version",
+    "offline": "offline RL is not in this version",
+}
+
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class LoggerConfig:
@@ -43,7 +51,9 @@ class CheckpointConfig:
 class RunnerConfig:
     """`runner`: the loop around training steps."""
 
-    task_type: Literal["reasoning", "sft"] = key("reasoning", "What is trained: RL on verifiable answers, or SFT.")
+    task_type: Literal["reasoning", "sft"] = key(
+        "reasoning", "What is trained: RL on verifiable answers, or SFT.", refused=OTHER_TASKS
+    )
     max_epochs: int = key(1, "Passes over the training data.", unit="epochs", minimum=1)
     max_steps: int = key(-1, "Training steps; -1: as many as max_epochs makes.", unit="steps", minimum=-1)
     save_interval: int = key(-1, "Steps between checkpoints; -1: only the last step.", unit="steps", minimum=-1)
@@ -63,3 +73,4 @@ class RunnerConfig:
     checkpoint: CheckpointConfig = section(CheckpointConfig, "Contents and number of checkpoints.")
     logger: LoggerConfig = section(LoggerConfig, "Logging.")
     enable_decoupled_mode: bool | None = no_effect(None, "generation and training take turns on the same ranks")
+    per_worker_log: bool | None = no_effect(None, "all ranks write to the terminal of the command")
