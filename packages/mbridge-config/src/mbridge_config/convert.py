@@ -118,6 +118,8 @@ def nearest_key(root: type, path: str) -> str | None:
 
 def fit(raw: Any, hint: Any, spec: KeySpec) -> Any:
     """`raw` as a value of the type `hint`; raises `Unfit`."""
+    if hint is Any:
+        return raw
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if raw is None and type(None) in parts:
