@@ -41,7 +41,10 @@ def _same(stated: Any, fact: Any) -> bool:
 
 @rule("geometry", *(f"actor.model.{name}" for name in REPEATED))
 def repeated(context: Context) -> Iterable[Finding]:
-    """The YAML repeats a fact of the model, and wrongly. The model's config.json is the only source of geometry."""
+    """The YAML repeats a fact of the model, and wrongly. The model's config.json is the only source of geometry.
+
+    Fix: remove the key.
+    """
     facts, model = context.facts, context.config.actor.model
     if facts is None:
         return
@@ -57,7 +60,10 @@ def repeated(context: Context) -> Iterable[Finding]:
 
 @rule("geometry-forced", *(f"actor.model.{name}" for name in _FORCED))
 def forced(context: Context) -> Iterable[Finding]:
-    """The YAML repeats, rightly, what every model of the family has and its config.json does not say."""
+    """The YAML repeats, rightly, what every model of the family has and its config.json does not say.
+
+    Fix: nothing has to be done; the key can be removed.
+    """
     facts, model = context.facts, context.config.actor.model
     if facts is None:
         return
@@ -73,7 +79,10 @@ def _forced(name: str, facts: HFFacts) -> str | None:
 
 @rule("geometry-kind", "actor.model.activation", "actor.model.normalization", "actor.model.position_embedding_type")
 def kinds(context: Context) -> Iterable[Finding]:
-    """The YAML names an activation, a norm or position embeddings that the model does not have."""
+    """The YAML names an activation, a norm or position embeddings that the model does not have.
+
+    Fix: remove the key.
+    """
     facts, model = context.facts, context.config.actor.model
     if facts is None:
         return
