@@ -91,7 +91,12 @@ def _value(hint: Any, spec: KeySpec) -> dict[str, Any]:
         return {"enum": [*words, *numbers]}
     if origin is list:
         item = _value(typing.get_args(hint)[0], spec)
-        return {"anyOf": [{"type": "array", "items": _open(item)}, *([item] if _takes_text(item) else [])]}
+        several = {"type": "array", "items": _open(item)}
+        if "enum" in item:
+            return {"anyOf": [several, item]}
+        return (
+            {"type": ["array", "string"], "items": _open(item)} if "string" in item.get("type", ["string"]) else several
+        )
     if hint is str:
         return {"type": ["string", "number"]}
     found: dict[str, Any] = {"type": _TYPES[origin or hint]}
@@ -99,10 +104,6 @@ def _value(hint: Any, spec: KeySpec) -> dict[str, Any]:
         limits = {"minimum": spec.minimum, "exclusiveMinimum": spec.above, "maximum": spec.maximum}
         found |= {name: limit for name, limit in limits.items() if limit is not None}
     return found
-
-
-def _takes_text(value: dict[str, Any]) -> bool:
-    return "enum" in value or "string" in value.get("type", ())
 
 
 def _open(value: dict[str, Any]) -> dict[str, Any]:
