@@ -99,6 +99,7 @@ def test_configs_of_the_reasoning_app(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.skipif("sft" not in installed_directories(), reason="the apps are not installed")
 def test_a_name_that_two_apps_have() -> None:
     with pytest.raises(ConfigError, match="use one of reasoning/quickstart, sft/quickstart"):
         compose("quickstart")
