@@ -81,7 +81,7 @@ class _Converter:
 
     def unknown(self, path: str, raw: Any) -> None:
         nearest = nearest_key(self.root, path)
-        fix = f"did you mean {nearest}?" if nearest else "remove it; see the table of keys for what there is"
+        fix = f"did you mean {nearest}?" if nearest else "remove it; docs/configuration.md has all keys"
         self.report("unknown-key", path, raw, "there is no such key", fix)
 
     def report(

@@ -11,15 +11,16 @@ from mbridge_config.runs import SCHEMAS
 CONFIGURATION = """\
 # Configuration
 
-Every key of a config, made from the schema by `nox -s reference`. The names are those of RLinf's Megatron configs.
-`mbridge-config check NAME` says which keys of a file are set to something that cannot be.
+All keys of all kinds of runs, made from the schema by `nox -s reference`. The names are those of RLinf's Megatron
+configs. A value may be an interpolation, `${runner.seq_length}`; how values must fit together is told by
+`mbridge-config check NAME` and listed in [errors.md](errors.md).
 
-*Runs*: the kinds of runs that have the key with this default; both, where it is not said. *Status*:
+*Runs*: the kinds of runs that have the key just so; all, where none is named. *Status*:
 
 - **honoured**: the key does what it says.
 - **checked**: it repeats a fact of the model's `config.json`, which is the only source of the fact. A wrong value is
   an error; the key can always be left out.
-- **alias**: another spelling of a key.
+- **alias**: another spelling of a key, which gets the value.
 - **no effect**: accepted, since other trainers read it. One line of the report says why it changes nothing.
 
 """
@@ -42,7 +43,7 @@ def configuration_page() -> str:
     docs = _section_docs()
     parts = []
     for name, rows in sections.items():
-        title, text = (f"`{name}`", docs[name]) if name else ("Sections that are not looked into", "")
+        title, text = (f"`{name}`", docs[name]) if name else ("Sections without keys of their own", "")
         lines = [f"## {title}", "", *([text, ""] if text else [])]
         lines += ["| key | type | default | unit | status | runs | meaning |", "|---|---|---|---|---|---|---|"]
         parts.append("\n".join([*lines, *(_row(info, runs) for info, runs in rows)]))

@@ -13,7 +13,9 @@ _PROFILING = "profiling is not in this version"
 class ClusterConfig:
     """`cluster`: the hosts."""
 
-    num_nodes: int = key(1, "Hosts of the run; more than one uses the elastic launcher's rendezvous.", minimum=1)
+    num_nodes: int = key(
+        1, "Hosts of the run; more than one uses the elastic launcher's rendezvous.", unit="hosts", minimum=1
+    )
     component_placement: dict[str, Any] = no_effect({}, _PLACEMENT)
     node_groups: list[Any] | None = no_effect(None, _PLACEMENT)
     tracer: dict[str, Any] = no_effect({}, _PROFILING)

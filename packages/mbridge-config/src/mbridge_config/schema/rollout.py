@@ -29,7 +29,7 @@ class RolloutConfig:
     rollout_backend: Literal["transformers", "vllm", "sglang"] = key(
         "transformers", "Engine that generates; in this version all of them mean transformers."
     )
-    max_running_requests: int = key(64, "Sequences that one rank generates at once.", minimum=1)
+    max_running_requests: int = key(64, "Sequences that one rank generates at once.", unit="sequences", minimum=1)
     print_outputs: bool = key(False, "Print each answer.")
     return_logprobs: bool = no_effect(True, "log-probabilities of generation are always kept, to measure the mismatch")
 

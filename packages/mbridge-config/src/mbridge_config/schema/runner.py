@@ -31,7 +31,7 @@ class CheckpointConfig:
     """`runner.checkpoint`: what a checkpoint holds beside the training state, and which ones stay on the disk."""
 
     hf_export_every: int = key(
-        1, "HuggingFace copy with every n-th checkpoint and with the last; 0: with none.", minimum=0
+        1, "HuggingFace copy with every n-th checkpoint and with the last; 0: with none.", unit="checkpoints", minimum=0
     )
     max_shard_size: str = key("5GB", "Largest file of the HuggingFace copy.")
     async_save: bool = key(
@@ -40,9 +40,13 @@ class CheckpointConfig:
     when_busy: Literal["wait", "refuse"] = key(
         "wait", "A save that comes while the last one is being written: wait for it, or make none (but for the last)."
     )
-    keep_last: int | None = key(None, "Newest checkpoints to keep. null, with the two below: all.", minimum=1)
+    keep_last: int | None = key(
+        None, "Newest checkpoints to keep. null, with the two below: all.", unit="checkpoints", minimum=1
+    )
     keep_every: int | None = key(None, "Also keep those whose step is a multiple.", unit="steps", minimum=1)
-    keep_best: int | None = key(None, "Also keep this many of the best by keep_best_metric.", minimum=1)
+    keep_best: int | None = key(
+        None, "Also keep this many of the best by keep_best_metric.", unit="checkpoints", minimum=1
+    )
     keep_best_metric: str = key("validation/accuracy", "Metric of keep_best, a name in metrics.jsonl.")
     keep_best_is: Literal["max", "min"] = key("max", "Whether its largest or smallest value is best.")
 
