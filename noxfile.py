@@ -85,7 +85,11 @@ def config(session: nox.Session) -> None:
     package = ROOT / "packages" / "mbridge-config"
     for version in CONFIG_PYTHONS:
         python = Path(session.create_tmp()).resolve() / f"python{version}" / "bin" / "python"
-        session.run(UV, "venv", "--quiet", "--clear", "--python", version, str(python.parents[1]), external=True)
+        words = (UV, "venv", "--quiet", "--clear", "--python", version, str(python.parents[1]))
+        session.run(*words, external=True, success_codes=(0, 2))
+        if not python.exists():
+            session.warn(f"Python {version} is not on this machine, and uv could not fetch it: not tested")
+            continue
         needs = (str(package), "pytest", "hypothesis")
         session.run(UV, "pip", "install", "--quiet", "--python", str(python), *needs, external=True)
         # From the package's folder, so that neither the workspace's conftest nor its options count.

@@ -42,7 +42,8 @@ def answer(words: Sequence[str], complete: Complete) -> bool:
     action, _, shell = words[1].partition("=") if len(words) == 2 else ("", "", "")
     if action == "query":
         line = os.environ.get("COMP_LINE", "")
-        line = line[: int(os.environ.get("COMP_POINT", "") or len(line))]
+        point = os.environ.get("COMP_POINT", "")
+        line = line[: int(point)] if point.isdecimal() else line
         *before, word = [*line.split(), *([""] if line[-1:] in ("", " ") else [])]
         fitting = sorted({text for text in complete(before[1:], word) if text.startswith(word)})
         print(("\n" if shell == "fish" else " ").join(fitting))
