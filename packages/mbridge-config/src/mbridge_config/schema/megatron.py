@@ -10,7 +10,7 @@ _OVERLAP = "tensor-parallel overlap is chosen by the layer backend"
 _LOOP = "belongs to Megatron-LM's own training loop, which is not used"
 _BUCKETS = "gradients are summed in fp32 buckets; only ddp_bucket_size is open to choice"
 _GROUPS = "ranks are numbered and grouped as Megatron-Core does by default"
-_FILES = "checkpoints have one layout, with the whole state in them; runner.checkpoint says how they are written"
+_FILES = "a checkpoint always holds the whole state; runner.checkpoint says how it is written"
 _WHOLE = {"True": "a checkpoint holds the whole state, and a resumed run goes on with all of it"}
 _DDP = {"True": "mbridge trains with Megatron-Core's distributed optimizer"}
 _WEIGHTS = "weights come from a checkpoint"
@@ -65,7 +65,9 @@ class MegatronConfig:
 
     use_torch_fsdp2: bool = key(False, "Split weights with PyTorch's FSDP2.", refused=_DDP)
     use_custom_fsdp: bool = key(False, "Split weights with Megatron's FSDP.", refused=_DDP)
-    skip_train: bool = key(False, "Train nothing.", refused={"True": "a reasoning or SFT run trains"})
+    skip_train: bool = key(
+        False, "Train nothing.", refused={"True": "a run trains; only SFT can evaluate alone, with runner.only_eval"}
+    )
     moe_use_upcycling: bool = key(
         False, "Make experts of a dense model.", refused={"True": "upcycling is not in this version"}
     )
