@@ -10,7 +10,7 @@ from typing import Any
 
 from mbridge_config.arguments import Parser
 from mbridge_config.catalog import config_names, installed_directories
-from mbridge_config.completion import Complete, answer, complete_check, how
+from mbridge_config.completion import Complete, answer, complete_config, how
 from mbridge_config.problems import ConfigError
 from mbridge_config.runs import SCHEMAS
 
@@ -134,7 +134,7 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
 """What runs each command, and its line in the help. A command imports what it needs when it runs."""
 
 COMPLETIONS: dict[str, Complete] = {
-    "check": complete_check,
+    "check": complete_config("--world-size", "--json"),
     "explain": _ids,
     "schema": lambda before, _: () if before else SCHEMAS,
 }

@@ -90,22 +90,30 @@ def complete_app(package: str, default_config: str | None) -> Complete:
     return complete
 
 
-def complete_check(before: Sequence[str], word: str) -> Iterable[str]:
-    """What comes next behind `mbridge-config check`."""
-    path = _after(before, _PATH_FLAGS)
-    values = {place + 1 for place, text in enumerate(before) if text in _VALUED_FLAGS}
-    given = [text for place, text in enumerate(before) if place not in values and not text.startswith("-")]
-    name = next((text for text in given if "=" not in text), None)
-    if word.startswith("-"):
-        yield from ("--config-path", "--world-size", "--json", "--help")
-    elif name is not None:
-        find = (lambda: find_config(name, [given_directory(path)])) if path else (lambda: find_installed_config(name))
-        yield from _overrides(_schemas(lambda: find()[0]), word)
-    elif path:
-        yield from config_names(Path(path))
-    else:
-        for app, directory in installed_directories().items():
-            yield from (f"{app}/{known}" for known in config_names(directory))
+def complete_config(*flags: str) -> Complete:
+    """What comes next behind a command that takes the name of a config, overrides and these flags."""
+
+    def complete(before: Sequence[str], word: str) -> Iterable[str]:
+        path = _after(before, _PATH_FLAGS)
+        values = {place + 1 for place, text in enumerate(before) if text in _VALUED_FLAGS}
+        given = [text for place, text in enumerate(before) if place not in values and not text.startswith("-")]
+        name = next((text for text in given if "=" not in text), None)
+        if word.startswith("-"):
+            yield from (*flags, "--config-path", "--help")
+        elif name is not None:
+            directories = [given_directory(path)] if path and Path(path).is_dir() else None
+            yield from _overrides(_schemas(lambda: _file(name, directories)), word)
+        elif path:
+            yield from config_names(Path(path))
+        else:
+            for app, directory in installed_directories().items():
+                yield from (f"{app}/{known}" for known in config_names(directory))
+
+    return complete
+
+
+def _file(name: str, directories: Sequence[Path] | None) -> Path:
+    return (find_installed_config(name) if directories is None else find_config(name, directories))[0]
 
 
 def _after(words: Sequence[str], flags: Sequence[str]) -> str | None:
