@@ -1,7 +1,7 @@
 """The workspace's sessions: `./uvw run nox -s NAME [-- ARGUMENTS]`, `./uvw run nox --list`.
 
-`uv run` has made the workspace's environment before nox starts, so the sessions run in it; only `wheel` and `real`,
-which need other packages, get environments of their own, made by uv.
+`uv run` has made the workspace's environment before nox starts, so the sessions run in it; only `wheel`, `config`
+and `real`, which need other packages or Pythons, get environments of their own, made by uv.
 """
 
 import os
@@ -29,6 +29,8 @@ PACKAGES = {
     "mbridge-ckpt": {"mbridge-ckpt"},
     "mbridge-train": {"mbridge-config", "mbridge-model", "mbridge-ckpt", "mbridge-train"},
 }
+# Those that mbridge-config supports; everything else needs the one of .python-version.
+CONFIG_PYTHONS = ("3.11", "3.12", "3.13")
 
 
 # A few processes share the groups that conftest.py makes, in order: half of the tests keep only one core busy.
@@ -79,6 +81,31 @@ def wheel(session: nox.Session) -> None:
         session.run(UV, "pip", "install", *options, str(file), external=True)
         session.run(str(python), "-I", "tools/check_wheel.py", package, *sorted(PACKAGES[package]), external=True)
         shutil.rmtree(python.parents[1])  # gigabytes
+
+
+@nox.session
+def config(session: nox.Session) -> None:
+    """Tests of mbridge-config on each Python that it supports, with nothing else installed. Arguments go to pytest."""
+    package = ROOT / "packages" / "mbridge-config"
+    for version in CONFIG_PYTHONS:
+        python = Path(session.create_tmp()).resolve() / f"python{version}" / "bin" / "python"
+        words = (UV, "venv", "--quiet", "--clear", "--python", version, str(python.parents[1]))
+        session.run(*words, external=True, success_codes=(0, 2))
+        if not python.exists():
+            session.warn(f"Python {version} is not on this machine, and uv could not fetch it: not tested")
+            continue
+        needs = (str(package), "pytest", "hypothesis")
+        session.run(UV, "pip", "install", "--quiet", "--python", str(python), *needs, external=True)
+        # From the package's folder, so that neither the workspace's conftest nor its options count.
+        options = ("-q", "-c", "pyproject.toml", "--import-mode=importlib", "-p", "no:cacheprovider")
+        with session.chdir(package):
+            session.run(str(python), "-m", "pytest", *options, *session.posargs, external=True)
+
+
+@nox.session
+def reference(session: nox.Session) -> None:
+    """Write the pages of docs/ that are made from the schema and the rules; with `--check`, fail if one is stale."""
+    session.run(sys.executable, "tools/reference.py", *session.posargs)
 
 
 @nox.session

@@ -1,6 +1,9 @@
 """Model directories and YAML files for the tests of mbridge-config."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -58,6 +61,20 @@ def make_model() -> Callable[..., Path]:
 def model(tmp_path: Path) -> Path:
     """A good model directory."""
     return write_model(tmp_path / "model")
+
+
+@pytest.fixture
+def run_python() -> Callable[..., str]:
+    """`run_python(code)`: what the code prints in a fresh interpreter."""
+
+    def run(code: str) -> str:
+        environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "0"}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    return run
 
 
 @pytest.fixture

@@ -189,6 +189,10 @@ def test_arithmetic(composed: Composed, expression: str, value: int) -> None:
     assert composed(f"runner.max_steps='{expression}'").runner.max_steps == value
 
 
+def test_number_formats_of_torch(composed: Composed) -> None:
+    assert composed("actor.model.precision='${torch.dtype:float16}'").actor.model.precision == "fp16"
+
+
 def test_negation(composed: Composed) -> None:
     config = composed(
         "algorithm.recompute_logprobs=false", "rollout.return_logprobs='${not:${algorithm.recompute_logprobs}}'"

@@ -1,19 +1,28 @@
 """Whatever is written into a config, the answer is a config or a ConfigError."""
 
 import contextlib
+import io
 import json
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from yaml import safe_dump as dump
 
-from mbridge_config import ConfigError, HFFacts, ReasoningConfig, check, compose, key_table
+from mbridge_config import ConfigError, HFFacts, ReasoningConfig, RunConfig, check, compose, key_table
+from mbridge_config.cli import COMMANDS, main
 from mbridge_config.compose import from_tree
 from mbridge_config.origin import Origin
+from mbridge_config.runs import SCHEMAS
 
-KEYS = [info.path for info in key_table(ReasoningConfig)]
+TABLES = {schema: {info.path: info for info in key_table(schema)} for schema in SCHEMAS.values()}
+KEYS = sorted({path for table in TABLES.values() for path in table})
 SECTIONS = sorted({key.rpartition(".")[0] for key in KEYS if "." in key})
+# values that a key takes, as far as its type says them
+CHOICES = sorted({word for table in TABLES.values() for info in table.values() for word in info.type_name.split(" | ")})
 
 words = st.text(max_size=12) | st.sampled_from(
     [
@@ -38,7 +47,8 @@ values: st.SearchStrategy[Any] = st.recursive(
 paths = st.sampled_from(KEYS) | st.sampled_from(SECTIONS) | st.lists(words, min_size=1, max_size=3).map(".".join)
 # numbers of every size where the schema takes numbers: these reach the rules and the plan
 numbers = st.tuples(st.sampled_from(KEYS), st.integers(-2, 40) | st.sampled_from([0.0, 0.5, True, 10**30]))
-settings_of_many = st.lists(st.tuples(paths, values) | numbers, max_size=6)
+choices = st.tuples(st.sampled_from(KEYS), st.sampled_from([*CHOICES, True, False, None, [], {}]))
+settings_of_many = st.lists(st.tuples(paths, values) | numbers | choices, max_size=6)
 
 
 def relaxed(examples: int) -> settings:
@@ -59,14 +69,18 @@ def put(tree: dict[Any, Any], path: str, value: Any) -> None:
     tree[name] = value
 
 
-@relaxed(100)
-@given(settings_of_many)
-def test_trees(assignments: list[tuple[str, Any]]) -> None:
+def tree_of(assignments: list[tuple[str, Any]]) -> dict[Any, Any]:
     tree: dict[Any, Any] = {}
     for path, value in assignments:
         put(tree, path, value)
-    origin = Origin()
-    config = from_tree(tree, origin, ReasoningConfig, strict=False)
+    return tree
+
+
+@pytest.mark.parametrize("schema", SCHEMAS.values())
+@relaxed(70)
+@given(settings_of_many)
+def test_trees(schema: type[RunConfig], assignments: list[tuple[str, Any]]) -> None:
+    config = from_tree(tree_of(assignments), Origin(), schema, strict=False)
     report = check(config, world_size=4)
     str(report)
     json.dumps([problem.as_dict() for problem in report.problems])
@@ -79,7 +93,7 @@ override_texts = st.tuples(
 ).map("".join)
 
 
-@relaxed(40)
+@relaxed(30)
 @given(st.lists(override_texts | st.text(max_size=20), min_size=1, max_size=3))
 def test_arguments(yaml: Path, overrides: list[str]) -> None:
     try:
@@ -88,6 +102,43 @@ def test_arguments(yaml: Path, overrides: list[str]) -> None:
         str(error)
     else:
         str(report)
+
+
+def exit_code(words: list[str]) -> int | str | None:
+    """Of `mbridge-config`, in this process; what it prints is thrown away."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            return main(words)
+        except SystemExit as stop:  # --help
+            return stop.code
+
+
+@relaxed(25)
+@given(
+    settings_of_many,
+    st.lists(override_texts, max_size=2),
+    st.sampled_from([[], ["--json"], ["--world-size", "4"], ["--world-size", "-1"], ["--json", "--world-size", "7"]]),
+    st.sampled_from(["reasoning", "sft"]),
+)
+def test_check_command(
+    yaml: Path, assignments: list[tuple[str, Any]], overrides: list[str], options: list[str], task: str
+) -> None:
+    tree = tree_of([("runner.task_type", task), *assignments])
+    (yaml / "fuzzed.yaml").write_text(dump(tree, allow_unicode=True), encoding="utf-8", errors="replace")
+    assert exit_code(["check", "fuzzed", "--config-path", str(yaml), *options, *overrides]) in (0, 2)
+
+
+@relaxed(40)
+@given(st.sampled_from([*COMMANDS, "-sc", "--shell-completion"]), st.lists(words | st.sampled_from(KEYS), max_size=3))
+def test_commands(yaml: Path, command: str, rest: list[str]) -> None:
+    assert exit_code([command, *rest]) in (0, 2)
+
+
+@relaxed(60)
+@given(st.lists(override_texts | st.sampled_from([*COMMANDS, "-cp", "--config-name", "run"]) | words, max_size=4))
+def test_completion(yaml: Path, line: list[str]) -> None:
+    with unittest.mock.patch.dict("os.environ", {"COMP_LINE": " ".join(["mbridge-config", *line]).replace("\0", "")}):
+        assert exit_code(["-sc", "query=bash"]) == 0
 
 
 @relaxed(60)

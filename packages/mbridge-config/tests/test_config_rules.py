@@ -41,6 +41,7 @@ CASES = [
     ("context-parallel-not-built", ["actor.model.context_parallel_size=2"], None, "not built yet"),
     ("expert-parallel-not-built", ["actor.model.expert_model_parallel_size=2"], None, "not built yet"),
     ("virtual-pipeline-not-built", ["actor.model.virtual_pipeline_model_parallel_size=2"], None, "not built yet"),
+    ("uneven-stages-not-built", ["actor.model.decoder_first_pipeline_num_layers=1"], None, "share the layers evenly"),
     ("sequence-parallel-without-tensor-parallel", ["actor.model.sequence_parallel=true"], None, "has no effect"),
     ("minibatches", ["algorithm.n_minibatches=3"], None, "64 answers a step cannot be cut into 3 equal minibatches"),
     ("minibatches", ["actor.global_batch_size=16", "algorithm.n_minibatches=2"], None, "make 32 each, not 16"),
@@ -175,7 +176,8 @@ CASES = [
     ("output-directory", ["runner.output_dir=${data.train_data_paths.0}/x"], None, "data.jsonl is a file"),
     ("geometry", ["actor.model.num_layers=7"], None, "the model has 6 (num_hidden_layers in config.json)"),
     ("geometry", ["actor.model.rotary_base=10000"], None, "the model has 1000000.0 (rope_theta in config.json)"),
-    ("geometry", ["actor.model.add_qkv_bias=false"], None, "the model has true (is always so for qwen2)"),
+    ("geometry", ["actor.model.add_qkv_bias=false"], None, "the model has true (forced for every qwen2 model)"),
+    ("geometry-forced", ["actor.model.add_qkv_bias=true"], None, "forced for every qwen2 model, whatever config.json"),
     ("geometry", ["actor.model.untie_embeddings_and_output_weights=true"], None, "tie_word_embeddings in config"),
     ("geometry-kind", ["actor.model.activation=gelu"], None, "the model has swiglu"),
 ]
@@ -193,7 +195,12 @@ def test_rule(checked: Checked, identity: str, overrides: list[str], world_size:
 
 
 def test_every_rule_is_tried_and_documented() -> None:
-    tried = {case[0] for case in CASES} | {"weights-missing", "weights-damaged", "tokenizer-vocabulary"}
+    tried = {case[0] for case in CASES} | {
+        "weights-missing",
+        "weights-damaged",
+        "tokenizer-vocabulary",
+        "tokenizer-directory",
+    }
     assert {rule.id for rule in REASONING} <= tried
     assert len({rule.id for rule in REASONING}) == len(REASONING), "ids must be unique"
     assert all(rule.cause.endswith(".") for rule in REASONING)
@@ -213,7 +220,8 @@ def test_right_geometry_is_accepted(checked: Checked, geometry: dict[str, Any]) 
     overrides = [f"actor.model.{key}={geometry[field]}" for key, field in keys.items()]
     overrides += ["actor.model.kv_channels=8", "actor.model.add_qkv_bias=true", "actor.model.activation=swiglu"]
     overrides += ["actor.model.normalization=RMSNorm", "actor.model.position_embedding_type=rope"]
-    assert checked(*overrides).problems == []
+    (forced,) = checked(*overrides).problems
+    assert (forced.id, forced.key, forced.severity) == ("geometry-forced", "actor.model.add_qkv_bias", Severity.NOTE)
 
 
 @pytest.mark.parametrize("tensor", [1, 2, 4, 6, 12])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mbridge_config.catalog import config_directory, config_names
+from mbridge_config.completion import answer, complete_app, how
 from mbridge_config.problems import ConfigError, Problem
 
 
@@ -35,11 +36,14 @@ def parse_arguments(
     """The arguments of an app; `argv` is `sys.argv[1:]` if None.
 
     `package_config` is the import name of the app, whose configs `--help` lists; `default_config` is the name
-    used without `--config-name`. `--help` prints and exits with 0. Raises `ConfigError` for wrong arguments.
+    used without `--config-name`. `--help`, and `-sc` for shell completion, print and exit with 0. Raises `ConfigError`
+    for wrong arguments.
     """
-    parser = argument_parser(program, f"configs of {program}:\n{_listing(package_config)}")
+    parser = argument_parser(program, f"configs of {program}:\n{_listing(package_config)}\n\n{how(program)}")
     parser.add_argument("--config-name", "-cn", default=default_config, metavar="NAME", help=_default(default_config))
     words = list(sys.argv[1:] if argv is None else argv)
+    if answer(words, complete_app(package_config, default_config)):
+        raise SystemExit(0)
     found = parser.parse_intermixed_args(words)
     if found.config_name is None:
         raise _usage("no config is named", f"add --config-name NAME; `{program} --help` lists the names")

@@ -1,15 +1,18 @@
-"""`mbridge-config check NAME [key=value ...] [--world-size N] [--json]`: will this config run?"""
+"""`mbridge-config`: the commands. `check NAME [key=value ...] [--world-size N] [--json]`: will this config run?"""
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mbridge_config.arguments import Parser, memory_size
 from mbridge_config.catalog import config_names, installed_directories
+from mbridge_config.completion import Complete, answer, complete_config, how
 from mbridge_config.problems import ConfigError, ordered
+from mbridge_config.runs import SCHEMAS
 
 EXIT_ERRORS = 2
 
@@ -18,6 +21,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, or 2 where there are errors."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
+        if answer(words, _complete):
+            return 0
         if words and words[0] in COMMANDS:
             return COMMANDS[words[0]][0](words[1:])
         commands = _commands()
@@ -29,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             print(error, file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # the reader has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _commands() -> argparse.ArgumentParser:
@@ -36,11 +44,35 @@ def _commands() -> argparse.ArgumentParser:
         prog="mbridge-config",
         description="Check configs of mbridge runs before a GPU is touched.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_listing(),
+        epilog=f"{_listing()}\n\n{how('mbridge-config')}",
     )
     listing = "; ".join(f"{name}: {text}" for name, (_, text) in COMMANDS.items())
     parser.add_argument("command", choices=list(COMMANDS), help=listing)
     return parser
+
+
+def _complete(before: Sequence[str], word: str) -> Iterable[str]:
+    if not before:
+        return COMMANDS
+    return COMPLETIONS[before[0]](before[1:], word) if before[0] in COMPLETIONS else ()
+
+
+def _explain(words: Sequence[str]) -> int:
+    from mbridge_config.explain import run
+
+    return run(words)
+
+
+def _ids(before: Sequence[str], _: str) -> Iterable[str]:
+    from mbridge_config.explanations import explanations
+
+    return () if before else explanations()
+
+
+def _schema(words: Sequence[str]) -> int:
+    from mbridge_config.json_schema import run
+
+    return run(words)
 
 
 def _check(words: Sequence[str]) -> int:
@@ -113,8 +145,19 @@ COMMANDS: dict[str, tuple[Callable[[Sequence[str]], int], str]] = {
     "check": (_check, "print all problems of a config, and the parallel plan"),
     "fit": (_fit, "print layouts that fit the memory of GPUs, best first"),
     "init": (_init, "write a config for a model"),
+    "explain": (_explain, "print cause and fix of a problem"),
+    "schema": (_schema, "print a JSON schema, for editors that complete YAML"),
 }
 """What runs each command, and its line in the help. A command imports what it needs when it runs."""
+
+COMPLETIONS: dict[str, Complete] = {
+    "check": complete_config("--world-size", "--memory", "--json"),
+    "explain": _ids,
+    "fit": complete_config("--gpus", "--memory", "--json"),
+    "init": lambda before, _: () if before else SCHEMAS,
+    "schema": lambda before, _: () if before else SCHEMAS,
+}
+"""What the shell completes behind each command."""
 
 
 if __name__ == "__main__":

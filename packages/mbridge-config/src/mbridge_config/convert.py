@@ -81,7 +81,7 @@ class _Converter:
 
     def unknown(self, path: str, raw: Any) -> None:
         nearest = nearest_key(self.root, path)
-        fix = f"did you mean {nearest}?" if nearest else "remove it; see the table of keys for what there is"
+        fix = f"did you mean {nearest}?" if nearest else "remove it; docs/configuration.md has all keys"
         self.report("unknown-key", path, raw, "there is no such key", fix)
 
     def report(
@@ -118,6 +118,8 @@ def nearest_key(root: type, path: str) -> str | None:
 
 def fit(raw: Any, hint: Any, spec: KeySpec) -> Any:
     """`raw` as a value of the type `hint`; raises `Unfit`."""
+    if hint is Any:
+        return raw
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if raw is None and type(None) in parts:

@@ -8,6 +8,7 @@ from mbridge_config.problems import ConfigError, Problem
 
 REASONING_KEY = "actor.megatron.ckpt_convertor.hf_model_path"
 SFT_KEY = "actor.model.model_path"
+HF_KEYS = (REASONING_KEY, SFT_KEY)
 TOKENIZER_KEY = "actor.tokenizer.tokenizer_model"
 # keys that a path is written to by mistake
 _STRAYS = {REASONING_KEY: (SFT_KEY, "rollout.model.model_path"), SFT_KEY: (REASONING_KEY,)}

@@ -37,11 +37,13 @@ class HFFacts:
     vocab_size: int | None = None
     max_position_embeddings: int | None = None
     rope_theta: float | None = None
+    rotary_fraction: float | None = None
     norm_epsilon: float | None = None
     tied_embeddings: bool = False
     qkv_bias: bool | None = None
     linear_bias: bool | None = None
     qk_layernorm: bool | None = None
+    multi_latent_attention: bool = False
     activation: str | None = None
     num_experts: int | None = None
     experts_per_token: int | None = None
@@ -138,12 +140,14 @@ class _Reader:
             num_attention_heads=heads,
             num_query_groups=groups,
             head_dim=head_dim,
-            rope_theta=self.rope_theta(),
+            rope_theta=self.rotary("rope_theta"),
+            rotary_fraction=self.rotary("partial_rotary_factor"),
             norm_epsilon=_number(self.text.get("rms_norm_eps", self.text.get("layer_norm_eps"))),
             tied_embeddings=self.tied(family),
             qkv_bias=True if family in QKV_BIAS_FAMILIES else _flag(self.text.get("attention_bias")),
             linear_bias=_flag(self.text.get("mlp_bias")),
             qk_layernorm=True if family in QK_LAYERNORM_FAMILIES else _flag(self.text.get("use_qk_norm")),
+            multi_latent_attention=self.text.get("kv_lora_rank") is not None,
             activation=activation if isinstance(activation, str) else None,
             has_vision="vision_config" in self.config,
             vision_heads=_whole(self.vision.get("num_heads")),
@@ -186,10 +190,11 @@ class _Reader:
             self.report("hf-config-field", f"config.json has no {names[0]}", f"add {names[0]} to config.json")
         return None
 
-    def rope_theta(self) -> float | None:
+    def rotary(self, name: str) -> float | None:
+        """A number of the rotary embeddings, which newer files keep in a section of their own."""
         parameters = self.text.get("rope_parameters")
-        nested = parameters.get("rope_theta") if isinstance(parameters, dict) else None
-        return _number(self.text.get("rope_theta", nested))
+        nested = parameters.get(name) if isinstance(parameters, dict) else None
+        return _number(self.text.get(name, nested))
 
     def tied(self, family: str) -> bool:
         value = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings"))

@@ -39,6 +39,7 @@ RESOLVERS: dict[str, Callable[..., Any]] = {
     "min": _fold("min", min),
     "max": _fold("max", max),
     "not": _negate,
+    "torch.dtype": str,  # keys of number formats take the names of torch's dtypes
 }
 
 

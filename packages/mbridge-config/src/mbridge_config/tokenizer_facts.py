@@ -41,6 +41,30 @@ def tokenizer_size(directory: str | Path) -> int | None:
     return max(ids) + 1 if ids else None
 
 
+def token_ids(directory: Path) -> dict[str, int]:
+    """The tokens that `tokenizer.json` or `vocab.json` in `directory` lists, with their ids; empty without them.
+
+    Raises `ConfigError` for broken JSON.
+    """
+    fast, slow = directory / "tokenizer.json", directory / "vocab.json"
+    found: dict[Any, Any] = {}
+    if fast.is_file():
+        content = read_json_object(fast, "tokenizer-json")
+        model, added = content.get("model"), content.get("added_tokens")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(vocabulary, dict):
+            found = dict(vocabulary)
+        elif isinstance(vocabulary, list):
+            entries = [entry for entry in enumerate(vocabulary) if isinstance(entry[1], list) and entry[1]]
+            found = {str(entry[0]): number for number, entry in entries}
+        for token in added if isinstance(added, list) else []:
+            if isinstance(token, dict):
+                found[str(token.get("content"))] = token.get("id")
+    elif slow.is_file():
+        found = read_json_object(slow, "tokenizer-json")
+    return {token: number for token, number in found.items() if type(number) is int}
+
+
 def _fast(content: dict[str, Any]) -> Iterable[Any]:
     model = content.get("model")
     vocabulary = model.get("vocab") if isinstance(model, dict) else None

@@ -38,12 +38,19 @@ class Finding:
     severity: Severity = Severity.ERROR
 
 
+def _words(text: str) -> str:
+    return " ".join(text.split())
+
+
 Check = Callable[[Context], Iterable[Finding]]
 
 
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
 class Rule:
-    """A check, its id, and the keys it reads; its docstring is the cause that the reference of errors gives."""
+    """A check, its id, and the keys it reads.
+
+    The docstring of the check is what the reference of errors says: the cause, and after "Fix: " what to do.
+    """
 
     id: str
     reads: tuple[str, ...]
@@ -52,7 +59,13 @@ class Rule:
     @property
     def cause(self) -> str:
         """When the rule speaks."""
-        return " ".join((self.check.__doc__ or "").split())
+        return _words((self.check.__doc__ or "").partition("\n\n")[0])
+
+    @property
+    def fix(self) -> str:
+        """What to do about it, for all cases; each finding has a fix of its own."""
+        text = _words((self.check.__doc__ or "").partition("Fix: ")[2])
+        return text[:1].upper() + text[1:]
 
     def problems(self, context: Context) -> Iterable[Problem]:
         """The findings as problems; none if a key that the rule reads could not be used."""

@@ -15,7 +15,10 @@ _SETTERS = ("algorithm.n_minibatches", "data.rollout_batch_size", "algorithm.gro
 
 @rule("global-batch-ranks", GLOBAL, MICRO, DYNAMIC, TP, PP)
 def ranks(context: Context) -> Iterable[Finding]:
-    """The global batch cannot be shared by the data-parallel ranks in whole micro-batches."""
+    """The global batch cannot be shared by the data-parallel ranks in whole micro-batches.
+
+    Fix: make the global batch a multiple of data-parallel ranks times `actor.micro_batch_size`.
+    """
     config, data = context.config, context.data_parallel
     if data is None:
         return

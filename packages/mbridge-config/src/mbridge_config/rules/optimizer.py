@@ -16,7 +16,10 @@ SCHEDULE = "actor.lr_sched."
 
 @rule("precision-conflict", PRECISION, f"{OPTIM}bf16", f"{OPTIM}fp16")
 def precision(context: Context) -> Iterable[Finding]:
-    """The optimizer's number format is not that of the model."""
+    """The optimizer's number format is not that of the model.
+
+    Fix: remove `actor.optim.bf16` and `actor.optim.fp16`; they follow `actor.model.precision`.
+    """
     actor = context.config.actor
     for name in ("bf16", "fp16"):
         value, expected = getattr(actor.optim, name), actor.model.precision == name
@@ -28,7 +31,10 @@ def precision(context: Context) -> Iterable[Finding]:
 
 @rule("loss-scale-without-fp16", PRECISION, f"{OPTIM}loss_scale")
 def loss_scale(context: Context) -> Iterable[Finding]:
-    """A loss scale is set, which only fp16 uses."""
+    """A loss scale is set, which only fp16 uses.
+
+    Fix: remove the key.
+    """
     actor = context.config.actor
     if actor.optim.loss_scale is not None and actor.model.precision != "fp16":
         reason = f"only fp16 scales the loss, and {PRECISION} is {actor.model.precision}"
@@ -37,7 +43,10 @@ def loss_scale(context: Context) -> Iterable[Finding]:
 
 @rule("loss-scale-range", f"{OPTIM}initial_loss_scale", f"{OPTIM}min_loss_scale")
 def loss_scale_range(context: Context) -> Iterable[Finding]:
-    """The loss scale would start below its lowest value."""
+    """The loss scale would start below its lowest value.
+
+    Fix: raise `actor.optim.initial_loss_scale`, or lower `actor.optim.min_loss_scale`.
+    """
     optim = context.config.actor.optim
     if optim.initial_loss_scale < optim.min_loss_scale:
         reason = f"below min_loss_scale {optim.min_loss_scale:g}"
@@ -46,8 +55,11 @@ def loss_scale_range(context: Context) -> Iterable[Finding]:
 
 @rule("recompute", GRANULARITY, METHOD, RECOMPUTED)
 def recompute(context: Context) -> Iterable[Finding]:
-    """The recompute settings do not fit together: full needs a method and a number of layers, selective takes
-    neither number, and without a granularity nothing is recomputed."""
+    """The recompute settings do not fit together: full needs a method and a number of layers, selective takes neither
+    number, and without a granularity nothing is recomputed.
+
+    Fix: give `full` a method and a number of layers, and `selective` no number.
+    """
     model = context.config.actor.model
     if model.recompute_granularity == "full":
         if model.recompute_method is None:
@@ -67,7 +79,10 @@ def recompute(context: Context) -> Iterable[Finding]:
 
 @rule("recompute-layers", RECOMPUTED, "actor.model.pipeline_model_parallel_size", GRANULARITY)
 def recompute_layers(context: Context) -> Iterable[Finding]:
-    """More layers are to be recomputed than a pipeline stage has."""
+    """More layers are to be recomputed than a pipeline stage has.
+
+    Fix: use the number of layers that a stage has, or less.
+    """
     model, facts = context.config.actor.model, context.facts
     if facts is None or model.recompute_granularity != "full" or model.recompute_num_layers is None:
         return
@@ -82,7 +97,10 @@ def recompute_layers(context: Context) -> Iterable[Finding]:
 
 @rule("learning-rate-twice", f"{OPTIM}lr", f"{SCHEDULE}max_lr")
 def learning_rate(context: Context) -> Iterable[Finding]:
-    """optim.lr and lr_sched.max_lr are both set and differ; the schedule's is used."""
+    """optim.lr and lr_sched.max_lr are both set and differ; the schedule's is used.
+
+    Fix: make them equal, or remove one.
+    """
     actor, origin = context.config.actor, context.config.origin
     if origin.was_set(f"{OPTIM}lr") and actor.optim.lr != actor.lr_sched.max_lr:
         reason = f"{SCHEDULE}max_lr {actor.lr_sched.max_lr:g} is used"
@@ -91,7 +109,10 @@ def learning_rate(context: Context) -> Iterable[Finding]:
 
 @rule("lowest-learning-rate", f"{SCHEDULE}min_lr", f"{SCHEDULE}max_lr", f"{OPTIM}lr", f"{OPTIM}min_lr")
 def lowest(context: Context) -> Iterable[Finding]:
-    """The learning rate would end above where it starts."""
+    """The learning rate would end above where it starts.
+
+    Fix: lower `min_lr` or `lr_warmup_init`, or raise `max_lr`.
+    """
     schedule = context.config.actor.lr_sched
     if schedule.min_lr > schedule.max_lr:
         reason = f"above the highest learning rate {schedule.max_lr:g}"
@@ -103,7 +124,10 @@ def lowest(context: Context) -> Iterable[Finding]:
 
 @rule("weight-decay-schedule", *(f"{SCHEDULE}{name}_weight_decay" for name in ("start", "end")), f"{OPTIM}weight_decay")
 def weight_decay(context: Context) -> Iterable[Finding]:
-    """The weight decay is to change over the run, or is given twice with different values."""
+    """The weight decay is to change over the run, or is given twice with different values.
+
+    Fix: give one weight decay.
+    """
     actor, origin = context.config.actor, context.config.origin
     start, end = actor.lr_sched.start_weight_decay, actor.lr_sched.end_weight_decay
     if start != end:
@@ -116,7 +140,10 @@ def weight_decay(context: Context) -> Iterable[Finding]:
 
 @rule("schedule-lengths", *(f"{SCHEDULE}{name}" for name in ("lr_decay_iters", "lr_warmup_iters", "lr_decay_style")))
 def schedule_lengths(context: Context) -> Iterable[Finding]:
-    """The warm-up is not shorter than the schedule, or WSD has no length for its last decay."""
+    """The warm-up is not shorter than the schedule, or WSD has no length for its last decay.
+
+    Fix: shorten the warm-up, or give WSD its `lr_wsd_decay_iters`.
+    """
     schedule = context.config.actor.lr_sched
     total = schedule.lr_decay_iters
     if total is not None and schedule.lr_warmup_fraction is None and schedule.lr_warmup_iters >= total:
@@ -135,7 +162,10 @@ def schedule_lengths(context: Context) -> Iterable[Finding]:
     *(f"{OPTIM}{name}" for name in ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")),
 )
 def overlap(context: Context) -> Iterable[Finding]:
-    """overlap_param_gather needs the distributed optimizer and overlap_grad_reduce."""
+    """overlap_param_gather needs the distributed optimizer and overlap_grad_reduce.
+
+    Fix: set `use_distributed_optimizer` and `overlap_grad_reduce` as well, or leave it off.
+    """
     optim, key = context.config.actor.optim, f"{OPTIM}overlap_param_gather"
     if not optim.overlap_param_gather:
         return

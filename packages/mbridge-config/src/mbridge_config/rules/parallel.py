@@ -11,6 +11,8 @@ PP = "actor.model.pipeline_model_parallel_size"
 CP = "actor.model.context_parallel_size"
 EP = "actor.model.expert_model_parallel_size"
 ETP = "actor.model.expert_tensor_parallel_size"
+FIRST_STAGE = "actor.model.decoder_first_pipeline_num_layers"
+LAST_STAGE = "actor.model.decoder_last_pipeline_num_layers"
 VPP = "actor.model.virtual_pipeline_model_parallel_size"
 SP = "actor.model.sequence_parallel"
 
@@ -22,7 +24,10 @@ def divisors(number: int, limit: int = 64) -> str:
 
 @rule("tensor-parallel-heads", TP)
 def heads(context: Context) -> Iterable[Finding]:
-    """The query heads cannot be shared evenly by the tensor-parallel ranks."""
+    """The query heads cannot be shared evenly by the tensor-parallel ranks.
+
+    Fix: use a divisor of the model's attention heads.
+    """
     facts, tensor = context.facts, context.config.actor.model.tensor_model_parallel_size
     if facts is not None and facts.num_attention_heads % tensor:
         yield Finding(
@@ -34,8 +39,11 @@ def heads(context: Context) -> Iterable[Finding]:
 
 @rule("tensor-parallel-kv-groups", TP)
 def kv_groups(context: Context) -> Iterable[Finding]:
-    """The key and value heads are neither a multiple nor a divisor of the tensor-parallel ranks, which
-    Megatron-Core needs to share or repeat them."""
+    """The key and value heads are neither a multiple nor a divisor of the tensor-parallel ranks, which Megatron-Core
+    needs to share or repeat them.
+
+    Fix: use a multiple or a divisor of the model's key-value heads.
+    """
     facts, tensor = context.facts, context.config.actor.model.tensor_model_parallel_size
     if facts is not None and facts.num_query_groups % tensor and tensor % facts.num_query_groups:
         fitting = [
@@ -54,7 +62,10 @@ def kv_groups(context: Context) -> Iterable[Finding]:
 
 @rule("tensor-parallel-ffn", TP)
 def ffn(context: Context) -> Iterable[Finding]:
-    """The width of the MLP cannot be shared evenly by the tensor-parallel ranks."""
+    """The width of the MLP cannot be shared evenly by the tensor-parallel ranks.
+
+    Fix: use a divisor of the MLP's width.
+    """
     facts, tensor = context.facts, context.config.actor.model.tensor_model_parallel_size
     if facts is not None and facts.ffn_hidden_size is not None and facts.ffn_hidden_size % tensor:
         reason = f"the model's MLP width {facts.ffn_hidden_size} cannot be shared by {tensor} ranks"
@@ -63,7 +74,10 @@ def ffn(context: Context) -> Iterable[Finding]:
 
 @rule("world-size", TP, PP)
 def world_size(context: Context) -> Iterable[Finding]:
-    """The number of ranks is not a multiple of tensor-parallel times pipeline-parallel ranks."""
+    """The number of ranks is not a multiple of tensor-parallel times pipeline-parallel ranks.
+
+    Fix: start a multiple of tensor-parallel times pipeline-parallel ranks, or lower one of the two.
+    """
     model, world = context.config.actor.model, context.world_size
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     if world is not None and world % (tensor * pipeline):
@@ -77,7 +91,10 @@ def world_size(context: Context) -> Iterable[Finding]:
 
 @rule("pipeline-parallel-layers", PP)
 def layers(context: Context) -> Iterable[Finding]:
-    """The layers cannot be shared evenly by the pipeline stages."""
+    """The layers cannot be shared evenly by the pipeline stages.
+
+    Fix: use a divisor of the model's layers.
+    """
     facts, pipeline = context.facts, context.config.actor.model.pipeline_model_parallel_size
     if facts is not None and stage_sizes(facts.num_layers, pipeline, len(facts.deepstack_visual_indexes)) is None:
         reason = f"the model's {facts.num_layers} layers cannot be shared by {pipeline} stages"
@@ -91,13 +108,19 @@ def _more_than_one(context: Context, key: str, value: int | None, what: str) -> 
 
 @rule("context-parallel-not-built", CP)
 def context_parallel(context: Context) -> Iterable[Finding]:
-    """Context parallelism was asked for, which this version refuses."""
+    """Context parallelism was asked for, which this version refuses.
+
+    Fix: set the size to 1, or remove the key.
+    """
     return _more_than_one(context, CP, context.config.actor.model.context_parallel_size, "context parallelism")
 
 
 @rule("expert-parallel-not-built", EP, ETP)
 def expert_parallel(context: Context) -> Iterable[Finding]:
-    """Expert parallelism was asked for, which this version refuses."""
+    """Expert parallelism was asked for, which this version refuses.
+
+    Fix: set the sizes to 1, or remove the keys; tensor parallelism splits experts too.
+    """
     model = context.config.actor.model
     yield from _more_than_one(context, EP, model.expert_model_parallel_size, "expert parallelism")
     yield from _more_than_one(context, ETP, model.expert_tensor_parallel_size, "expert tensor parallelism")
@@ -105,14 +128,35 @@ def expert_parallel(context: Context) -> Iterable[Finding]:
 
 @rule("virtual-pipeline-not-built", VPP)
 def virtual_pipeline(context: Context) -> Iterable[Finding]:
-    """A virtual (interleaved) pipeline was asked for, which this version refuses."""
+    """A virtual (interleaved) pipeline was asked for, which this version refuses.
+
+    Fix: remove the key.
+    """
     value = context.config.actor.model.virtual_pipeline_model_parallel_size
     return _more_than_one(context, VPP, value, "a virtual pipeline")
 
 
+@rule("uneven-stages-not-built", FIRST_STAGE, LAST_STAGE)
+def uneven_stages(context: Context) -> Iterable[Finding]:
+    """Numbers of layers of the first or last pipeline stage were asked for, which this version refuses.
+
+    Fix: remove the keys.
+    """
+    model = context.config.actor.model
+    for key, value in (
+        (FIRST_STAGE, model.decoder_first_pipeline_num_layers),
+        (LAST_STAGE, model.decoder_last_pipeline_num_layers),
+    ):
+        if value is not None:
+            yield Finding(key, "the pipeline stages share the layers evenly in this version", "remove the key")
+
+
 @rule("sequence-parallel-without-tensor-parallel", SP, TP)
 def sequence_parallel(context: Context) -> Iterable[Finding]:
-    """Sequence parallelism splits activations over the tensor-parallel ranks, and there is only one."""
+    """Sequence parallelism splits activations over the tensor-parallel ranks, and there is only one.
+
+    Fix: switch it off, or use more than one tensor-parallel rank.
+    """
     model = context.config.actor.model
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         reason = "it has no effect with one tensor-parallel rank"
@@ -128,5 +172,6 @@ RULES = (
     context_parallel,
     expert_parallel,
     virtual_pipeline,
+    uneven_stages,
     sequence_parallel,
 )

@@ -27,7 +27,10 @@ _SUFFIXES = (".json", ".jsonl")
 
 @rule("reference-weights", CHECKPOINT, USE_HF, RESUME, KL)
 def reference(context: Context) -> Iterable[Finding]:
-    """A run with a KL penalty is resumed, and the weights it began with, which are its reference, are not named."""
+    """A run with a KL penalty is resumed, and the weights it began with, which are its reference, are not named.
+
+    Fix: name the checkpoint that the run began with, or set `algorithm.kl_beta=0`.
+    """
     config = context.config
     if config.actor.megatron.use_hf_ckpt or config.actor.model.megatron_checkpoint or not config.runner.resume_dir:
         return
@@ -38,7 +41,10 @@ def reference(context: Context) -> Iterable[Finding]:
 
 @rule("rollout-model", ROLLOUT_MODEL, "actor.megatron.ckpt_convertor.hf_model_path")
 def rollout_model(context: Context) -> Iterable[Finding]:
-    """The model that generates is not the model that is trained."""
+    """The model that generates is not the model that is trained.
+
+    Fix: set one from the other by an interpolation, or remove one.
+    """
     config = context.config
     generating, trained = config.rollout.model.model_path, get(config, hf_key(config))
     if generating and trained and Path(generating).expanduser().resolve() != Path(trained).expanduser().resolve():
@@ -49,7 +55,10 @@ def rollout_model(context: Context) -> Iterable[Finding]:
 @rule("minibatches", MINIBATCHES, GROUP, PROMPTS, GLOBAL)
 def minibatches(context: Context) -> Iterable[Finding]:
     """The answers of one step (rollout_batch_size x group_size) cannot be cut into equal minibatches, or
-    global_batch_size and n_minibatches say different things."""
+    global_batch_size and n_minibatches say different things.
+
+    Fix: set one of the two; the other follows.
+    """
     config = context.config
     count, size = config.algorithm.n_minibatches, config.actor.global_batch_size
     prompts, group = config.data.rollout_batch_size, config.algorithm.group_size
@@ -72,7 +81,10 @@ def minibatches(context: Context) -> Iterable[Finding]:
 
 @rule("group-of-one", GROUP)
 def group_of_one(context: Context) -> Iterable[Finding]:
-    """Rewards are compared within a group of answers to one prompt, and a group has one answer."""
+    """Rewards are compared within a group of answers to one prompt, and a group has one answer.
+
+    Fix: set `algorithm.group_size` to 2 or more.
+    """
     if context.config.algorithm.group_size == 1:
         reason = "GRPO compares the answers of a group; with one answer every advantage is 0"
         yield Finding(GROUP, reason, f"set {GROUP} to 2 or more")
@@ -80,7 +92,10 @@ def group_of_one(context: Context) -> Iterable[Finding]:
 
 @rule("greedy-group", "algorithm.sampling_params.use_greedy", GROUP)
 def greedy_group(context: Context) -> Iterable[Finding]:
-    """Greedy decoding gives every answer of a group the same text."""
+    """Greedy decoding gives every answer of a group the same text.
+
+    Fix: sample: `algorithm.sampling_params.use_greedy=false`.
+    """
     algorithm = context.config.algorithm
     if algorithm.sampling_params.use_greedy and algorithm.group_size > 1:
         reason = "greedy answers to one prompt are all the same, so every advantage is 0"
@@ -90,7 +105,10 @@ def greedy_group(context: Context) -> Iterable[Finding]:
 
 @rule("prompt-length", SEQUENCE, PROMPT)
 def prompt(context: Context) -> Iterable[Finding]:
-    """A prompt of the allowed length leaves no room for an answer."""
+    """A prompt of the allowed length leaves no room for an answer.
+
+    Fix: lower `data.max_prompt_length`, or raise `runner.seq_length`.
+    """
     longest, allowed = context.config.runner.seq_length, context.config.data.max_prompt_length
     if allowed >= longest:
         reason = f"a prompt of {allowed} tokens leaves no room for an answer in {SEQUENCE} {longest}"
@@ -99,7 +117,10 @@ def prompt(context: Context) -> Iterable[Finding]:
 
 @rule("answer-length", SEQUENCE, PROMPT, NEW)
 def answer(context: Context) -> Iterable[Finding]:
-    """The longest prompt and the longest answer together are longer than a sequence may be."""
+    """The longest prompt and the longest answer together are longer than a sequence may be.
+
+    Fix: lower `max_new_tokens`, or remove it; it is then what the prompt leaves.
+    """
     longest, allowed = context.config.runner.seq_length, context.config.data.max_prompt_length
     new = context.config.algorithm.sampling_params.max_new_tokens
     if allowed < longest < allowed + new:
@@ -110,7 +131,10 @@ def answer(context: Context) -> Iterable[Finding]:
 
 @rule("least-answer-length", NEW, LEAST)
 def least_answer(context: Context) -> Iterable[Finding]:
-    """The shortest allowed answer is longer than the longest."""
+    """The shortest allowed answer is longer than the longest.
+
+    Fix: lower `min_new_tokens`.
+    """
     sampling = context.config.algorithm.sampling_params
     if sampling.min_new_tokens > sampling.max_new_tokens:
         yield Finding(LEAST, f"more than {NEW} {sampling.max_new_tokens}", f"use {sampling.max_new_tokens} or less")
@@ -118,7 +142,10 @@ def least_answer(context: Context) -> Iterable[Finding]:
 
 @rule("critic-not-built", "critic")
 def critic(context: Context) -> Iterable[Finding]:
-    """A critic was asked for (PPO), which this version refuses."""
+    """A critic was asked for (PPO), which this version refuses.
+
+    Fix: train without a critic: `algorithm.adv_type=grpo`.
+    """
     if context.config.critic.get("use_critic_model"):
         fix = "set critic.use_critic_model=false and algorithm.adv_type=grpo"
         yield Finding("critic", "PPO with a critic is not built yet in this version of mbridge", fix)
@@ -126,7 +153,10 @@ def critic(context: Context) -> Iterable[Finding]:
 
 @rule("rollout-backend", "rollout.rollout_backend")
 def rollout_backend(context: Context) -> Iterable[Finding]:
-    """A serving engine was asked for; this version generates with transformers."""
+    """A serving engine was asked for; this version generates with transformers.
+
+    Fix: nothing has to be done; `rollout.rollout_backend=transformers` silences it.
+    """
     if context.config.rollout.rollout_backend != "transformers":
         reason = "this version generates with transformers, which gives the same answers more slowly"
         yield Finding("rollout.rollout_backend", reason, "set rollout.rollout_backend=transformers", Severity.WARNING)
@@ -134,7 +164,10 @@ def rollout_backend(context: Context) -> Iterable[Finding]:
 
 @rule("reasoning-gym-task", TYPE, TASK)
 def task(context: Context) -> Iterable[Finding]:
-    """Made problems are to be trained on, and no task is named."""
+    """Made problems are to be trained on, and no task is named.
+
+    Fix: set `data.reasoning_gym.task`.
+    """
     data = context.config.data
     if data.type == "reasoning_gym" and not data.reasoning_gym.task:
         yield Finding(TASK, f"{TYPE} is reasoning_gym, which needs a task", f"set {TASK}=basic_arithmetic or another")
@@ -142,7 +175,10 @@ def task(context: Context) -> Iterable[Finding]:
 
 @rule("reward-type", TYPE, "reward.reward_type")
 def reward_type(context: Context) -> Iterable[Finding]:
-    """The scorer of reasoning-gym was asked for on data that it did not make."""
+    """The scorer of reasoning-gym was asked for on data that it did not make.
+
+    Fix: score with `reward.reward_type=math`.
+    """
     config = context.config
     if config.reward.reward_type == "reasoning_gym" and config.data.type != "reasoning_gym":
         reason = f"{TYPE} is {config.data.type}, whose answers reasoning-gym cannot score"
@@ -152,7 +188,10 @@ def reward_type(context: Context) -> Iterable[Finding]:
 @rule("quickstart-width", "quickstart")
 def quickstart_width(context: Context) -> Iterable[Finding]:
     """The model that the quickstart is to make would have heads of another width than 32, the least that serving
-    engines' kernels take, or key-value heads that do not divide its query heads."""
+    engines' kernels take, or key-value heads that do not divide its query heads.
+
+    Fix: set `quickstart.hidden_size` to 32 times the query heads, and a divisor of them as groups.
+    """
     made = context.config.quickstart
     if not made.enabled:
         return
@@ -167,7 +206,10 @@ def quickstart_width(context: Context) -> Iterable[Finding]:
 
 @rule("train-data-missing", TYPE, TRAIN)
 def train_data(context: Context) -> Iterable[Finding]:
-    """Files are to be trained on, and none is named."""
+    """Files are to be trained on, and none is named.
+
+    Fix: set `data.train_data_paths`, or `data.type=reasoning_gym`.
+    """
     data = context.config.data
     if data.type == "math" and not data.train_data_paths:
         yield Finding(TRAIN, "there is nothing to train on", f"set {TRAIN}=[FILE.jsonl], or {TYPE}=reasoning_gym")
@@ -175,7 +217,10 @@ def train_data(context: Context) -> Iterable[Finding]:
 
 @rule("data-path", TYPE, TRAIN, VALIDATION)
 def data_paths(context: Context) -> Iterable[Finding]:
-    """A data file is not there, or is not json or jsonl."""
+    """A data file is not there, or is not json or jsonl.
+
+    Fix: correct the path; it is relative to where you run.
+    """
     data = context.config.data
     if data.type != "math":
         return

@@ -14,7 +14,10 @@ _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*[KMGT]?i?B\s*", re.IGNORECASE)
 
 @rule("task-type", "runner.task_type")
 def task_type(context: Context) -> Iterable[Finding]:
-    """A config of another kind of run was given to an app."""
+    """A config of another kind of run was given to an app.
+
+    Fix: set `runner.task_type`, or start the other app.
+    """
     kind, name = ("sft", "SFT") if isinstance(context.config, SFTConfig) else ("reasoning", "reasoning")
     if context.config.runner.task_type != kind:
         yield Finding("runner.task_type", f"this app trains {name} runs", f"set runner.task_type={kind}")
@@ -22,7 +25,10 @@ def task_type(context: Context) -> Iterable[Finding]:
 
 @rule("no-steps", "runner.max_steps")
 def no_steps(context: Context) -> Iterable[Finding]:
-    """A run of no steps at all was asked for."""
+    """A run of no steps at all was asked for.
+
+    Fix: set `runner.max_steps` to -1 for all of `runner.max_epochs`, or to 1 or more.
+    """
     if context.config.runner.max_steps == 0:
         fix = "set runner.max_steps=-1 for all of runner.max_epochs, or to 1 or more"
         yield Finding("runner.max_steps", "a run of 0 steps trains nothing", fix)
@@ -30,7 +36,10 @@ def no_steps(context: Context) -> Iterable[Finding]:
 
 @rule("output-directory", "runner.output_dir")
 def output(context: Context) -> Iterable[Finding]:
-    """The output directory is a file, or lies below one."""
+    """The output directory is a file, lies below one, or may not be written to.
+
+    Fix: give a directory that exists or can be made, and that you may write to.
+    """
     path = Path(context.config.runner.output_dir).expanduser()
     existing = next((place for place in (path, *path.parents) if place.exists()), None)
     if existing is not None and not existing.is_dir():
@@ -39,7 +48,10 @@ def output(context: Context) -> Iterable[Finding]:
 
 @rule("shard-size", "runner.checkpoint.max_shard_size")
 def shard_size(context: Context) -> Iterable[Finding]:
-    """The largest file of a HuggingFace copy is no size."""
+    """The largest file of a HuggingFace copy is no size.
+
+    Fix: write a size such as `5GB` or `512MiB`.
+    """
     size = context.config.runner.checkpoint.max_shard_size
     match = _SIZE.fullmatch(size)
     if match is None or float(match[1]) == 0:
@@ -49,7 +61,10 @@ def shard_size(context: Context) -> Iterable[Finding]:
 
 @rule("async-torch-dist", "runner.checkpoint.async_save", "actor.megatron.ckpt_format", "actor.megatron.use_dist_ckpt")
 def async_torch_dist(context: Context) -> Iterable[Finding]:
-    """Distributed checkpoints are to be written in the background, which only the other format is."""
+    """Distributed checkpoints are to be written in the background, which only the other format is.
+
+    Fix: use `actor.megatron.ckpt_format=torch`, or save while training waits.
+    """
     config = context.config
     megatron = config.actor.megatron
     if config.runner.checkpoint.async_save and (megatron.use_dist_ckpt or megatron.ckpt_format == "torch_dist"):
@@ -60,7 +75,10 @@ def async_torch_dist(context: Context) -> Iterable[Finding]:
 
 @rule("keep-best-metric", "runner.checkpoint.keep_best", "runner.checkpoint.keep_best_metric")
 def keep_best(context: Context) -> Iterable[Finding]:
-    """The best checkpoints by a validation metric are to be kept, and nothing is validated on the way."""
+    """The best checkpoints by a validation metric are to be kept, and nothing is validated on the way.
+
+    Fix: validate every n steps, or choose a metric of training.
+    """
     runner = context.config.runner
     metric = runner.checkpoint.keep_best_metric
     if runner.checkpoint.keep_best and metric.startswith("validation/") and runner.val_check_interval < 1:

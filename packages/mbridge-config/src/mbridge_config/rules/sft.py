@@ -15,7 +15,10 @@ SUFFIXES = {"auto": (".parquet", ".jsonl"), "robo2vlm": (".parquet",), "messages
 
 @rule("train-data-missing", TRAIN, ONLY_EVAL)
 def train_data(context: Context) -> Iterable[Finding]:
-    """Nothing to train on is named."""
+    """Nothing to train on is named.
+
+    Fix: set `data.train_data_paths`, or `runner.only_eval=true`.
+    """
     config = context.config
     if not config.runner.only_eval and not config.data.train_data_paths:
         yield Finding(TRAIN, "there is nothing to train on", f"set {TRAIN}=[DIRECTORY], or {ONLY_EVAL}=true")
@@ -23,7 +26,10 @@ def train_data(context: Context) -> Iterable[Finding]:
 
 @rule("evaluation-data-missing", VALIDATION, ONLY_EVAL, "runner.val_check_interval")
 def evaluation_data(context: Context) -> Iterable[Finding]:
-    """An evaluation was asked for, and no data for it is named."""
+    """An evaluation was asked for, and no data for it is named.
+
+    Fix: set `data.val_data_paths`, or evaluate nothing.
+    """
     config = context.config
     if config.data.val_data_paths:
         return
@@ -36,7 +42,10 @@ def evaluation_data(context: Context) -> Iterable[Finding]:
 
 @rule("data-path", TRAIN, VALIDATION, FORMAT)
 def data_paths(context: Context) -> Iterable[Finding]:
-    """A data file or directory is not there, or has no file of the kind that is read."""
+    """A data file or directory is not there, or has no file of the kind that is read.
+
+    Fix: correct the path; it is relative to where you run. `data.dataset_name` says which files are read.
+    """
     config = context.config
     suffixes = SUFFIXES[config.data.dataset_name]
     kinds = " and no ".join(f"{suffix} file" for suffix in suffixes)
@@ -59,7 +68,10 @@ def data_paths(context: Context) -> Iterable[Finding]:
 
 @rule("pixel-range", SMALLEST, LARGEST)
 def pixels(context: Context) -> Iterable[Finding]:
-    """Images would have to be larger than they may be."""
+    """Images would have to be larger than they may be.
+
+    Fix: lower `data.min_pixels`, or raise `data.max_pixels`.
+    """
     data = context.config.data
     if data.min_pixels is not None and data.max_pixels is not None and data.min_pixels > data.max_pixels:
         yield Finding(SMALLEST, f"more than {LARGEST} {data.max_pixels}", f"use {data.max_pixels} or less")
@@ -72,7 +84,10 @@ def pixels(context: Context) -> Iterable[Finding]:
     *(f"actor.lr_sched.{name}" for name in ("lr_decay_style", "lr_decay_iters")),
 )
 def warmup(context: Context) -> Iterable[Finding]:
-    """The learning rate decays over the whole run, and the warm-up is not shorter than that."""
+    """The learning rate decays over the whole run, and the warm-up is not shorter than that.
+
+    Fix: shorten the warm-up, or set `actor.lr_sched.lr_decay_iters`.
+    """
     schedule, steps = context.config.actor.lr_sched, context.config.runner.max_steps
     decays_over_run = schedule.lr_decay_style != "constant" and schedule.lr_decay_iters is None and steps > 0
     if decays_over_run and schedule.lr_warmup_fraction is None and schedule.lr_warmup_iters >= steps:
@@ -83,7 +98,10 @@ def warmup(context: Context) -> Iterable[Finding]:
 @rule("quickstart-model", "quickstart")
 def quickstart_model(context: Context) -> Iterable[Finding]:
     """The vision-language model that the quickstart is to make has heads that do not fit together, or deepstack
-    features of layers that its vision tower has not got."""
+    features of layers that its vision tower has not got.
+
+    Fix: choose heads and deepstack layers that the message names.
+    """
     made = context.config.quickstart
     if not made.enabled:
         return

@@ -3,11 +3,12 @@
 from collections.abc import Iterable
 from pathlib import Path
 
-from mbridge_config.directories import TOKENIZER_KEY, hf_key
+from mbridge_config.directories import HF_KEYS, TOKENIZER_KEY, hf_key
 from mbridge_config.hf_facts import read_json_object
 from mbridge_config.problems import ConfigError, shown
 from mbridge_config.rules.base import Context, Finding, rule
 from mbridge_config.safetensors_facts import fault
+from mbridge_config.tokenizer_facts import token_ids
 
 CHECKPOINT = "actor.model.megatron_checkpoint"
 USE_HF = "actor.megatron.use_hf_ckpt"
@@ -19,8 +20,10 @@ _INDEX = "model.safetensors.index.json"
 
 @rule("megatron-checkpoint-required", CHECKPOINT, USE_HF, RESUME)
 def required(context: Context) -> Iterable[Finding]:
-    """use_hf_ckpt is false, so weights come from a Megatron checkpoint, and neither it nor a run to resume is
-    named."""
+    """use_hf_ckpt is false, so weights come from a Megatron checkpoint, and neither it nor a run to resume is named.
+
+    Fix: name a `global_step_<n>` directory, or start from HuggingFace weights.
+    """
     actor = context.config.actor
     if not actor.megatron.use_hf_ckpt and not actor.model.megatron_checkpoint and not context.config.runner.resume_dir:
         yield Finding(
@@ -32,8 +35,10 @@ def required(context: Context) -> Iterable[Finding]:
 
 @rule("megatron-checkpoint-forbidden", CHECKPOINT, USE_HF)
 def forbidden(context: Context) -> Iterable[Finding]:
-    """use_hf_ckpt is true, so weights come from the HuggingFace directory, and a Megatron checkpoint is named
-    as well."""
+    """use_hf_ckpt is true, so weights come from the HuggingFace directory, and a Megatron checkpoint is named as well.
+
+    Fix: keep one of the two places that weights come from.
+    """
     actor = context.config.actor
     if actor.megatron.use_hf_ckpt and actor.model.megatron_checkpoint:
         yield Finding(
@@ -45,7 +50,10 @@ def forbidden(context: Context) -> Iterable[Finding]:
 
 @rule("mbridge-off", MBRIDGE, USE_HF)
 def mbridge_off(context: Context) -> Iterable[Finding]:
-    """HuggingFace weights are to be loaded with mbridge switched off; there is no other way to load them."""
+    """HuggingFace weights are to be loaded with mbridge switched off; there is no other way to load them.
+
+    Fix: set `actor.megatron.mbridge=true`, or start from a Megatron checkpoint made by mbridge.
+    """
     megatron = context.config.actor.megatron
     if not megatron.mbridge and megatron.use_hf_ckpt:
         yield Finding(
@@ -57,7 +65,10 @@ def mbridge_off(context: Context) -> Iterable[Finding]:
 
 @rule("megatron-checkpoint-missing", CHECKPOINT)
 def checkpoint_missing(context: Context) -> Iterable[Finding]:
-    """The Megatron checkpoint to start from is not there."""
+    """The Megatron checkpoint to start from is not there.
+
+    Fix: correct the path; it is relative to where you run.
+    """
     value = context.config.actor.model.megatron_checkpoint
     if value and not context.config.actor.megatron.use_hf_ckpt and not Path(value).expanduser().is_dir():
         yield Finding(CHECKPOINT, "there is no such directory", "give a directory of a Megatron checkpoint")
@@ -65,7 +76,10 @@ def checkpoint_missing(context: Context) -> Iterable[Finding]:
 
 @rule("resume-directory", RESUME)
 def resume(context: Context) -> Iterable[Finding]:
-    """The run to resume is not there, or is not a `global_step_<n>` directory with a Megatron checkpoint."""
+    """The run to resume is not there, or is not a `global_step_<n>` directory with a Megatron checkpoint.
+
+    Fix: give `auto`, or a `global_step_<n>` directory of an earlier run.
+    """
     value = context.config.runner.resume_dir
     if not value or value == "auto":
         return
@@ -88,7 +102,10 @@ def _step(name: str) -> int:
 
 @rule("weights-missing", USE_HF, CHECKPOINT, RESUME)
 def weights(context: Context) -> Iterable[Finding]:
-    """The HuggingFace directory has no weights, or lacks files that its index names."""
+    """The HuggingFace directory has no weights, or lacks files that its index names.
+
+    Fix: copy `model.safetensors`, or its shards and their index, into the directory.
+    """
     config, facts = context.config, context.facts
     if facts is None or not config.actor.megatron.use_hf_ckpt or not facts.directory.is_dir():
         return
@@ -114,7 +131,10 @@ def weights(context: Context) -> Iterable[Finding]:
 
 @rule("weights-damaged", USE_HF, CHECKPOINT, RESUME)
 def damaged(context: Context) -> Iterable[Finding]:
-    """A safetensors file of the HuggingFace directory is truncated, too long, or not a safetensors file."""
+    """A safetensors file of the HuggingFace directory is truncated, too long, or not a safetensors file.
+
+    Fix: copy or download the file again.
+    """
     config, facts = context.config, context.facts
     if facts is None or not config.actor.megatron.use_hf_ckpt or not facts.directory.is_dir():
         return
@@ -123,9 +143,12 @@ def damaged(context: Context) -> Iterable[Finding]:
         yield Finding(hf_key(config), found, "copy or download the file again")
 
 
-@rule("tokenizer-vocabulary", TOKENIZER_KEY, "actor.megatron.ckpt_convertor.hf_model_path")
+@rule("tokenizer-vocabulary", TOKENIZER_KEY, *HF_KEYS)
 def vocabulary(context: Context) -> Iterable[Finding]:
-    """The tokenizer makes token ids that the model has no embedding for."""
+    """The tokenizer makes token ids that the model has no embedding for.
+
+    Fix: use the tokenizer that belongs to the model.
+    """
     facts, size = context.facts, context.tokenizer_size
     if facts is not None and facts.vocab_size is not None and size is not None and size > facts.vocab_size:
         yield Finding(
@@ -134,6 +157,32 @@ def vocabulary(context: Context) -> Iterable[Finding]:
             f"(vocab_size in {shown(facts.directory / 'config.json')})",
             "use the tokenizer that belongs to the model",
         )
+
+
+@rule("tokenizer-directory", TOKENIZER_KEY, *HF_KEYS)
+def tokenizer(context: Context) -> Iterable[Finding]:
+    """The tokenizer lies in another directory than the model, and gives a token another id than the model's own.
+
+    Fix: name the model's own directory as that of the tokenizer.
+    """
+    config, facts = context.config, context.facts
+    place = config.actor.tokenizer.tokenizer_model
+    if facts is None or not place:
+        return
+    directory, own = Path(place).expanduser(), facts.directory
+    if not (directory.is_dir() and own.is_dir()) or directory.resolve() == own.resolve():
+        return
+    try:
+        given, expected = token_ids(directory), token_ids(own)
+    except ConfigError:
+        return  # the tokenizer's own rules say so; the model's own is not used
+    differing = (token for token, number in expected.items() if given.get(token, number) != number)
+    if (token := next(differing, None)) is not None:
+        reason = (
+            f"not the tokenizer of the model in {hf_key(config)} {shown(own)}: "
+            f"token {token!r} is {given[token]} here and {expected[token]} there"
+        )
+        yield Finding(TOKENIZER_KEY, reason, f"write `tokenizer_model: ${{{hf_key(config)}}}`")
 
 
 RULES = (
@@ -145,4 +194,5 @@ RULES = (
     weights,
     damaged,
     vocabulary,
+    tokenizer,
 )

@@ -14,7 +14,10 @@ _QWEN3_VL = ("qwen3_vl", "qwen3_vl_text", "qwen3_vl_moe", "qwen3_vl_moe_text")
 
 @rule("rope-fusion", ROPE_FUSION)
 def rope_fusion(context: Context) -> Iterable[Finding]:
-    """The fused rotary kernel was asked for with a Qwen3-VL, whose angles it cannot take."""
+    """The fused rotary kernel was asked for with a Qwen3-VL, whose angles it cannot take.
+
+    Fix: remove the key.
+    """
     facts = context.facts
     if facts is not None and facts.model_type in _QWEN3_VL and context.config.actor.model.apply_rope_fusion:
         reason = "the fused kernel cannot take the angles of Qwen3-VL, which interleave time, height and width"
@@ -23,7 +26,10 @@ def rope_fusion(context: Context) -> Iterable[Finding]:
 
 @rule("tensor-parallel-vision", TP)
 def vision_heads(context: Context) -> Iterable[Finding]:
-    """The heads or the MLP of the vision tower cannot be shared evenly by the tensor-parallel ranks."""
+    """The heads or the MLP of the vision tower cannot be shared evenly by the tensor-parallel ranks.
+
+    Fix: use a divisor of the tower's heads and of its MLP's width.
+    """
     facts, tensor = context.facts, context.config.actor.model.tensor_model_parallel_size
     if facts is None or facts.model_type not in _QWEN3_VL:
         return
@@ -38,7 +44,10 @@ def vision_heads(context: Context) -> Iterable[Finding]:
 
 @rule("deepstack-layers", SFT_KEY)
 def deepstack(context: Context) -> Iterable[Finding]:
-    """The model has fewer language layers than deepstack features to add after them."""
+    """The model has fewer language layers than deepstack features to add after them.
+
+    Fix: correct the model's config.json.
+    """
     facts = context.facts
     if facts is not None and facts.num_layers < len(facts.deepstack_visual_indexes):
         reason = (
@@ -50,7 +59,10 @@ def deepstack(context: Context) -> Iterable[Finding]:
 
 @rule("freeze-without-vision", *FREEZE)
 def freeze(context: Context) -> Iterable[Finding]:
-    """A part of a vision-language model is to be frozen, and the model has no vision; or nothing is left to train."""
+    """A part of a vision-language model is to be frozen, and the model has no vision; or nothing is left to train.
+
+    Fix: remove the keys, or train one of the parts.
+    """
     facts, model = context.facts, context.config.actor.model
     chosen = [key for key in FREEZE if getattr(model, key.rpartition(".")[2])]
     if facts is not None and not facts.has_vision:

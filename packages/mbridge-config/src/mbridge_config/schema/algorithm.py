@@ -36,8 +36,8 @@ class SamplingConfig:
 class AlgorithmConfig:
     """`algorithm`: GRPO (DeepSeekMath, section 4.1) with a clipped policy loss."""
 
-    group_size: int = key(8, "Answers sampled for each prompt.", minimum=1)
-    n_minibatches: int = key(1, "Optimizer steps on the answers of one rollout.", minimum=1)
+    group_size: int = key(8, "Answers sampled for each prompt.", unit="answers", minimum=1)
+    n_minibatches: int = key(1, "Optimizer steps on the answers of one rollout.", unit="optimizer steps", minimum=1)
     adv_type: Literal["grpo", "math_grpo"] = key(
         "grpo",
         "Advantages: reward less the mean of its group. Both names mean the same.",
@@ -81,6 +81,7 @@ class AlgorithmConfig:
     max_num_gen_batches: int | None = no_effect(None, "each step generates once")
     gamma: float | None = no_effect(None, _CRITIC)
     gae_lambda: float | None = no_effect(None, _CRITIC)
+    value_cliprange: float | None = no_effect(None, _CRITIC)
     value_clip: float | None = no_effect(None, _CRITIC)
     critic_warmup_steps: int | None = no_effect(None, _CRITIC)
     reinpp_kl_beta: float | None = no_effect(None, _REINFORCE)

@@ -6,14 +6,20 @@ from typing import Any
 from mbridge_config.keys import key, no_effect
 
 _PLACEMENT = "every rank trains, generates and scores; components are not placed on GPUs of their own"
+_PROFILING = "profiling is not in this version"
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class ClusterConfig:
     """`cluster`: the hosts."""
 
-    num_nodes: int = key(1, "Hosts of the run; more than one uses the elastic launcher's rendezvous.", minimum=1)
+    num_nodes: int = key(
+        1, "Hosts of the run; more than one uses the elastic launcher's rendezvous.", unit="hosts", minimum=1
+    )
     component_placement: dict[str, Any] = no_effect({}, _PLACEMENT)
+    node_groups: list[Any] | None = no_effect(None, _PLACEMENT)
+    tracer: dict[str, Any] = no_effect({}, _PROFILING)
+    profiling: dict[str, Any] = no_effect({}, _PROFILING)
     auto_scheduler: bool | None = no_effect(None, _PLACEMENT)
     assign_policy: str | None = no_effect(None, _PLACEMENT)
     use_pre_process_policy: bool | None = no_effect(None, _PLACEMENT)

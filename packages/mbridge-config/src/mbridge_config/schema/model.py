@@ -20,6 +20,9 @@ PRECISION_SPELLINGS = {
     "half": "fp16",
 }
 _FUSED = "fusions are chosen by the layer backend"
+_ROUTER = "routers are as the model's config.json has them"
+_ROTARY = "position embeddings are as the model's config.json has them"
+_VOCABULARY = "rows are added where the tensor-parallel ranks need it, and left out of HuggingFace copies"
 _SEQUENCES = "sequences always have their own lengths"
 
 
@@ -33,7 +36,9 @@ class ModelConfig:
     """`actor.model`: how the model is built."""
 
     backend: Literal["auto", "te", "torch"] = key(
-        "auto", "Layers: te (Transformer Engine), torch (plain PyTorch), auto: te where it works."
+        "auto",
+        "Layers: te (Transformer Engine), torch (plain PyTorch), auto: te where it works.",
+        spellings={"transformer_engine": "te", "local": "torch"},
     )
     precision: Literal["fp32", "bf16", "fp16"] = key(
         "bf16", "Number format of weights and activations.", spellings=PRECISION_SPELLINGS
@@ -47,6 +52,9 @@ class ModelConfig:
     expert_model_parallel_size: int = key(1, "Ranks that share the experts.", unit="ranks", minimum=1)
     expert_tensor_parallel_size: int | None = key(None, "Ranks that share each expert.", unit="ranks", minimum=1)
     virtual_pipeline_model_parallel_size: int | None = key(None, "Model chunks of each stage.", minimum=1)
+    decoder_first_pipeline_num_layers: int | None = key(None, "Layers of the first stage.", unit="layers", minimum=1)
+    decoder_last_pipeline_num_layers: int | None = key(None, "Layers of the last stage.", unit="layers", minimum=1)
+    pipeline_model_parallel_split_rank: int | None = no_effect(None, "there is no encoder")
     sequence_parallel: bool = key(False, "Split norm and dropout activations over the tensor-parallel ranks.")
     variable_seq_lengths: bool = no_effect(True, _SEQUENCES)
     seq_length: int | None = key(None, "Longest sequence. null: runner.seq_length.", unit="tokens", minimum=2)
@@ -72,6 +80,8 @@ class ModelConfig:
     batch_p2p_comm: bool | None = no_effect(None, "pipeline communication is set by the schedule")
     use_cpu_initialization: bool | None = no_effect(None, "weights come from a checkpoint")
     init_method_std: float | None = no_effect(None, "weights come from a checkpoint")
+    make_vocab_size_divisible_by: int | None = no_effect(None, _VOCABULARY)
+    padded_vocab_size: int | None = no_effect(None, _VOCABULARY)
     is_lora: bool = key(False, "Train low-rank adapters.", refused={"True": "LoRA is not in this version"})
     model_type: str | None = no_effect(None, "the architecture is read from the model's config.json")
 
@@ -84,10 +94,14 @@ class ModelConfig:
     vocab_size: int | None = geometry("Rows of the embedding.")
     max_position_embeddings: int | None = geometry("Longest sequence the model was made for.")
     rotary_base: float | None = geometry("Base of the rotary frequencies.")
+    rotary_percentage: float | None = geometry("Share of each head's width that is rotated.")
+    seq_len_interpolation_factor: float | None = no_effect(None, _ROTARY)
+    add_position_embedding: bool | None = no_effect(None, _ROTARY)
     layernorm_epsilon: float | None = geometry("Epsilon of the norms.")
     add_qkv_bias: bool | None = geometry("Bias in the query, key and value projections.")
     add_bias_linear: bool | None = geometry("Bias in the other linear layers.")
     qk_layernorm: bool | None = geometry("Norms on queries and keys.")
+    multi_latent_attention: bool | None = geometry("Keys and values from a compressed latent (DeepSeek-V2).")
     share_embeddings_and_output_weights: bool | None = geometry("Input and output embeddings are one tensor.")
     untie_embeddings_and_output_weights: bool | None = alias(
         "actor.model.share_embeddings_and_output_weights", inverted=True
@@ -100,7 +114,8 @@ class ModelConfig:
     moe_router_topk: int | None = geometry("Experts that each token uses.")
     moe_token_dispatcher_type: str | None = no_effect(None, "mixture-of-experts layers use the backend's dispatcher")
     moe_grouped_gemm: str | bool | None = no_effect(None, "mixture-of-experts layers use the backend's kernels")
-    moe_router_load_balancing_type: str | None = no_effect(None, "routers are as the model's config.json has them")
-    moe_router_pre_softmax: bool | None = no_effect(None, "routers are as the model's config.json has them")
+    moe_router_load_balancing_type: str | None = no_effect(None, _ROUTER)
+    moe_router_pre_softmax: bool | None = no_effect(None, _ROUTER)
+    moe_router_bias_update_rate: float | None = no_effect(None, _ROUTER)
     moe_permute_fusion: bool | None = no_effect(None, _FUSED)
     moe_aux_loss_coeff: float | None = no_effect(None, "no auxiliary loss is added")

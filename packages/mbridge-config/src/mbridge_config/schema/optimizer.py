@@ -5,6 +5,9 @@ from typing import Literal
 
 from mbridge_config.keys import key, no_effect
 
+_STAYS = "optimizer state stays where it is in this version"
+_SCHEDULE = "a resumed run follows the schedule of its config"
+
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
@@ -35,7 +38,10 @@ class OptimizerConfig:
     overlap_param_gather_with_optimizer_step: bool = key(
         False, "Gather weights during the optimizer step.", refused={"True": "it needs a virtual pipeline"}
     )
-    optimizer_enable_pin: bool | None = no_effect(None, "offloaded state is in pinned memory where there is a GPU")
+    optimizer_enable_pin: bool | None = no_effect(None, _STAYS)
+    optimizer_cpu_offload: bool | None = no_effect(None, _STAYS)
+    optimizer_offload_fraction: float | None = no_effect(None, _STAYS)
+    use_precision_aware_optimizer: bool | None = no_effect(None, "master weights and moments are kept in fp32")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -72,3 +78,5 @@ class LrScheduleConfig:
         "Shape of its change.",
         refused=dict.fromkeys(("linear", "cosine"), "weight decay is constant in this version"),
     )
+    use_checkpoint_opt_param_scheduler: bool | None = no_effect(None, _SCHEDULE)
+    override_opt_param_scheduler: bool | None = no_effect(None, _SCHEDULE)

@@ -29,7 +29,7 @@ class RolloutConfig:
     rollout_backend: Literal["transformers", "vllm", "sglang"] = key(
         "transformers", "Engine that generates; in this version all of them mean transformers."
     )
-    max_running_requests: int = key(64, "Sequences that one rank generates at once.", minimum=1)
+    max_running_requests: int = key(64, "Sequences that one rank generates at once.", unit="sequences", minimum=1)
     print_outputs: bool = key(False, "Print each answer.")
     return_logprobs: bool = no_effect(True, "log-probabilities of generation are always kept, to measure the mismatch")
 
@@ -46,9 +46,13 @@ class RolloutConfig:
     eos: int | None = no_effect(None, "the tokenizer's end token is used")
     sglang: dict[str, Any] = no_effect({}, _ENGINE)
     vllm: dict[str, Any] = no_effect({}, _ENGINE)
+    sglang_decode_log_interval: int | None = no_effect(None, _ENGINE)
+    use_torch_compile: bool | None = no_effect(None, _ENGINE)
+    torch_compile_max_bs: int | None = no_effect(None, _ENGINE)
     tensor_parallel_size: int | None = no_effect(None, _ENGINE)
     pipeline_parallel_size: int | None = no_effect(None, _ENGINE)
     cuda_graph_max_bs: int | None = no_effect(None, _ENGINE)
+    weight_reload: str | None = no_effect(None, _WEIGHTS)
     validate_weight: bool | None = no_effect(None, _WEIGHTS)
     validate_weight_first_sync: bool | None = no_effect(None, _WEIGHTS)
     validate_save_dir: str | None = no_effect(None, _WEIGHTS)
@@ -66,5 +70,6 @@ class RewardConfig:
     use_reward_model: bool = key(
         False, "Score with a trained model.", refused={"True": "reward models are not in this version"}
     )
+    reward_weights: dict[str, Any] = no_effect({}, "an answer is right or wrong; its reward has no parts")
     tokenizer: dict[str, Any] = no_effect({}, "rewards are computed from text")
     group_name: str | None = no_effect(None, _GROUPS)

@@ -5,6 +5,14 @@ from typing import Literal
 
 from mbridge_config.keys import key, no_effect, section
 
+OTHER_TASKS = {
+    "embodied": "embodied agents are not trained by mbridge",
+    "embodied_eval": "embodied agents are not trained by mbridge",
+    "reasoning_eval": "evaluation alone is not in this version of reasoning runs",
+    "coding_online_rl": "online RL on code is not in this version",
+    "offline": "offline RL is not in this version",
+}
+
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class LoggerConfig:
@@ -23,7 +31,7 @@ class CheckpointConfig:
     """`runner.checkpoint`: what a checkpoint holds beside the training state, and which ones stay on the disk."""
 
     hf_export_every: int = key(
-        1, "HuggingFace copy with every n-th checkpoint and with the last; 0: with none.", minimum=0
+        1, "HuggingFace copy with every n-th checkpoint and with the last; 0: with none.", unit="checkpoints", minimum=0
     )
     max_shard_size: str = key("5GB", "Largest file of the HuggingFace copy.")
     async_save: bool = key(
@@ -32,9 +40,13 @@ class CheckpointConfig:
     when_busy: Literal["wait", "refuse"] = key(
         "wait", "A save that comes while the last one is being written: wait for it, or make none (but for the last)."
     )
-    keep_last: int | None = key(None, "Newest checkpoints to keep. null, with the two below: all.", minimum=1)
+    keep_last: int | None = key(
+        None, "Newest checkpoints to keep. null, with the two below: all.", unit="checkpoints", minimum=1
+    )
     keep_every: int | None = key(None, "Also keep those whose step is a multiple.", unit="steps", minimum=1)
-    keep_best: int | None = key(None, "Also keep this many of the best by keep_best_metric.", minimum=1)
+    keep_best: int | None = key(
+        None, "Also keep this many of the best by keep_best_metric.", unit="checkpoints", minimum=1
+    )
     keep_best_metric: str = key("validation/accuracy", "Metric of keep_best, a name in metrics.jsonl.")
     keep_best_is: Literal["max", "min"] = key("max", "Whether its largest or smallest value is best.")
 
@@ -43,7 +55,9 @@ class CheckpointConfig:
 class RunnerConfig:
     """`runner`: the loop around training steps."""
 
-    task_type: Literal["reasoning", "sft"] = key("reasoning", "What is trained: RL on verifiable answers, or SFT.")
+    task_type: Literal["reasoning", "sft"] = key(
+        "reasoning", "What is trained: RL on verifiable answers, or SFT.", refused=OTHER_TASKS
+    )
     max_epochs: int = key(1, "Passes over the training data.", unit="epochs", minimum=1)
     max_steps: int = key(-1, "Training steps; -1: as many as max_epochs makes.", unit="steps", minimum=-1)
     save_interval: int = key(-1, "Steps between checkpoints; -1: only the last step.", unit="steps", minimum=-1)
@@ -63,3 +77,4 @@ class RunnerConfig:
     checkpoint: CheckpointConfig = section(CheckpointConfig, "Contents and number of checkpoints.")
     logger: LoggerConfig = section(LoggerConfig, "Logging.")
     enable_decoupled_mode: bool | None = no_effect(None, "generation and training take turns on the same ranks")
+    per_worker_log: bool | None = no_effect(None, "all ranks write to the terminal of the command")

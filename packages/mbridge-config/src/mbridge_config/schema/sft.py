@@ -8,7 +8,7 @@ from mbridge_config.origin import Origin
 from mbridge_config.schema.actor import ActorConfig, TokenizerConfig
 from mbridge_config.schema.cluster import ClusterConfig, LauncherConfig
 from mbridge_config.schema.model import ModelConfig
-from mbridge_config.schema.runner import RunnerConfig
+from mbridge_config.schema.runner import OTHER_TASKS, RunnerConfig
 from mbridge_config.schema.sft_data import SFTDataConfig
 
 _NO_RL = "nothing is generated or rewarded in SFT"
@@ -18,7 +18,9 @@ _NO_RL = "nothing is generated or rewarded in SFT"
 class SFTRunnerConfig(RunnerConfig):
     """`runner` of an SFT run."""
 
-    task_type: Literal["reasoning", "sft"] = key("sft", "What is trained: RL on verifiable answers, or SFT.")
+    task_type: Literal["reasoning", "sft"] = key(
+        "sft", "What is trained: RL on verifiable answers, or SFT.", refused=OTHER_TASKS
+    )
     only_eval: bool = key(False, "Evaluate the model on val_data_paths once, and train nothing.")
 
 

@@ -31,8 +31,12 @@ class SFTDataConfig:
     )
     image_root: str | None = key(None, "messages: directory that image paths start at. null: that of the file.")
     allow_urls: bool = key(False, "messages: fetch images given as URLs; if false they are bad rows.")
-    min_pixels: int | None = key(None, "Smaller images are enlarged. null: as the model's processor says.", minimum=1)
-    max_pixels: int | None = key(None, "Most pixels of an image. null: as the model's processor says.", minimum=1)
+    min_pixels: int | None = key(
+        None, "Smaller images are enlarged. null: as the model's processor says.", unit="pixels", minimum=1
+    )
+    max_pixels: int | None = key(
+        None, "Most pixels of an image. null: as the model's processor says.", unit="pixels", minimum=1
+    )
     oversized: Literal["resize", "refuse"] = key(
         "resize", "Images over max_pixels: made smaller, or refused as bad rows."
     )

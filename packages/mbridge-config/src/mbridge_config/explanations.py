@@ -1,0 +1,168 @@
+"""Every problem id: its cause and its fix. Rules say theirs in their docstrings; those of loading are here."""
+
+import collections
+import dataclasses
+from collections.abc import Iterator
+
+from mbridge_config.rules import REASONING, SFT
+
+
+@dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
+class Explanation:
+    """What a problem id means. `runs` is reasoning or sft where the id means something else in the other."""
+
+    id: str
+    cause: str
+    fix: str
+    runs: str | None = None
+
+
+def explanations() -> dict[str, list[Explanation]]:
+    """All explanations by id, in alphabetical order."""
+    found: dict[str, list[Explanation]] = {}
+    for explanation in (*_of_loading(), *_of_rules()):
+        found.setdefault(explanation.id, []).append(explanation)
+    return dict(sorted(found.items()))
+
+
+def _of_rules() -> Iterator[Explanation]:
+    rules = dict.fromkeys((*REASONING, *SFT))
+    uses = collections.Counter(rule.id for rule in rules)
+    for rule in rules:
+        kind = "reasoning" if rule in REASONING else "sft"
+        yield Explanation(id=rule.id, cause=rule.cause, fix=rule.fix, runs=kind if uses[rule.id] > 1 else None)
+
+
+def _of_loading() -> Iterator[Explanation]:
+    for identity, (cause, fix) in LOADING.items():
+        yield Explanation(id=identity, cause=cause, fix=fix)
+
+
+LOADING = {
+    "usage": (
+        "The command line itself is wrong: an unknown option, a missing name, a number out of range.",
+        "See the `--help` of the command.",
+    ),
+    "no-such-config": (
+        "No config, or more than one, has the name.",
+        "Use one of the names that the message lists, or name a directory with `--config-path`.",
+    ),
+    "no-such-directory": (
+        "`--config-path` names no directory.",
+        "Give the directory that the YAML file is in.",
+    ),
+    "no-packaged-configs": (
+        "The package of an app has no directory of configs.",
+        "Install the app, or name a directory with `--config-path`.",
+    ),
+    "no-such-problem": (
+        "`mbridge-config explain` was asked for an id that no problem has.",
+        "`mbridge-config explain` lists all ids.",
+    ),
+    "yaml-syntax": (
+        "A file is not YAML, cannot be read, or holds no keys.",
+        "Mend the line that the message names.",
+    ),
+    "compose-failed": (
+        "Hydra cannot put the file and its defaults list together.",
+        "Mend the defaults list; its entries are looked up beside the file and in the config directory.",
+    ),
+    "override-syntax": (
+        "An argument is not `key=value`, or its value is not YAML.",
+        "Put quotes around a value with commas, brackets, blanks or nested `${…}`: `key='\"a, b\"'`.",
+    ),
+    "interpolation": (
+        "What stands between `${` and `}` names no key, no resolver or no environment variable, has arguments of "
+        "the wrong type, or leads back to itself.",
+        "Correct the expression, or set the environment variable.",
+    ),
+    "missing-value": (
+        "The file leaves the key to you (`???`).",
+        "Add `key=value` to the command line, or write the value into the file.",
+    ),
+    "unknown-key": (
+        "There is no such key, so it would be without effect unnoticed.",
+        "Use the name that the message suggests, or remove the key; [all keys](configuration.md).",
+    ),
+    "wrong-type": (
+        "The value is not of the key's type.",
+        "Write a value of the type that the message names, numbers without quotes.",
+    ),
+    "wrong-value": (
+        "The value is none of those that the key takes.",
+        "Use one of those that the message lists.",
+    ),
+    "out-of-range": (
+        "The number is outside the range of the key, or not finite.",
+        "Use a number within the range.",
+    ),
+    "refused-value": (
+        "Other trainers take the value and this version does not; the message says why.",
+        "Use a value that the message lists.",
+    ),
+    "alias-conflict": (
+        "Two spellings of one key are set to different values.",
+        "Remove the one that the message names.",
+    ),
+    "no-effect": (
+        "The key is one that other trainers read. It is accepted and changes nothing here; the message says why.",
+        "Nothing has to be done; the key can be removed.",
+    ),
+    "hf-path-empty": (
+        "The key that names the model's HuggingFace directory is empty.",
+        "Set `actor.megatron.ckpt_convertor.hf_model_path`, for SFT `actor.model.model_path`.",
+    ),
+    "hf-directory-missing": (
+        "The directory of the model or the tokenizer is not there; nothing is downloaded.",
+        "Give a local directory.",
+    ),
+    "hf-config-missing": (
+        "The model's directory has no config.json.",
+        "Give the directory that holds config.json, tokenizer and weights.",
+    ),
+    "hf-config-json": (
+        "config.json cannot be read, or is not a JSON object.",
+        "Copy the file again.",
+    ),
+    "hf-config-architectures": (
+        "config.json does not name the model's class in `architectures`.",
+        "Take the config.json that was published with the model.",
+    ),
+    "hf-config-field": (
+        "A field of config.json that gives the model's geometry is missing, of another type, or contradicts another.",
+        "Correct config.json.",
+    ),
+    "tokenizer-path-empty": (
+        "`actor.tokenizer.tokenizer_model` is empty.",
+        "Set it to the model's directory, by an interpolation of the model's key.",
+    ),
+    "tokenizer-files": (
+        "The tokenizer's directory has no file of a tokenizer.",
+        "Give the directory that holds tokenizer.json.",
+    ),
+    "tokenizer-json": (
+        "A JSON file of the tokenizer cannot be read, or is not a JSON object.",
+        "Copy the file again.",
+    ),
+    "gpu-memory": (
+        "`check --memory`: a rank is estimated to take more than can be planned of a GPU's memory.",
+        "Set what the message names, which is the smallest change that fits.",
+    ),
+    "no-estimate": (
+        "`fit` cannot estimate memory: the model is not known, or its parameters are not counted.",
+        "Correct the errors above, or use a model of a family that the README names.",
+    ),
+    "init-refused": (
+        "`init` cannot write a config for this model or to this place; the message says why.",
+        "Do what the message says.",
+    ),
+    "run-exists": (
+        "The run's directory holds the checkpoints of an earlier run, which a new one would mix with its own.",
+        "Continue that run with `runner.resume_dir=auto`, or set another `runner.experiment_name`.",
+    ),
+    "one-host": (
+        "`cluster.num_nodes` is above 1, and the command, started by itself, starts ranks on one host alone.",
+        "Start the run on every host with torchrun, as the message spells out, or set `cluster.num_nodes=1`.",
+    ),
+}
+"""Cause and fix of what is found before or beside the rules."""
