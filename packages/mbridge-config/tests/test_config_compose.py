@@ -121,6 +121,8 @@ def test_unknown_key_names_the_nearest(composed: Composed, override: str, neares
         ("actor=3", "wrong-type", "a section of keys is expected"),
         ("runner.seq_length={a: 1}", "wrong-type", "integer is expected"),
         ("actor.optim.lr='1e-6'", "wrong-type", "number is expected"),
+        (f"runner.seq_length=1{'0' * 400}", "out-of-range", "too large"),
+        (f"actor.optim.lr=1{'0' * 400}", "out-of-range", "too large"),
         ("actor.optim.lr=nan", "out-of-range", "finite"),
         ("actor.offload_grad=1", "wrong-type", "true | false is expected"),
         ("algorithm.sampling_params.top_p=1.5", "out-of-range", "more than 1"),

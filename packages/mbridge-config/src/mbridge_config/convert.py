@@ -31,6 +31,9 @@ class Unfit(Exception):
         self.reason, self.fix, self.identity = reason, fix, identity
 
 
+_LARGEST = 2**63 - 1  # what torch and files hold
+
+
 def convert(kind: type, tree: Mapping[Any, Any], origin: Origin) -> Any:
     """An instance of the section `kind` with the values of `tree`.
 
@@ -154,13 +157,12 @@ def _scalar(raw: Any, hint: Any) -> Any:
     if hint is str and isinstance(raw, str | int | float) and not isinstance(raw, bool):
         return str(raw)
     if hint in (int, float) and isinstance(raw, int | float) and not isinstance(raw, bool):
+        if isinstance(raw, int) and abs(raw) > _LARGEST:
+            raise Unfit("the number is too large", "give a smaller number", "out-of-range")
         if not math.isfinite(raw):
             raise Unfit("a finite number is expected", "give a finite number", "out-of-range")
         if hint is float:
-            try:
-                return float(raw)
-            except OverflowError:
-                raise Unfit("the number is too large", "give a smaller number", "out-of-range") from None
+            return float(raw)
         if raw == int(raw):
             return int(raw)
     raise _expected(hint)
