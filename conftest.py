@@ -1,11 +1,18 @@
 """Fixtures and rules that hold for the tests of every package and app."""
 
+import os
 import signal
 from collections.abc import Iterator
 
 import pytest
 
 from testing.gang import Gang, WorkerPool
+
+# Before anything imports torch, and for every process that a test starts: idle threads of one process that wait for
+# work take the cores from the others.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# The first process compiles our own sources for all others.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 # A shell starts what runs in the background with Ctrl-C ignored, which every process started by a test would inherit.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

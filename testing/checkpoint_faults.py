@@ -44,6 +44,7 @@ def content(step: int, rank: int) -> dict[str, Any]:
 
 def assert_newest_is_whole(directory: Path, at_least: int, world: int = 1) -> int:
     """The newest checkpoint is committed, needs no passing over, and equals what its save was given."""
+    latest = open_checkpoint(directory / "latest").step  # first, since a writer may be at work yet
     resume = find_resume(directory)
     assert resume.checkpoint is not None and resume.checkpoint.step >= at_least
     assert all("unfinished" in item.reason for item in resume.passed_over), resume.passed_over
@@ -55,7 +56,7 @@ def assert_newest_is_whole(directory: Path, at_least: int, world: int = 1) -> in
         assert found["iteration"] == moments["step"] == step
         for name, tensor in expected["model"].items():
             assert torch.equal(found["model"][name], tensor) and torch.equal(moments["exp_avg"][name], tensor)
-    assert open_checkpoint(directory / "latest").step <= step  # behind, if the kill came between rename and link
+    assert latest <= step  # behind, if the kill came between rename and link
     return step
 
 

@@ -159,20 +159,20 @@ def _share_gloo_device() -> None:
     Each device has a thread that wakes up a hundred times a second, and Megatron-Core makes a dozen groups a case:
     with a device a group, as torch makes them, waking up takes as much of two cores as the tests do.
     """
-    from torch.distributed import ProcessGroupGloo, distributed_c10d
+    from torch.distributed import distributed_c10d
 
-    if distributed_c10d.ProcessGroupGloo is not ProcessGroupGloo:
+    module: Any = distributed_c10d
+    gloo = module.ProcessGroupGloo
+    if gloo.__name__ == "OneDeviceGloo":
         return
-    device = ProcessGroupGloo.create_device(interface="lo")
+    device = gloo.create_device(interface="lo")
 
-    class OneDeviceGloo(ProcessGroupGloo):
-        def __init__(self, store: Any, rank: int, size: int, timeout: timedelta) -> None:
-            options = ProcessGroupGloo._Options()
-            options._devices = [device]
-            options._timeout = timeout
-            super().__init__(store, rank, size, options)
+    def __init__(self: Any, store: Any, rank: int, size: int, timeout: timedelta) -> None:
+        options = gloo._Options()
+        options._devices, options._timeout = [device], timeout
+        gloo.__init__(self, store, rank, size, options)
 
-    distributed_c10d.ProcessGroupGloo = OneDeviceGloo
+    module.ProcessGroupGloo = type("OneDeviceGloo", (gloo,), {"__init__": __init__})
 
 
 def _release_models() -> None:
