@@ -1,5 +1,6 @@
 """Training runs of tiny models that the tests of checkpoints stop, resume and compare."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,9 @@ def build(
     seed: int = 1234,
     weights: bool = True,
     batching: dict[str, Any] | None = None,
+    frozen: str | None = None,
 ) -> Any:
-    """An engine of its own, whatever ran in this process before."""
+    """An engine of its own, whatever ran in this process before; parameters with `frozen` in their name stay."""
     from mbridge_model import load
     from mbridge_train.engine import Engine, MicroBatching
     from mbridge_train.optimizer import OptimizerSettings
@@ -94,6 +96,8 @@ def build(
         seed=seed,
         weights=weights,
     )
+    for name, parameter in model[0].named_parameters():
+        parameter.requires_grad_(frozen is None or frozen not in name)
     return Engine(
         model,
         handle,
@@ -118,3 +122,23 @@ def train(engine: Any, first: int, last: int) -> list[tuple[float, float, float,
         result = engine.step()
         record.append((loss, result.grad_norm, result.learning_rate, result.applied))
     return record
+
+
+def digests(engine: Any) -> dict[str, str]:
+    """A hash of each weight, and of each tensor and number of the optimizer's state."""
+    from mbridge_train import optimizer_state
+    from mbridge_train.rank_state import model_state, parameter_names
+
+    engine.synchronize_weights()
+    found: dict[str, Any] = {f"model/{name}": value for name, value in model_state(engine).items()}
+    state = optimizer_state.collect(engine.optimizer, parameter_names(engine)) or {}
+    for key, value in state.items():
+        found |= {f"{key}/{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
+    return {name: _digest(value) for name, value in found.items()}
+
+
+def _digest(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        # A copy: numpy would make a live tensor's memory one that cannot be freed.
+        return hashlib.sha256(value.detach().cpu().clone().view(-1).view(torch.uint8).numpy()).hexdigest()
+    return str(value)

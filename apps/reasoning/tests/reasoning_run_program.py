@@ -40,6 +40,8 @@ SHORT = (
     "quickstart.warmup_batch_size=8",
 )
 
+OFFLOADED = ("weight", "grad", "optimizer")
+
 
 def command(name: str, directory: Path, *overrides: str) -> list[str]:
     model = f"actor.megatron.ckpt_convertor.hf_model_path={directory / 'model'}"
@@ -123,7 +125,8 @@ def main() -> None:
     run("unbroken", directory)
 
     run("stopped", directory, "runner.max_steps=2")
-    run("stopped", directory, "runner.resume_dir=auto")
+    # Half of it with everything off the device in turns, in validation and while saving too.
+    run("stopped", directory, "runner.resume_dir=auto", *(f"actor.offload_{part}=true" for part in OFFLOADED))
 
     # Exact resumption needs the Megatron part alone.
     half = directory / "stopped" / "checkpoints" / "global_step_2"

@@ -169,6 +169,19 @@ def test_new_weights_reach_the_live_model(directory, prompts):
     assert [c.tokens for c in engine.generate(prompts, sampling, seed=0)] != [c.tokens for c in before]
 
 
+def test_released_weights_come_back_with_the_next_stream(directory, prompts):
+    weights = load_file(directory / "model.safetensors")
+    sampling = SamplingParams(max_new_tokens=6)
+    engine = rollout(directory)
+    before = engine.generate(prompts, sampling, seed=0)
+    engine.release_weights()
+    assert all(tensor.untyped_storage().nbytes() == 0 for tensor in engine.model.state_dict().values())
+    with pytest.raises(RolloutError, match="update_weights first"):
+        engine.generate(prompts, sampling, seed=0)
+    engine.update_weights(weights.items())
+    assert engine.generate(prompts, sampling, seed=0) == before
+
+
 def test_streams_that_do_not_fit_name_the_tensor(directory, prompts):
     weights = load_file(directory / "model.safetensors")
     name = "model.layers.1.mlp.up_proj.weight"

@@ -199,6 +199,17 @@ def test_weights_gradients_and_optimizer(real_facts: Facts) -> None:
     assert generating.rollout_weights == 2 * parameters
     assert generating.generation == 28 * 2 * 512 * 2 * 64 * 1024 + 64 * 152_064 * (2 + 32)
     assert "generation" in generating.terms and "activations" not in generating.terms, "they take turns"
+    settings = {"generation": Generation(sequences=64, prompt_tokens=1, tokens=1024), "number_bytes": 2}
+    apart = of(**settings, offloads=("weights", "gradients", "optimizer"))
+    assert set(apart.moments["generation"]) == {"rollout weights", "generation"}
+    assert "rollout weights" not in apart.moments["training"] and apart.peak == plain.peak, "training alone is larger"
+    assert set(apart.moments["copying"]) == {"weights", "rollout weights"}
+    assert set(of(**settings, offloads=("optimizer",)).moments["generation"]) == {
+        "weights",
+        "gradients",
+        "rollout weights",
+        "generation",
+    }
 
 
 def test_pipeline_stages(real_facts: Facts) -> None:

@@ -110,6 +110,7 @@ CASES = [
     ("data-path", ["data.dataset_name=robo2vlm"], None, "chats.jsonl is no .parquet file"),
     ("data-path", ["data.dataset_name=messages"], None, "train holds no .jsonl file"),
     ("pixel-range", ["data.min_pixels=100", "data.max_pixels=99"], None, "more than data.max_pixels 99"),
+    ("offload-without-turns", ["actor.offload_grad=true"], None, "SFT has no other phase"),
     ("quickstart-model", ["quickstart.enabled=true", "quickstart.num_key_value_heads=3"], None, "shared by 3 groups"),
     (
         "quickstart-model",

@@ -31,7 +31,7 @@ def test_import_is_light() -> None:
 def test_examples_of_the_readme_run(tmp_path: Path) -> None:
     make_model("qwen2", True, tmp_path / "model")
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", "\n".join(blocks)],
         cwd=tmp_path,

@@ -1,6 +1,5 @@
 """Checkpoints of the engine: a run that was stopped and resumed is the run that was not, bit for bit."""
 
-import hashlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from testing.training_runs import (
     SHARDED,
     WEIGHT_DECAY,
     build,
+    digests,
     leave,
     make_batch,
     train,
@@ -38,25 +38,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_model("qwen3", False, root / "untied")
     make_model("qwen2", True, root / "shallow", num_hidden_layers=2)
     return root
-
-
-def digests(engine: Any) -> dict[str, str]:
-    """A hash of each weight, and of each tensor and number of the optimizer's state."""
-    from mbridge_train import optimizer_state
-    from mbridge_train.rank_state import model_state, parameter_names
-
-    engine.synchronize_weights()
-    found: dict[str, Any] = {f"model/{name}": value for name, value in model_state(engine).items()}
-    state = optimizer_state.collect(engine.optimizer, parameter_names(engine)) or {}
-    for key, value in state.items():
-        found |= {f"{key}/{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
-    return {name: _digest(value) for name, value in found.items()}
-
-
-def _digest(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return hashlib.sha256(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()
-    return str(value)
 
 
 def stop_and_resume(

@@ -15,7 +15,7 @@ FIGURES = {
 }
 
 # Validation and saving happen in some steps only, and would leave holes in the stack.
-PHASES = ("stream", "generate", "reward", "logprobs", "reference", "train", "other")
+PHASES = ("offload", "stream", "generate", "reward", "onload", "logprobs", "reference", "train", "other")
 TIME_SPLIT = tuple(f"time/{phase}" for phase in PHASES)
 
 CHARTS = (

@@ -79,7 +79,13 @@ class RolloutEngine(Protocol):
     """What the training loop needs of an engine."""
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Take over all weights of the policy, given one by one under their HuggingFace names."""
+        """Copy all weights of the policy, given one by one under their HuggingFace names.
+
+        The tensors may be views of the policy's own, which training changes and offloading frees.
+        """
+
+    def release_weights(self) -> None:
+        """Give the weights' memory back. `generate` needs `update_weights` first."""
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, seed: int, first_index: int = 0
@@ -153,6 +159,9 @@ class TransformersRollout:
         """
         self._has_weights = False
         live = self.model.state_dict(keep_vars=True)
+        for tensor in live.values():
+            if not tensor.untyped_storage().nbytes():  # released
+                tensor.untyped_storage().resize_(tensor.nbytes)
         # Tied tensors are one object under several names: any of the names fills it.
         missing = {id(tensor): name for name, tensor in reversed(live.items())}
         with torch.no_grad():
@@ -182,6 +191,12 @@ class TransformersRollout:
                 f"{', …' if len(names) > 5 else ''}; stream every tensor of the checkpoint"
             )
         self._has_weights = True
+
+    def release_weights(self) -> None:
+        """See `RolloutEngine.release_weights`."""
+        self._has_weights = False
+        for tensor in self.model.state_dict(keep_vars=True).values():
+            tensor.untyped_storage().resize_(0)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, seed: int, first_index: int = 0

@@ -1,4 +1,8 @@
-"""One GRPO step: stream weights, sample, score, advantages, log probabilities, minibatch updates."""
+"""One GRPO step: stream weights, sample, score, advantages, log probabilities, minibatch updates.
+
+Sampling and training take turns on the GPU. What `actor.offload_weight`, `offload_grad` and `offload_optimizer` name
+leaves it while the other one works; with `offload_weight` the sampler's weights leave it, too.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +15,7 @@ from mbridge_train.advantages import grpo_advantages
 from mbridge_train.batch import Sample
 from mbridge_train.engine import Engine
 from mbridge_train.losses import policy_loss
+from mbridge_train.offload import KeptPart, Part
 from mbridge_train.reference import Snapshot
 from torch import Tensor, distributed
 from transformers import PreTrainedTokenizerBase
@@ -55,6 +60,13 @@ class GRPOTrainer:
         self.tokenizer = tokenizer
         self.reference = reference
         self.show = show
+        actor = config.actor
+        chosen: dict[Part, bool] = {
+            "weights": actor.offload_weight,
+            "gradients": actor.offload_grad,
+            "optimizer": actor.offload_optimizer,
+        }
+        self.offloaded = frozenset(part for part, is_offloaded in chosen.items() if is_offloaded)
         sampling = config.algorithm.sampling_params
         longest = sampling.max_new_tokens or config.runner.seq_length - config.data.max_prompt_length
         self.sampling = SamplingParams(
@@ -98,6 +110,7 @@ class GRPOTrainer:
         prompts_and_answers = [
             Sample(tokens=torch.tensor(answer.tokens), weights=torch.zeros(len(answer.tokens))) for answer in answers
         ]
+        self._make_room_for_training()
         with self._timed("logprobs"):
             trainer_logprobs = self.engine.logprobs(prompts_and_answers, temperature=temperature)
         metrics |= mismatch_metrics(answers, trainer_logprobs)
@@ -109,9 +122,9 @@ class GRPOTrainer:
             with self._timed("reference"), self.reference.swapped_in(self.engine):
                 reference_logprobs = self.engine.logprobs(prompts_and_answers, temperature=temperature)
 
+        self._onload("optimizer")
         with self._timed("train"):
             metrics |= self._update(number, answers, advantages, old_logprobs, reference_logprobs)
-        self._weights_streamed = False
         metrics["tokens"] = float(sum(len(answer.tokens) for answer in answers))
         return metrics | self._time_split(time.perf_counter() - started, metrics["tokens"])
 
@@ -126,10 +139,7 @@ class GRPOTrainer:
 
     def _answer(self, problems: Sequence[Problem], *, seed: int, sampling: SamplingParams) -> list[Answer]:
         """One scored answer a problem. Every rank takes an equal share, and all get all answers."""
-        if not self._weights_streamed:
-            with self._timed("stream"):
-                self.rollout.update_weights(self.engine.export_weights())
-            self._weights_streamed = True
+        self._make_room_for_sampling()
         rank, world_size = distributed.get_rank(), distributed.get_world_size()
         first, last = (len(problems) * part // world_size for part in (rank, rank + 1))
         own = problems[first:last]
@@ -154,6 +164,33 @@ class GRPOTrainer:
             for answer in answers:
                 self.show(f"[{answer.score.value:g}] {self.tokenizer.decode(answer.tokens, skip_special_tokens=True)}")
         return answers
+
+    def _make_room_for_sampling(self) -> None:
+        """Give the sampler the policy's weights, unless it has them, and take off the GPU what it does not need."""
+        # Before the weights are streamed: then the sampler's find room, and the copies run meanwhile.
+        self._offload(*self.offloaded - {"weights"})
+        if not self._weights_streamed:
+            with self._timed("stream"):
+                self.rollout.update_weights(self.engine.export_weights())
+            self._weights_streamed = True
+        self._offload(*self.offloaded & {"weights"})
+
+    def _make_room_for_training(self) -> None:
+        """Forget the sampler's weights, which the update makes stale, and bring the policy's back."""
+        self._weights_streamed = False
+        if "weights" in self.offloaded:
+            self.rollout.release_weights()
+        self._onload("weights")
+
+    def _offload(self, *parts: Part) -> None:
+        if parts:
+            with self._timed("offload"):
+                self.engine.offload(*parts)
+
+    def _onload(self, part: KeptPart) -> None:
+        if part in self.offloaded:
+            with self._timed("onload"):
+                self.engine.onload(part)
 
     def _update(
         self,

@@ -79,6 +79,7 @@ class Training:
     trains_projection: bool = True
     generation: Generation | None = None
     keeps_reference: bool = False
+    offloads: tuple[str, ...] = ()  # of "weights", "gradients", "optimizer": what sampling finds off the GPU
 
 
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
@@ -86,8 +87,9 @@ class StageMemory:
     """Bytes on one rank of a pipeline stage.
 
     `working` is what a recomputing backward pass needs beyond the peak at the loss. Generation and training take
-    turns: `generation` (cache of keys and values, sampling) takes the place of activations, logits and working.
-    `reference_on_host` is not on the GPU.
+    turns: `generation` (cache of keys and values, sampling) takes the place of activations, logits and working, and
+    what is offloaded is not there then; with "weights", the sampler's are not there in training. Between the two the
+    one's weights are copied to the other's. `reference_on_host` is not on the GPU.
     """
 
     stage: int
@@ -101,24 +103,27 @@ class StageMemory:
     rollout_weights: int = 0
     generation: int = 0
     reference_on_host: int = 0
+    offloads: tuple[str, ...] = ()
 
     @property
     def terms(self) -> dict[str, int]:
         """What is there at the peak, by name."""
-        lasting = {
-            "weights": self.weights,
-            "gradients": self.gradients,
-            "optimizer": self.optimizer,
-            "rollout weights": self.rollout_weights,
-        }
-        training = {"activations": self.activations, "logits": self.logits, "working": self.working}
-        passing = training if self.passing >= self.generation else {"generation": self.generation}
-        return {name: value for name, value in (lasting | passing).items() if value}
+        largest = max(self.moments.values(), key=lambda terms: sum(terms.values()))
+        return {name: value for name, value in largest.items() if value}
 
     @property
-    def passing(self) -> int:
-        """What a training step takes beyond what lasts."""
-        return self.activations + self.logits + self.working
+    def moments(self) -> dict[str, dict[str, int]]:
+        """What is there in training, in generation, and while weights are copied from the one to the other."""
+        policy = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
+        sampler = {"rollout weights": self.rollout_weights}
+        training = policy | ({} if "weights" in self.offloads else sampler)
+        training |= {"activations": self.activations, "logits": self.logits, "working": self.working}
+        staying = {name: value for name, value in policy.items() if name not in self.offloads}
+        sampling = staying | sampler | {"generation": self.generation}
+        copying = {"weights": self.weights} | staying | sampler
+        if not self.rollout_weights:
+            return {"training": training}
+        return {"training": training, "generation": sampling, "copying": copying}
 
     @property
     def peak(self) -> int:
@@ -156,6 +161,7 @@ def _stage(training: Training, stage: int) -> StageMemory:
         rollout_weights=e * (count_parameters(training.facts) or 0) if generation else 0,
         generation=_generation_bytes(training.facts, e, generation) if generation else 0,
         reference_on_host=e * held if training.keeps_reference else 0,
+        offloads=training.offloads,
     )
 
 

@@ -85,9 +85,8 @@ def _memory(plan: "ParallelPlan", memory_gib: float | None) -> list[tuple[str, s
         *((f"  {name}", _term(name, peak, plan.precision)) for name in peak.terms),
     ]
     if peak.generation:
-        lasting = peak.peak - max(peak.passing, peak.generation)
-        turns = f"{gib(lasting + peak.passing)} in training, {gib(lasting + peak.generation)} in generation"
-        lines.append(("  by turns", turns))
+        training, generation = (sum(peak.moments[turn].values()) for turn in ("training", "generation"))
+        lines.append(("  by turns", f"{gib(training)} in training, {gib(generation)} in generation"))
     if len(plan.memory) > 1:
         lines.append(("  by stage", ", ".join(gib(stage.peak) for stage in plan.memory)))
     if peak.reference_on_host:

@@ -46,7 +46,13 @@ def training_setup(
         trains_projection=not (is_sft and model.freeze_vision_projection),
         generation=None if is_sft else _generation(config, world_size),
         keeps_reference=not is_sft and config.algorithm.kl_beta > 0,
+        offloads=() if is_sft else _offloads(config.actor),
     )
+
+
+def _offloads(actor: Any) -> tuple[str, ...]:
+    chosen = {"weights": actor.offload_weight, "gradients": actor.offload_grad, "optimizer": actor.offload_optimizer}
+    return tuple(part for part, is_offloaded in chosen.items() if is_offloaded)
 
 
 def _recompute(model: Any) -> Recompute | None:

@@ -16,6 +16,7 @@ import torch
 from mbridge_model.cpu import allow_missing_transformer_engine, enable_cpu
 from mbridge_model.errors import ModelError
 from mbridge_model.quiet import quiet
+from mbridge_model.sliced_load import SlicedReader
 
 INSTALL_LINE = "pip install --no-deps megatron-bridge==0.6.2"
 
@@ -136,13 +137,47 @@ class Bridge:
         try:
             with quiet():
                 model_bridge = self._bridge._model_bridge
-                _pad_vocabulary(model_bridge, self._bridge.get_conversion_tasks(model))
-                model_bridge.load_weights_hf_to_megatron(self._bridge.hf_pretrained, model)
+                tasks = self._bridge.get_conversion_tasks(model)
+                left = self._load_shares(model_bridge, tasks)
+                _pad_vocabulary(model_bridge, left)
+                model_bridge.build_conversion_tasks = lambda *_: left
+                try:
+                    model_bridge.load_weights_hf_to_megatron(self._bridge.hf_pretrained, model)
+                finally:
+                    del model_bridge.build_conversion_tasks
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ModelError(
                 f"the weights of {self.path} do not fit the model: {error}; leave out overrides of sizes, which come "
                 "from config.json, and check that config.json belongs to these weights"
             ) from error
+
+    def _load_shares(self, model_bridge: Any, tasks: list[Any]) -> list[Any]:
+        """Fill what this rank can read its own share of, without the other ranks; returns the tasks that are left."""
+        if not type(model_bridge).maybe_modify_loaded_hf_weight.__qualname__.startswith("MegatronModelBridge."):
+            return tasks  # this family changes tensors as they are read
+        source = self._bridge.hf_pretrained.state.source
+        reader: SlicedReader | None = None
+        left = []
+        for task in tasks:
+            share = None
+            if task is not None and task.megatron_module is not None:
+                mapping, parts = task.mapping, _parts(task)
+                if parts is not None and mapping.tp_size > 1 and not mapping.is_expert:
+                    reader = reader or SlicedReader(
+                        self.path, source.key_to_filename_map, mapping.tp_rank, mapping.tp_size
+                    )
+                    share = reader.read(
+                        parts,
+                        task.param_weight.shape,
+                        groups=getattr(task.megatron_module.config, "num_query_groups", 0),
+                        pads_rows=task.global_param_name.endswith(_VOCABULARY_PARAMETERS),
+                    )
+            if share is None:
+                left.append(task)
+            else:
+                with torch.no_grad():
+                    task.param_weight.copy_(share)
+        return left
 
     def stream_weights(self, model: list[torch.nn.Module], vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (HuggingFace name, whole tensor) one by one on every rank. Collective: all ranks must iterate.

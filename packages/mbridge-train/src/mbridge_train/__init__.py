@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mbridge_train.optimizer import OptimizerSettings, StepResult
     from mbridge_train.reference import Snapshot
     from mbridge_train.schedule import Schedule
+    from mbridge_train.weight_stream import receive_weights, stream_weights
 
 __all__ = [
     "Engine",
@@ -38,8 +39,10 @@ __all__ = [
     "load_checkpoint",
     "load_model",
     "policy_loss",
+    "receive_weights",
     "save_checkpoint",
     "sft_loss",
+    "stream_weights",
 ]
 
 # Importing Megatron takes seconds, so a name's module is imported when the name is first used.
@@ -61,8 +64,10 @@ _HOME = {
     "load_checkpoint": "checkpoint",
     "load_model": "checkpoint",
     "policy_loss": "losses",
+    "receive_weights": "weight_stream",
     "save_checkpoint": "checkpoint",
     "sft_loss": "losses",
+    "stream_weights": "weight_stream",
 }
 
 

@@ -37,6 +37,7 @@ from torch import Tensor
 from mbridge_train import optimizer_state, relayout, torch_dist
 from mbridge_train.engine import Engine
 from mbridge_train.errors import TrainError
+from mbridge_train.offload import onloaded
 from mbridge_train.rank_state import (
     current_layout,
     is_first_data_rank,
@@ -63,6 +64,8 @@ def save_checkpoint(
 ) -> Path:
     """Save everything that the run needs to go on. Collective over all ranks.
 
+    What is offloaded is brought to the device for it and offloaded again.
+
     Args:
         engine: with an optimizer.
         directory: `<output_dir>/<experiment_name>/checkpoints`.
@@ -81,28 +84,29 @@ def save_checkpoint(
     Raises:
         mbridge_ckpt.SaveError: on every rank, if one rank could not write; nothing is then left half written.
     """
-    engine.synchronize_weights()
-    layout = current_layout()
-    ranks = model_parallel_ranks()
-    state = optimizer_state.collect(engine.optimizer, parameter_names(engine)) if engine.optimizer else None
-    recipe = _recipe(engine) if file_format == "torch" else None
-    begin = begin_save if saver is None else saver.begin_save
-    with begin(directory, step=step, layout=layout) as save:
-        if isinstance(save, Save) and file_format == "torch_dist":
-            torch_dist.write(engine, save, iteration_directory(step), state)
-        elif is_first_data_rank():
-            content = {"model": model_state(engine), "iteration": step, "layout": layout.to_json()}
-            save.write_torch(model_file(step, layout, **ranks), content, placements=placements(engine))
-            if state is not None:
-                save.write_torch(optimizer_file(step, layout, **ranks), state)
-        save.write_rank_state({"random": capture_random_state(), "streams": get_cuda_rng_tracker().get_states()})
-        if torch.distributed.get_rank() == 0:
-            save.write_json(LOOP_FILE, loop_state)
-        if recipe is not None and save.is_first:
-            save.write_bytes(RECIPE_FILE, recipe.to_bytes())
-        if export_hf:
-            write_hf(save, engine.export_weights(), engine.handle.directory.path, max_shard_size=max_shard_size)
-        return save.commit({"metrics": metrics or {}})
+    with onloaded(engine):
+        engine.synchronize_weights()
+        layout = current_layout()
+        ranks = model_parallel_ranks()
+        state = optimizer_state.collect(engine.optimizer, parameter_names(engine)) if engine.optimizer else None
+        recipe = _recipe(engine) if file_format == "torch" else None
+        begin = begin_save if saver is None else saver.begin_save
+        with begin(directory, step=step, layout=layout) as save:
+            if isinstance(save, Save) and file_format == "torch_dist":
+                torch_dist.write(engine, save, iteration_directory(step), state)
+            elif is_first_data_rank():
+                content = {"model": model_state(engine), "iteration": step, "layout": layout.to_json()}
+                save.write_torch(model_file(step, layout, **ranks), content, placements=placements(engine))
+                if state is not None:
+                    save.write_torch(optimizer_file(step, layout, **ranks), state)
+            save.write_rank_state({"random": capture_random_state(), "streams": get_cuda_rng_tracker().get_states()})
+            if torch.distributed.get_rank() == 0:
+                save.write_json(LOOP_FILE, loop_state)
+            if recipe is not None and save.is_first:
+                save.write_bytes(RECIPE_FILE, recipe.to_bytes())
+            if export_hf:
+                write_hf(save, engine.export_weights(), engine.handle.directory.path, max_shard_size=max_shard_size)
+            return save.commit({"metrics": metrics or {}})
 
 
 def _recipe(engine: Engine) -> HfRecipe | None:
@@ -128,10 +132,11 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint | Path) -> dict[str, 
     """
     if isinstance(checkpoint, Path):
         checkpoint = open_checkpoint(checkpoint)
-    load_model(engine, checkpoint)
-    if engine.optimizer is not None:
-        state = _read_optimizer(engine, checkpoint)
-        optimizer_state.restore(engine.optimizer, parameter_names(engine), state)
+    with onloaded(engine):
+        load_model(engine, checkpoint)
+        if engine.optimizer is not None:
+            state = _read_optimizer(engine, checkpoint)
+            optimizer_state.restore(engine.optimizer, parameter_names(engine), state)
     if checkpoint.layout == current_layout():
         own = checkpoint.load_rank_state(torch.distributed.get_rank())
         if own is not None:
@@ -179,12 +184,12 @@ def load_model(engine: Engine, checkpoint: Checkpoint) -> None:
 
 
 def _copy_in(engine: Engine, weights: dict[str, Tensor]) -> None:
-    with torch.no_grad():
+    with onloaded(engine), torch.no_grad():
         for name, tensor in model_state(engine).items():
             tensor.copy_(weights[name])
-    if engine.optimizer is not None:
-        # Half-precision training has fp32 copies of the weights, which the first step would put back.
-        engine.optimizer.megatron.reload_model_params()
+        if engine.optimizer is not None:
+            # Half-precision training has fp32 copies of the weights, which the first step would put back.
+            engine.optimizer.megatron.reload_model_params()
 
 
 def _read_model(engine: Engine, checkpoint: Checkpoint) -> dict[str, Tensor]:

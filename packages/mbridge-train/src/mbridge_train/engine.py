@@ -24,6 +24,7 @@ from mbridge_train.batch import Sample
 from mbridge_train.errors import TrainError
 from mbridge_train.logprob import vocab_parallel_logprob_and_entropy
 from mbridge_train.losses import LossInputs, LossOutputs, combine_metrics, is_maximum, mean_metrics
+from mbridge_train.offload import KEPT, PARTS, KeptPart, Offload, Part
 from mbridge_train.optimizer import Optimizer, OptimizerSettings, StepResult, wrap_data_parallel
 from mbridge_train.packing import ModelInputs, Plan, collate_dense, collate_packed, padding_share, plan_micro_batches
 
@@ -80,6 +81,7 @@ class Engine:
             self.model = list(wrap_data_parallel(model, optimizer))
             self.optimizer = Optimizer(self.model, optimizer)
             self._set_schedule_hooks(optimizer)
+        self.memory = Offload(self.model, self.optimizer, self.device)
 
     def forward_backward(
         self,
@@ -103,10 +105,13 @@ class Engine:
             The loss's metrics over the global batch, as `losses.mean_metrics` gives them, on every rank.
 
         Raises:
-            TrainError: the engine has no optimizer; the batch is empty; a sample exceeds the token budget.
+            TrainError: the engine has no optimizer; the batch is empty; a sample exceeds the token budget; the weights
+                are offloaded.
         """
         if self.optimizer is None:
             raise TrainError("this engine was built without an optimizer and cannot train")
+        self.memory.require("weights")
+        self.memory.onload("gradients")
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
@@ -120,6 +125,7 @@ class Engine:
         """Apply the gradients. Collective over all ranks."""
         if self.optimizer is None:
             raise TrainError("this engine was built without an optimizer and cannot train")
+        self.memory.require(*PARTS)
         return self.optimizer.step()
 
     def logprobs(self, batch: list[Sample], *, temperature: float = 1.0) -> list[Tensor]:
@@ -166,9 +172,29 @@ class Engine:
 
     def synchronize_weights(self) -> None:
         """Finish a parameter gather that overlaps with the next forward pass, so that the weights can be read."""
+        self.memory.require("weights")
         if self.optimizer is not None and self.optimizer.settings.overlap_param_gather:
             for chunk in self.model:
                 chunk.start_param_sync(force_sync=True)
+
+    def offload(self, *parts: Part) -> None:
+        """Free the device's memory of `parts` until `onload`; of "gradients" until `forward_backward`, which forgets
+        them anyway. What `export_weights` yielded may be views of the weights and must not be used any longer.
+
+        Another process gets the freed memory after `torch.cuda.empty_cache()`.
+
+        Raises:
+            TrainError: there is not enough host memory.
+        """
+        if "weights" in parts and "weights" not in self.memory.away:
+            self.synchronize_weights()
+        for part in parts:
+            self.memory.offload(part)
+
+    def onload(self, *parts: KeptPart) -> None:
+        """Bring `parts`, or both without a name, back bit for bit. What needs them may be called at once."""
+        for part in parts or KEPT:
+            self.memory.onload(part)
 
     def close(self) -> None:
         """Make the engine unusable and its memory and process groups free to go, with the last reference to it.
@@ -240,6 +266,7 @@ class Engine:
         `outputs` maps a micro-batch, its log probabilities and entropies to a loss and a dictionary; the dictionaries
         of all micro-batches are returned, on the last stage. On the other stages the list is empty.
         """
+        self.memory.require("weights")
         micro_batches = plan[self.data_parallel_rank]
         for chunk in self.model:
             chunk.train(not forward_only)

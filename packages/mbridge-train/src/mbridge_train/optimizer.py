@@ -6,7 +6,7 @@ from typing import Any
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.utils import get_model_config
-from torch import nn
+from torch import Tensor, nn
 
 from mbridge_train.adam import install_adam
 from mbridge_train.errors import TrainError
@@ -133,6 +133,16 @@ class Optimizer:
     def parts(self) -> list[Any]:
         """Megatron-Core's optimizers behind the chain that it always returns; usually one."""
         return list(getattr(self.megatron, "chained_optimizers", [self.megatron]))
+
+    def tensors(self) -> list[Tensor]:
+        """What the update works on: fp32 copies of the weights, or the weights themselves, and their moments."""
+        found: list[Tensor] = []
+        for part in self.parts:
+            if part.optimizer is None:  # no parameter of this rank is trained
+                continue
+            found += [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
+            found += [value for state in part.optimizer.state.values() for value in state.values()]
+        return [value for value in found if isinstance(value, Tensor)]
 
     def zero_grad(self) -> None:
         """Forget the gradients of the optimizer's own copies; the model's buffers are the engine's."""

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from mbridge_config.problems import Severity
 from mbridge_config.rules.base import Context, Finding, rule
 from mbridge_config.rules.run import TRAIN, VALIDATION
 
@@ -10,6 +11,7 @@ ONLY_EVAL = "runner.only_eval"
 SMALLEST, LARGEST = "data.min_pixels", "data.max_pixels"
 FORMAT = "data.dataset_name"
 WARMUP = "actor.lr_sched.lr_warmup_iters"
+OFFLOAD = tuple(f"actor.offload_{part}" for part in ("weight", "grad", "optimizer"))
 SUFFIXES = {"auto": (".parquet", ".jsonl"), "robo2vlm": (".parquet",), "messages": (".jsonl",)}
 
 
@@ -95,6 +97,16 @@ def warmup(context: Context) -> Iterable[Finding]:
         yield Finding(WARMUP, reason, f"use less than {steps}, or set actor.lr_sched.lr_decay_iters")
 
 
+@rule("offload-without-turns", *OFFLOAD)
+def offload(context: Context) -> Iterable[Finding]:
+    """Something is to leave the GPU while nothing else needs it: SFT does nothing but train."""
+    actor = context.config.actor
+    for key, value in zip(OFFLOAD, (actor.offload_weight, actor.offload_grad, actor.offload_optimizer), strict=True):
+        if value:
+            reason = "SFT has no other phase that would need the memory, so everything stays where it is"
+            yield Finding(key, reason, "remove it", Severity.WARNING)
+
+
 @rule("quickstart-model", "quickstart")
 def quickstart_model(context: Context) -> Iterable[Finding]:
     """The vision-language model that the quickstart is to make has heads that do not fit together, or deepstack
@@ -119,4 +131,4 @@ def quickstart_model(context: Context) -> Iterable[Finding]:
         yield Finding("quickstart.deepstack_visual_indexes", reason, fix)
 
 
-RULES = (train_data, evaluation_data, data_paths, pixels, warmup, quickstart_model)
+RULES = (train_data, evaluation_data, data_paths, pixels, warmup, offload, quickstart_model)

@@ -8,7 +8,6 @@ from mbridge_config.schema.megatron import MegatronConfig
 from mbridge_config.schema.model import ModelConfig
 from mbridge_config.schema.optimizer import LrScheduleConfig, OptimizerConfig
 
-_STAYS = "weights, gradients and optimizer state stay where they are in this version"
 _ONE_MODEL = "the model is built from its config.json"
 
 
@@ -38,9 +37,11 @@ class ActorConfig:
         minimum=1,
     )
     seed: int = key(1234, "Seed of weights, dropout and sampling.", minimum=0)
-    offload_optimizer: bool = no_effect(False, _STAYS)
-    offload_weight: bool = no_effect(False, _STAYS)
-    offload_grad: bool = no_effect(False, _STAYS)
+    offload_optimizer: bool = key(False, "Keep master weights and moments in host memory but for updates.")
+    offload_weight: bool = key(
+        False, "Keep the policy's weights in host memory during sampling, and the sampler's off the GPU in training."
+    )
+    offload_grad: bool = key(False, "Free the memory of gradients during sampling.")
     model: ModelConfig = section(ModelConfig, "The model.")
     optim: OptimizerConfig = section(OptimizerConfig, "The optimizer.")
     lr_sched: LrScheduleConfig = section(LrScheduleConfig, "The learning rate.")

@@ -1,0 +1,250 @@
+"""How fast weights and optimizer state are offloaded, and weights given to another model, beside plain copies.
+
+    ./uvw run python benchmarks/memory_moves.py --model 1.5b --what offload stream
+    ./uvw run python benchmarks/memory_moves.py --model 7b --what stream
+    ./uvw run python benchmarks/memory_moves.py --model tiny            # on a CPU, as a test does it
+
+One process and one GPU, random bf16 weights of the geometry of Qwen2.5. "offload" moves weights, fp32 master weights
+and moments to host memory and back; "plain" is as many bytes in copies between one pinned and one device buffer of up
+to 1 GiB. "stream" copies the exported weights into another model's tensors: in this process, and through two buckets
+into those of another process on the same GPU; "plain" is as many bytes in copies between two device buffers. Medians of
+the rounds; the first turn, which makes the pinned memory or opens the handles, is a figure of its own. Extra memory is
+the peak of torch's allocator above what was there. The 7B model has no optimizer here, whose state fits on no one GPU.
+"""
+
+import argparse
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SHARED = {"tie_word_embeddings": False, "max_position_embeddings": 4096}
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "tiny": SHARED
+    | {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2}
+    | {"num_attention_heads": 4, "num_key_value_heads": 2},
+    "1.5b": SHARED
+    | {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
+    | {"num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "7b": SHARED
+    | {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+    | {"num_attention_heads": 28, "num_key_value_heads": 4},
+}
+PLAIN_BYTES = 1 << 30
+
+
+def make_engine(name: str, directory: Path) -> Any:
+    """With an optimizer that has taken a step, so that there are moments; the 7B model without.
+
+    The weights are random ones that lie in no file, but the export asks an index in `directory` for their names.
+    """
+    from mbridge_model import load
+    from mbridge_train import Engine, MicroBatching, OptimizerSettings, Sample, Schedule, aggregation_weights, sft_loss
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    config = Qwen2Config(architectures=["Qwen2ForCausalLM"], **GEOMETRIES[name])
+    config.save_pretrained(directory)
+    with torch.device("meta"):
+        names = [key for key, _ in Qwen2ForCausalLM(config).named_parameters()]
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    model, handle = load(directory, None, {"calculate_per_token_loss": True}, dtype=torch.bfloat16, weights=False)
+    settings = None if name == "7b" else OptimizerSettings(schedule=Schedule(max_lr=1e-6))
+    engine = Engine(model, handle, micro_batching=MicroBatching(micro_batch_size=1), optimizer=settings)
+    if settings is not None:
+        (weights,) = aggregation_weights([torch.arange(8) > 0], "token-mean")
+        engine.forward_backward([Sample(tokens=torch.arange(8), weights=weights)], sft_loss)
+        engine.step()
+    return engine
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def seconds_of(action: Callable[[], Any], device: torch.device) -> float:
+    synchronize(device)
+    begin = time.perf_counter()
+    action()
+    synchronize(device)
+    return time.perf_counter() - begin
+
+
+def allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def extra_memory(action: Callable[[], Any], device: torch.device) -> int:
+    """Peak of the allocator during `action` above what is allocated before; 0 on a CPU."""
+    if device.type != "cuda":
+        action()
+        return 0
+    before = allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    action()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def copy_repeatedly(target: Tensor, source: Tensor, total: int) -> None:
+    while total > 0:
+        size = min(total, len(source))
+        target[:size].copy_(source[:size], non_blocking=True)
+        total -= size
+
+
+def plain_seconds(size: int, rounds: int, device: torch.device) -> float:
+    """Of copying `size` bytes from one buffer of the device to another."""
+    source, target = (torch.empty(min(size, PLAIN_BYTES), dtype=torch.uint8, device=device) for _ in range(2))
+    runs = [seconds_of(lambda: copy_repeatedly(target, source, size), device) for _ in range(rounds + 1)]
+    return statistics.median(runs[1:])
+
+
+def figures(size: int, runs: list[float], plain: float) -> dict[str, float]:
+    median = statistics.median(runs[1:])
+    rate = {"seconds": median, "first_seconds": runs[0], "gigabytes_per_second": size / median / 1e9}
+    return rate | {"plain_gigabytes_per_second": size / plain / 1e9, "share_of_plain": plain / median}
+
+
+def measure_offload(engine: Any, rounds: int) -> dict[str, Any]:
+    device = engine.device
+    parts = ("weights", "optimizer") if engine.optimizer is not None else ("weights",)
+    before = allocated(device)
+    out, back, within = [], [], 0
+    for _ in range(rounds + 1):
+        out.append(seconds_of(lambda: engine.offload(*parts), device))
+        within = allocated(device)
+        back.append(seconds_of(engine.onload, device))
+        engine.memory.require(*parts)
+    size = engine_bytes(engine)
+    host = torch.empty(min(size, PLAIN_BYTES), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    own = torch.empty(len(host), dtype=torch.uint8, device=device)
+    copies = ((host, own), (own, host))
+    plain = [[seconds_of(partial(copy_repeatedly, *pair, size), device) for pair in copies] for _ in range(rounds + 1)]
+    return {
+        "bytes": size,
+        "allocated_before": before,
+        "allocated_while_offloaded": within,
+        "offload": figures(size, out, statistics.median(run[0] for run in plain[1:])),
+        "onload": figures(size, back, statistics.median(run[1] for run in plain[1:])),
+    }
+
+
+def engine_bytes(engine: Any) -> int:
+    """Of weights, master weights and moments: each storage once."""
+    tensors = [parameter for chunk in engine.model for parameter in chunk.parameters()]
+    tensors += [] if engine.optimizer is None else engine.optimizer.tensors()
+    sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(sizes.values())
+
+
+def make_targets(shapes: Iterable[tuple[str, torch.Size]], device: torch.device) -> dict[str, Tensor]:
+    return {name: torch.empty(shape, dtype=torch.bfloat16, device=device) for name, shape in shapes}
+
+
+def receive(connection: Connection, rounds: int) -> None:
+    """The other process: take in all rounds, then say what one tensor holds."""
+    from mbridge_train.weight_stream import receive_weights
+
+    shapes, device = connection.recv()
+    targets = make_targets(shapes, device)
+    for _ in range(rounds + 2):
+        receive_weights(connection, targets)
+    connection.send(targets[shapes[0][0]].float().sum().item())
+    connection.recv()
+
+
+def measure_stream(engine: Any, rounds: int, bucket_bytes: int) -> dict[str, Any]:
+    from mbridge_train.weight_stream import stream_weights
+
+    device = engine.device
+    shapes, size, first = [], 0, 0.0
+    for name, tensor in engine.export_weights():
+        first = first if shapes else tensor.float().sum().item()
+        shapes.append((name, tensor.shape))
+        size += tensor.nbytes
+    targets = make_targets(shapes, device)
+
+    def in_process(targets: dict[str, Tensor]) -> None:
+        for name, tensor in engine.export_weights():
+            targets[name].copy_(tensor)
+
+    report: dict[str, Any] = {"bytes": size, "bucket_bytes": bucket_bytes}
+    runs = [seconds_of(lambda: in_process(targets), device) for _ in range(rounds + 1)]
+    extra = extra_memory(lambda: in_process(targets), device)
+    targets = {}  # the other process needs the memory
+    plain = plain_seconds(size, rounds, device)
+    report["in_process"] = figures(size, runs, plain) | {"extra_bytes": extra}
+
+    context = multiprocessing.get_context("spawn")
+    connection, other = context.Pipe()
+    process = context.Process(target=receive, args=(other, rounds), daemon=True)
+    process.start()
+    other.close()
+    connection.send((shapes, device))
+
+    def to_process() -> None:
+        stream_weights(engine, connection, bucket_bytes=bucket_bytes)
+
+    runs = [seconds_of(to_process, device) for _ in range(rounds + 1)]
+    extra = extra_memory(to_process, device)
+    assert connection.recv() == first, "the other process has other weights"
+    connection.send(None)
+    process.join()
+    report["to_process"] = figures(size, runs, plain) | {"extra_bytes": extra}
+    return report
+
+
+def show(report: dict[str, Any]) -> None:
+    print(f"{report['model']} on {report['device']}, torch {torch.__version__}, {report['rounds']} rounds")
+    for kind in ("offload", "stream"):
+        for name, row in report.get(kind, {}).items():
+            if isinstance(row, dict):
+                extra = f", {row['extra_bytes'] / 2**30:.2f} GiB extra" if "extra_bytes" in row else ""
+                print(
+                    f"{name:12} {row['seconds']:8.3f} s (first {row['first_seconds']:.3f})"
+                    f" {row['gigabytes_per_second']:8.1f} GB/s, {row['share_of_plain']:.0%} of plain"
+                    f" {row['plain_gigabytes_per_second']:.1f}{extra}"
+                )
+    if "offload" in report:
+        before, within = (report["offload"][f"allocated_{when}"] / 2**30 for when in ("before", "while_offloaded"))
+        print(f"allocated: {before:.2f} GiB, while offloaded {within:.2f} GiB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=GEOMETRIES, default="1.5b")
+    parser.add_argument("--what", nargs="+", choices=("offload", "stream"), default=["offload", "stream"])
+    parser.add_argument("--rounds", type=int, default=5, help="after a first one")
+    parser.add_argument("--bucket-bytes", type=int, default=256 << 20)
+    parser.add_argument("--output", type=Path, help="write the figures here, as JSON")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        report = measure(arguments, make_engine(arguments.model, Path(directory)))
+    show(report)
+    if arguments.output is not None:
+        arguments.output.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def measure(arguments: argparse.Namespace, engine: Any) -> dict[str, Any]:
+    device = engine.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    report: dict[str, Any] = {"model": arguments.model, "device": name, "rounds": arguments.rounds}
+    if "stream" in arguments.what:
+        report["stream"] = measure_stream(engine, arguments.rounds, arguments.bucket_bytes)
+    if "offload" in arguments.what:
+        report["offload"] = measure_offload(engine, arguments.rounds)
+    return report
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""A stream of weights in flat buckets of a fixed size, in memory that another process can map.
+
+    memory = make_bucket_memory(bucket_bytes, engine.device)
+    for bucket in fill_buckets(engine.export_weights(), [shared.data for shared in memory]):
+        load_bucket(bucket, model.state_dict())
+
+Here both sides are one process; `weight_stream` does it with two. Two buckets take turns: the next is filled while the
+last is being read. A tensor that does not fit into what is left of a bucket goes on in the next, so a bucket may be
+smaller than the largest tensor. No Megatron here, so that the receiver needs none.
+"""
+
+import mmap
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from multiprocessing.reduction import DupFd
+from typing import Any
+
+import torch
+import torch.multiprocessing  # with it, a GPU's tensors go through a connection, as CUDA IPC handles
+from torch import Tensor
+
+from mbridge_train.errors import TrainError
+
+BUCKETS = 2
+ALIGNMENT = 64  # bytes; a multiple of every dtype's size
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Piece:
+    """A tensor, or a part of one, in a bucket.
+
+    Attributes:
+        name: of the tensor, HuggingFace's.
+        shape, dtype: of the whole tensor.
+        start, count: which of its elements, in row-major order.
+        offset: of the first of them in the bucket, in bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    start: int
+    count: int
+    offset: int
+
+    def view(self, data: Tensor) -> Tensor:
+        """Its elements, [count], in the bucket's memory `data`, uint8 [bytes]."""
+        return data[self.offset : self.offset + self.count * self.dtype.itemsize].view(self.dtype)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Bucket:
+    """Some pieces, and the memory they are in: uint8 [bucket_bytes]. `slot` says which of the buckets it is."""
+
+    slot: int
+    pieces: tuple[Piece, ...]
+    data: Tensor
+
+
+class SharedMemory:
+    """Memory that goes through a `multiprocessing` connection without being copied; `data` is it, uint8 [bytes].
+
+    On a GPU its maker must keep it until the other process has dropped it. On a CPU it is a memfd, not a file in
+    /dev/shm, which containers limit to 64 MB.
+
+    Raises:
+        TrainError: there is not so much memory.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._descriptor: int | None = None
+        if device.type != "cpu":
+            self.data = torch.empty(size, dtype=torch.uint8, device=device)
+            return
+        descriptor = os.memfd_create("mbridge-weights")
+        try:
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            os.close(descriptor)
+            raise TrainError(f"no {size} bytes of host memory: {error.strerror}; use smaller buckets") from None
+        self._descriptor = descriptor
+        self.data = _map(descriptor, size)
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        if self._descriptor is None:
+            return _received, (self.data,)
+        return _received_descriptor, (DupFd(self._descriptor), len(self.data))
+
+    def __del__(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)  # the mapping stays while `data` is in use
+
+
+def _received(data: Tensor) -> SharedMemory:
+    memory = SharedMemory.__new__(SharedMemory)
+    memory._descriptor, memory.data = None, data
+    return memory
+
+
+def _received_descriptor(duplicate: Any, size: int) -> SharedMemory:
+    descriptor = duplicate.detach()
+    try:
+        return _received(_map(descriptor, size))
+    finally:
+        os.close(descriptor)
+
+
+def _map(descriptor: int, size: int) -> Tensor:
+    return torch.frombuffer(mmap.mmap(descriptor, size), dtype=torch.uint8)
+
+
+def make_bucket_memory(bucket_bytes: int, device: torch.device) -> list[SharedMemory]:
+    """Memory of `bucket_bytes` for each of `BUCKETS` buckets.
+
+    Raises:
+        TrainError: a bucket would be too small to hold an element, or there is not so much memory.
+    """
+    if bucket_bytes < ALIGNMENT:
+        raise TrainError(f"bucket_bytes is {bucket_bytes}: set it to {ALIGNMENT} or more, best to some hundred MB")
+    return [SharedMemory(bucket_bytes, device) for _ in range(BUCKETS)]
+
+
+def fill_buckets(weights: Iterable[tuple[str, Tensor]], memory: list[Tensor]) -> Iterator[Bucket]:
+    """Pack a stream of (name, tensor) into buckets; their memory is `memory`, in turns.
+
+    Whoever takes a bucket has finished with the one before it when it asks for the next, which has its memory. On a
+    GPU the copies are issued on the current stream.
+    """
+    slot, offset = 0, 0
+    pieces: list[Piece] = []
+    for name, tensor in weights:
+        flat = tensor.detach().reshape(-1)
+        start = 0
+        while start < len(flat):
+            data = memory[slot]
+            count = min(len(flat) - start, (len(data) - offset) // tensor.dtype.itemsize)
+            if count > 0:
+                piece = Piece(
+                    name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, start=start, count=count, offset=offset
+                )
+                piece.view(data).copy_(flat[start : start + count])
+                pieces.append(piece)
+                start += count
+                offset = -(-(offset + count * tensor.dtype.itemsize) // ALIGNMENT) * ALIGNMENT
+            if start < len(flat):  # the bucket is full
+                yield Bucket(slot=slot, pieces=tuple(pieces), data=data)
+                slot, offset, pieces = (slot + 1) % len(memory), 0, []
+    if pieces:
+        yield Bucket(slot=slot, pieces=tuple(pieces), data=memory[slot])
+
+
+@torch.no_grad()
+def load_bucket(bucket: Bucket, targets: Mapping[str, Tensor]) -> dict[str, int]:
+    """Copy a bucket into the tensors of the same names, cast to their dtypes.
+
+    Args:
+        targets: contiguous tensors by name, such as a `state_dict()`.
+
+    Returns:
+        How many elements of each tensor the bucket had.
+
+    Raises:
+        TrainError: there is no such tensor, or it has another shape.
+    """
+    received: dict[str, int] = {}
+    for piece in bucket.pieces:
+        target = targets.get(piece.name)
+        if target is None:
+            raise TrainError(f"weight {piece.name!r} is streamed, and the receiving model has no such tensor")
+        if tuple(target.shape) != piece.shape:
+            raise TrainError(
+                f"weight {piece.name!r} is streamed with shape {piece.shape}, the receiving model has "
+                f"{tuple(target.shape)}: their config.json disagree"
+            )
+        target.detach().view(-1)[piece.start : piece.start + piece.count].copy_(piece.view(bucket.data))
+        received[piece.name] = received.get(piece.name, 0) + piece.count
+    return received

@@ -1,0 +1,159 @@
+"""Weights in buckets, and to another process: all of them, bit for bit, through two buckets of memory."""
+
+import multiprocessing
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mbridge_model import Parallel
+from mbridge_train.errors import TrainError
+from mbridge_train.weight_buckets import fill_buckets, load_bucket, make_bucket_memory
+
+from testing.gang import Gang
+from testing.tiny_models import make_model
+from testing.training_runs import SHARDED, build, leave, train
+from testing.weight_receiver import digest, receive
+
+BUCKET_BYTES = 10_000  # the embedding, of 131 rows of 64, needs several; a layer's biases share one
+
+
+def make_weights() -> dict[str, torch.Tensor]:
+    """Of several dtypes and odd sizes, one of them not contiguous, one larger than two buckets."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "matrix": torch.randn(33, 7, generator=generator),
+        "scalar": torch.randn((), generator=generator).bfloat16(),
+        "transposed": torch.randn(5, 9, generator=generator).bfloat16().T,
+        "long": torch.randn(301, generator=generator).half(),
+        "counts": torch.arange(3),
+        "bytes": torch.arange(77, dtype=torch.uint8),
+    }
+
+
+@pytest.mark.parametrize("bucket_bytes", [64, 200, 600, 100_000])
+def test_buckets_hold_every_weight(bucket_bytes: int) -> None:
+    weights = make_weights()
+    targets = {name: torch.zeros_like(tensor).contiguous() for name, tensor in weights.items()}
+    memory = [shared.data for shared in make_bucket_memory(bucket_bytes, torch.device("cpu"))]
+    slots = []
+    for bucket in fill_buckets(weights.items(), memory):
+        assert bucket.data is memory[bucket.slot] and len(bucket.data) == bucket_bytes
+        assert all(piece.offset + piece.count * piece.dtype.itemsize <= bucket_bytes for piece in bucket.pieces)
+        slots.append(bucket.slot)
+        load_bucket(bucket, targets)
+    for name, tensor in weights.items():
+        assert torch.equal(targets[name], tensor), name
+    assert slots == [number % 2 for number in range(len(slots))]
+    # Every bucket but the last is full but for alignment and what is left when the next element does not fit.
+    total = sum(tensor.nbytes for tensor in weights.values())
+    assert total / bucket_bytes <= len(slots) <= (total + 64 * len(weights)) / (bucket_bytes - 7) + 1
+
+
+def test_weights_are_cast_to_the_receivers_dtype() -> None:
+    weights = {"matrix": torch.randn(33, 7)}
+    targets = {"matrix": torch.zeros(33, 7, dtype=torch.bfloat16)}
+    for bucket in fill_buckets(weights.items(), [torch.empty(128, dtype=torch.uint8)] * 2):
+        load_bucket(bucket, targets)
+    assert torch.equal(targets["matrix"], weights["matrix"].bfloat16())
+
+
+def test_buckets_that_do_not_fit() -> None:
+    (bucket,) = fill_buckets({"matrix": torch.zeros(3, 2)}.items(), [torch.empty(128, dtype=torch.uint8)] * 2)
+    with pytest.raises(TrainError, match="'matrix' is streamed, and the receiving model has no such"):
+        load_bucket(bucket, {})
+    with pytest.raises(TrainError, match=r"shape \(3, 2\), the receiving model has \(2, 3\)"):
+        load_bucket(bucket, {"matrix": torch.zeros(2, 3)})
+    with pytest.raises(TrainError, match="bucket_bytes is 8"):
+        make_bucket_memory(8, torch.device("cpu"))
+
+
+LAYOUTS = (Parallel(tensor=2), Parallel(pipeline=2))
+
+
+def to_another_process(directory: Path) -> Any:
+    """On rank 0: for each layout the weights as exported and as received by another process; and how a last stream
+    ends, which that process leaves after its beginning, and after how many seconds. On the other rank how it ends."""
+    from mbridge_train.weight_stream import stream_weights
+
+    first = torch.distributed.get_rank() == 0
+    connection = process = None
+    if first:
+        context = multiprocessing.get_context("spawn")
+        connection, other = context.Pipe()
+        process = context.Process(target=receive, args=(other, directory, len(LAYOUTS)), daemon=True)
+        process.start()
+        other.close()
+    found = []
+    try:
+        for parallel in LAYOUTS:
+            engine = build(directory, parallel, SHARDED)
+            train(engine, 0, 1)
+            stream_weights(engine, connection, bucket_bytes=BUCKET_BYTES, timeout=60)
+            expected = digest({name: tensor.clone() for name, tensor in engine.export_weights()})
+            found.append((expected, connection.recv() if connection is not None else None))
+        begin = time.perf_counter()
+        with pytest.raises(TrainError) as error:
+            stream_weights(engine, connection, bucket_bytes=BUCKET_BYTES, timeout=60)
+        seconds = time.perf_counter() - begin
+        return (found, str(error.value), seconds) if first else str(error.value)
+    finally:
+        leave()
+        if process is not None:
+            process.kill()
+
+
+def test_another_process_receives_every_weight(gang2: Gang, tmp_path: Path) -> None:
+    make_model("qwen3", False, tmp_path)
+    (found, message, seconds), other_message = gang2.run(to_another_process, tmp_path)
+    assert len(found) == len(LAYOUTS)
+    for expected, (names, received) in found:
+        assert received == expected and names == set(expected)
+    assert message == other_message
+    assert message.startswith("streaming weights from rank 0: the process that receives the weights is gone")
+    assert seconds < 20
+
+
+class FixedWeights:
+    """What `stream_weights` uses of an engine."""
+
+    device = torch.device("cpu")
+
+    def export_weights(self) -> Any:
+        return iter(make_weights().items())
+
+
+def to_a_thread(targets: dict[str, torch.Tensor], timeout: float) -> tuple[str, str]:
+    """What the sender and the receiver raise."""
+    from mbridge_train.weight_stream import receive_weights, stream_weights
+
+    connection, other = multiprocessing.Pipe()
+    errors: dict[str, str] = {}
+
+    def run(name: str, action: Any) -> None:
+        try:
+            action()
+        except TrainError as error:
+            errors[name] = str(error)
+
+    receiver = threading.Thread(target=run, args=("receiver", lambda: receive_weights(other, targets)))
+    if targets:
+        receiver.start()
+    engine: Any = FixedWeights()
+    run("sender", lambda: stream_weights(engine, connection, bucket_bytes=128, timeout=timeout))
+    if targets:
+        receiver.join()
+    return errors["sender"], errors.get("receiver", "")
+
+
+def both_errors() -> Any:
+    return to_a_thread({"matrix": torch.zeros(1)}, 60), to_a_thread({}, 0.1)
+
+
+def test_what_the_receiver_cannot_take(gang2: Gang) -> None:
+    (sender, receiver), (silent, _) = gang2.run(both_errors)[0]
+    assert receiver.startswith("weight 'matrix' is streamed with shape (33, 7)")
+    assert sender == f"streaming weights from rank 0: the receiver says: {receiver}"
+    assert "said nothing for 0.1 s" in silent

@@ -1,0 +1,26 @@
+"""The benchmark of offloading and weight streaming runs, and counts its bytes right."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "memory_moves.py"
+
+
+def test_on_a_cpu(tmp_path: Path) -> None:
+    output = tmp_path / "figures.json"
+    command = [sys.executable, str(BENCHMARK), "--model", "tiny", "--rounds", "1", "--output", str(output)]
+    done = subprocess.run(
+        [*command, "--bucket-bytes", "100000"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    report = json.loads(output.read_text())
+    layer = 128 * (128 + 2 * 64 + 128 + 3 * 352) + 2 * 128 + 128 + 2 * 64  # matrices, norms, biases
+    parameters = 2 * 512 * 128 + 2 * layer + 128
+    assert report["stream"]["bytes"] == 2 * parameters
+    # Beside bf16 weights there are three numbers of fp32, all in flat buffers with some padding.
+    assert 14 * parameters <= report["offload"]["bytes"] <= 14.2 * parameters
+    for row in (report["stream"]["in_process"], report["stream"]["to_process"], report["offload"]["onload"]):
+        assert row["seconds"] > 0 and row["share_of_plain"] > 0
+    assert "of plain" in done.stdout
