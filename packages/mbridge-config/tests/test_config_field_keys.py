@@ -187,7 +187,21 @@ actor:
       process_num: 16
       tensor_model_parallel_size: ${{actor.model.tensor_model_parallel_size}}
       pipeline_model_parallel_size: ${{actor.model.pipeline_model_parallel_size}}
-    profiler: {{output_dir: "${{runner.output_dir}}/profiler", activities: ["cpu", "cuda"]}}
+    profiler:
+      output_dir: ${{runner.output_dir}}/${{runner.experiment_name}}/profiler
+      activities: ["cpu", "cuda"]
+      record_shapes: False
+      profile_memory: False
+      with_stack: False
+      with_flops: False
+      with_modules: True
+      export_tensorboard: True
+      export_chrome_trace: False
+      chrome_filename_prefix: "chrome_trace"
+      schedule_wait: 1
+      schedule_warmup: 1
+      schedule_active: 3
+      schedule_repeat: 0
 reward:
   group_name: "Scoring"
   use_reward_model: false
@@ -209,7 +223,7 @@ def test_keys_of_the_field(yaml: Path, model: Path) -> None:
     assert report.errors == []
     assert [problem.id for problem in report.problems if problem.severity is Severity.WARNING] == ["rollout-backend"]
     notes = [problem.key for problem in report.problems if problem.severity is Severity.NOTE]
-    assert {"rollout.sglang", "actor.megatron.profiler", "actor.mcore_gpt", "algorithm.loss_type"} <= set(notes)
+    assert {"rollout.sglang", "actor.calculate_flops", "actor.mcore_gpt", "algorithm.loss_type"} <= set(notes)
     assert len(notes) == len(set(notes))
 
     assert config.runner.experiment_name == "2node-4*16-0.5"

@@ -1,11 +1,12 @@
 """`actor`: the model that is trained."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 from mbridge_config.keys import alias, key, no_effect, section
 from mbridge_config.schema.model import ModelConfig
 from mbridge_config.schema.optimizer import LrScheduleConfig, OptimizerConfig
+from mbridge_config.schema.profiler import ProfilerConfig
 
 _NO_CONVERSION = "nothing is converted beforehand; the HuggingFace weights are loaded straight into the model"
 _OVERLAP = "tensor-parallel overlap is chosen by the layer backend"
@@ -62,9 +63,9 @@ class MegatronConfig:
     ddp_bucket_size: int | None = key(
         None, "Gradients reduced at once. null: Megatron's default.", unit="parameters", minimum=1
     )
-    use_profiler: bool = key(False, "Record a torch profile.", refused={"True": "profiling is not in this version"})
+    use_profiler: bool = key(False, "Record traces of the steps that `profiler` names, with torch's profiler.")
     ckpt_convertor: CheckpointConvertorConfig = section(CheckpointConvertorConfig, "Where weights come from.")
-    profiler: dict[str, Any] = no_effect({}, "profiling is not in this version")
+    profiler: ProfilerConfig = section(ProfilerConfig, "Which steps are recorded, of what, and in which files.")
     tp_comm_bootstrap_backend: str | None = no_effect(None, _OVERLAP)
     tp_comm_overlap_cfg: str | None = no_effect(None, _OVERLAP)
 
@@ -99,5 +100,5 @@ class ActorConfig:
     mcore_gpt: bool | None = no_effect(None, _ONE_MODEL)
     spec_name: str | None = no_effect(None, _ONE_MODEL)
     enable_dp_load_balance: bool | None = no_effect(None, "sequences are always balanced over ranks by tokens")
-    calculate_flops: bool | None = no_effect(None, "tokens per second are always measured")
+    calculate_flops: bool | None = no_effect(None, "operations are always counted")
     eval_batch_size: int | None = no_effect(None, "validation uses micro_batch_size")
