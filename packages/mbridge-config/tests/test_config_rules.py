@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mbridge_config import ReasoningConfig, Report, Severity
+from mbridge_config.profiled_steps import is_recorded, is_warmup
 from mbridge_config.rules import REASONING
 
 Checked = Callable[..., Report]
@@ -14,6 +15,8 @@ Checked = Callable[..., Report]
 TP = "actor.model.tensor_model_parallel_size"
 PP = "actor.model.pipeline_model_parallel_size"
 HF = "actor.megatron.ckpt_convertor.hf_model_path"
+PROFILER = "actor.megatron.profiler"
+PROFILE = "actor.megatron.use_profiler=true"
 
 
 def test_good_config_has_no_problems(checked: Checked) -> None:
@@ -21,9 +24,6 @@ def test_good_config_has_no_problems(checked: Checked) -> None:
     assert report.problems == []
     report.raise_for_errors()
 
-
-PROFILER = "actor.megatron.profiler"
-PROFILE = "actor.megatron.use_profiler=true"
 
 # the good model: 6 layers, 12 heads, 2 key-value heads, MLP width 168, vocabulary 211; 16 x 4 answers a step
 CASES = [
@@ -367,7 +367,7 @@ def test_steps_that_the_profiler_records(composed: Callable[..., ReasoningConfig
     def recorded(*settings: str) -> tuple[list[int], list[int]]:
         profiler = composed(PROFILE, *(f"{PROFILER}.{setting}" for setting in settings)).actor.megatron.profiler
         steps = range(1, 20)
-        return [n for n in steps if profiler.is_recorded(n)], [n for n in steps if profiler.is_warmup(n)]
+        return [n for n in steps if is_recorded(profiler, n)], [n for n in steps if is_warmup(profiler, n)]
 
     assert recorded() == ([7, 8, 9, 16, 17, 18], [6, 15])
     assert recorded("steps=[9,3,4]", "schedule_warmup=2") == ([3, 4, 9], [1, 2, 7, 8])

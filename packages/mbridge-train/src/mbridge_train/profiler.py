@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from mbridge_config.profiled_steps import is_recorded, is_warmup
 from mbridge_config.schema.profiler import ProfilerConfig
 from torch import distributed
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -47,8 +48,7 @@ class StepProfiler:
     def step(self, number: int) -> Iterator[None]:
         """Record what runs inside, if the step `number` is to be recorded; a step that fails leaves no trace."""
         settings = self.settings
-        is_recorded = settings is not None and settings.is_recorded(number)
-        if settings is None or not (is_recorded or settings.is_warmup(number)):
+        if settings is None or not (is_recorded(settings, number) or is_warmup(settings, number)):
             yield
             return
         with (
@@ -63,7 +63,7 @@ class StepProfiler:
             record_function(f"step {number}"),
         ):
             yield
-        if is_recorded:
+        if is_recorded(settings, number):
             self._write(recorded, number)
 
     def _write(self, recorded: profile, number: int) -> None:

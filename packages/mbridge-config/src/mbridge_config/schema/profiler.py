@@ -36,16 +36,3 @@ class ProfilerConfig:
     export_tensorboard: bool = key(True, "Write tensorboard/rank<rank>.<step>.pt.trace.json.gz for its plugin.")
     export_chrome_trace: bool = key(True, "Write <prefix>_rank<rank>_step<step>.json.gz for Perfetto and Chrome.")
     chrome_filename_prefix: str = key("chrome_trace", "How the names of Chrome's traces begin.")
-
-    def is_recorded(self, step: int) -> bool:
-        """Whether the step, counted from 1, leaves a trace."""
-        if self.steps is not None:
-            return step in self.steps
-        idle = self.schedule_wait + self.schedule_warmup
-        cycle, place = divmod(step - 1, idle + self.schedule_active)
-        return place >= idle and (not self.schedule_repeat or cycle < self.schedule_repeat)
-
-    def is_warmup(self, step: int) -> bool:
-        """Whether the profiler runs in the step although it leaves no trace."""
-        ahead = range(step + 1, step + 1 + self.schedule_warmup)
-        return not self.is_recorded(step) and any(self.is_recorded(later) for later in ahead)
