@@ -59,6 +59,7 @@ class StepProfiler:
                 with_stack=settings.with_stack,
                 with_flops=settings.with_flops,
                 with_modules=settings.with_modules,
+                acc_events=True,  # else torch warns that a second cycle would lose the first one's; there is none
             ) as recorded,
             record_function(f"step {number}"),
         ):
