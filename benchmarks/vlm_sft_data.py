@@ -1,11 +1,11 @@
-"""Geometry, synthetic global batches and the work in them, for `vlm_sft_speed.py`."""
+"""Geometry and synthetic global batches for `vlm_sft_speed.py`."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 IMAGES = (1, 3)  # least and most of a sample
 
@@ -217,56 +217,3 @@ def make_batches(name: str, samples: int, batches: int) -> list[list[Example]]:
         )
 
     return [[example() for _ in range(samples)] for _ in range(batches)]
-
-
-class Work:
-    """Floating-point operations of a training step as the model needs them, whatever a program spends.
-
-    Each weight of a linear layer is used once for each of its rows in the forward pass, 2 operations, and twice in
-    the backward pass: 6. Rows are tokens in the language model and its output layer, patches in the tower, and tokens
-    of images in its mergers. Attention multiplies queries by keys and probabilities by values, 2 * 2 * length**2 *
-    heads * head_dim forward and twice that backward: 12 * length**2 * width, half of it under a causal mask, for each
-    sequence, image or window. Padding, recomputation, embeddings, norms and activations count nothing.
-    """
-
-    def __init__(self, name: str) -> None:
-        import transformers
-
-        config = GEOMETRIES[name].make_config()
-        with torch.device("meta"):
-            model = transformers.AutoModelForImageTextToText.from_config(config)
-        self.text, self.vision = config.text_config, config.vision_config
-        self.parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.weights = {"tokens": 0, "patches": 0, "merged": 0}
-        for module_name, module in model.named_modules():
-            if isinstance(module, nn.Linear | nn.Conv3d):
-                is_tower = "visual." in module_name
-                rows = "merged" if is_tower and "merger" in module_name else "patches" if is_tower else "tokens"
-                self.weights[rows] += module.weight.numel()
-
-    def flops(self, batch: list[Example]) -> float:
-        """Of one global batch, forward and backward."""
-        patches = sum(len(example.pixel_values) for example in batch)
-        rows = {
-            "tokens": sum(len(example.tokens) for example in batch),
-            "patches": patches,
-            "merged": patches // self.vision.spatial_merge_size**2,
-        }
-        linear = 6 * sum(weights * rows[kind] for kind, weights in self.weights.items())
-        text = self.text
-        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-        causal = 6 * text.num_hidden_layers * text.num_attention_heads * head_dim
-        tower = sum(12 * self.vision.hidden_size * self._squares(example.grid_thw) for example in batch)
-        return float(linear + causal * sum(len(example.tokens) ** 2 for example in batch) + tower)
-
-    def _squares(self, grid_thw: Tensor) -> int:
-        """Sum of length**2 over what attends to itself, over all layers of the tower."""
-        from transformers.vision_utils import get_vision_window_index
-
-        vision = self.vision
-        whole = int((grid_thw[:, 1] * grid_thw[:, 2]).square().sum())
-        if not hasattr(vision, "window_size"):
-            return int(vision.depth) * whole
-        _, ends = get_vision_window_index(grid_thw, vision.spatial_merge_size, vision.window_size, vision.patch_size)
-        full = len(vision.fullatt_block_indexes)
-        return full * whole + (vision.depth - full) * int(ends.diff().long().square().sum())

@@ -17,10 +17,11 @@ TIMES = re.compile(r"time/|\w+_per_second$|time$")
 
 def execute(*words: str) -> str:
     """What `python *words` prints; it must succeed without a traceback or a warning."""
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     done = subprocess.run(
         [sys.executable, *words],
-        # The program imports `testing`, as the test file that starts it does.
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        # The program imports `testing`, as the test file that starts it does, and the packages from where it does.
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)},
         capture_output=True,
         text=True,
         timeout=840,

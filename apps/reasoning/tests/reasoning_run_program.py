@@ -135,7 +135,9 @@ def main() -> None:
 
     last = directory / "unbroken" / "checkpoints" / "global_step_4"
     one = ("runner.max_steps=1", "quickstart.enabled=false")
-    run("from-hf", directory, *one, f"actor.megatron.ckpt_convertor.hf_model_path={last / 'actor' / 'hf_model'}")
+    profiled = ("actor.megatron.use_profiler=true", "actor.megatron.profiler={steps: [1], export_tensorboard: false}")
+    weights = f"actor.megatron.ckpt_convertor.hf_model_path={last / 'actor' / 'hf_model'}"
+    run("from-hf", directory, *one, *profiled, weights)
     megatron = ("actor.megatron.mbridge=false", "actor.megatron.use_hf_ckpt=false")
     run("from-megatron", directory, *one, *megatron, f"actor.model.megatron_checkpoint={last}")
 

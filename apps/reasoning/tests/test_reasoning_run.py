@@ -1,11 +1,14 @@
 """Whole runs of the app: what they leave, and that a run which was stopped goes on as if it had not been."""
 
+import gzip
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from mbridge_config import HFFacts
+from mbridge_config.flops import forward_flops
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from testing.app_runs import assert_same_state, execute, leaves, metrics, saved
@@ -86,6 +89,28 @@ def test_a_run_leaves_its_report_and_the_command_that_resumes_it(runs: tuple[Pat
     assert "runner.experiment_name=unbroken" in command and "runner.resume_dir=auto" in command
     names = [word.partition("=")[0] for word in command.split() if "=" in word]
     assert len(names) == len(set(names)), "a key is set twice"
+
+
+def test_profiled_step_leaves_a_trace_with_its_phases(runs: tuple[Path, str]) -> None:
+    directory, _ = runs
+    (profiler,) = directory.rglob("profiler")
+    (file,) = profiler.iterdir()
+    assert file == directory / "from-hf" / "profiler" / "chrome_trace_rank0_step1.json.gz"
+    names = {event["name"] for event in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]}
+    assert {"step 1", "stream", "generate", "reward", "logprobs", "reference", "train", "optimizer_step"} <= names
+
+
+def test_operations_are_counted(runs: tuple[Path, str]) -> None:
+    directory, _ = runs
+    records = [json.loads(line) for line in (directory / "unbroken" / "metrics.jsonl").read_text().splitlines()]
+    facts = HFFacts.load(directory / "model")
+    for record in records[1:]:
+        operations = record["tflops_per_second"] * record["time/train"] * 1e12
+        # Attention of these short answers is a small part, so the mean length will do.
+        length = record["tokens"] / 24
+        expected = forward_flops(facts, [round(length)] * 24)
+        assert expected is not None
+        assert operations == pytest.approx(expected.training(), rel=0.03)
 
 
 def test_mismatch_of_trainer_and_rollout_is_rounding(runs: tuple[Path, str]) -> None:

@@ -109,10 +109,11 @@ def mistakes(directory: Path) -> None:
 
 
 def split(directory: Path) -> None:
-    """The unbroken run's last two steps on two pipeline stages."""
+    """The unbroken run's last two steps on two pipeline stages, the second of them profiled."""
     half = directory / "unbroken" / "checkpoints" / "global_step_2"
     stages = ("launcher.nproc_per_node=2", "actor.model.pipeline_model_parallel_size=2")
-    run("stages", directory, *stages, f"runner.resume_dir={half}")
+    profiled = ("actor.megatron.use_profiler=true", "actor.megatron.profiler.steps=[4]")
+    run("stages", directory, *stages, *profiled, f"runner.resume_dir={half}")
 
 
 def main() -> None:

@@ -1,11 +1,14 @@
 """Whole runs of the app: what they leave, and that a run which was stopped goes on as if it had not been."""
 
+import gzip
 import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from mbridge_config import HFFacts
+from mbridge_config.flops import forward_flops
 from mbridge_sft.data import read_examples
 from mbridge_sft.encode import Encoder
 from mbridge_sft.loader import EncodedBatches
@@ -161,3 +164,36 @@ def test_pipeline_stages_train_and_evaluate_alike(runs: tuple[Path, str]) -> Non
     assert list(stages) == [3, 4]
     for step in stages:
         assert stages[step] == pytest.approx(unbroken[step], rel=1e-3, abs=1e-4)
+
+
+def test_profiled_step_leaves_a_trace_of_each_rank(runs: tuple[Path, str]) -> None:
+    directory, _ = runs
+    assert [path.parent.name for path in directory.rglob("profiler")] == ["stages"]
+    profiler = directory / "stages" / "profiler"
+    files = {str(path.relative_to(profiler)) for path in profiler.rglob("*") if path.is_file()}
+    chrome = {f"chrome_trace_rank{rank}_step4.json.gz" for rank in (0, 1)}
+    assert files == chrome | {f"tensorboard/rank{rank}.4.pt.trace.json.gz" for rank in (0, 1)}
+    for rank in (0, 1):
+        content = gzip.decompress((profiler / f"chrome_trace_rank{rank}_step4.json.gz").read_bytes())
+        tensorboard = profiler / "tensorboard" / f"rank{rank}.4.pt.trace.json.gz"
+        assert gzip.decompress(tensorboard.read_bytes()) == content
+        names = [event["name"] for event in json.loads(content)["traceEvents"]]
+        for name in ("step 4", "forward_backward", "optimizer_step"):
+            assert names.count(name) == 1, name
+        assert "step 3" not in names and "aten::mm" in names
+
+
+def test_operations_of_a_step_are_in_its_metrics(runs: tuple[Path, str]) -> None:
+    """By the run's own figures: tokens, and time, on the text model, whose vocabulary decides most of it."""
+    directory, _ = runs
+    lines = (directory / "text" / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines[1:]]
+    facts = HFFacts.load(directory / "text-model")
+    for record in records:
+        per_token = record["tflops_per_second"] * record["time/train"] * 1e12 / record["tokens"]
+        # Sequences of n tokens in all cost least if all are of one length, and attention is a small part.
+        least = forward_flops(facts, [1])
+        assert least is not None
+        assert least.training() < per_token < 1.1 * least.training()
+        assert "mfu" not in record
+    assert "Model operations" in (directory / "text" / "report.html").read_text()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from mbridge_config import ReasoningConfig, Report, Severity
+from mbridge_config.profiled_steps import is_recorded, is_warmup
 from mbridge_config.rules import REASONING
 
 Checked = Callable[..., Report]
@@ -14,6 +15,8 @@ Checked = Callable[..., Report]
 TP = "actor.model.tensor_model_parallel_size"
 PP = "actor.model.pipeline_model_parallel_size"
 HF = "actor.megatron.ckpt_convertor.hf_model_path"
+PROFILER = "actor.megatron.profiler"
+PROFILE = "actor.megatron.use_profiler=true"
 
 
 def test_good_config_has_no_problems(checked: Checked) -> None:
@@ -24,6 +27,18 @@ def test_good_config_has_no_problems(checked: Checked) -> None:
 
 # the good model: 6 layers, 12 heads, 2 key-value heads, MLP width 168, vocabulary 211; 16 x 4 answers a step
 CASES = [
+    ("profiler-steps", [PROFILE, f"{PROFILER}.steps=[3,0]"], None, "counted from 1"),
+    ("profiler-steps", [PROFILE, f"{PROFILER}.steps=[]"], None, "no step is named"),
+    ("profiler-steps", [PROFILE, f"{PROFILER}.steps=[5,6]", "runner.max_steps=4"], None, "ends with step 4"),
+    ("profiler-steps", [PROFILE, "runner.max_steps=6"], None, "the first recorded step is 7"),
+    ("profiler-activities", [PROFILE, f"{PROFILER}.activities=[]"], None, "nothing would be recorded"),
+    (
+        "profiler-files",
+        [PROFILE, f"{PROFILER}.export_tensorboard=false", f"{PROFILER}.export_chrome_trace=false"],
+        None,
+        "no trace would be written",
+    ),
+    ("profiler-prefix", [PROFILE, f"{PROFILER}.chrome_filename_prefix=a/b"], None, "beginning of a file's name"),
     ("shard-size", ["runner.checkpoint.max_shard_size=5 apples"], None, "not a size in bytes"),
     ("shard-size", ["runner.checkpoint.max_shard_size=0GB"], None, "not a size in bytes"),
     (
@@ -354,6 +369,20 @@ def test_minibatches_of_a_global_batch(composed: Callable[..., ReasoningConfig])
 def test_what_this_version_does_not_do_is_refused(checked: Checked, override: str) -> None:
     (problem,) = checked(override).errors
     assert problem.id == "refused-value" and "in this version" in problem.reason
+
+
+def test_steps_that_the_profiler_records(composed: Callable[..., ReasoningConfig]) -> None:
+    def recorded(*settings: str) -> tuple[list[int], list[int]]:
+        profiler = composed(PROFILE, *(f"{PROFILER}.{setting}" for setting in settings)).actor.megatron.profiler
+        steps = range(1, 20)
+        return [n for n in steps if is_recorded(profiler, n)], [n for n in steps if is_warmup(profiler, n)]
+
+    assert recorded() == ([7, 8, 9, 16, 17, 18], [6, 15])
+    assert recorded("steps=[9,3,4]", "schedule_warmup=2") == ([3, 4, 9], [1, 2, 7, 8])
+    assert recorded("schedule_wait=4", "schedule_warmup=0", "schedule_active=2", "schedule_repeat=0") == (
+        [5, 6, 11, 12, 17, 18],
+        [],
+    )
 
 
 def test_weight_decay_of_the_schedule(composed: Callable[..., ReasoningConfig]) -> None:

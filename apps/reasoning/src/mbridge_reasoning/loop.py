@@ -3,13 +3,14 @@
 import time
 
 import torch
-from mbridge_config import ReasoningConfig, hf_directory, run_directory, take_free_name, tokenizer_directory
+from mbridge_config import HFFacts, ReasoningConfig, hf_directory, run_directory, take_free_name, tokenizer_directory
 from mbridge_train.from_config import DTYPES, build_engine, save_settings
 from mbridge_train.output import RunOutput
 from mbridge_train.processes import broadcast, join, leave, seed_all
 from mbridge_train.reference import Snapshot
 from mbridge_train.resume import find_checkpoint, restore
 from mbridge_train.saving import RunSaver, is_due
+from mbridge_train.throughput import Throughput
 from transformers import AutoTokenizer
 
 from mbridge_reasoning.data import Problem, tokenize_problems
@@ -103,6 +104,7 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
         rewards=rewards,
         tokenizer=tokenizer,
         reference=reference,
+        throughput=Throughput(HFFacts.load(model_directory), config.actor.model),
         show=output.message,
     )
 
@@ -113,7 +115,8 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
             output.step(0, trainer.validate(validation))
         for number in range(first + 1, steps + 1):
             problems = [train[index] for index in sampler.next_batch()]
-            metrics = trainer.step(number, problems)
+            with output.profiler.step(number):
+                metrics = trainer.step(number, problems)
             checkpoints.check()
             last = number == steps
             if validation and (last or is_due(number, config.runner.val_check_interval)):

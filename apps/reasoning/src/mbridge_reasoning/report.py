@@ -1,6 +1,6 @@
 """What is shown of a reasoning run: figures on the terminal, curves in the report."""
 
-from mbridge_train.output import Display
+from mbridge_train.output import THROUGHPUT_CHARTS, Display
 from mbridge_train.report import Chart
 
 FIGURES = {
@@ -11,6 +11,7 @@ FIGURES = {
     "policy/entropy": "entropy",
     "policy/grad_norm": "grad norm",
     "mismatch/logprob_mean_abs": "mismatch",
+    "mfu": "mfu",
     "time/step": "seconds",
 }
 
@@ -30,6 +31,7 @@ CHARTS = (
     ),
     Chart(title="Learning rate", metrics=("policy/learning_rate",), smooth=False),
     Chart(title="Clipped tokens", metrics=("policy/clip_fraction_*",)),
+    *THROUGHPUT_CHARTS,
     Chart(title="Time of a step", metrics=TIME_SPLIT, unit="seconds", stacked=True, smooth=False),
 )
 

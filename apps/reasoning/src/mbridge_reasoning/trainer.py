@@ -17,7 +17,9 @@ from mbridge_train.engine import Engine
 from mbridge_train.losses import policy_loss
 from mbridge_train.offload import KeptPart, Part
 from mbridge_train.reference import Snapshot
+from mbridge_train.throughput import Throughput
 from torch import Tensor, distributed
+from torch.profiler import record_function
 from transformers import PreTrainedTokenizerBase
 
 from mbridge_reasoning.data import Problem
@@ -39,6 +41,7 @@ class GRPOTrainer:
         rewards: this rank's verifiers.
         tokenizer: turns answers into text for the verifiers.
         reference: weights of the reference policy; None where `algorithm.kl_beta` is 0.
+        throughput: counts the operations of training.
         show: takes a line for the terminal; every rank calls it, for each answer where `rollout.print_outputs` is set.
     """
 
@@ -51,6 +54,7 @@ class GRPOTrainer:
         rewards: RewardPool,
         tokenizer: PreTrainedTokenizerBase,
         reference: Snapshot | None,
+        throughput: Throughput,
         show: Callable[[str], None],
     ) -> None:
         self.config = config
@@ -59,6 +63,7 @@ class GRPOTrainer:
         self.rewards = rewards
         self.tokenizer = tokenizer
         self.reference = reference
+        self.throughput = throughput
         self.show = show
         actor = config.actor
         chosen: dict[Part, bool] = {
@@ -125,6 +130,7 @@ class GRPOTrainer:
         self._onload("optimizer")
         with self._timed("train"):
             metrics |= self._update(number, answers, advantages, old_logprobs, reference_logprobs)
+        metrics |= self.throughput.metrics(prompts_and_answers, self.seconds["train"])
         metrics["tokens"] = float(sum(len(answer.tokens) for answer in answers))
         return metrics | self._time_split(time.perf_counter() - started, metrics["tokens"])
 
@@ -257,7 +263,8 @@ class GRPOTrainer:
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
         started = time.perf_counter()
-        yield
+        with record_function(phase):
+            yield
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
 
     def _time_split(self, total: float, tokens: float) -> dict[str, float]:

@@ -4,6 +4,7 @@ import time
 from typing import Any
 
 from mbridge_config import (
+    HFFacts,
     SFTConfig,
     checkpoint_directory,
     hf_directory,
@@ -19,6 +20,7 @@ from mbridge_train.output import RunOutput
 from mbridge_train.processes import broadcast, join, leave, seed_all
 from mbridge_train.resume import find_checkpoint, restore
 from mbridge_train.saving import RunSaver, is_due
+from mbridge_train.throughput import Throughput
 
 from mbridge_sft.encode import Encoder
 from mbridge_sft.errors import DataError
@@ -67,7 +69,7 @@ def _train(config: SFTConfig, command: list[str]) -> None:
         state = restore(engine, resume, output.message)
         _check_same_data(state["data"], data_state)
         first, bad_rows = state["step"], state["bad_rows"]
-    trainer = SFTTrainer(config, engine=engine, encoder=_encoder(config), say=output.message)
+    trainer = _trainer(config, engine, output)
     checkpoints = RunSaver(engine, output.checkpoints, save_settings(config.actor, runner), resumed_from=resume)
 
     with output.recording(total_steps=steps, first_step=first), checkpoints:
@@ -77,7 +79,9 @@ def _train(config: SFTConfig, command: list[str]) -> None:
         started = time.perf_counter()
         for number, batch in zip(range(first + 1, steps + 1), batches, strict=False):
             waited = time.perf_counter() - started
-            metrics = trainer.step(batch) | {"time/data": waited, "bad_rows": float(len(batches.bad_rows))}
+            with output.profiler.step(number):
+                metrics = trainer.step(batch)
+            metrics |= {"time/data": waited, "bad_rows": float(len(batches.bad_rows))}
             checkpoints.check()
             seconds = time.perf_counter() - started
             metrics |= {"time/other": seconds - waited - metrics["time/train"], "time/step": seconds}
@@ -106,7 +110,7 @@ def _evaluate(config: SFTConfig, command: list[str]) -> None:
     if checkpoint is not None:
         load_model(engine, checkpoint)
         step = checkpoint.step
-    trainer = SFTTrainer(config, engine=engine, encoder=_encoder(config), say=output.message)
+    trainer = _trainer(config, engine, output)
     with output.recording(total_steps=step, first_step=0):
         output.step(step, _evaluated(trainer, evaluation, output))
 
@@ -118,6 +122,11 @@ def _evaluated(trainer: SFTTrainer, examples: Examples, output: RunOutput) -> di
     if output.is_writer:
         output.report_section = example_grid(result.shown)
     return result.metrics | {"time/validation": time.perf_counter() - started}
+
+
+def _trainer(config: SFTConfig, engine: Engine, output: RunOutput) -> SFTTrainer:
+    throughput = Throughput(HFFacts.load(hf_directory(config)), config.actor.model)
+    return SFTTrainer(config, engine=engine, encoder=_encoder(config), throughput=throughput, say=output.message)
 
 
 def _engine(config: SFTConfig, *, optimizer_steps: int | None) -> Engine:

@@ -5,7 +5,7 @@ import html
 import io
 from collections.abc import Sequence
 
-from mbridge_train.output import Display
+from mbridge_train.output import THROUGHPUT_CHARTS, Display
 from mbridge_train.report import Chart
 
 from mbridge_sft.errors import RowError
@@ -27,6 +27,7 @@ DISPLAY = Display(
         "validation/accuracy": "held-out accuracy",
         "train/grad_norm": "grad norm",
         "tokens_per_second": "tokens/s",
+        "mfu": "mfu",
         "time/step": "seconds",
     },
     charts=(
@@ -35,6 +36,7 @@ DISPLAY = Display(
         Chart(title="Gradient norm", metrics=("train/grad_norm",)),
         Chart(title="Learning rate", metrics=("train/learning_rate",), smooth=False),
         Chart(title="Tokens", metrics=("tokens_per_second",), unit="a second"),
+        *THROUGHPUT_CHARTS,
         Chart(title="Images", metrics=("images_per_second",), unit="a second"),
         Chart(title="Padding", metrics=("padding_waste",), unit="share of computed tokens"),
         Chart(

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from mbridge_config import SFTConfig
 from mbridge_train.engine import Engine
 from mbridge_train.losses import sft_loss
+from mbridge_train.throughput import Throughput
 
 from mbridge_sft.encode import Encoded, Encoder
 from mbridge_sft.evaluation import Evaluation, QuestionEncoder, evaluate
@@ -21,13 +22,23 @@ class SFTTrainer:
         config: checked.
         engine: the model.
         encoder: of examples.
+        throughput: counts the operations of a step.
         say: takes a line for the terminal: which rows are left out.
     """
 
-    def __init__(self, config: SFTConfig, *, engine: Engine, encoder: Encoder, say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        config: SFTConfig,
+        *,
+        engine: Engine,
+        encoder: Encoder,
+        throughput: Throughput,
+        say: Callable[[str], None],
+    ) -> None:
         self.config = config
         self.engine = engine
         self.encoder = encoder
+        self.throughput = throughput
         self.say = say
 
     def batches(self, examples: Examples, *, first_step: int, bad_rows: Iterable[int]) -> EncodedBatches[Encoded]:
@@ -68,7 +79,7 @@ class SFTTrainer:
             "tokens_per_second": tokens / seconds,
             "images_per_second": images / seconds,
             "time/train": seconds,
-        }
+        } | self.throughput.metrics(samples, seconds)
 
     def evaluate(self, examples: Examples) -> Evaluation:
         """All examples once, in their order."""

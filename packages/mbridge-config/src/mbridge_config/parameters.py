@@ -88,7 +88,7 @@ def count_active_parameters(facts: HFFacts) -> int | None:
     if total is None or not facts.num_experts or not facts.experts_per_token:
         return total
     layers = facts.num_layers - len(facts.dense_layers)
-    return total - layers * (facts.num_experts - facts.experts_per_token) * _expert(facts)
+    return total - layers * (facts.num_experts - facts.experts_per_token) * expert_matrices(facts)
 
 
 def embedding(facts: HFFacts, *, padded_for: int | None = None) -> Size:
@@ -114,21 +114,37 @@ def language_layer(facts: HFFacts, number: int) -> Size:
     """The layer `number`, from 0."""
     hidden, ffn = facts.hidden_size, facts.ffn_hidden_size or 0
     query, key = facts.num_attention_heads * facts.head_dim, facts.num_query_groups * facts.head_dim
-    size = Size(split=hidden * (query + 2 * key) + query * hidden, whole=2 * hidden)  # projections and both norms
+    size = Size(split=attention_matrices(facts), whole=2 * hidden)  # and both norms
     if facts.qkv_bias:
         # The output projection of Qwen2 has no bias; in the other families one flag stands for all four.
         size += Size(split=query + 2 * key, whole=0 if facts.model_type in QKV_BIAS_FAMILIES else hidden)
     if facts.qk_layernorm or facts.model_type in QK_LAYERNORM_FAMILIES:
         size += Size(whole=2 * facts.head_dim)
     if has_experts(facts, number):
-        experts = facts.num_experts or 0
-        return size + Size(split=experts * _expert(facts), whole=experts * hidden)  # and the router
-    size += Size(split=3 * hidden * ffn)
+        return size + Size(split=(facts.num_experts or 0) * expert_matrices(facts), whole=router_matrix(facts))
+    size += Size(split=mlp_matrices(facts))
     return size + Size(split=2 * ffn, whole=hidden) if facts.linear_bias else size
 
 
-def _expert(facts: HFFacts) -> int:
+def attention_matrices(facts: HFFacts) -> int:
+    """Weights of the projections of a layer's attention: queries, keys and values, output."""
+    query, key = facts.num_attention_heads * facts.head_dim, facts.num_query_groups * facts.head_dim
+    return facts.hidden_size * (2 * query + 2 * key)
+
+
+def mlp_matrices(facts: HFFacts) -> int:
+    """Those of the MLP of a layer without experts."""
+    return 3 * facts.hidden_size * (facts.ffn_hidden_size or 0)
+
+
+def expert_matrices(facts: HFFacts) -> int:
+    """Those of one expert."""
     return 3 * facts.hidden_size * (facts.expert_ffn_hidden_size or 0)
+
+
+def router_matrix(facts: HFFacts) -> int:
+    """That which chooses among a layer's experts."""
+    return facts.hidden_size * (facts.num_experts or 0)
 
 
 def vision_tower(vision: VisionFacts) -> Size:
@@ -137,22 +153,36 @@ def vision_tower(vision: VisionFacts) -> Size:
     Qwen3-VL's is split over the tensor-parallel ranks; of Qwen2.5-VL's each rank has a whole copy.
     """
     hidden, ffn = vision.hidden_size, vision.intermediate_size
-    patch = vision.patch_features * hidden
-    qkv, projection = 3 * hidden * hidden, hidden * hidden
+    patch, matrices = patch_matrix(vision), tower_layer_matrices(vision)
     if vision.kind == "qwen2_5_vl":
-        attention = qkv + 3 * hidden + projection + hidden
-        mlp = 3 * hidden * ffn + 2 * ffn + hidden
-        return Size(whole=patch + vision.depth * (2 * hidden + attention + mlp))
-    layer = Size(split=qkv + 3 * hidden + projection + 2 * hidden * ffn + ffn, whole=2 * hidden + 2 * 2 * hidden)
+        biases = 3 * hidden + hidden + 2 * ffn + hidden
+        return Size(whole=patch + vision.depth * (2 * hidden + matrices + biases))
+    layer = Size(split=matrices + 3 * hidden + ffn, whole=2 * hidden + 2 * 2 * hidden)
     return Size(whole=patch + hidden + vision.num_position_embeddings * hidden) + layer * vision.depth
+
+
+def patch_matrix(vision: VisionFacts) -> int:
+    """Weights of the patch embedding."""
+    return vision.patch_features * vision.hidden_size
+
+
+def tower_layer_matrices(vision: VisionFacts) -> int:
+    """Those of the matrices of a tower's layer: queries, keys and values, projection, MLP."""
+    hidden = vision.hidden_size
+    return 4 * hidden * hidden + (3 if vision.kind == "qwen2_5_vl" else 2) * hidden * vision.intermediate_size
+
+
+def merger_matrices(vision: VisionFacts) -> int:
+    """Those of one merger."""
+    return vision.merged_size * vision.merged_size + vision.merged_size * vision.out_hidden_size
 
 
 def vision_projection(vision: VisionFacts) -> Size:
     """What maps the tower's features into the language model: the merger, and one more for each deepstack feature."""
     merged, out = vision.merged_size, vision.out_hidden_size
     if vision.kind == "qwen2_5_vl":
-        return Size(whole=vision.hidden_size + merged * merged + merged + merged * out + out)
-    linears = Size(split=merged * merged + merged + merged * out, whole=out)
+        return Size(whole=vision.hidden_size + merger_matrices(vision) + merged + out)
+    linears = Size(split=merger_matrices(vision) + merged, whole=out)
     merger = linears + Size(whole=2 * vision.hidden_size)
     deepstack = linears + Size(whole=2 * merged)
     return merger + deepstack * vision.deepstack_features

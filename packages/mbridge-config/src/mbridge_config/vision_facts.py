@@ -8,6 +8,8 @@ from typing import Any, Literal
 _DEFAULTS = {"in_channels": 3, "spatial_merge_size": 2, "temporal_patch_size": 2}
 _REQUIRED = ("depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "patch_size")
 _OTHER_NAMES = {"in_channels": "in_chans"}
+_WINDOW_SIZE = 112  # of all published Qwen2.5-VL, as are these
+_FULL_ATTENTION_LAYERS = (7, 15, 23, 31)
 _KINDS: Mapping[str, Literal["qwen2_5_vl", "qwen3_vl"]] = {
     "qwen2_5_vl": "qwen2_5_vl",
     "qwen3_vl": "qwen3_vl",
@@ -35,6 +37,10 @@ class VisionFacts:
     temporal_patch_size: int = 2
     num_position_embeddings: int = 0
     deepstack_features: int = 0
+    window_size: int = 0
+    """Pixels of the side of a window of attention; 0: every layer attends to whole images."""
+    full_attention_layers: int = 0
+    """Layers that attend to whole images where others attend to windows."""
 
     @property
     def patch_features(self) -> int:
@@ -64,5 +70,11 @@ def vision_facts(family: str, vision: Mapping[str, Any]) -> VisionFacts | None:
         sizes[name] = value
     if kind is None:
         return None
-    deepstack = vision.get("deepstack_visual_indexes") if kind == "qwen3_vl" else None
+    if kind == "qwen2_5_vl":
+        window, full = vision.get("window_size", _WINDOW_SIZE), vision.get("fullatt_block_indexes")
+        layers = full if isinstance(full, list) else _FULL_ATTENTION_LAYERS
+        sizes["window_size"] = window if isinstance(window, int) and not isinstance(window, bool) else _WINDOW_SIZE
+        sizes["full_attention_layers"] = len({layer for layer in layers if layer in range(sizes["depth"])})
+        return VisionFacts(kind=kind, **sizes)
+    deepstack = vision.get("deepstack_visual_indexes")
     return VisionFacts(kind=kind, deepstack_features=len(deepstack) if isinstance(deepstack, list) else 0, **sizes)

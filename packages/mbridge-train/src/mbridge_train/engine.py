@@ -19,6 +19,7 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
 from torch import Tensor, distributed, nn
+from torch.profiler import record_function
 
 from mbridge_train.batch import Sample
 from mbridge_train.errors import TrainError
@@ -83,6 +84,7 @@ class Engine:
             self._set_schedule_hooks(optimizer)
         self.memory = Offload(self.model, self.optimizer, self.device)
 
+    @record_function("forward_backward")
     def forward_backward(
         self,
         batch: list[Sample],
@@ -121,6 +123,7 @@ class Engine:
         """The metrics of `forward_backward`, without gradients. Collective over all ranks."""
         return self._run_loss(batch, loss, temperature=temperature, with_entropy=False, forward_only=True)
 
+    @record_function("optimizer_step")
     def step(self) -> StepResult:
         """Apply the gradients. Collective over all ranks."""
         if self.optimizer is None:
@@ -128,6 +131,7 @@ class Engine:
         self.memory.require(*PARTS)
         return self.optimizer.step()
 
+    @record_function("logprobs")
     def logprobs(self, batch: list[Sample], *, temperature: float = 1.0) -> list[Tensor]:
         """Log probability of each token given those before it. Collective over all ranks.
 

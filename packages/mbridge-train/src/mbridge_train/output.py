@@ -11,8 +11,15 @@ from mbridge_config import RunConfig, plain
 from torch import distributed
 
 from mbridge_train.metrics import METRICS_FILE, MetricsWriter
+from mbridge_train.profiler import StepProfiler
 from mbridge_train.progress import TrainingProgress
 from mbridge_train.report import Chart, write_report
+
+THROUGHPUT_CHARTS = (
+    Chart(title="Model operations", metrics=("tflops_per_second",), unit="TFLOP/s of a GPU"),
+    Chart(title="Model FLOP utilisation", metrics=("mfu",), unit="share of the GPU's bf16 peak"),
+)
+"""Of what `throughput` measures."""
 
 RESUME_KEYS = ("runner.experiment_name", "runner.resume_dir", "runner.max_steps")
 
@@ -48,6 +55,8 @@ class RunOutput:
         self.command = command
         self.display = display
         self.checkpoints = directory / "checkpoints"
+        megatron = config.actor.megatron
+        self.profiler = StepProfiler(megatron.profiler if megatron.use_profiler else None, directory / "profiler")
         self.is_writer = distributed.get_rank() == 0
         self.report_section = ""
         """HTML that the report shows below its curves."""

@@ -1,6 +1,18 @@
 """All rules, by the kind of run they are for."""
 
-from mbridge_config.rules import batches, geometry, lengths, optimizer, parallel, reasoning, run, sft, start, vision
+from mbridge_config.rules import (
+    batches,
+    geometry,
+    lengths,
+    optimizer,
+    parallel,
+    profiler,
+    reasoning,
+    run,
+    sft,
+    start,
+    vision,
+)
 from mbridge_config.rules.base import Context, Finding, Rule, rule
 
 _BOTH: tuple[Rule, ...] = (
@@ -11,6 +23,7 @@ _BOTH: tuple[Rule, ...] = (
     *lengths.RULES,
     *optimizer.RULES,
     *run.RULES,
+    *profiler.RULES,
 )
 
 REASONING: tuple[Rule, ...] = (*_BOTH, *reasoning.RULES)

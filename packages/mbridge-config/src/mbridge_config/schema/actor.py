@@ -53,6 +53,6 @@ class ActorConfig:
     mcore_gpt: bool | None = no_effect(None, _ONE_MODEL)
     spec_name: str | None = no_effect(None, _ONE_MODEL)
     enable_dp_load_balance: bool | None = no_effect(None, "sequences are always balanced over ranks by tokens")
-    calculate_flops: bool | None = no_effect(None, "tokens per second are always measured")
+    calculate_flops: bool | None = no_effect(None, "operations are always counted")
     eval_batch_size: int | None = no_effect(None, "validation uses micro_batch_size")
     combine_reference_model: bool | None = no_effect(None, "the app decides how the reference policy is kept")

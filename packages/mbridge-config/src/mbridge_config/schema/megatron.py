@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from mbridge_config.keys import alias, key, no_effect, section
+from mbridge_config.schema.profiler import ProfilerConfig
 
 _NO_CONVERSION = "nothing is converted beforehand; the HuggingFace weights are loaded straight into the model"
 _OVERLAP = "tensor-parallel overlap is chosen by the layer backend"
@@ -56,9 +57,9 @@ class MegatronConfig:
     ddp_bucket_size: int | None = key(
         None, "Gradients reduced at once. null: Megatron's default.", unit="parameters", minimum=1
     )
-    use_profiler: bool = key(False, "Record a torch profile.", refused={"True": "profiling is not in this version"})
+    use_profiler: bool = key(False, "Record traces of the steps that `profiler` names, with torch's profiler.")
     ckpt_convertor: CheckpointConvertorConfig = section(CheckpointConvertorConfig, "Where weights come from.")
-    profiler: dict[str, Any] = no_effect({}, "profiling is not in this version")
+    profiler: ProfilerConfig = section(ProfilerConfig, "Which steps are recorded, of what, and in which files.")
 
     transformer_impl: str | None = alias("actor.model.backend")
     async_save: bool | None = alias("runner.checkpoint.async_save")

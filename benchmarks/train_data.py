@@ -1,0 +1,89 @@
+"""Geometry and synthetic global batches for `train_speed.py`."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_QWEN2_5 = {"max_position_embeddings": 131072, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
+# Of config.json of Qwen/Qwen2.5-1.5B and Qwen/Qwen2.5-7B on the HuggingFace hub.
+GEOMETRIES: dict[str, dict[str, Any]] = {
+    "1.5b": _QWEN2_5
+    | {
+        "vocab_size": 151936,
+        "hidden_size": 1536,
+        "intermediate_size": 8960,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 12,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+    "7b": _QWEN2_5
+    | {
+        "vocab_size": 152064,
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "tie_word_embeddings": False,
+    },
+    # For trying the benchmark on a CPU.
+    "tiny": _QWEN2_5
+    | {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Example:
+    """One sequence.
+
+    Attributes:
+        tokens: int64 [length].
+        trained: bool [length].
+    """
+
+    tokens: Tensor
+    trained: Tensor
+
+
+def write_config(name: str, directory: Path) -> None:
+    """Write config.json of the model."""
+    import transformers
+
+    config = transformers.Qwen2Config(architectures=["Qwen2ForCausalLM"], **GEOMETRIES[name])
+    config.save_pretrained(directory)
+
+
+def make_batches(name: str, lengths: str, longest: int, samples: int, batches: int) -> list[list[Example]]:
+    """Global batches of random tokens, the same for the same arguments.
+
+    `lengths` is "fixed", all of them `longest` and trained but for the first token, or "mixed": log-uniform from
+    1/64 of `longest` on, as questions with answers are, with the last half to nine tenths of each trained.
+    """
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = GEOMETRIES[name]["vocab_size"]
+
+    def uniform(least: float, most: float) -> float:
+        return least + (most - least) * float(torch.rand((), generator=generator))
+
+    def example() -> Example:
+        length, first = longest, 1
+        if lengths == "mixed":
+            length = round(math.exp(uniform(math.log(max(4, longest // 64)), math.log(longest))))
+            first = max(1, length - round(uniform(0.5, 0.9) * length))
+        tokens = torch.randint(vocabulary, (length,), generator=generator)
+        return Example(tokens=tokens, trained=torch.arange(length) >= first)
+
+    return [[example() for _ in range(samples)] for _ in range(batches)]

@@ -1,0 +1,66 @@
+"""What the profiler records."""
+
+from collections.abc import Iterable
+from pathlib import PurePath
+
+from mbridge_config.profiled_steps import is_recorded
+from mbridge_config.rules.base import Context, Finding, rule
+
+PROFILER = "actor.megatron.profiler."
+USED = "actor.megatron.use_profiler"
+
+
+@rule(
+    "profiler-steps",
+    USED,
+    *(f"{PROFILER}{name}" for name in ("steps", "schedule_wait", "schedule_warmup", "schedule_active")),
+    "runner.max_steps",
+)
+def steps(context: Context) -> Iterable[Finding]:
+    """The profiler is on and would record no step, or one that is none."""
+    megatron, last = context.config.actor.megatron, context.config.runner.max_steps
+    if not megatron.use_profiler:
+        return
+    named = megatron.profiler.steps
+    if named is not None and any(step < 1 for step in named):
+        yield Finding(f"{PROFILER}steps", "steps are counted from 1", "name steps from 1 on")
+    elif named is not None and not named:
+        yield Finding(f"{PROFILER}steps", f"no step is named, and {USED} is true", "name steps, or turn it off")
+    elif named is not None and 0 < last < min(named):
+        reason = f"the run ends with step {last}, runner.max_steps"
+        yield Finding(f"{PROFILER}steps", reason, f"name steps up to {last}")
+    elif named is None and last > 0 and not any(is_recorded(megatron.profiler, step) for step in range(1, last + 1)):
+        first = megatron.profiler.schedule_wait + megatron.profiler.schedule_warmup + 1
+        reason = f"the first recorded step is {first}, and the run ends with step {last}, runner.max_steps"
+        yield Finding(f"{PROFILER}schedule_wait", reason, f"lower it, or name steps in {PROFILER}steps")
+
+
+@rule("profiler-activities", USED, f"{PROFILER}activities")
+def activities(context: Context) -> Iterable[Finding]:
+    """The profiler is on and told to record nothing."""
+    megatron = context.config.actor.megatron
+    if megatron.use_profiler and not megatron.profiler.activities:
+        yield Finding(f"{PROFILER}activities", "nothing would be recorded", "use [cpu, cuda], [cpu] or [cuda]")
+
+
+@rule("profiler-files", USED, *(f"{PROFILER}{name}" for name in ("export_tensorboard", "export_chrome_trace")))
+def files(context: Context) -> Iterable[Finding]:
+    """The profiler is on and told to write nothing."""
+    megatron = context.config.actor.megatron
+    settings = megatron.profiler
+    if megatron.use_profiler and not (settings.export_tensorboard or settings.export_chrome_trace):
+        fix = f"set {PROFILER}export_chrome_trace=true, or {USED}=false"
+        yield Finding(f"{PROFILER}export_chrome_trace", "no trace would be written, as export_tensorboard=false", fix)
+
+
+@rule("profiler-prefix", USED, f"{PROFILER}chrome_filename_prefix")
+def prefix(context: Context) -> Iterable[Finding]:
+    """The beginning of the traces' names would lead out of their directory."""
+    megatron = context.config.actor.megatron
+    name = megatron.profiler.chrome_filename_prefix
+    if megatron.use_profiler and PurePath(name).name != name:
+        fix = f"use a plain name such as chrome_trace; {PROFILER}output_dir is the directory"
+        yield Finding(f"{PROFILER}chrome_filename_prefix", "it is not the beginning of a file's name", fix)
+
+
+RULES = (steps, activities, files, prefix)
