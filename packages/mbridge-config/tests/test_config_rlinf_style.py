@@ -129,7 +129,6 @@ def test_values_by_resolvers() -> None:
 REFUSED = {
     "actor.training_backend=fsdp": "mbridge trains with Megatron-Core",
     "actor.model.is_lora=true": "LoRA is not in this version",
-    "actor.megatron.use_profiler=true": "profiling is not in this version",
     "actor.megatron.use_torch_fsdp2=true": "mbridge trains with Megatron-Core's distributed optimizer",
     "actor.megatron.finetune=true": "a checkpoint holds the whole state, and a resumed run goes on with all of it",
     "actor.megatron.skip_train=true": "a run trains; only SFT can evaluate alone, with runner.only_eval",

@@ -17,7 +17,10 @@ USED = "actor.megatron.use_profiler"
     "runner.max_steps",
 )
 def steps(context: Context) -> Iterable[Finding]:
-    """The profiler is on and would record no step, or one that is none."""
+    """The profiler is on and would record no step, or one that is none.
+
+    Fix: name steps that the run has in `actor.megatron.profiler.steps`, or set `actor.megatron.use_profiler=false`.
+    """
     megatron, last = context.config.actor.megatron, context.config.runner.max_steps
     if not megatron.use_profiler:
         return
@@ -37,7 +40,10 @@ def steps(context: Context) -> Iterable[Finding]:
 
 @rule("profiler-activities", USED, f"{PROFILER}activities")
 def activities(context: Context) -> Iterable[Finding]:
-    """The profiler is on and told to record nothing."""
+    """The profiler is on and told to record nothing.
+
+    Fix: set `actor.megatron.profiler.activities=[cpu, cuda]`, or one of the two.
+    """
     megatron = context.config.actor.megatron
     if megatron.use_profiler and not megatron.profiler.activities:
         yield Finding(f"{PROFILER}activities", "nothing would be recorded", "use [cpu, cuda], [cpu] or [cuda]")
@@ -45,7 +51,10 @@ def activities(context: Context) -> Iterable[Finding]:
 
 @rule("profiler-files", USED, *(f"{PROFILER}{name}" for name in ("export_tensorboard", "export_chrome_trace")))
 def files(context: Context) -> Iterable[Finding]:
-    """The profiler is on and told to write nothing."""
+    """The profiler is on and told to write nothing.
+
+    Fix: set `actor.megatron.profiler.export_chrome_trace=true`, or `actor.megatron.use_profiler=false`.
+    """
     megatron = context.config.actor.megatron
     settings = megatron.profiler
     if megatron.use_profiler and not (settings.export_tensorboard or settings.export_chrome_trace):
@@ -55,7 +64,10 @@ def files(context: Context) -> Iterable[Finding]:
 
 @rule("profiler-prefix", USED, f"{PROFILER}chrome_filename_prefix")
 def prefix(context: Context) -> Iterable[Finding]:
-    """The beginning of the traces' names would lead out of their directory."""
+    """The beginning of the traces' names would lead out of their directory.
+
+    Fix: use a plain name such as `chrome_trace`; `actor.megatron.profiler.output_dir` is the directory.
+    """
     megatron = context.config.actor.megatron
     name = megatron.profiler.chrome_filename_prefix
     if megatron.use_profiler and PurePath(name).name != name:

@@ -99,7 +99,10 @@ def warmup(context: Context) -> Iterable[Finding]:
 
 @rule("offload-without-turns", *OFFLOAD)
 def offload(context: Context) -> Iterable[Finding]:
-    """Something is to leave the GPU while nothing else needs it: SFT does nothing but train."""
+    """Something is to leave the GPU while nothing else needs it: SFT does nothing but train.
+
+    Fix: set `actor.offload_weight`, `offload_grad` and `offload_optimizer` to false.
+    """
     actor = context.config.actor
     for key, value in zip(OFFLOAD, (actor.offload_weight, actor.offload_grad, actor.offload_optimizer), strict=True):
         if value:

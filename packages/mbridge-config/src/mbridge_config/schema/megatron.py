@@ -1,7 +1,7 @@
 """`actor.megatron`: Megatron-Core's processes and checkpoints, and what Megatron-LM's own training loop reads."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 from mbridge_config.keys import alias, key, no_effect, section
 from mbridge_config.schema.profiler import ProfilerConfig
