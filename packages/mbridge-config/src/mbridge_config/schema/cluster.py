@@ -6,7 +6,7 @@ from typing import Any
 from mbridge_config.keys import key, no_effect
 
 _PLACEMENT = "every rank trains, generates and scores; components are not placed on GPUs of their own"
-_PROFILING = "profiling is not in this version"
+_PROFILING = "actor.megatron.use_profiler records what a run does"
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
