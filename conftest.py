@@ -39,6 +39,7 @@ def gang4(worker_pool: WorkerPool) -> Gang:
     return Gang(4, worker_pool)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Say what runs together when tests run in several processes; skip what needs a GPU where there is none."""
     with_gangs = {item.path for item in items if "worker_pool" in getattr(item, "fixturenames", ())}

@@ -97,7 +97,7 @@ def test_profiled_step_leaves_a_trace_with_its_phases(runs: tuple[Path, str]) ->
     (file,) = profiler.iterdir()
     assert file == directory / "from-hf" / "profiler" / "chrome_trace_rank0_step1.json.gz"
     names = {event["name"] for event in json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]}
-    assert {"step 1", "stream", "generate", "reward", "logprobs", "reference", "train", "optimizer_step"} <= names
+    assert {"step 1", "generate", "reward", "logprobs", "reference", "train", "optimizer_step"} <= names
 
 
 def test_operations_are_counted(runs: tuple[Path, str]) -> None:
