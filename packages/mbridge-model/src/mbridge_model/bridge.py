@@ -31,6 +31,9 @@ def import_bridge() -> Any:
     allow_missing_transformer_engine()
     try:
         with quiet():
+            from mbridge_model.rotary import install_rotary
+
+            install_rotary()
             from megatron.bridge import AutoBridge
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("megatron.bridge"):
