@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "memory_moves.py"
+pytestmark = pytest.mark.benchmark
 
 
 def test_on_a_cpu(tmp_path: Path) -> None:
