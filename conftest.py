@@ -42,7 +42,7 @@ def gang4(worker_pool: WorkerPool) -> Gang:
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Say what runs together when tests run in several processes; skip what needs a GPU where there is none."""
-    with_gangs = {item.path for item in items if "worker_pool" in getattr(item, "fixturenames", ())}
+    with_gangs = {item.path for item in items if {"worker_pool", "pool"} & set(getattr(item, "fixturenames", ()))}
     for item in items:
         # A file's tests share its fixtures; all gangs share workers that took long to start.
         item.add_marker(pytest.mark.xdist_group("gangs" if item.path in with_gangs else str(item.path)))

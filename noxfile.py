@@ -39,8 +39,14 @@ IN_PARALLEL = ["--numprocesses=auto", "--maxprocesses=4", "--dist=loadgroup", "-
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests but those marked `real`. Arguments go to pytest, which then runs in one process."""
+    """All tests but those marked `benchmark` or `real`. Arguments go to pytest, which then runs in one process."""
     session.run(sys.executable, "-m", "pytest", *(session.posargs or IN_PARALLEL))
+
+
+@nox.session
+def benchmarks(session: nox.Session) -> None:
+    """The scripts of `benchmarks/` in their CPU mode, on tiny models: they run, and their sides compute the same."""
+    session.run(sys.executable, "-m", "pytest", "-m", "benchmark", *(session.posargs or [*IN_PARALLEL, "testing"]))
 
 
 @nox.session

@@ -26,19 +26,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from train_data import GEOMETRIES, write_config
 
-SHARED = {"tie_word_embeddings": False, "max_position_embeddings": 4096}
-GEOMETRIES: dict[str, dict[str, Any]] = {
-    "tiny": SHARED
-    | {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2}
-    | {"num_attention_heads": 4, "num_key_value_heads": 2},
-    "1.5b": SHARED
-    | {"vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28}
-    | {"num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "7b": SHARED
-    | {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
-    | {"num_attention_heads": 28, "num_key_value_heads": 4},
-}
 PLAIN_BYTES = 1 << 30
 
 
@@ -51,8 +40,8 @@ def make_engine(name: str, directory: Path) -> Any:
     from mbridge_train import Engine, MicroBatching, OptimizerSettings, Sample, Schedule, aggregation_weights, sft_loss
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    config = Qwen2Config(architectures=["Qwen2ForCausalLM"], **GEOMETRIES[name])
-    config.save_pretrained(directory)
+    write_config(name, directory)
+    config = Qwen2Config(**GEOMETRIES[name])
     with torch.device("meta"):
         names = [key for key, _ in Qwen2ForCausalLM(config).named_parameters()]
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}

@@ -6,28 +6,30 @@
     def test_ranks(gang2: Gang) -> None:
         assert gang2.run(on_rank, 10) == [10, 11]
 
-Importing Megatron takes 10 s or more a process, so the workers outlive the tests: a `WorkerPool` starts a worker
-when a rank is first needed, and gangs of every size share the workers of the lower ranks (4 processes serve
-gangs of 2 and of 4). Every call gets a fresh process group. After a failure the workers are ended and new ones
-start with the next call.
+Importing Megatron takes 10 s or more, so one process does it, from which all workers are forked. The workers outlive
+the tests, too: a `WorkerPool` starts a worker when a rank is first needed, and gangs of every size share the workers of
+the lower ranks (4 processes serve gangs of 2 and of 4). Every call gets a fresh process group. After a failure the
+workers are ended and new ones start with the next call.
 """
 
 import atexit
 import contextlib
+import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-WORKER_SCRIPT = Path(__file__).with_name("gang_worker.py")
+from testing import gang_worker
+
+FORK_SERVER = multiprocessing.get_context("forkserver")
+FORK_SERVER.set_forkserver_preload(["testing.gang_preload"])
 # Importing the test file, and with it Megatron, is not part of a case's own time.
 IMPORT_TIMEOUT = 300.0
 # How long the other ranks may still run once one has failed: time to fail by themselves, with their own message.
@@ -46,27 +48,19 @@ class Worker:
         self.rank = rank
         self.log = directory / f"rank_{rank}_{time.monotonic_ns()}.log"
         self.log_offset = 0
-        self.connection, child_connection = Pipe()
+        self.log.touch()
+        self.connection, child_connection = FORK_SERVER.Pipe()
         # Only this process holds the write end, so it closes with this process.
-        lifeline_read, self._lifeline = os.pipe()
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"}
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, str(WORKER_SCRIPT), str(child_connection.fileno()), str(lifeline_read)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env=environment,
-                pass_fds=(child_connection.fileno(), lifeline_read),
-                # A process group of its own: Ctrl-C reaches pytest alone, and `end` reaches children of a worker.
-                start_new_session=True,
-            )
+        lifeline_read, self._lifeline = FORK_SERVER.Pipe(duplex=False)
+        arguments = (child_connection, lifeline_read, str(self.log))
+        self.process = FORK_SERVER.Process(target=gang_worker.main, args=arguments)
+        self.process.start()
         child_connection.close()
-        os.close(lifeline_read)
+        lifeline_read.close()
 
     @property
     def running(self) -> bool:
-        return self.process.poll() is None
+        return self.process.is_alive()
 
     def output(self) -> str:
         """What the worker wrote since the current call began."""
@@ -75,13 +69,13 @@ class Worker:
             return log.read().decode(errors="replace").strip()
 
     def end(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
+        assert self.process.pid is not None
+        self.process.kill()
+        with contextlib.suppress(ProcessLookupError):  # what the worker has started
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.process.join()
         self.connection.close()
-        if self._lifeline >= 0:
-            os.close(self._lifeline)
-            self._lifeline = -1
+        self._lifeline.close()
 
 
 class WorkerPool:
@@ -215,7 +209,8 @@ def _receive(worker: Worker) -> tuple[str, Any]:
         kind, value = pickle.loads(connection.recv_bytes())
         return (kind, pickle.loads(value)) if kind == "returned" else (kind, value)
     except (EOFError, ConnectionResetError):
-        return "raised", f"the process ended with code {worker.process.wait()} (negative: signal)"
+        worker.process.join()
+        return "raised", f"the process ended with code {worker.process.exitcode} (negative: signal)"
     except Exception as error:  # noqa: BLE001 - whatever unpickling a result may raise
         return "raised", f"its result cannot be unpickled: {type(error).__name__}: {error}"
 
@@ -224,7 +219,7 @@ def _report(workers: list[Worker], results: dict[int, Any], failures: dict[int, 
     hung = [worker for worker in workers if worker.rank not in results and worker.rank not in failures]
     for worker in hung:
         if worker.running:
-            worker.process.send_signal(signal.SIGUSR1)
+            os.kill(worker.process.pid or 0, signal.SIGUSR1)
     if hung:
         time.sleep(DUMP_TIME)
     for worker in workers:

@@ -1,9 +1,7 @@
 """One worker of a gang: runs the cases that `testing.gang` sends through a pipe, until the pipe closes.
 
-Started as `python gang_worker.py CONNECTION_FD LIFELINE_FD`, never imported by tests.
-
-Every case gets a fresh default process group, so that no case sees groups, threads or sockets of the one before.
-Nothing here imports Megatron; what a case imports stays imported, which is why the workers live long.
+Every case gets a fresh default process group, so that no case sees groups, threads or sockets of the one before. What a
+case imports stays imported.
 """
 
 import contextlib
@@ -18,7 +16,6 @@ import signal
 import sys
 import threading
 import traceback
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -43,13 +40,19 @@ class Case:
     search_path: list[str]
 
 
-def main() -> None:
-    connection, lifeline = Connection(int(sys.argv[1])), int(sys.argv[2])
+def main(connection: Connection, lifeline: Connection, log: str) -> None:
+    """Run in a process of its own; everything that it prints goes to the end of `log`."""
+    # A process group of its own: Ctrl-C reaches pytest alone, and the pool reaches children of a worker.
+    os.setsid()
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(descriptor, stream.fileno())
+    os.close(descriptor)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     # The dump is written by the signal handler itself, so it also shows a thread stuck in native code.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     faulthandler.enable()
-    # Megatron's import says a dozen times that Transformer Engine is not there; a failing case should stand out.
-    warnings.filterwarnings("ignore", module=r"megatron\.")
     threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
     while True:
         try:
@@ -73,9 +76,9 @@ def _load(message: bytes) -> Case:
     return Case(**pickle.loads(message))
 
 
-def _end_with_parent(lifeline: int) -> None:
-    """The parent never writes: `read` returns when the parent has ended, however it ended."""
-    os.read(lifeline, 1)
+def _end_with_parent(lifeline: Connection) -> None:
+    """The parent never writes: there is something to read when the parent has ended, however it ended."""
+    lifeline.poll(None)
     os._exit(1)
 
 
@@ -188,7 +191,3 @@ def _release_models() -> None:
     gc.collect()
     # What is left are modules, a million objects. Looking through them again took half a second a case.
     gc.freeze()
-
-
-if __name__ == "__main__":
-    main()

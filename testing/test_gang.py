@@ -177,7 +177,7 @@ def test_worker_killed_between_calls_is_replaced(two: Gang, pool: WorkerPool) ->
     two.run(process_id)
     worker = pool.workers(2)[0]
     worker.process.kill()
-    worker.process.wait()
+    worker.process.join()
     assert two.run(process_id)[0][0] != worker.process.pid
 
 
@@ -218,6 +218,8 @@ def test_workers_end_with_pytest(how: signal.Signals, tmp_path: Path) -> None:
             """
             import os, time
             from pathlib import Path
+            from testing.gang import FORK_SERVER
+            FORK_SERVER.set_forkserver_preload([])  # no Megatron here
             def sleep(directory):
                 Path(directory, f"{os.environ['RANK']}.tmp").write_text(str(os.getpid()))
                 Path(directory, f"{os.environ['RANK']}.tmp").rename(Path(directory, f"{os.environ['RANK']}.pid"))

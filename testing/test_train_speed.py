@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+pytestmark = pytest.mark.benchmark
 
 
 def figures(directory: Path, options: str) -> tuple[dict[str, dict[str, Any]], str]:

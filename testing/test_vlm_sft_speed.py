@@ -12,6 +12,7 @@ from mbridge_config import HFFacts
 from mbridge_config.parameters import count_parameters
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+pytestmark = pytest.mark.benchmark
 
 
 @pytest.fixture(scope="module")
