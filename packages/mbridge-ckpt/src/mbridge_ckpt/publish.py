@@ -5,6 +5,7 @@ import platform
 import re
 import shutil
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import metadata as installed
 from pathlib import Path
@@ -42,27 +43,48 @@ def find_leftovers(directory: Path) -> list[Leftover]:
 
 
 def publish(temporary: Path, step: int) -> Path:
-    """Rename a complete temporary directory to `global_step_N`, then move `latest`; all of it durable on return.
+    """Rename a complete temporary directory to `global_step_N`, then move `latest`; durable on return.
 
     A checkpoint of the same step is replaced: by one atomic exchange where the file system can, else it is first
-    moved aside, and `prune` moves it back should the process die between the two renames.
+    moved aside, and `prune` moves it back should the process die between the two renames. An OSError at any point
+    leaves both under the names that they had.
     """
     directory, final = temporary.parent, temporary.parent / step_directory(step)
     fsync_tree_directories(temporary)
-    if not os.path.lexists(final):
-        os.rename(temporary, final)
-        old = None
-    elif exchange(temporary, final):
-        old = temporary
-    else:
-        old = temporary_directory(directory, step, "replaced")
-        os.rename(final, old)
-        os.rename(temporary, final)
-    fsync_path(directory)
-    point_link(directory / LATEST_LINK, final.name)
+    old = _take_name(temporary, final, step)
+    try:
+        fsync_path(directory)
+        point_link(directory / LATEST_LINK, final.name)
+    except OSError:
+        if old != temporary:
+            os.rename(final, temporary)
+            if old is not None:
+                os.rename(old, final)
+        else:
+            exchange(temporary, final)
+        raise
+    with suppress(OSError):  # the checkpoint is durable; a power cut could only bring back where `latest` pointed before
+        fsync_path(directory)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _take_name(temporary: Path, final: Path, step: int) -> Path | None:
+    """Rename `temporary` to `final`; where the checkpoint is now that had this name, if one had."""
+    if not os.path.lexists(final):
+        os.rename(temporary, final)
+        return None
+    if exchange(temporary, final):
+        return temporary
+    old = temporary_directory(final.parent, step, "replaced")
+    os.rename(final, old)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        os.rename(old, final)
+        raise
+    return old
 
 
 def writer_versions() -> dict[str, str]:
