@@ -11,16 +11,17 @@ from importlib import metadata as installed
 from pathlib import Path
 
 from mbridge_ckpt.durable import exchange, fsync_path, fsync_tree_directories, point_link
-from mbridge_ckpt.layout import LATEST_LINK, step_directory
+from mbridge_ckpt.layout import LATEST_LINK, step_directory, step_of
 
 WRITER_FILE = ".writer"
 _LEFTOVER = re.compile(r"\.global_step_([0-9]+)\.(saving|replaced|deleting)-[0-9a-f]{12}")
+_LEFTOVER_LINK = re.compile(rf"\.{LATEST_LINK}\.[0-9a-f]{{8}}")  # of `point_link`
 
 
 @dataclass(frozen=True, slots=True)
 class Leftover:
     """A hidden directory beside the checkpoints: of a save ("saving"), of an old checkpoint that a save moved aside
-    ("replaced"), or of one that `prune` was removing ("deleting")."""
+    ("replaced"), or of one that `prune` was removing ("deleting"); or a link that was to become `latest` ("link")."""
 
     path: Path
     step: int
@@ -37,7 +38,10 @@ def find_leftovers(directory: Path) -> list[Leftover]:
     found = []
     for path in sorted(directory.iterdir()):
         match = _LEFTOVER.fullmatch(path.name)
-        if match and path.is_dir() and not path.is_symlink():
+        if _LEFTOVER_LINK.fullmatch(path.name):
+            with suppress(OSError):  # of a live save it may be gone by now
+                found.append(Leftover(path, step_of(os.readlink(path)) or 0, "link"))
+        elif match and path.is_dir() and not path.is_symlink():
             found.append(Leftover(path, int(match[1]), match[2]))
     return found
 
@@ -63,7 +67,9 @@ def publish(temporary: Path, step: int) -> Path:
         else:
             exchange(temporary, final)
         raise
-    with suppress(OSError):  # the checkpoint is durable; a power cut could only bring back where `latest` pointed before
+    with suppress(
+        OSError
+    ):  # the checkpoint is durable; a power cut could only bring back where `latest` pointed before
         fsync_path(directory)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

@@ -27,6 +27,7 @@ from mbridge_ckpt.layout import (
     Layout,
     inside,
     iteration_directory,
+    refuse_inside_checkpoint,
     step_directory,
 )
 from mbridge_ckpt.manifest import FileRecord, Manifest
@@ -94,12 +95,13 @@ class Save(CheckpointWriter):
         temporary = temporary_directory(directory, step)
         if self._ranks.rank == 0:
             try:
+                refuse_inside_checkpoint(directory)
                 directory.mkdir(parents=True, exist_ok=True)
                 if existing == "refuse" and os.path.lexists(self._final):
                     raise SaveError(f"{self._final} exists; delete it, or save with existing='replace'")
                 temporary.mkdir()
                 self._lock = _lock_writer(temporary)
-            except (OSError, SaveError) as error:
+            except (OSError, CheckpointError) as error:
                 self._note(_text(error))
         self.path, begun = self._ranks.from_first((temporary, self._failure is None))
         if begun and not self.path.is_dir():
@@ -264,6 +266,9 @@ class Save(CheckpointWriter):
             self._note_writing(self._external[-1] if self._external and not error.filename else "", error)
         elif isinstance(error, Exception):
             self._note(_text(error))
+        elif self._ranks.size == 1:
+            self._abandon()
+            return
         else:  # Ctrl-C and exits must not wait for ranks that may never come; `prune` removes what is left
             self._open = False
             self._release()
