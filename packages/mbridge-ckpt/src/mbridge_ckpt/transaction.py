@@ -185,7 +185,7 @@ class Save(CheckpointWriter):
                 self._publish(records, metadata or {}, writer or {})
             except (OSError, CheckpointError, TypeError, ValueError) as error:
                 self._note(f"cannot commit {self._final}: {_text(error)}")
-        self._agree(None)
+        self._agree(None, if_lost="may or may not have been saved")
         self._release()
         return self._final
 
@@ -226,14 +226,14 @@ class Save(CheckpointWriter):
         where = self._final / path if path else error.filename or self._final
         self._note(f"cannot write {where}: {error.strerror or error}")
 
-    def _agree[T](self, value: T) -> list[T]:
+    def _agree[T](self, value: T, *, if_lost: str = "was not saved") -> list[T]:
         """Exchange failures and `value`; with any failure, clean up and raise the same SaveError on every rank."""
         try:
             answers = self._ranks.gather((self._failure, value))
         except RuntimeError as error:
             raise RanksLostError(
-                f"{self._final} was not saved: a rank is gone or out of step ({str(error).splitlines()[0]}); earlier"
-                f" checkpoints are untouched, and `mbridge-ckpt prune` removes {self.path.name}"
+                f"{self._final} {if_lost}: a rank is gone or out of step ({str(error).splitlines()[0]}); earlier"
+                f" checkpoints are untouched, and `mbridge-ckpt prune` removes {self.path.name} if it is there"
             ) from error
         failures = [failure for failure, _ in answers if failure is not None]
         if failures:
