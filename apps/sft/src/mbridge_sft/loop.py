@@ -28,7 +28,7 @@ from mbridge_sft.examples import Examples
 from mbridge_sft.images import PixelLimits
 from mbridge_sft.quickstart import prepare_quickstart
 from mbridge_sft.report import DISPLAY, example_grid
-from mbridge_sft.start import read_data
+from mbridge_sft.start import optimizer_steps, read_data
 from mbridge_sft.trainer import SFTTrainer
 
 
@@ -57,9 +57,7 @@ def _train(config: SFTConfig, command: list[str]) -> None:
     training, evaluation = read_data(config)
     assert training is not None  # a rule
     runner = config.runner
-    steps = runner.max_steps
-    if steps <= 0:
-        steps = max(1, len(training) * runner.max_epochs // config.actor.global_batch_size)
+    steps = optimizer_steps(config, rows=len(training))
 
     resume = find_checkpoint(runner.resume_dir, output.checkpoints, output.message)
     engine = _engine(config, optimizer_steps=steps)
