@@ -80,6 +80,7 @@ def test_raw_bytes_are_an_image(tmp_path):
     ("changes", "message"),
     [
         ({"correct_answer": 3}, r"'correct_answer': 3 is none of the 3 choices"),
+        ({"correct_answer": "x" * 5000}, r"'xx.{20,40}xx' is none of the 3 choices"),
         ({"correct_answer": -1}, r"-1 is none of the 3 choices"),
         ({"correct_answer": "Maybe"}, r"'Maybe' is none"),
         ({"correct_answer": "D"}, r"'D' is none"),

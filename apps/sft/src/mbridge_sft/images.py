@@ -58,8 +58,8 @@ def decode(image: ImageReference, source: str, *, most_pixels: int = LARGEST) ->
                 width, height = opened.size
                 if width * height > most_pixels:
                     raise RowError(
-                        f"{source}: the image{name} has {width} x {height} pixels, more than {most_pixels}; make it smaller, "
-                        "raise data.max_pixels, or set data.oversized=resize"
+                        f"{source}: the image{name} has {width} x {height} pixels, more than {most_pixels}; make it "
+                        "smaller, raise data.max_pixels, or set data.oversized=resize"
                     )
                 return _rgb(ImageOps.exif_transpose(opened))
     except RowError:

@@ -103,6 +103,11 @@ def _evaluate(config: SFTConfig, command: list[str]) -> None:
     _, evaluation = read_data(config)
     assert evaluation is not None  # a rule
     checkpoint = find_checkpoint(config.runner.resume_dir, checkpoint_directory(config), output.message)
+    if checkpoint is None and config.runner.resume_dir is not None:  # the figures would be those of other weights
+        raise DataError(
+            f"there is no checkpoint to evaluate in {checkpoint_directory(config)}; correct runner.experiment_name or "
+            "runner.output_dir, or set runner.resume_dir=null to evaluate the model of actor.model.model_path"
+        )
     engine = _engine(config, optimizer_steps=None)
     step = 0
     if checkpoint is not None:

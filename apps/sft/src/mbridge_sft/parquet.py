@@ -7,6 +7,7 @@ by row groups, of which a few small ones are kept: HuggingFace writes 100 rows a
 import ast
 import json
 import re
+import reprlib
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
@@ -70,8 +71,8 @@ class ParquetFile:
                 raise DataError(f"{path} has no column {key!r}, only {', '.join(names)}: correct data.{setting}")
         if choice_key != CHOICES and not self._has_choices:
             raise DataError(
-                f"{path} has no column {choice_key!r}, only {', '.join(names)}: correct data.choice_key, or leave it at "
-                f"{CHOICES!r}, which a file without choices need not have"
+                f"{path} has no column {choice_key!r}, only {', '.join(names)}: correct data.choice_key, or leave it "
+                f"at {CHOICES!r}, which a file without choices need not have"
             )
         metadata = self._file.metadata
         # Of each row group, the row behind its last.
@@ -116,7 +117,7 @@ class ParquetFile:
         row = self._row(index)
         question = row[self._prompt_key]
         if not isinstance(question, str) or not question.strip():
-            raise RowError(f"{source}: {self._prompt_key!r} is {question!r}, not a question")
+            raise RowError(f"{source}: {self._prompt_key!r} is {reprlib.repr(question)}, not a question")
         images = [
             _image(value, f"{source}, column {key!r}")
             for key in self._image_keys
@@ -130,7 +131,9 @@ class ParquetFile:
         texts: tuple[str, ...] | None = None
         if choices is None:
             if not isinstance(answer, str):
-                raise RowError(f"{source}: {self._answer_key!r} is {answer!r} where no choices are: write text")
+                raise RowError(
+                    f"{source}: {self._answer_key!r} is {reprlib.repr(answer)} where no choices are: write text"
+                )
         else:
             texts = _choices(choices, f"{source}, column {self._choice_key!r}")
             right = _right(answer, texts, f"{source}, column {self._answer_key!r}")
@@ -225,5 +228,7 @@ def _right(answer: Any, choices: tuple[str, ...], where: str) -> int:
         elif text.isdecimal():
             right = int(text)
     if not 0 <= right < len(choices):
-        raise RowError(f"{where}: {answer!r} is none of the {len(choices)} choices, nor the index or letter of one")
+        raise RowError(
+            f"{where}: {reprlib.repr(answer)} is none of the {len(choices)} choices, nor the index or letter of one"
+        )
     return right
