@@ -21,6 +21,7 @@ from mbridge_train.processes import broadcast, join, leave, seed_all
 from mbridge_train.resume import find_checkpoint, restore
 from mbridge_train.saving import RunSaver, is_due
 from mbridge_train.throughput import Throughput
+from megatron.core import parallel_state
 
 from mbridge_sft.encode import Encoder
 from mbridge_sft.errors import DataError
@@ -150,6 +151,7 @@ def _encoder(config: SFTConfig) -> Encoder:
         tokenizer_directory(config),
         max_length=config.runner.seq_length,
         train_on=data.train_on,
+        keep_images=parallel_state.is_pipeline_first_stage(),
         limits=PixelLimits(min_pixels=data.min_pixels, max_pixels=data.max_pixels, oversized=data.oversized),
         trust_remote_code=config.actor.tokenizer.trust_remote_code,
     )
