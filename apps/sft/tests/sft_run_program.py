@@ -103,6 +103,13 @@ def mistakes(directory: Path) -> None:
             "data.oversized=refuse",
         ),
         "long": mistake("m-long", directory, "runner.seq_length=40"),
+        "evaluation": mistake(
+            "m-evaluation",
+            directory,
+            "runner.only_eval=true",
+            "runner.resume_dir=auto",
+            f"data.val_data_paths=[{directory / 'eval'}]",
+        ),
         "data": mistake("m-data", directory, "data.seed=5", f"runner.resume_dir={half}"),
     }
     (directory / "said.json").write_text(json.dumps(said))
