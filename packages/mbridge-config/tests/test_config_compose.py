@@ -77,9 +77,19 @@ def test_other_spellings_reach_their_key(yaml: Path) -> None:
 
 def test_conflicting_spellings(composed: Composed) -> None:
     with pytest.raises(ConfigError) as error:
-        composed("algorithm.training_batch_size_per_gpu=8")
+        composed("algorithm.training_batch_size_per_gpu=8", "actor.micro_batch_size=2")
     assert ids(error) == ["alias-conflict"]
-    assert "actor.micro_batch_size, which is 2" in str(error.value)
+    assert "actor.micro_batch_size, which is 2 at command line" in str(error.value)
+
+
+def test_spelling_on_the_command_line_wins_over_the_file(yaml: Path) -> None:
+    """As it does for one key; so what `fit` proposes can be typed after a file with the other spelling."""
+    assert compose("run", yaml, ["algorithm.training_batch_size_per_gpu=8"]).actor.micro_batch_size == 8
+    ends = "  model: {decoder_first_pipeline_num_layers: 4, decoder_last_pipeline_num_layers: 1}\n"
+    text = (yaml / "run.yaml").read_text()
+    (yaml / "ends.yaml").write_text(text.replace("  micro_batch_size: 2\n", ends))
+    model = compose("ends", yaml, ["actor.model.num_layers_in_first_pipeline_stage=null"]).actor.model
+    assert (model.num_layers_in_first_pipeline_stage, model.num_layers_in_last_pipeline_stage) == (None, 1)
 
 
 def test_spelling_out_of_range(composed: Composed) -> None:

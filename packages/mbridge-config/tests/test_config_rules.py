@@ -14,6 +14,8 @@ Checked = Callable[..., Report]
 
 TP = "actor.model.tensor_model_parallel_size"
 PP = "actor.model.pipeline_model_parallel_size"
+FIRST = "actor.model.num_layers_in_first_pipeline_stage"
+LAST = "actor.model.num_layers_in_last_pipeline_stage"
 HF = "actor.megatron.ckpt_convertor.hf_model_path"
 PROFILER = "actor.megatron.profiler"
 PROFILE = "actor.megatron.use_profiler=true"
@@ -56,7 +58,16 @@ CASES = [
     ("context-parallel-not-built", ["actor.model.context_parallel_size=2"], None, "not built yet"),
     ("expert-parallel-not-built", ["actor.model.expert_model_parallel_size=2"], None, "not built yet"),
     ("virtual-pipeline-not-built", ["actor.model.virtual_pipeline_model_parallel_size=2"], None, "not built yet"),
-    ("uneven-stages-not-built", ["actor.model.decoder_first_pipeline_num_layers=1"], None, "share the layers evenly"),
+    ("pipeline-split", [f"{FIRST}=6"], 1, "the only stage has all layers"),
+    (
+        "pipeline-split",
+        [f"{PP}=2", f"{FIRST}=3", f"{LAST}=2"],
+        2,
+        "3 layers in the first stage and 2 layers in the last",
+    ),
+    ("pipeline-split", [f"{PP}=3", f"{LAST}=3"], 3, "leave 3 of the model's 6, which 2 other stages cannot share"),
+    ("pipeline-split", [f"{PP}=3", f"{FIRST}=3", f"{LAST}=3"], 3, "leave 0 of the model's 6 for 1 other stage, each"),
+    ("pipeline-split", [f"{PP}=2", f"{FIRST}=9"], 2, "leave 0 of the model's 6 for 1 other stage, each of which needs"),
     ("sequence-parallel-without-tensor-parallel", ["actor.model.sequence_parallel=true"], None, "has no effect"),
     ("minibatches", ["algorithm.n_minibatches=3"], None, "64 answers a step cannot be cut into 3 equal minibatches"),
     ("minibatches", ["actor.global_batch_size=16", "algorithm.n_minibatches=2"], None, "make 32 each, not 16"),
@@ -239,6 +250,27 @@ def test_right_geometry_is_accepted(checked: Checked, geometry: dict[str, Any]) 
     assert (forced.id, forced.key, forced.severity) == ("geometry-forced", "actor.model.add_qkv_bias", Severity.NOTE)
 
 
+def test_split_that_the_message_proposes(checked: Checked) -> None:
+    """What the fix says, given as arguments, mends it."""
+    for given in (
+        [f"{PP}=4"],
+        [f"{PP}=3", f"{LAST}=3"],
+        [f"{PP}=2", f"{FIRST}=3", f"{LAST}=2"],
+        [f"{PP}=2", f"{FIRST}=9"],
+    ):
+        (problem,) = checked(*given).errors
+        mended = [word for word in problem.fix.split() if "=" in word]
+        assert checked(*given, *mended).errors == [], problem.fix
+    (problem,) = checked(f"{PP}=3", f"{FIRST}=1", f"{LAST}=6").errors
+    assert problem.fix == f"remove {FIRST} and {LAST}"
+    (problem,) = checked(f"{PP}=7").errors
+    assert problem.fix == "use one of 1, 2, 3, 6", "six layers are too few, however they are shared"
+    assert [problem.key for problem in checked(f"{FIRST}=3", f"{LAST}=3").errors] == [FIRST, LAST]
+    for key in (FIRST, LAST):
+        (problem,) = checked(f"{PP}=2", f"{key}=0").errors
+        assert (problem.id, problem.reason) == ("out-of-range", "less than 1")
+
+
 @pytest.mark.parametrize("tensor", [1, 2, 4, 6, 12])
 def test_kv_groups_that_megatron_takes(checked: Checked, tensor: int) -> None:
     assert checked(f"{TP}={tensor}", world_size=tensor).errors == []
@@ -334,6 +366,9 @@ def test_places_of_rule_problems(checked: Checked) -> None:
         (1, [], (1, 1, 1, (6,), 32)),
         (8, [f"{TP}=2", f"{PP}=2"], (2, 2, 2, (3, 3), 16)),
         (3 * 8, [f"{PP}=3"], (1, 3, 8, (2, 2, 2), 4)),
+        (8, [f"{PP}=2", f"{FIRST}=4"], (1, 2, 4, (4, 2), 8)),
+        (8, [f"{PP}=4", f"{FIRST}=1", f"{LAST}=1"], (1, 4, 2, (1, 2, 2, 1), 16)),
+        (8, [f"{PP}=4", "actor.model.decoder_last_pipeline_num_layers=3"], (1, 4, 2, (1, 1, 1, 3), 16)),
         (4, ["runner.enable_dynamic_batch_size=true"], (1, 1, 4, (6,), None)),
     ],
 )

@@ -9,7 +9,7 @@ from mbridge_config.memory import StageMemory, estimate_memory
 from mbridge_config.parameters import can_count, count_active_parameters, count_parameters, count_vision_parameters
 from mbridge_config.plan_text import plan_text
 from mbridge_config.schema.sft import SFTConfig
-from mbridge_config.stages import Stage, make_stages, stage_sizes
+from mbridge_config.stages import Stage, make_stages, planned_sizes
 from mbridge_config.training_setup import training_setup
 
 
@@ -83,7 +83,7 @@ def make_plan(config: Any, facts: HFFacts | None, world_size: int) -> ParallelPl
     """The plan of `config` on `world_size` ranks; None where layers, ranks or batches cannot be shared evenly."""
     actor, model, runner = config.actor, config.actor.model, config.runner
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    sizes = None if facts is None else stage_sizes(facts.num_layers, pipeline, len(facts.deepstack_visual_indexes))
+    sizes = None if facts is None else planned_sizes(model, facts)
     if world_size % (tensor * pipeline) or (facts is not None and sizes is None):
         return None
     data = world_size // (tensor * pipeline)
