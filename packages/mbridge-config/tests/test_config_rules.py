@@ -276,6 +276,16 @@ def test_kv_groups_that_megatron_takes(checked: Checked, tensor: int) -> None:
     assert checked(f"{TP}={tensor}", world_size=tensor).errors == []
 
 
+def test_tensor_sizes_that_messages_propose(checked: Checked, model: Path, make_model: Callable[..., Path]) -> None:
+    """Each message proposes only what all of them accept: the good model takes 1, 2, 4, 6 and 12."""
+    fixes = {problem.fix for problem in checked(f"{TP}=5").errors}
+    assert fixes == {"use one of 1, 2, 4, 6, 12"}
+    make_model(model, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=50)
+    (problem,) = checked(f"{TP}=4", world_size=4).errors
+    assert (problem.id, problem.fix) == ("tensor-parallel-ffn", "use one of 1, 2")
+    assert problem.reason == "the model's experts' width 50 cannot be shared by 4 ranks"
+
+
 def test_resume_satisfies_the_checkpoint(checked: Checked, tmp_path: Path) -> None:
     step = tmp_path / "run" / "checkpoints" / "global_step_10"
     (step / "actor").mkdir(parents=True)

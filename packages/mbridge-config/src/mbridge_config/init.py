@@ -1,10 +1,12 @@
 """`mbridge-config init reasoning|sft --model DIR [--data FILE ...] [--output FILE]`: a first config for a model."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from mbridge_config.arguments import Parser
+from mbridge_config.catalog import SUFFIX
 from mbridge_config.hf_facts import HFFacts
 from mbridge_config.init_templates import DIGITS, FILES, GYM, PAIRS, REASONING, SFT
 from mbridge_config.parameters import count_parameters
@@ -24,7 +26,10 @@ def run(words: Sequence[str]) -> int:
     )
     parser.add_argument("--output", metavar="FILE", help="the config to write; without it, reasoning.yaml or sft.yaml")
     arguments = parser.parse_args(list(words))
-    text = config_text(arguments.task, arguments.model, arguments.data or ())
+    try:
+        text = config_text(arguments.task, arguments.model, arguments.data or ())
+    except ConfigError as error:
+        raise ConfigError([dataclasses.replace(problem, key="--model") for problem in error.problems]) from error
     file = Path(arguments.output or f"{arguments.task}.yaml").expanduser()
     _write(file, text)
     print(f"wrote {shown(file)}")
@@ -89,7 +94,7 @@ def _text(value: object) -> str:
 
 
 def _write(file: Path, text: str) -> None:
-    if file.suffix not in (".yaml", ".yml"):
+    if file.suffix != SUFFIX:
         raise _refused(file, "a config ends in .yaml", f"use {file}.yaml", key="--output")
     try:
         with file.open("x", encoding="utf-8") as stream:

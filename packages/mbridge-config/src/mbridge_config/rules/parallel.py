@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from mbridge_config.hf_facts import HFFacts
 from mbridge_config.problems import Severity
 from mbridge_config.rules.base import Context, Finding, rule
 from mbridge_config.schema.model import ModelConfig
@@ -17,11 +18,33 @@ LAST_STAGE = "actor.model.num_layers_in_last_pipeline_stage"
 _ENDS = {"first": FIRST_STAGE, "last": LAST_STAGE}
 VPP = "actor.model.virtual_pipeline_model_parallel_size"
 SP = "actor.model.sequence_parallel"
+# Their angles interleave time, height and width; their vision tower is split over the tensor-parallel ranks.
+QWEN3_VL = ("qwen3_vl", "qwen3_vl_text", "qwen3_vl_moe", "qwen3_vl_moe_text")
 
 
 def divisors(number: int, limit: int = 64) -> str:
     """The divisors of `number` up to `limit`, as text."""
     return ", ".join(str(n) for n in range(1, min(number, limit) + 1) if number % n == 0)
+
+
+def tensor_sizes(facts: HFFacts) -> str:
+    """The tensor-parallel sizes that pass the rules on all that is shared, as text."""
+    heads, groups = facts.num_attention_heads, facts.num_query_groups
+    shared = [number for number, _ in (*mlp_widths(facts), *tower_sizes(facts))]
+    fitting = (n for n in range(1, min(heads, 64) + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0))
+    return ", ".join(str(n) for n in fitting if not any(number % n for number in shared))
+
+
+def mlp_widths(facts: HFFacts) -> list[tuple[int, str]]:
+    """Widths of the model's MLPs, and what they are widths of."""
+    widths = ((facts.ffn_hidden_size, "MLP"), (facts.expert_ffn_hidden_size, "experts'"))
+    return [(width, what) for width, what in widths if width is not None]
+
+
+def tower_sizes(facts: HFFacts) -> list[tuple[int, str]]:
+    """What the tensor-parallel ranks share of a vision tower, if they share it: numbers, and what they count."""
+    sizes = ((facts.vision_heads, "attention heads"), (facts.vision_ffn_hidden_size, "MLP columns"))
+    return [(size, what) for size, what in sizes if size and facts.model_type in QWEN3_VL]
 
 
 @rule("tensor-parallel-heads", TP)
@@ -32,11 +55,8 @@ def heads(context: Context) -> Iterable[Finding]:
     """
     facts, tensor = context.facts, context.config.actor.model.tensor_model_parallel_size
     if facts is not None and facts.num_attention_heads % tensor:
-        yield Finding(
-            TP,
-            f"the model's {facts.num_attention_heads} attention heads cannot be shared by {tensor} ranks",
-            f"use one of {divisors(facts.num_attention_heads)}",
-        )
+        reason = f"the model's {facts.num_attention_heads} attention heads cannot be shared by {tensor} ranks"
+        yield Finding(TP, reason, f"use one of {tensor_sizes(facts)}")
 
 
 @rule("tensor-parallel-kv-groups", TP)
@@ -48,30 +68,27 @@ def kv_groups(context: Context) -> Iterable[Finding]:
     """
     facts, tensor = context.facts, context.config.actor.model.tensor_model_parallel_size
     if facts is not None and facts.num_query_groups % tensor and tensor % facts.num_query_groups:
-        fitting = [
-            str(n)
-            for n in range(1, facts.num_attention_heads + 1)
-            if facts.num_attention_heads % n == 0
-            and (facts.num_query_groups % n == 0 or n % facts.num_query_groups == 0)
-        ]
         yield Finding(
             TP,
             f"the model's {facts.num_query_groups} key-value heads (groups) are neither a multiple nor a divisor of "
             f"{tensor} ranks",
-            f"use one of {', '.join(fitting)}",
+            f"use one of {tensor_sizes(facts)}",
         )
 
 
 @rule("tensor-parallel-ffn", TP)
 def ffn(context: Context) -> Iterable[Finding]:
-    """The width of the MLP cannot be shared evenly by the tensor-parallel ranks.
+    """The width of the MLP, or of the experts, cannot be shared evenly by the tensor-parallel ranks.
 
-    Fix: use a divisor of the MLP's width.
+    Fix: use a divisor of the width.
     """
     facts, tensor = context.facts, context.config.actor.model.tensor_model_parallel_size
-    if facts is not None and facts.ffn_hidden_size is not None and facts.ffn_hidden_size % tensor:
-        reason = f"the model's MLP width {facts.ffn_hidden_size} cannot be shared by {tensor} ranks"
-        yield Finding(TP, reason, f"use one of {divisors(facts.ffn_hidden_size)}")
+    if facts is None:
+        return
+    for width, what in mlp_widths(facts):
+        if width % tensor:
+            reason = f"the model's {what} width {width} cannot be shared by {tensor} ranks"
+            yield Finding(TP, reason, f"use one of {tensor_sizes(facts)}")
 
 
 @rule("world-size", TP, PP)
