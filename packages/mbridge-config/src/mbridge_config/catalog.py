@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 
+from mbridge_config.paths import is_directory, is_file, is_there
 from mbridge_config.problems import ConfigError, Problem
 
 ENTRY_POINTS = "mbridge.configs"
@@ -71,7 +72,7 @@ def find_config(name: str, directories: Iterable[Path]) -> tuple[Path, Path]:
 
 def _find(name: str, directories: list[Path], available: list[tuple[str, str]]) -> tuple[Path, Path]:
     """`find_config`; `available` has each config's name, and the name under which a message lists it."""
-    if name.endswith(SUFFIX) and Path(name).is_file():
+    if name.endswith(SUFFIX) and is_file(name):
         file = Path(name).resolve()
         return file, file.parent
     wanted = name.removesuffix(SUFFIX)
@@ -81,9 +82,9 @@ def _find(name: str, directories: list[Path], available: list[tuple[str, str]]) 
             return directory / f"{matches[0]}{SUFFIX}", directory
         if matches:
             raise _wrong_name(name, "more than one config has this name", f"use one of {', '.join(matches)}")
-    if Path(name).is_dir():
+    if is_directory(name):
         raise _wrong_name(name, "it is a directory", f"name a YAML file in it, or `--config-path {name}` and a config")
-    if Path(name).is_file():
+    if is_file(name):
         raise _wrong_name(name, f"the file's name does not end in {SUFFIX}, as Hydra needs it", "rename it")
     if not available:
         places = ", ".join(map(str, directories)) or "no directory"
@@ -107,7 +108,7 @@ def find_installed_config(name: str) -> tuple[Path, Path]:
     if rest and app in apps:
         return find_config(rest, [apps[app]])
     holders = [app for app, directory in apps.items() if _matches(name.removesuffix(SUFFIX), directory)]
-    if len(holders) > 1 and not Path(name).is_file():
+    if len(holders) > 1 and not is_file(name):
         fix = f"use one of {', '.join(f'{app}/{name}' for app in holders)}"
         raise _wrong_name(name, "more than one app has a config of this name", fix)
     labels = [(known, f"{app}/{known}") for app, directory in apps.items() for known in config_names(directory)]
@@ -126,10 +127,9 @@ def _wrong_name(name: str, reason: str, fix: str) -> ConfigError:
 
 def given_directory(path: str | Path) -> Path:
     """`--config-path` as an absolute directory; raises `ConfigError` if it is none."""
-    directory = Path(path).resolve()
-    if directory.is_dir():
-        return directory
-    reason = "it is a file, not a directory" if directory.exists() else "there is no such directory"
+    if is_directory(path):
+        return Path(path).resolve()
+    reason = "it is a file, not a directory" if is_there(path) else "there is no such directory"
     raise ConfigError(
         Problem(
             id="no-such-directory",

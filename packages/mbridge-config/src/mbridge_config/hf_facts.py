@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mbridge_config.paths import is_directory, is_file, is_there, user_path
 from mbridge_config.problems import ConfigError, Problem, Where, shown
 from mbridge_config.vision_facts import VisionFacts, vision_facts
 
@@ -66,7 +67,7 @@ class HFFacts:
         """Read `directory/config.json`. Raises `ConfigError` with all that is wrong with it."""
         directory = existing_directory(directory)
         file = directory / "config.json"
-        if not file.is_file():
+        if not is_file(file):
             raise ConfigError(
                 _problem(
                     "hf-config-missing",
@@ -212,10 +213,10 @@ class _Reader:
 
 def existing_directory(directory: str | Path) -> Path:
     """`directory` as a path; raises `ConfigError` if it is none."""
-    path = Path(directory).expanduser()
-    if path.is_dir():
+    path = user_path(directory)
+    if is_directory(path):
         return path
-    reason = "it is a file, not a directory" if path.exists() else "there is no such directory"
+    reason = "it is a file, not a directory" if is_there(path) else "there is no such directory"
     fix = "give the local directory of the model; models are not downloaded"
     raise ConfigError(_problem("hf-directory-missing", directory, reason, fix))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from mbridge_config.paths import is_directory, is_file
 from mbridge_config.problems import ConfigError, Problem, Where, shown
 from mbridge_config.resolvers import register
 from mbridge_config.sources import places_of, yaml_error
@@ -51,7 +52,7 @@ def hydra_tree(file: Path, directory: Path, overrides: Sequence[str]) -> tuple[d
     places: dict[str, Where] = {} if defaults else own_places
     for default in defaults:
         files = [folder / f"{default.config_path}.yaml" for folder in folders]
-        if part := next((part for part in files if part.is_file()), None):
+        if part := next((part for part in files if is_file(part)), None):
             places |= own_places if part == file else places_of(part, default.package or "")
     for override in overrides:
         if not override.startswith("~"):
@@ -68,7 +69,7 @@ def hydra_tree(file: Path, directory: Path, overrides: Sequence[str]) -> tuple[d
 def _argument(override: str, folders: Sequence[Path]) -> str:
     """`override` so that Hydra sets the key whether or not a file has it: the schema knows what there is."""
     key = override.partition("=")[0].lstrip("+")
-    is_group = "@" in key or "/" in key or any((folder / key).is_dir() for folder in folders if key)
+    is_group = "@" in key or "/" in key or any(is_directory(folder / key) for folder in folders if key)
     if override.startswith("~") or is_group or key.startswith("hydra."):
         return override
     if "=" not in override:
