@@ -99,6 +99,7 @@ def test_memory_of_stages_whose_ends_are_given(checked: Callable[..., Report]) -
     assert plan is not None and plan.layers_per_stage == (1, 3, 2)
     assert [stage.parameters for stage in plan.memory] == [layer + rows, 3 * layer, 2 * layer + 96 + rows]
     assert [str(stage) for stage in plan.stages][1] == "layers 1-3"
+    assert "of a step if all stages take equally long\n" in str(plan)
     # in flight are 3, 2 and 1 micro-batches
     kept = [stage.activations for stage in plan.memory]
     assert kept[1] == 3 * 2 / 3 * kept[0]

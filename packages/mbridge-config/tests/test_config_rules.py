@@ -33,6 +33,12 @@ CASES = [
     ("profiler-steps", [PROFILE, f"{PROFILER}.steps=[]"], None, "no step is named"),
     ("profiler-steps", [PROFILE, f"{PROFILER}.steps=[5,6]", "runner.max_steps=4"], None, "ends with step 4"),
     ("profiler-steps", [PROFILE, "runner.max_steps=6"], None, "the first recorded step is 7"),
+    (
+        "profiler-steps",
+        [PROFILE, f"{PROFILER}.schedule_wait={10**15}", f"runner.max_steps={10**14}"],
+        None,
+        f"the first recorded step is {10**15 + 2}",
+    ),
     ("profiler-activities", [PROFILE, f"{PROFILER}.activities=[]"], None, "nothing would be recorded"),
     (
         "profiler-files",

@@ -41,7 +41,7 @@ class ParallelPlan:
     max_tokens_per_micro_batch: int
     max_patches_per_micro_batch: int  # of images, if each token is one's; what the memory is estimated for
     max_tokens_per_step: int
-    pipeline_bubble: float  # with micro_batches_of_longest
+    pipeline_bubble: float  # with micro_batches_of_longest, if all stages take equally long
     precision: str
     backend: str
     recompute: str
@@ -65,6 +65,8 @@ class ParallelPlan:
 
 def pipeline_bubble(stages: int, micro_batches: int) -> float:
     """Share of a step in which a stage waits, (p - 1) / (m + p - 1) for p stages and m micro-batches.
+
+    All stages are taken to be equally long: that is what sizes of their own are for, beside embedding and output layer.
 
     Filling and draining the pipeline take p - 1 times the time of a micro-batch beside the m that are needed
     (Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM",
