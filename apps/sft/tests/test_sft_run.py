@@ -198,3 +198,9 @@ def test_operations_of_a_step_are_in_its_metrics(runs: tuple[Path, str]) -> None
         assert least.training() < per_token < 1.1 * least.training()
         assert "mfu" not in record
     assert "Model operations" in (directory / "text" / "report.html").read_text()
+
+
+def test_the_config_that_init_writes_runs(runs: tuple[Path, str]) -> None:
+    directory, _ = runs
+    assert 2 in metrics(directory / "init")
+    assert (directory / "init" / "checkpoints" / "global_step_2" / "actor" / "hf_model").is_dir()
