@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from mbridge_ckpt import Layout, begin_save
+from mbridge_config.cli import main as init
 from mbridge_reasoning import cli
 
 from testing.app_runs import files
@@ -120,6 +121,18 @@ def split(directory: Path) -> None:
     run("joined", directory, f"runner.resume_dir={directory / 'split' / 'checkpoints' / 'global_step_3'}")
 
 
+def written(directory: Path, model: Path) -> None:
+    """One step of the config that `mbridge-config init` writes for the model, with lengths that take no time."""
+    file = directory / "init.yaml"
+    if init(["init", "reasoning", "--model", str(model), "--output", str(file)]):
+        sys.exit("the config that was written has errors")
+    lengths = ("runner.seq_length=64", "data.max_prompt_length=32", "data.rollout_batch_size=2")
+    short = ("runner.max_steps=1", "runner.val_check_interval=-1", f"runner.output_dir={directory}")
+    sys.argv = ["mbridge-reasoning", "--config-name", str(file), *short, *lengths, "runner.experiment_name=init"]
+    if code := cli.main():
+        sys.exit(f"the config that was written ended with exit code {code}")
+
+
 def main() -> None:
     directory = Path(sys.argv[1])
     run("unbroken", directory)
@@ -142,6 +155,7 @@ def main() -> None:
     run("from-megatron", directory, *one, *megatron, f"actor.model.megatron_checkpoint={last}")
 
     run("unbroken", directory, "runner.max_steps=1")
+    written(directory, last / "actor" / "hf_model")
 
     split(directory)
     mistakes(directory)

@@ -168,3 +168,9 @@ def test_a_run_goes_on_with_other_parallel_sizes(runs: tuple[Path, str]) -> None
     iteration = directory / "split" / "checkpoints" / "global_step_3" / "actor" / "iter_0000003"
     assert {".metadata", "metadata.json", "__0_0.distcp", "__1_0.distcp"} <= {file.name for file in iteration.iterdir()}
     assert (iteration.parent / "hf_model" / "model.safetensors").is_file()
+
+
+def test_the_config_that_init_writes_runs(runs: tuple[Path, str]) -> None:
+    directory, _ = runs
+    assert 1 in metrics(directory / "init")
+    assert (directory / "init" / "checkpoints" / "global_step_1" / "actor" / "hf_model").is_dir()

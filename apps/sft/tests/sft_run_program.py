@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from mbridge_config.cli import main as init
 from mbridge_sft import cli
 from mbridge_sft.digits import write_digits
 
@@ -103,6 +104,13 @@ def mistakes(directory: Path) -> None:
             "data.oversized=refuse",
         ),
         "long": mistake("m-long", directory, "runner.seq_length=40"),
+        "evaluation": mistake(
+            "m-evaluation",
+            directory,
+            "runner.only_eval=true",
+            "runner.resume_dir=auto",
+            f"data.val_data_paths=[{directory / 'eval'}]",
+        ),
         "data": mistake("m-data", directory, "data.seed=5", f"runner.resume_dir={half}"),
     }
     (directory / "said.json").write_text(json.dumps(said))
@@ -114,6 +122,17 @@ def split(directory: Path) -> None:
     stages = ("launcher.nproc_per_node=2", "actor.model.pipeline_model_parallel_size=2")
     profiled = ("actor.megatron.use_profiler=true", "actor.megatron.profiler.steps=[4]")
     run("stages", directory, *stages, *profiled, f"runner.resume_dir={half}")
+
+
+def written(directory: Path, model: Path) -> None:
+    """Two steps of the config that `mbridge-config init` writes for the model and chats."""
+    file = directory / "init.yaml"
+    if init(["init", "sft", "--model", str(model), "--data", str(directory / "chats.jsonl"), "--output", str(file)]):
+        sys.exit("the config that was written has errors")
+    short = ("runner.max_steps=2", "actor.lr_sched.lr_warmup_iters=1", f"runner.output_dir={directory}")
+    sys.argv = ["mbridge-sft", "--config-name", str(file), *short, "runner.experiment_name=init"]
+    if code := cli.main():
+        sys.exit(f"the config that was written ended with exit code {code}")
 
 
 def main() -> None:
@@ -142,6 +161,7 @@ def main() -> None:
         f"data.train_data_paths=[{directory / 'chats.jsonl'}]",
         f"data.val_data_paths=[{directory / 'chats.jsonl'}]",
     )
+    written(directory, directory / "text-model")
     split(directory)
     mistakes(directory)
 

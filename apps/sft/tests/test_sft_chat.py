@@ -118,3 +118,14 @@ def test_bad_rows_are_named(tmp_path, row, message):
 def test_an_empty_file_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"a\.jsonl holds no examples"):
         chat(tmp_path / "a.jsonl", "", " ")
+
+
+def test_images_beside_the_messages_are_not_passed_over(tmp_path):
+    examples = chat(
+        tmp_path / "a.jsonl",
+        {"messages": [{"role": "user", "content": "<image>What?"}, ANSWER], "images": ["a.png"]},
+        {"messages": [USER, ANSWER], "images": []},
+    )
+    with pytest.raises(RowError, match=r"line 1: images beside 'messages' are not read; name each in its place"):
+        examples[0]
+    assert examples[1].answer == "Hello"

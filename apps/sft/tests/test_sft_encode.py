@@ -163,6 +163,17 @@ def test_each_choice_as_the_answer(tiny_model):
     assert all(torch.equal(choice.tokens[:length], choices[0].tokens[:length]) for choice in choices)
 
 
+def test_images_that_are_not_kept_change_nothing_else(tiny_model, encoder):
+    asked = example(reference(picture(70, 33)), "Which?", answer="7", choices=("7", "8"))
+    without = pickle.loads(pickle.dumps(Encoder(tiny_model, keep_images=False)))
+    for kept, bare in zip(encoder.encode_choices(asked), without.encode_choices(asked), strict=True):
+        assert kept.vision is not None and bare.vision is None
+        for name in ("tokens", "trained", "position_ids"):
+            assert torch.equal(getattr(kept, name), getattr(bare, name))
+    with pytest.raises(RowError, match=r"the image of 1 bytes cannot be decoded"):
+        without.encode(example(ImageReference(data=b"?")))
+
+
 @pytest.mark.parametrize(
     ("parts", "limits", "message"),
     [

@@ -120,3 +120,9 @@ def test_urls():
         with pytest.raises(RowError, match=r"here: the image http.*/b.png cannot be read: .*404"):
             decode(ImageReference(location=f"{address}/b.png"), "here")
         server.shutdown()
+
+
+def test_the_file_of_a_broken_image_is_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"GIF89a")
+    with pytest.raises(RowError, match=r"here: the image .*/a\.png of 6 bytes cannot be decoded"):
+        decode(ImageReference(location=str(tmp_path / "a.png")), "here")

@@ -125,6 +125,19 @@ def test_directory_without_data(fail: Fail, place: Path) -> None:
     assert "train holds no .parquet file and no .jsonl file" in fail()
 
 
+def test_warm_up_longer_than_the_epochs(fail: Fail) -> None:
+    epochs = ("runner.max_steps=-1", "runner.max_epochs=4", "actor.global_batch_size=2")
+    said = fail(*epochs, "actor.lr_sched.lr_decay_style=cosine", "actor.lr_sched.lr_warmup_iters=6")
+    assert "actor.lr_sched.lr_warmup_iters = 6: not shorter than the run" in said
+    assert "runner.max_epochs 4 of 3 rows are 6 step(s) of actor.global_batch_size 2; use less than 6" in said
+
+
+def test_metrics_backend_that_is_not_installed(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "swanlab", None)  # also where it is installed
+    said = fail("runner.logger.logger_backends=[swanlab]")
+    assert "metrics backend 'swanlab' is not installed" in said and "runner.logger.logger_backends" in said
+
+
 def test_fused_rotary_kernel(fail: Fail) -> None:
     assert "actor.model.apply_rope_fusion = true: the fused kernel cannot take" in fail(
         "actor.model.apply_rope_fusion=true"

@@ -80,6 +80,7 @@ def test_raw_bytes_are_an_image(tmp_path):
     ("changes", "message"),
     [
         ({"correct_answer": 3}, r"'correct_answer': 3 is none of the 3 choices"),
+        ({"correct_answer": "x" * 5000}, r"'xx.{20,40}xx' is none of the 3 choices"),
         ({"correct_answer": -1}, r"-1 is none of the 3 choices"),
         ({"correct_answer": "Maybe"}, r"'Maybe' is none"),
         ({"correct_answer": "D"}, r"'D' is none"),
@@ -181,3 +182,25 @@ def test_a_damaged_row_group_is_a_bad_row(tmp_path):
     examples = read(path)
     with pytest.raises(RowError, match=r"a\.parquet row group 0 cannot be read"):
         examples[2]
+
+
+def test_a_column_of_lists_of_images(tmp_path):
+    rows = [{"question": "Which?", "correct_answer": "a", "photos": photos} for photos in ([IMAGE, IMAGE], [IMAGE], [])]
+    examples = read(write(tmp_path / "a.parquet", rows), image_keys=("photos",))
+    assert [len(example.images) for example in (examples[0], examples[1])] == [2, 1]
+    with pytest.raises(RowError, match="row 2: no image in photos"):
+        examples[2]
+
+
+@pytest.mark.parametrize("photo", [b"raw", IMAGE, [IMAGE]])
+def test_images_under_another_name_are_not_passed_over(tmp_path, photo):
+    path = write(tmp_path / "a.parquet", [{"question": "Which?", "correct_answer": "a", "photo": photo}])
+    with pytest.raises(DataError, match=r"a\.parquet has no column named image.* set data\.image_keys=\[photo\], or"):
+        read(path)
+    assert read(path, image_keys=())[0].images == []
+
+
+def test_choices_under_another_name_are_not_passed_over(tmp_path):
+    path = write(tmp_path / "a.parquet", [row()])
+    with pytest.raises(DataError, match="no column 'options', only question, choices.* correct data.choice_key"):
+        read(path, choice_key="options")

@@ -142,6 +142,7 @@ MISTAKES = {
     "bad": r"train/a\.parquet row 7: the image of 12 bytes cannot be decoded",
     "large": r"whole/a\.parquet row \d+: the image has 32 x 32 pixels, more than 1000; make it smaller, raise",
     "long": r"train/a\.parquet row \d+: \d+ tokens, \d+ of them before or between answers, are more than 40 \(runner",
+    "evaluation": r"there is no checkpoint to evaluate in .*m-evaluation/checkpoints; correct runner\.experiment_name",
     "data": r"data\.seed was 1234 when the checkpoint was saved and is 5 now",
 }
 
@@ -197,3 +198,9 @@ def test_operations_of_a_step_are_in_its_metrics(runs: tuple[Path, str]) -> None
         assert least.training() < per_token < 1.1 * least.training()
         assert "mfu" not in record
     assert "Model operations" in (directory / "text" / "report.html").read_text()
+
+
+def test_the_config_that_init_writes_runs(runs: tuple[Path, str]) -> None:
+    directory, _ = runs
+    assert 2 in metrics(directory / "init")
+    assert (directory / "init" / "checkpoints" / "global_step_2" / "actor" / "hf_model").is_dir()

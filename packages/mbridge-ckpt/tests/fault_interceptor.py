@@ -12,7 +12,7 @@ CALLS = ("mkdir", "open", "write", "fsync", "rename", "symlink", "replace", "unl
 class Interceptor:
     """Takes the place of the functions of `os`, from when it is made to the end of the process."""
 
-    def __init__(self, kill_at: int | None, fail_at: int | str | None, number: int) -> None:
+    def __init__(self, kill_at: int | str | None, fail_at: int | str | None, number: int) -> None:
         self.count = 0
         self.trace: list[str] = []
         self._kill_at, self._fail_at, self._number = kill_at, fail_at, number
@@ -35,13 +35,13 @@ class Interceptor:
             try:
                 return real(*arguments, **options)
             finally:
-                if self._kill_at == 2 * index + 1:
+                if self._kill_at in (2 * index + 1, name):
                     os.kill(os.getpid(), signal.SIGKILL)
 
         return call
 
 
-def intercept(kill_at: int | None, fail_at: int | str | None, number: int, file_limit: int | None) -> Interceptor:
+def intercept(kill_at: int | str | None, fail_at: int | str | None, number: int, file_limit: int | None) -> Interceptor:
     """From here on this process is struck as fault_worker.py's commands say."""
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))

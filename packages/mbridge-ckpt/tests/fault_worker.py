@@ -6,7 +6,7 @@ JSON object a line on stdin and answers each with one on stdout:
     directory, step, world    what to save, and by how many ranks (gloo between them if more than one)
     kill_after                seconds after which rank `victim` gets SIGKILL
     kill_at                   rank `victim` kills itself at this position: 2i before its i-th system call, 2i + 1 after;
-                              of a write, half is done before
+                              of a write, half is done before; or after the first system call of this name
     fail_at, errno            the i-th system call of rank `victim` raises OSError; or the first of this name
     file_limit                RLIMIT_FSIZE in bytes
     raise_at                  rank `victim` raises ValueError in the block of the save

@@ -122,6 +122,21 @@ def test_prune_leaves_what_is_read_protected_linked_or_not_ours(run, capsys):
         assert reason in text
 
 
+def test_prune_leaves_a_checkpoint_with_a_linked_directory(run, tmp_path):
+    (run / "global_step_5/data").symlink_to(tmp_path)
+    assert main(["prune", str(run), "--keep-last", "1"]) == 0
+    assert names(run) == ["global_step_15", "global_step_5", "latest"]
+
+
+def test_a_link_of_a_dead_save_is_listed_and_removed(run, capsys):
+    link = run / ".latest.0123abcd"
+    link.symlink_to("global_step_15")
+    assert main(["prune", str(run)]) == 0 and link.is_symlink()  # it may be of a save that is alive
+    os.utime(link, (0, 0), follow_symlinks=False)
+    assert main(["ls", str(run)]) == 0 and "\n.latest.0123abcd  left by" in capsys.readouterr().out
+    assert main(["prune", str(run)]) == 0 and not link.is_symlink()
+
+
 def test_prune_tells_a_running_save_from_a_dead_one(run):
     dead = temporary_directory(run, 20)
     dead.mkdir()
@@ -158,3 +173,21 @@ def test_looking_needs_no_torch_and_less_than_a_second(run):
         # Time of the processor, for the clock on the wall also counts what else runs on a busy machine.
         used = after.children_user + after.children_system - before.children_user - before.children_system
         assert used < 1.0, f"{command}: {used:.2f} s of processor time, {time.monotonic() - begin:.2f} s"
+
+
+@pytest.mark.parametrize(
+    ("out", "code", "error"),
+    [("> /dev/full", 2, "mbridge-ckpt: No space left on device\n"), (">&-", 0, ""), ("| true", 0, "")],
+)
+def test_output_that_nobody_takes(run, out, code, error):
+    command = f'set -o pipefail; "$0" -m mbridge_ckpt.cli show "$1" --tensors {out}'
+    done = subprocess.run(["bash", "-c", command, sys.executable, run], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (code, error)
+
+
+def test_names_that_the_terminal_cannot_show(run):
+    odd = run.rename(os.fsdecode(os.fsencode(run.parent / "l\u00e4ufe ") + b"\xff"))
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    command = [sys.executable, "-m", "mbridge_ckpt.cli", "show", str(odd)]
+    done = subprocess.run(command, capture_output=True, check=True, env=environment)
+    assert b"/l\\xe4ufe \\udcff/global_step_15" in done.stdout

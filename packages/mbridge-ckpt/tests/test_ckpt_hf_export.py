@@ -213,6 +213,8 @@ def test_a_full_disk_does_not_stop_the_stream(tmp_path, monkeypatch):
 
 
 def test_sizes():
+    with pytest.raises(CheckpointError, match="is no size"):
+        parse_size("9" * 400 + "GB")
     assert [parse_size(size) for size in (5, "5B", "5kB", "1.5MB", "5GB", "2GiB")] == [
         5,
         5,

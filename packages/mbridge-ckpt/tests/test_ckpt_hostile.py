@@ -148,6 +148,24 @@ def memo_index_without_measure(path: Path) -> Expected:
     return UnsafeCheckpointError, "memo index 4294967280"
 
 
+def key_of_tuples_nested_without_end(path: Path) -> Expected:
+    # Hashing such a key ends the process with a segmentation fault, from some hundred thousand on.
+    archive(path, b"\x80\x02})" + b"\x85" * 30_000 + b"K\x01s.")
+    return UnsafeCheckpointError, "nests tuples without measure"
+
+
+def key_of_tuples_nested_by_the_memo(path: Path) -> Expected:
+    # The same of tuples with marks, each put into the memo, dropped and fetched again.
+    level = b"(" + b"h\x00" + b"tq\x000"
+    archive(path, b"\x80\x02})q\x000" + level * 30_000 + b"h\x00K\x01s.")
+    return UnsafeCheckpointError, "nests tuples without measure"
+
+
+def key_of_sizes_nested_without_end(path: Path) -> Expected:
+    archive(path, b"\x80\x02}ctorch\nSize\nq\x00)" + b"\x85" * 2 + b"RK\x01s.")
+    return CorruptCheckpointError, "torch.Size of what are no numbers"
+
+
 def lists_nested_without_end(path: Path) -> Expected:
     archive(path, b"\x80\x02" + b"]" * 10_000 + b"a" * 9_999 + b".")
     return UnsafeCheckpointError, "nested deeper than 64"
@@ -238,6 +256,9 @@ TORCH_FILES = [
     storage_larger_than_its_entry,
     storage_that_is_missing,
     memo_index_without_measure,
+    key_of_tuples_nested_without_end,
+    key_of_tuples_nested_by_the_memo,
+    key_of_sizes_nested_without_end,
     lists_nested_without_end,
     lists_that_double_at_each_level,
     pickle_that_changes_what_it_is_given,

@@ -1,6 +1,7 @@
 """Paths that lead out of a checkpoint, and manifests and indexes that lie."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,16 @@ def test_a_manifest_that_is_a_symlink(tmp_path):
         open_checkpoint(path)
 
 
+def test_pipes_are_not_waited_for(tmp_path):
+    path = saved(tmp_path / "run")
+    for name in ("state/loop.json", "manifest.json"):
+        (path / name).unlink()
+        os.mkfifo(path / name)
+        resume = find_resume(tmp_path / "run")
+        assert resume.checkpoint is None
+        assert Path(name).name in resume.passed_over[0].reason and "no regular file" in resume.passed_over[0].reason
+
+
 def signed(body: dict) -> bytes:
     def dump(value: dict) -> bytes:
         return json.dumps(value, separators=(",", ":")).encode()
@@ -104,6 +115,7 @@ def test_the_body_that_the_next_tests_spoil_is_good():
     [
         ({"files": [{"path": "../a.pt", "bytes": 3, "xxh3_128": "0" * 32}]}, "'..'"),
         ({"files": [{"path": "/etc/passwd", "bytes": 3, "xxh3_128": "0" * 32}]}, "absolute"),
+        ({"files": [{"path": "a\ud800", "bytes": 3, "xxh3_128": "0" * 32}]}, "surrogates"),
         ({"files": [{"path": "a", "bytes": -3, "xxh3_128": "0" * 32}]}, "malformed"),
         ({"files": [{"path": "a", "bytes": True, "xxh3_128": "0" * 32}]}, "expected int"),
         ({"files": [{"path": "a", "bytes": 3, "xxh3_128": "0" * 31}]}, "malformed"),
@@ -120,3 +132,9 @@ def test_the_body_that_the_next_tests_spoil_is_good():
 def test_manifests_that_lie(change, message):
     with pytest.raises(CheckpointError, match=message):
         Manifest.from_bytes(signed({**BODY, **change}))
+
+
+@pytest.mark.parametrize("number", ["1e999", "-1e999", "NaN", "Infinity"])
+def test_numbers_that_json_has_not(number):
+    with pytest.raises(CorruptCheckpointError, match=f"{number} is no finite number"):
+        Manifest.from_bytes(signed(BODY).replace(b'"metadata":{}', b'"metadata":{"a":%s}' % number.encode()))

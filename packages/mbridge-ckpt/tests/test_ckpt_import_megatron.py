@@ -272,6 +272,9 @@ def test_directories_that_are_not_whole(tmp_path: Path) -> None:
     (iteration / "mp_rank_00_000/model_optim_rng.pt").rename(tmp_path / "aside")
     with pytest.raises(IncompleteCheckpointError, match=r"mp_rank_00_000/model_optim_rng.pt: the file is missing"):
         import_megatron(source, tmp_path / "out")
+    os.mkfifo(iteration / "mp_rank_00_000/model_optim_rng.pt")
+    with pytest.raises(CorruptCheckpointError, match=r"mp_rank_00_000/model_optim_rng.pt: is no regular file"):
+        import_megatron(source, tmp_path / "out")
     (tmp_path / "aside").rename(iteration / "mp_rank_00_000/model_optim_rng.pt")
     shutil.rmtree(iteration / "mp_rank_01_001")
     with pytest.raises(IncompleteCheckpointError, match="no directory of tensor rank 1, pipeline rank 1"):

@@ -9,9 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from mbridge_ckpt import (
+    CheckpointError,
     CorruptCheckpointError,
     Layout,
     LayoutError,
+    SaveError,
+    WholeModel,
     begin_save,
     model_file,
     open_checkpoint,
@@ -20,6 +23,7 @@ from mbridge_ckpt import (
     verify,
 )
 from mbridge_ckpt.cli import main
+from mbridge_ckpt.new_directory import NewDirectory
 from mbridge_ckpt.reshard import reshard
 
 LAYERS, HIDDEN, FEED_FORWARD, VOCABULARY = 4, 8, 12, 21
@@ -199,6 +203,8 @@ def test_the_multiple_of_the_vocabulary_is_found_out(tmp_path):
     [
         ({"tensor": 1, "pipeline": 3}, "4 layers cannot be divided over 3 pipeline stages"),
         ({"tensor": 5, "pipeline": 1}, "cannot be cut into 5 equal pieces"),
+        ({"tensor": 1, "pipeline": 1, "vocabulary_multiple": 0}, "vocabulary multiple is 0; it must be at least 1"),
+        ({"tensor": 1, "pipeline": 1, "vocabulary_multiple": -2}, "vocabulary multiple is -2"),
     ],
 )
 def test_sizes_that_do_not_fit(tmp_path, sizes, message):
@@ -221,6 +227,46 @@ def test_a_damaged_source_and_one_without_placements_are_refused(tmp_path):
         bare = writing.commit()
     with pytest.raises(LayoutError, match="no placement is recorded for 'w'"):
         reshard(bare, tmp_path / "a", tensor=1, pipeline=1)
+
+
+def test_differences_are_not_damage(tmp_path, capsys):
+    one = save(tmp_path / "one", Layout(tensor=2), False)
+    other = save(tmp_path / "other", Layout(), False)
+    file = other / "actor/iter_0000007/mp_rank_00/model_optim_rng.pt"
+    data = bytearray(file.read_bytes())
+    data[data.index(whole_model(False, 0)["decoder.final_layernorm.weight"].numpy().tobytes())] ^= 1
+    file.write_bytes(data)
+    assert main(["diff", str(one), str(other)]) == 2
+    assert f"{file}: its content changed since it was written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["", "inner", "actor/hf_model/x"])
+def test_nothing_new_is_made_inside_a_checkpoint(tmp_path, capsys, place):
+    source = save(tmp_path / "source", Layout(), False)
+    (tmp_path / "linked").symlink_to(source)
+    for root in (source, tmp_path / "linked"):
+        assert main(["reshard", str(source), str(root / place)]) == 2
+        assert f"lies inside the checkpoint {source}" in capsys.readouterr().err
+        with pytest.raises(CheckpointError, match="lies inside the checkpoint"):
+            NewDirectory(root / place / "new")
+        with pytest.raises(SaveError, match="lies inside the checkpoint"):
+            begin_save(root / place, step=9, layout=Layout())
+    assert verify(source).notes == ()
+
+
+def test_ctrl_c_leaves_nothing_and_no_traceback(tmp_path, capsys, monkeypatch):
+    source = save(tmp_path / "source", Layout(tensor=2), False)
+    read, count = WholeModel.read, iter(range(100))
+
+    def interrupted(*arguments, **options):
+        if next(count) == 5:
+            raise KeyboardInterrupt
+        return read(*arguments, **options)
+
+    monkeypatch.setattr(WholeModel, "read", interrupted)
+    assert main(["reshard", str(source), str(tmp_path / "out")]) == 130
+    assert capsys.readouterr().err == "mbridge-ckpt: interrupted\n"
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_memory_is_two_tensors_and_megatron_is_not_needed(tmp_path):

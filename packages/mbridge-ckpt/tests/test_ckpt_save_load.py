@@ -150,6 +150,21 @@ def test_replacing_without_an_atomic_exchange(tmp_path, monkeypatch):
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["global_step_5", "latest"]
 
 
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_save_whose_link_cannot_be_made_gives_the_names_back(tmp_path, monkeypatch, exchanges):
+    if not exchanges:
+        monkeypatch.setattr("mbridge_ckpt.publish.exchange", lambda first, second: False)
+    save(tmp_path, 5, {"first": True})
+    (tmp_path / "latest").unlink()
+    (tmp_path / "latest").mkdir()  # a rename puts no link in its place
+    for step in (5, 6):
+        with pytest.raises(SaveError, match=f"global_step_{step} was not saved: .*latest"):
+            save(tmp_path, step)
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["global_step_5", "latest"]
+        assert open_checkpoint(tmp_path / "global_step_5").metadata == {"first": True}
+        assert verify(tmp_path / "global_step_5").ok
+
+
 def test_a_block_that_raises_leaves_nothing(tmp_path):
     save(tmp_path, 1)
     with pytest.raises(KeyError), begin_save(tmp_path, step=2, layout=LAYOUT) as writing:  # noqa: PT012

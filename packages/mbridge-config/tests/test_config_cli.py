@@ -1,13 +1,17 @@
 """The check command, and the apps' arguments."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from yaml import safe_load as load
 
-from mbridge_config import ConfigError, SFTConfig, check, compose, parse_arguments
+from mbridge_config import ConfigError, ReasoningConfig, SFTConfig, check, compose, parse_arguments
 from mbridge_config.catalog import config_directory, config_names, installed_directories
 from mbridge_config.cli import main
+from mbridge_config.keys import known_keys
 
 
 def test_check_good(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -16,6 +20,15 @@ def test_check_good(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "ranks              4 = tensor 1 x pipeline 1 x data 4" in output
     assert "micro-batches      8 of 2 on each data-parallel rank" in output
     assert output.endswith("run: ok\n")
+    resolved = output.partition("resolved config, without what is at its default:\n")[2].partition("\n\n")[0]
+    found = load(resolved)
+    assert found["actor"]["micro_batch_size"] == 2 and "seed" not in found["actor"]
+    assert found["algorithm"] == {  # set by the file, and what follows from it
+        "group_size": 4,
+        "clip_ratio_low": 0.2,
+        "clip_ratio_high": 0.2,
+        "sampling_params": {"max_new_tokens": 192},
+    }
 
 
 def test_check_bad(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -24,6 +37,18 @@ def test_check_bad(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = capsys.readouterr().out
     assert "error[unknown-key] actor.bogus = 1" in output and "error[prompt-length]" in output
     assert output.endswith("run: 2 errors\n")
+    assert "resolved config" not in output, "what could not be used has its default there"
+
+
+READ = ("honoured", "checked")
+
+
+def leaves(tree: Any, path: str, keys: set[str]) -> Iterator[str]:
+    if path in keys:
+        yield path
+    else:
+        for name, value in tree.items():
+            yield from leaves(value, f"{path}.{name}" if path else name, keys)
 
 
 def test_check_json(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +56,11 @@ def test_check_json(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*words, "--world-size", "2"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] and report["world_size"] == 2 and report["plan"]["data_parallel"] == 2
+    resolved = report["resolved"]
+    assert (resolved["actor"]["seed"], resolved["actor"]["global_batch_size"]) == (1234, 64)
+    assert "training_batch_size_per_gpu" not in resolved["algorithm"], "another spelling"
+    read = [path for path, info in known_keys(ReasoningConfig).items() if info.spec.status.value in READ]
+    assert list(leaves(resolved, "", set(read))) == read
     assert main([*words, "actor.bogus=1"]) == 2
     (problem,) = json.loads(capsys.readouterr().out)["problems"]
     assert problem["id"] == "unknown-key" and problem["where"] == "command line: actor.bogus=1"
@@ -44,6 +74,26 @@ def test_check_json(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_usage(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(words) == 2
     assert "error[usage]" in capsys.readouterr().err
+
+
+def test_usage_names_what_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check"]) == 2
+    assert "the following arguments are required: NAME\n" in capsys.readouterr().err
+
+
+def test_names_that_are_no_config(
+    yaml: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(name: str) -> str:
+        assert main(["check", name]) == 2
+        return capsys.readouterr().err
+
+    monkeypatch.chdir(tmp_path)
+    assert "it is a directory\n    fix: name a YAML file in it, or `--config-path configs`" in said("configs")
+    (tmp_path / "run.yml").write_text((yaml / "run.yaml").read_text())
+    assert "the file's name does not end in .yaml, as Hydra needs it\n    fix: rename it" in said("run.yml")
+    if {"reasoning", "sft"} <= set(installed_directories()):
+        assert "nearest first: reasoning/quickstart, sft/quickstart, " in said("quickstrat"), "names that can be typed"
 
 
 def test_arguments_of_an_app(yaml: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mbridge_config import ConfigError, ReasoningConfig, Severity, compose
+from mbridge_config import ConfigError, ReasoningConfig, Severity, check, compose
 
 Composed = Callable[..., ReasoningConfig]
 
@@ -77,14 +77,42 @@ def test_other_spellings_reach_their_key(yaml: Path) -> None:
 
 def test_conflicting_spellings(composed: Composed) -> None:
     with pytest.raises(ConfigError) as error:
-        composed("algorithm.training_batch_size_per_gpu=8")
+        composed("algorithm.training_batch_size_per_gpu=8", "actor.micro_batch_size=2")
     assert ids(error) == ["alias-conflict"]
-    assert "actor.micro_batch_size, which is 2" in str(error.value)
+    assert "actor.micro_batch_size, which is 2 at command line" in str(error.value)
+
+
+def test_spelling_on_the_command_line_wins_over_the_file(yaml: Path) -> None:
+    """As it does for one key; so what `fit` proposes can be typed after a file with the other spelling."""
+    assert compose("run", yaml, ["algorithm.training_batch_size_per_gpu=8"]).actor.micro_batch_size == 8
+    ends = "  model: {decoder_first_pipeline_num_layers: 4, decoder_last_pipeline_num_layers: 1}\n"
+    text = (yaml / "run.yaml").read_text()
+    (yaml / "ends.yaml").write_text(text.replace("  micro_batch_size: 2\n", ends))
+    model = compose("ends", yaml, ["actor.model.num_layers_in_first_pipeline_stage=null"]).actor.model
+    assert (model.num_layers_in_first_pipeline_stage, model.num_layers_in_last_pipeline_stage) == (None, 1)
 
 
 def test_spelling_out_of_range(composed: Composed) -> None:
     with pytest.raises(ConfigError, match=r"training_batch_size_per_gpu = 0: less than 1"):
         composed("algorithm.training_batch_size_per_gpu=0")
+
+
+def test_a_section_that_is_none_is_one_mistake(yaml: Path) -> None:
+    """Rules that read its keys are silent: these have their defaults."""
+    (problem,) = check(compose("run", yaml, ["actor=5"], strict=False), 3).errors
+    assert (problem.id, problem.key) == ("wrong-type", "actor")
+
+
+def test_place_of_a_section_that_an_argument_makes(yaml: Path) -> None:
+    (problem,) = compose("run", yaml, ["+bar.baz.qux=2"], strict=False).origin.problems
+    assert problem.key == "bar" and str(problem.where) == "command line: +bar.baz.qux=2"
+
+
+def test_each_wrong_interpolation_is_told(yaml: Path) -> None:
+    """Of a chain the end alone; of two that are wrong by themselves both."""
+    wrong = ["actor.seed=${nothing.here}", "runner.max_epochs=${nothing.here}", "runner.max_steps=${actor.seed}"]
+    problems = compose("run", yaml, wrong, strict=False).origin.problems
+    assert {problem.key for problem in problems} == {"actor.seed", "runner.max_epochs"}
 
 
 def test_one_path_is_a_list_of_one(composed: Composed) -> None:
@@ -100,6 +128,8 @@ def test_one_path_is_a_list_of_one(composed: Composed) -> None:
         ("actor.model.tensor_parallel_size=2", "actor.model.tensor_model_parallel_size"),
         ("algoritm.group_size=2", "algorithm"),
         ("runner.loger.log_path=x", "runner.logger"),
+        ("actor.bogus=1", None),
+        ("actor.megatron.microbatch_size=1", "actor.micro_batch_size"),
     ],
 )
 def test_unknown_key_names_the_nearest(composed: Composed, override: str, nearest: str | None) -> None:
@@ -114,6 +144,8 @@ def test_unknown_key_names_the_nearest(composed: Composed, override: str, neares
     ("override", "identity", "text"),
     [
         ("runner.seq_length=long", "wrong-type", "integer is expected"),
+        ("runner.seq_length=long", "wrong-type", "fix: write an integer, without quotes"),
+        ("runner.seq_length=1e30", "out-of-range", "too large"),
         ("runner.seq_length=true", "wrong-type", "integer is expected"),
         ("runner.seq_length=2.5", "wrong-type", "integer is expected"),
         ("runner.seq_length=null", "wrong-type", "null is not allowed"),
@@ -253,7 +285,7 @@ def test_names(yaml: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "line", "reason"),
     [
-        ("runner:\n  a: [1\nb: 2\n", 3, "not valid YAML"),
+        ("runner:\n  a: [1\nb: 2\n", 3, "not valid YAML.*while parsing a flow sequence that starts in line 2"),
         ("- 1\n- 2\n", 1, "holds no keys"),
         ("runner: {seq_length: 8}\nrunner: {seq_length: 9}\n", 2, "duplicate key"),
         ("a: \x07\n", None, "cannot be read"),
@@ -273,6 +305,8 @@ def test_missing_default_file(yaml: Path) -> None:
     with pytest.raises(ConfigError, match="nothing_here") as error:
         compose("run", yaml)
     assert ids(error) == ["compose-failed"]
+    (problem,) = error.value.problems
+    assert str(problem.where).endswith("run.yaml:1") and "search path" not in problem.reason
 
 
 def test_empty_file_is_all_defaults(yaml: Path) -> None:

@@ -84,6 +84,19 @@ def test_rules_bar_layouts(case: Case) -> None:
     assert {layout.plan.pipeline_parallel for layout in layouts(config, report, 8)} == {1, 2, 4}
 
 
+def test_stages_of_their_own_sizes(case: Case) -> None:
+    """They are kept where the number of stages allows it, and given up elsewhere."""
+    first, last = "actor.model.num_layers_in_first_pipeline_stage", "actor.model.num_layers_in_last_pipeline_stage"
+    config, report = case("qwen2.5-7b", "actor.model.pipeline_model_parallel_size=4", f"{first}=6", f"{last}=6")
+    plans = [layout.plan for layout in fit(config, report, 8, 80).fitting]
+    sizes = {plan.pipeline_parallel: plan.layers_per_stage for plan in plans}
+    assert sizes == {1: (28,), 2: (14, 14), 4: (6, 8, 8, 6)}
+    found = layouts(config, report, 8)
+    assert {layout.plan.layers_per_stage for layout in found} == {*sizes.values(), (7, 7, 7, 7)}
+    changes = [layout.changes for layout in found if layout.plan.pipeline_parallel == 2]
+    assert all((change[first], change[last]) == (None, None) for change in changes)
+
+
 def test_hosts(case: Case) -> None:
     config, report = case("qwen2.5-32b", gpus=16)
     found = layouts(config, report, 16)

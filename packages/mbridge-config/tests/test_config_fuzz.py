@@ -36,6 +36,9 @@ words = st.text(max_size=12) | st.sampled_from(
         "1e400",
         "${oc.create:${x}}",
         "",
+        "~nobody_of_this_name/x",
+        "a" * 300,
+        "a\0b",
     ]
 )
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | words

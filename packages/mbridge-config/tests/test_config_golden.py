@@ -57,7 +57,7 @@ def test_printed_plan(
     monkeypatch.chdir(tmp_path)
     directory = None if model is None else real_model(model)
     main(["check", config, *arguments(config, directory, tmp_path), *more])
-    printed = capsys.readouterr().out.replace(str(configs), app)
+    printed = capsys.readouterr().out.replace(str(configs), app).replace(f"{tmp_path}/", "").replace(str(tmp_path), ".")
     file = GOLDEN / f"{name}.txt"
     if os.environ.get("MBRIDGE_WRITE_GOLDEN"):
         file.write_text(printed)

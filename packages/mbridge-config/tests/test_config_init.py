@@ -87,6 +87,7 @@ def test_odd_names(make_model: Callable[..., Path], tmp_path: Path) -> None:
         (["reasoning", "--output", "there.yaml"], "the file is there already"),
         (["reasoning", "--output", "nowhere/a.yaml"], "it cannot be written"),
         (["reasoning", "--output", "run.txt"], "a config ends in .yaml"),
+        (["reasoning", "--output", "run.yml"], "a config ends in .yaml"),
         (["sft"], "the data that can be made is images"),
         (["training"], "invalid choice"),
     ],
@@ -97,6 +98,11 @@ def test_refusals(model: Path, here: Path, capsys: pytest.CaptureFixture[str], w
     assert reason in capsys.readouterr().err
     assert (here / "there.yaml").read_text() == "mine"
     assert [file.name for file in here.iterdir()] == ["there.yaml"]
+
+
+def test_no_model(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "reasoning", "--model", "nowhere"]) == 2
+    assert "--model = nowhere: there is no such directory" in capsys.readouterr().err
 
 
 def test_reasoning_on_images_is_refused(real_model: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:

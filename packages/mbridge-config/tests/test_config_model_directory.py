@@ -140,3 +140,17 @@ assert HFFacts.load({str(model)!r}).num_layers == 6 and tokenizer_size({str(mode
 heavy = {{"torch", "transformers", "tokenizers", "numpy", "yaml"}} & set(sys.modules)
 assert not heavy, heavy
 """)
+
+
+def test_numbers_beyond_all_reason(checked: Checked, model: Path, make_model: MakeModel) -> None:
+    """They cost neither memory nor a traceback."""
+    make_model(model, num_hidden_layers=2 * 10**9)
+    (problem,) = checked("actor.model.pipeline_model_parallel_size=1000000000").errors
+    assert problem.id == "hf-config-field" and "more than the 10000 that any model has" in problem.reason
+    make_model(model, rope_theta=10**400)
+    assert checked().errors == []
+    (model / "config.json").write_text('{"num_hidden_layers": ' + "9" * 5000 + "}")
+    (problem,) = checked().errors
+    assert problem.id == "hf-config-json" and "cannot be read" in problem.reason
+    made = ["quickstart.enabled=true", "quickstart.num_hidden_layers=20000", f"{HF}=made", f"{TOKENIZER}=made"]
+    assert [problem.key for problem in checked(*made).errors] == ["quickstart.num_hidden_layers"]

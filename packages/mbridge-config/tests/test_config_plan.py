@@ -15,6 +15,8 @@ from mbridge_config.plan import pipeline_bubble
 from mbridge_config.stages import make_stages
 
 PP = "actor.model.pipeline_model_parallel_size"
+FIRST = "actor.model.num_layers_in_first_pipeline_stage"
+LAST = "actor.model.num_layers_in_last_pipeline_stage"
 TP = "actor.model.tensor_model_parallel_size"
 HF = "actor.megatron.ckpt_convertor.hf_model_path"
 
@@ -87,6 +89,20 @@ def test_plan_of_a_pipeline(checked: Callable[..., Report]) -> None:
     assert plan is not None and plan.micro_batches is None
     assert plan.micro_batches_of_longest == 8, "64 sequences on 4 ranks, two of 256 tokens in 600"
     assert "pipeline bubble    11.1% of a step, more where sequences are shorter" in str(plan)
+
+
+def test_memory_of_stages_whose_ends_are_given(checked: Callable[..., Report]) -> None:
+    """A layer of the good model has 4 projections of width 96 by 96, 16, 16 and 96, their biases, the MLP and norms."""
+    layer = 96 * (96 + 16 + 16 + 96) + (96 + 16 + 16) + 3 * 96 * 168 + 2 * 96
+    rows = 256 * 96  # the vocabulary of 211, padded
+    plan = checked(f"{PP}=3", f"{FIRST}=1", f"{LAST}=2").plan
+    assert plan is not None and plan.layers_per_stage == (1, 3, 2)
+    assert [stage.parameters for stage in plan.memory] == [layer + rows, 3 * layer, 2 * layer + 96 + rows]
+    assert [str(stage) for stage in plan.stages][1] == "layers 1-3"
+    assert "of a step if all stages take equally long\n" in str(plan)
+    # in flight are 3, 2 and 1 micro-batches
+    kept = [stage.activations for stage in plan.memory]
+    assert kept[1] == 3 * 2 / 3 * kept[0]
 
 
 def test_plan_without_a_known_model(checked: Callable[..., Report], make_model: Any, tmp_path: Path) -> None:

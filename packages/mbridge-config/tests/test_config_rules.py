@@ -14,6 +14,8 @@ Checked = Callable[..., Report]
 
 TP = "actor.model.tensor_model_parallel_size"
 PP = "actor.model.pipeline_model_parallel_size"
+FIRST = "actor.model.num_layers_in_first_pipeline_stage"
+LAST = "actor.model.num_layers_in_last_pipeline_stage"
 HF = "actor.megatron.ckpt_convertor.hf_model_path"
 PROFILER = "actor.megatron.profiler"
 PROFILE = "actor.megatron.use_profiler=true"
@@ -31,6 +33,12 @@ CASES = [
     ("profiler-steps", [PROFILE, f"{PROFILER}.steps=[]"], None, "no step is named"),
     ("profiler-steps", [PROFILE, f"{PROFILER}.steps=[5,6]", "runner.max_steps=4"], None, "ends with step 4"),
     ("profiler-steps", [PROFILE, "runner.max_steps=6"], None, "the first recorded step is 7"),
+    (
+        "profiler-steps",
+        [PROFILE, f"{PROFILER}.schedule_wait={10**15}", f"runner.max_steps={10**14}"],
+        None,
+        f"the first recorded step is {10**15 + 2}",
+    ),
     ("profiler-activities", [PROFILE, f"{PROFILER}.activities=[]"], None, "nothing would be recorded"),
     (
         "profiler-files",
@@ -56,7 +64,16 @@ CASES = [
     ("context-parallel-not-built", ["actor.model.context_parallel_size=2"], None, "not built yet"),
     ("expert-parallel-not-built", ["actor.model.expert_model_parallel_size=2"], None, "not built yet"),
     ("virtual-pipeline-not-built", ["actor.model.virtual_pipeline_model_parallel_size=2"], None, "not built yet"),
-    ("uneven-stages-not-built", ["actor.model.decoder_first_pipeline_num_layers=1"], None, "share the layers evenly"),
+    ("pipeline-split", [f"{FIRST}=6"], 1, "the only stage has all layers"),
+    (
+        "pipeline-split",
+        [f"{PP}=2", f"{FIRST}=3", f"{LAST}=2"],
+        2,
+        "3 layers in the first stage and 2 layers in the last",
+    ),
+    ("pipeline-split", [f"{PP}=3", f"{LAST}=3"], 3, "leave 3 of the model's 6, which 2 other stages cannot share"),
+    ("pipeline-split", [f"{PP}=3", f"{FIRST}=3", f"{LAST}=3"], 3, "leave 0 of the model's 6 for 1 other stage, each"),
+    ("pipeline-split", [f"{PP}=2", f"{FIRST}=9"], 2, "leave 0 of the model's 6 for 1 other stage, each of which needs"),
     ("sequence-parallel-without-tensor-parallel", ["actor.model.sequence_parallel=true"], None, "has no effect"),
     ("minibatches", ["algorithm.n_minibatches=3"], None, "64 answers a step cannot be cut into 3 equal minibatches"),
     ("minibatches", ["actor.global_batch_size=16", "algorithm.n_minibatches=2"], None, "make 32 each, not 16"),
@@ -266,44 +283,6 @@ def test_tokenizer_larger_than_the_model(checked: Checked, model: Path, make_mod
     assert "the tokenizer has 212 tokens and the model embeddings for 211" in problem.reason
 
 
-def test_missing_weights(checked: Checked, model: Path) -> None:
-    (model / "model.safetensors").unlink()
-    assert [problem.id for problem in checked().errors] == ["weights-missing"]
-    (model / "model-00001-of-00002.safetensors").write_bytes((2).to_bytes(8, "little") + b"{}")
-    index = model / "model.safetensors.index.json"
-    index.write_text(
-        '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
-    )
-    (problem,) = checked().errors
-    assert "1 of 2 weight files" in problem.reason and "model-00002-of-00002.safetensors" in problem.reason
-    index.write_text('{"weight_map": ')
-    (problem,) = checked().errors
-    assert "not valid JSON" in problem.reason
-
-
-HEADER = b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}'
-
-
-@pytest.mark.parametrize(
-    ("content", "text"),
-    [
-        (len(HEADER).to_bytes(8, "little") + HEADER + bytes(8), None),
-        (len(HEADER).to_bytes(8, "little") + HEADER + bytes(7), "model.safetensors is truncated: its header describes"),
-        (len(HEADER).to_bytes(8, "little") + HEADER + bytes(9), "is too long"),
-        (len(HEADER).to_bytes(8, "little") + HEADER[:20], "is not a whole safetensors file (28 bytes)"),
-        (b"", "is not a whole safetensors file (0 bytes)"),
-        (b"version https://git-lfs.github.com/spec/v1", "is not a whole safetensors file"),
-        ((4).to_bytes(8, "little") + b"[[]]", "no valid safetensors header"),
-        ((4).to_bytes(8, "little") + b"\xff{}}", "no valid safetensors header"),
-    ],
-)
-def test_damaged_weights(checked: Checked, model: Path, content: bytes, text: str | None) -> None:
-    (model / "model.safetensors").write_bytes(content)
-    errors = checked().errors
-    assert [problem.id for problem in errors] == ([] if text is None else ["weights-damaged"])
-    assert all(text in problem.reason for problem in errors if text)
-
-
 def test_problems_of_keys_and_rules_come_together(checked: Checked) -> None:
     report = checked(
         f"{TP}=5", "actor.bogus=1", "rollout.vllm={a: 1}", "actor.model.sequence_parallel=true", world_size=5
@@ -334,6 +313,9 @@ def test_places_of_rule_problems(checked: Checked) -> None:
         (1, [], (1, 1, 1, (6,), 32)),
         (8, [f"{TP}=2", f"{PP}=2"], (2, 2, 2, (3, 3), 16)),
         (3 * 8, [f"{PP}=3"], (1, 3, 8, (2, 2, 2), 4)),
+        (8, [f"{PP}=2", f"{FIRST}=4"], (1, 2, 4, (4, 2), 8)),
+        (8, [f"{PP}=4", f"{FIRST}=1", f"{LAST}=1"], (1, 4, 2, (1, 2, 2, 1), 16)),
+        (8, [f"{PP}=4", "actor.model.decoder_last_pipeline_num_layers=3"], (1, 4, 2, (1, 1, 1, 3), 16)),
         (4, ["runner.enable_dynamic_batch_size=true"], (1, 1, 4, (6,), None)),
     ],
 )

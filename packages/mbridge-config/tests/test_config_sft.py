@@ -210,6 +210,31 @@ def test_layers_of_the_stages(layers: int, stages: int, deepstack: int, expected
     assert stage_sizes(layers, stages, deepstack) == expected
 
 
+@pytest.mark.parametrize(
+    ("layers", "stages", "first", "last", "expected"),
+    [
+        (64, 4, 14, 14, (14, 18, 18, 14)),
+        (7, 3, None, 3, (2, 2, 3)),
+        (7, 3, 1, None, (1, 3, 3)),
+        (5, 2, 4, None, (4, 1)),
+        (5, 2, 4, 1, (4, 1)),
+        (5, 2, 3, 1, None),
+        (5, 2, 5, None, None),
+        (5, 2, 6, None, None),
+        (6, 3, 3, 3, None),  # nothing for the second stage
+        (7, 4, 2, 2, None),
+        (5, 1, 5, None, None),
+        (5, 1, 2, 3, None),
+    ],
+)
+def test_layers_of_the_stages_whose_ends_are_given(
+    layers: int, stages: int, first: int | None, last: int | None, expected: tuple[int, ...] | None
+) -> None:
+    """Deepstack features then travel where they have to."""
+    for deepstack in (0, 3):
+        assert stage_sizes(layers, stages, deepstack, first=first, last=last) == expected
+
+
 def test_plan_shows_layers_and_features_of_each_stage(sft: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def stages(*overrides: str) -> list[str]:
         assert main(["check", "tune", "--config-path", str(sft), *overrides]) == 0

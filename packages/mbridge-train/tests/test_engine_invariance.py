@@ -101,6 +101,7 @@ def measure(
             "evaluated": evaluated,
             "norm": engine.step().grad_norm,
             "recompute": (engine.config.recompute_granularity, engine.config.recompute_method),
+            "layers": len(engine.model[0].module.decoder.layers),
             "micro_batches": [len(samples) for samples in engine._plan(batch)[engine.data_parallel_rank]],
         }
     finally:
@@ -124,10 +125,13 @@ CASES_2 = [
     ("PP 2 recompute", layout(pipeline=2) | RECOMPUTE, {}, 2, MIXED, TOKENS, PLAIN),
     ("TP 2 SP recompute budget", layout(2, sequence=True) | BLOCK, budget(33), 1, MIXED, TOKENS, DUAL),
     ("DP 2 dual clip by sequence", layout(), {}, 2, MIXED, SEQUENCES, DUAL),
+    ("PP 2 first 3", layout(pipeline=2) | {"num_layers_in_first_pipeline_stage": 3}, {}, 2, MIXED, TOKENS, PLAIN),
+    ("PP 2 last 3", layout(pipeline=2) | {"num_layers_in_last_pipeline_stage": 3}, budget(40), 1, MIXED, SUMS, DUAL),
     ("DP 2 budget by sums", layout(), budget(30), 1, MIXED, SUMS, DUAL),
     ("DP 2 three samples", layout(), {}, 1, THREE, TOKENS, PLAIN),
     ("DP 2 one sample", layout(), budget(64), 1, (9,), SEQUENCES, PLAIN),
 ]
+SPLITS = {"PP 2 first 3": [3, 1], "PP 2 last 3": [1, 3]}  # layers of each stage
 CASES_4 = [
     ("DP 2 x PP 2 three samples", layout(pipeline=2), {}, 1, THREE, TOKENS, PLAIN),
     ("DP 2 x PP 2 one sample", layout(pipeline=2), budget(64), 1, (9,), TOKENS, DUAL),
@@ -145,6 +149,7 @@ def check(results: list[dict[str, Any]], directory: Path, case: Any) -> None:
         assert result["again"] == result["metrics"]
         assert result["evaluated"] == pytest.approx(result["metrics"], rel=1e-6, abs=1e-7)
         assert result["recompute"] == (model.get("recompute_granularity"), model.get("recompute_method"))
+    assert name not in SPLITS or [result["layers"] for result in results] == SPLITS[name]
     counts = [result["micro_batches"] for result in results]
     assert len({len(sizes) for sizes in counts}) == 1  # else a rank would wait for another for ever
     if "three samples" in name or "one sample" in name:

@@ -70,6 +70,11 @@ class ChatFile:
             raise RowError(f"{source}: not JSON ({error}); each line of a .jsonl file is one JSON object") from None
         if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
             raise RowError(f'{source}: no list \'messages\'; write {{"messages": [{{"role": …, "content": …}}, …]}}')
+        if row.get("images") or row.get("image"):
+            raise RowError(
+                f"{source}: images beside 'messages' are not read; name each in its place in the content, as "
+                '{"type": "image", "image": "a path"}'
+            )
         messages = [self._message(message, f"{source}, message {n}") for n, message in enumerate(row["messages"], 1)]
         roles = [message.role for message in messages]
         if roles[-2:] != ["user", "assistant"]:

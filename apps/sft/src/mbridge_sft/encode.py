@@ -29,7 +29,7 @@ class Encoded:
     Attributes:
         tokens: int64 [length]; an image as as many placeholders as it has tokens.
         trained: bool [length]: True on the assistant's answer and its end token, as targets.
-        vision: the images in the order of their tokens; None where there are none.
+        vision: the images in the order of their tokens; None where there are none, or none are kept.
         position_ids: int64 [3, length], M-RoPE; None for a text model.
         source: file and row.
     """
@@ -49,6 +49,8 @@ class Encoder:
         max_length: most tokens of a sequence; None: no limit.
         train_on: the last answer, or all of the assistant's turns.
         limits: on the size of images.
+        keep_images: False leaves `vision` out of what is returned, for ranks whose pipeline stage reads no pixels.
+            Images are decoded all the same, so that all ranks find the same bad rows.
         trust_remote_code: let transformers run Python files that lie in the directory.
 
     Raises:
@@ -63,6 +65,7 @@ class Encoder:
         max_length: int | None = None,
         train_on: Literal["last", "all"] = "last",
         limits: PixelLimits | None = None,
+        keep_images: bool = True,
         trust_remote_code: bool = False,
     ) -> None:
         self._again = partial(
@@ -71,6 +74,7 @@ class Encoder:
             max_length=max_length,
             train_on=train_on,
             limits=limits,
+            keep_images=keep_images,
             trust_remote_code=trust_remote_code,
         )
         self._directory = Path(model_directory)
@@ -78,6 +82,7 @@ class Encoder:
         self._max_length = max_length
         self._train_on = train_on
         self._limits = limits or PixelLimits()
+        self._keep_images = keep_images
         self._image_processor: Any = None
         self._mrope: MropeSettings | None = None
         is_vision = "vision_config" in open_directory(self._directory, needs_weights=False).config
@@ -139,7 +144,10 @@ class Encoder:
         if not images:
             return None
         if self._image_processor is None:
-            raise RowError(f"{example.source}: has an image, but {self._directory} is a text model")
+            raise RowError(
+                f"{example.source}: has an image, but {self._directory} is a text model; give a vision-language model, "
+                "or leave out images: data.image_keys=[] does where they are columns"
+            )
         return self._patches(images, example.source)
 
     def _patches(self, images: Sequence[ImageReference], source: str) -> VisionInputs:
@@ -177,7 +185,8 @@ class Encoder:
                 position_ids = mrope_position_ids(tokens, None if vision is None else vision.grid_thw, self._mrope)
             except ModelError as error:
                 raise RowError(f"{source}: {error}") from None
-        return Encoded(tokens=tokens, trained=trained, vision=vision, position_ids=position_ids, source=source)
+        kept = vision if self._keep_images else None
+        return Encoded(tokens=tokens, trained=trained, vision=kept, position_ids=position_ids, source=source)
 
     def _check_tokenizer(self) -> None:
         pieces = [token for text in ("a question", "an answer") for token in self._token_ids(text)]

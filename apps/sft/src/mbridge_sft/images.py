@@ -50,6 +50,7 @@ def decode(image: ImageReference, source: str, *, most_pixels: int = LARGEST) ->
         RowError: it cannot be read or decoded, or is too large.
     """
     data = _read(image, source)
+    name = "" if image.location is None else f" {image.location}"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of broken metadata, and of sizes, which are checked here
@@ -57,15 +58,15 @@ def decode(image: ImageReference, source: str, *, most_pixels: int = LARGEST) ->
                 width, height = opened.size
                 if width * height > most_pixels:
                     raise RowError(
-                        f"{source}: the image has {width} x {height} pixels, more than {most_pixels}; make it smaller, "
-                        "raise data.max_pixels, or set data.oversized=resize"
+                        f"{source}: the image{name} has {width} x {height} pixels, more than {most_pixels}; make it "
+                        "smaller, raise data.max_pixels, or set data.oversized=resize"
                     )
                 return _rgb(ImageOps.exif_transpose(opened))
     except RowError:
         raise
     except Exception as error:  # noqa: BLE001 - decoders raise anything on a broken file
         reason = "no image format that is read here" if isinstance(error, UnidentifiedImageError) else error
-        raise RowError(f"{source}: the image of {len(data)} bytes cannot be decoded: {reason}") from None
+        raise RowError(f"{source}: the image{name} of {len(data)} bytes cannot be decoded: {reason}") from None
 
 
 def _rgb(image: Image.Image) -> Image.Image:

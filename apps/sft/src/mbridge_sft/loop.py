@@ -21,6 +21,7 @@ from mbridge_train.processes import broadcast, join, leave, seed_all
 from mbridge_train.resume import find_checkpoint, restore
 from mbridge_train.saving import RunSaver, is_due
 from mbridge_train.throughput import Throughput
+from megatron.core import parallel_state
 
 from mbridge_sft.encode import Encoder
 from mbridge_sft.errors import DataError
@@ -28,7 +29,7 @@ from mbridge_sft.examples import Examples
 from mbridge_sft.images import PixelLimits
 from mbridge_sft.quickstart import prepare_quickstart
 from mbridge_sft.report import DISPLAY, example_grid
-from mbridge_sft.start import read_data
+from mbridge_sft.start import optimizer_steps, read_data
 from mbridge_sft.trainer import SFTTrainer
 
 
@@ -57,9 +58,7 @@ def _train(config: SFTConfig, command: list[str]) -> None:
     training, evaluation = read_data(config)
     assert training is not None  # a rule
     runner = config.runner
-    steps = runner.max_steps
-    if steps <= 0:
-        steps = max(1, len(training) * runner.max_epochs // config.actor.global_batch_size)
+    steps = optimizer_steps(config, rows=len(training))
 
     resume = find_checkpoint(runner.resume_dir, output.checkpoints, output.message)
     engine = _engine(config, optimizer_steps=steps)
@@ -105,6 +104,11 @@ def _evaluate(config: SFTConfig, command: list[str]) -> None:
     _, evaluation = read_data(config)
     assert evaluation is not None  # a rule
     checkpoint = find_checkpoint(config.runner.resume_dir, checkpoint_directory(config), output.message)
+    if checkpoint is None and config.runner.resume_dir is not None:  # the figures would be those of other weights
+        raise DataError(
+            f"there is no checkpoint to evaluate in {checkpoint_directory(config)}; correct runner.experiment_name or "
+            "runner.output_dir, or set runner.resume_dir=null to evaluate the model of actor.model.model_path"
+        )
     engine = _engine(config, optimizer_steps=None)
     step = 0
     if checkpoint is not None:
@@ -147,6 +151,7 @@ def _encoder(config: SFTConfig) -> Encoder:
         tokenizer_directory(config),
         max_length=config.runner.seq_length,
         train_on=data.train_on,
+        keep_images=parallel_state.is_pipeline_first_stage(),
         limits=PixelLimits(min_pixels=data.min_pixels, max_pixels=data.max_pixels, oversized=data.oversized),
         trust_remote_code=config.actor.tokenizer.trust_remote_code,
     )

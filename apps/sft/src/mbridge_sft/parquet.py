@@ -7,6 +7,7 @@ by row groups, of which a few small ones are kept: HuggingFace writes 100 rows a
 import ast
 import json
 import re
+import reprlib
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
@@ -23,6 +24,9 @@ KEPT_BYTES = 64 * 2**20
 
 LONGEST_CHOICES = 100_000
 """Characters of a list of choices that is written as text."""
+
+CHOICES = "choices"
+"""The column of choices where no other is named; it may be missing."""
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -46,7 +50,7 @@ class ParquetFile:
         path: Path,
         *,
         prompt_key: str = "question",
-        choice_key: str = "choices",
+        choice_key: str = CHOICES,
         answer_key: str = "correct_answer",
         image_keys: tuple[str, ...] | None = None,
         answer_format: Literal["text", "letter"] = "text",
@@ -56,9 +60,7 @@ class ParquetFile:
         self._answer_format = answer_format
         self._open()
         names = self._file.schema_arrow.names
-        if image_keys is None:
-            image_keys = tuple(sorted((name for name in names if re.fullmatch(r"image_?\d*", name)), key=_natural))
-        self._image_keys = image_keys
+        self._image_keys = image_keys = self._find_images() if image_keys is None else image_keys
         self._has_choices = choice_key in names
         for setting, key in [
             ("prompt_key", prompt_key),
@@ -67,11 +69,27 @@ class ParquetFile:
         ]:
             if key not in names:
                 raise DataError(f"{path} has no column {key!r}, only {', '.join(names)}: correct data.{setting}")
+        if choice_key != CHOICES and not self._has_choices:
+            raise DataError(
+                f"{path} has no column {choice_key!r}, only {', '.join(names)}: correct data.choice_key, or leave it "
+                f"at {CHOICES!r}, which a file without choices need not have"
+            )
         metadata = self._file.metadata
         # Of each row group, the row behind its last.
         self._ends = list(accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)))
         if not len(self):
             raise DataError(f"{path} has no rows: give a file with at least one, or take it out")
+
+    def _find_images(self) -> tuple[str, ...]:
+        schema = self._file.schema_arrow
+        found = sorted((name for name in schema.names if re.fullmatch(r"image_?\d*", name)), key=_natural)
+        others = [field.name for field in schema if _may_be_image(field.type)]
+        if others and not found:  # a model that is to see images must not be trained without them by a name alone
+            raise DataError(
+                f"{self._path} has no column named image, or image and a number, but bytes in {', '.join(others)}: "
+                f"set data.image_keys=[{others[0]}], or data.image_keys=[] to use none"
+            )
+        return tuple(found)
 
     def _open(self) -> None:
         try:
@@ -99,8 +117,13 @@ class ParquetFile:
         row = self._row(index)
         question = row[self._prompt_key]
         if not isinstance(question, str) or not question.strip():
-            raise RowError(f"{source}: {self._prompt_key!r} is {question!r}, not a question")
-        images = [_image(row[key], f"{source}, column {key!r}") for key in self._image_keys if row[key] is not None]
+            raise RowError(f"{source}: {self._prompt_key!r} is {reprlib.repr(question)}, not a question")
+        images = [
+            _image(value, f"{source}, column {key!r}")
+            for key in self._image_keys
+            for value in (row[key] if isinstance(row[key], list) else [row[key]])
+            if value is not None
+        ]
         if self._image_keys and not images:
             raise RowError(f"{source}: no image in {', '.join(self._image_keys)}")
         answer = row[self._answer_key]
@@ -108,7 +131,9 @@ class ParquetFile:
         texts: tuple[str, ...] | None = None
         if choices is None:
             if not isinstance(answer, str):
-                raise RowError(f"{source}: {self._answer_key!r} is {answer!r} where no choices are: write text")
+                raise RowError(
+                    f"{source}: {self._answer_key!r} is {reprlib.repr(answer)} where no choices are: write text"
+                )
         else:
             texts = _choices(choices, f"{source}, column {self._choice_key!r}")
             right = _right(answer, texts, f"{source}, column {self._answer_key!r}")
@@ -146,6 +171,14 @@ class ParquetFile:
                 return dict(batch.slice(index, 1).to_pylist()[0])
             index -= len(batch)
         raise RowError(f"{self._path} row group {group} has fewer rows than its footer says")
+
+
+def _may_be_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(field.name == "bytes" for field in kind)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _may_be_image(kind.value_type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _natural(name: str) -> tuple[int, str]:
@@ -195,5 +228,7 @@ def _right(answer: Any, choices: tuple[str, ...], where: str) -> int:
         elif text.isdecimal():
             right = int(text)
     if not 0 <= right < len(choices):
-        raise RowError(f"{where}: {answer!r} is none of the {len(choices)} choices, nor the index or letter of one")
+        raise RowError(
+            f"{where}: {reprlib.repr(answer)} is none of the {len(choices)} choices, nor the index or letter of one"
+        )
     return right

@@ -58,7 +58,9 @@ class SFTTrainer:
         )
 
     def step(self, batch: Sequence[Encoded]) -> dict[str, float]:
-        """Train on one global batch and return its metrics, the same on every rank."""
+        """Train on one global batch and return its metrics: of the whole batch, but for those of its images, which are
+        counted on the first pipeline stage alone, where rank 0 is.
+        """
         started = time.perf_counter()
         samples = training_samples(batch)
         padding = self.engine.padding_share(samples)

@@ -1,10 +1,11 @@
 """`mbridge-ckpt`: look at, check, compare and tidy checkpoints. See `mbridge-ckpt --help`.
 
 Exit codes: 0 fine; 1 the answer is no (verify found a fault, diff a difference); 2 the command could not be carried
-out, with one line on stderr that says why.
+out, with one line on stderr that says why; 130 interrupted by Ctrl-C, with nothing made.
 """
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -20,15 +21,17 @@ from mbridge_ckpt.publish import find_leftovers
 from mbridge_ckpt.retention import Retention, prune
 from mbridge_ckpt.verify import verify
 
-FINE, NO, FAILED = 0, 1, 2
+FINE, NO, FAILED, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     options = _parser().parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name need be no text, and a terminal may know ASCII alone
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code: int = options.run(options)
-        sys.stdout.flush()
+        print(end="", flush=True)
         return code
     except BrokenPipeError:  # the reader of our output, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -37,8 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mbridge-ckpt: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        print(f"mbridge-ckpt: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"mbridge-ckpt: {where}{error.strerror or error}", file=sys.stderr)
         return FAILED
+    except KeyboardInterrupt:
+        print("mbridge-ckpt: interrupted", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _ls(options: argparse.Namespace) -> int:
@@ -155,8 +162,8 @@ def _prune(options: argparse.Namespace) -> int:
 def _diff(options: argparse.Namespace) -> int:
     from mbridge_ckpt.diff import diff
 
-    total = open_checkpoint(options.path).manifest.total_bytes
-    with ProgressBar("comparing", total) as progress:
+    total = sum(open_checkpoint(path).manifest.total_bytes for path in (options.path, options.other))
+    with ProgressBar("reading", 2 * total) as progress:  # verified, then compared
         differences = diff(options.path, options.other, progress=progress)
     if options.json:
         print_json({"equal": not differences, "differences": differences})
@@ -174,7 +181,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mbridge-ckpt",
         description="Look at, check, compare and tidy training checkpoints.",
-        epilog="Exit codes: 0 fine; 1 the answer is no (a fault, a difference); 2 could not be done, reason on stderr.",
+        epilog="Exit codes: 0 fine; 1 the answer is no (a fault, a difference); 2 could not be done, reason on stderr;"
+        " 130 interrupted.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 

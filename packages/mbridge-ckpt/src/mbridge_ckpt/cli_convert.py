@@ -12,7 +12,7 @@ def run_reshard(options: argparse.Namespace) -> int:
     from mbridge_ckpt.reshard import reshard
 
     checkpoint = open_checkpoint(options.path)
-    with ProgressBar("writing", checkpoint.manifest.total_bytes) as progress:
+    with ProgressBar("reading and writing", 2 * checkpoint.manifest.total_bytes) as progress:
         path = reshard(
             checkpoint.path,
             options.destination,

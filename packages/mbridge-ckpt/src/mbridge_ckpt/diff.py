@@ -6,6 +6,7 @@ from pathlib import Path
 
 from mbridge_ckpt.assemble import MODEL, WholeModel
 from mbridge_ckpt.checkpoint import open_checkpoint
+from mbridge_ckpt.verify import require_whole
 
 KINDS = (MODEL, "fp32_param", "exp_avg", "exp_avg_sq")
 
@@ -26,13 +27,16 @@ class Difference:
 def diff(first: str | Path, second: str | Path, *, progress: Callable[[int], None] | None = None) -> list[Difference]:
     """Compare weights and optimizer state tensor by tensor, by bits first; empty if all are equal.
 
-    Padding rows of a vocabulary do not count. Memory: two whole tensors and their difference. Raises LayoutError for
-    checkpoints whose parameters have no placements; compare those file by file.
+    Padding rows of a vocabulary do not count. Memory: two whole tensors and their difference. `progress` gets the bytes
+    of each file verified and of each tensor compared. Raises LayoutError for checkpoints whose parameters have no
+    placements (compare those file by file), CorruptCheckpointError for a damaged one: damage is no difference.
     """
     import torch
 
     found: list[Difference] = []
     with WholeModel(open_checkpoint(first)) as one, WholeModel(open_checkpoint(second)) as other:
+        for side in (one, other):
+            require_whole(side.checkpoint.path, only_needed_to_resume=True, progress=progress)
         copies = one.copied_names() | other.copied_names()
         for name in dict.fromkeys([*one.parameters, *other.parameters]):
             if name in copies:
@@ -46,7 +50,7 @@ def diff(first: str | Path, second: str | Path, *, progress: Callable[[int], Non
                 rows = one.parameters[name].placement.vocabulary_rows
                 a, b = one.read(kind, name, rows=rows), other.read(kind, name, rows=rows)
                 if progress is not None:
-                    progress(a.nbytes)
+                    progress(a.nbytes + b.nbytes)
                 if (a.shape, a.dtype) != (b.shape, b.dtype):
                     reason = f"{str(a.dtype)[6:]}{list(a.shape)} and {str(b.dtype)[6:]}{list(b.shape)}"
                     found.append(Difference(kind, name, reason))

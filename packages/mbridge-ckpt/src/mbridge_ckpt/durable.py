@@ -105,7 +105,10 @@ def exchange(first: Path, second: Path) -> bool:
 
 
 def point_link(link: Path, target: str) -> None:
-    """Make `link` a symlink to `target` in one rename, so that a reader sees the old one or the new one."""
+    """Make `link` a symlink to `target` in one rename, so that a reader sees the old one or the new one.
+
+    An OSError means that the old one is still there. The new one may get lost in a power cut.
+    """
     temporary = link.with_name(f".{link.name}.{uuid.uuid4().hex[:8]}")
     os.symlink(target, temporary)
     try:
@@ -113,4 +116,3 @@ def point_link(link: Path, target: str) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_path(link.parent)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _COPY_BLOCK = 8 << 20
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(i?)B\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMGT]?)(i?)B\s*", re.IGNORECASE)
 _CODES = {dtype: code for code, (dtype, _) in DTYPES.items()}
 # Weights in any format are what is written anew; hidden files are a download tool's or a version control's.
 _WEIGHTS = re.compile(

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mbridge_ckpt.errors import CorruptCheckpointError, LayoutError, UnsafeCheckpointError
+from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, LayoutError, UnsafeCheckpointError
 
 MANIFEST_FILE = "manifest.json"
 LATEST_LINK = "latest"
@@ -133,7 +133,16 @@ def relative_path(text: str) -> PurePosixPath:
     parts = text.split("/")
     if any(part in ("", ".", "..") for part in parts):
         raise ValueError(f"path {text!r} has an empty, '.' or '..' part")
+    os.fsencode(text)  # UnicodeEncodeError, a ValueError, for what can be no file's name
     return PurePosixPath(text)
+
+
+def refuse_inside_checkpoint(path: Path) -> None:
+    """Raise CheckpointError if something new at `path` would lie in a committed checkpoint, whose files are fixed."""
+    real = Path(os.path.realpath(path))
+    for place in (real, *real.parents):
+        if step_of(place.name) is not None and (place / MANIFEST_FILE).exists():
+            raise CheckpointError(f"{path} lies inside the checkpoint {place}; give a directory outside of it")
 
 
 def inside(root: Path, text: str) -> Path:

@@ -2,8 +2,10 @@
 
 import json
 import re
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +96,7 @@ class Manifest:
     def from_bytes(cls, data: bytes) -> "Manifest":
         """Parse and check; raises CorruptCheckpointError, and CheckpointError for a format of a later version."""
         try:
-            value = json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_no_constant)
+            value = json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_number, parse_float=_number)
         except (ValueError, RecursionError) as error:
             raise CorruptCheckpointError(f"not JSON: {error}") from None
         if not isinstance(value, dict) or value.get("format") != FORMAT:
@@ -124,6 +126,8 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         if path.is_symlink():
             raise CorruptCheckpointError("it is a symlink; a manifest is a regular file")
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CorruptCheckpointError("it is no regular file")
         if path.stat().st_size > MAXIMUM_MANIFEST_BYTES:
             raise CorruptCheckpointError(f"larger than {MAXIMUM_MANIFEST_BYTES} bytes")
         return Manifest.from_bytes(path.read_bytes())
@@ -197,5 +201,8 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return value
 
 
-def _no_constant(text: str) -> Any:
-    raise ValueError(f"{text} is not a JSON number")
+def _number(text: str) -> float:
+    value = float(text)
+    if not isfinite(value):  # NaN, Infinity, 1e999
+        raise ValueError(f"{text} is no finite number")
+    return value

@@ -80,6 +80,8 @@ class MegatronTree:
     def reader(self, path: Path) -> TorchFileReader:
         """The open file."""
         if path not in self._readers:
+            if path.exists() and not path.is_file():  # a pipe would be waited for without end
+                raise CorruptCheckpointError(f"{path}: is no regular file; copy the tree again")
             try:
                 self._readers[path] = self._open.enter_context(open_megatron_file(path))
             except FileNotFoundError:

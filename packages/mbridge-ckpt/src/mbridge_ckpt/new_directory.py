@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from mbridge_ckpt.durable import HashingFile, fsync_path, fsync_tree_directories
 from mbridge_ckpt.errors import CheckpointError
-from mbridge_ckpt.layout import inside
+from mbridge_ckpt.layout import inside, refuse_inside_checkpoint
 from mbridge_ckpt.transaction import FileStream
 from mbridge_ckpt.writing import SaveStream
 
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 class NewDirectory:
     """Files go into a hidden directory beside `final`, which `commit` renames; without it the block's end removes it.
 
-    Raises CheckpointError if `final` exists; nothing is overwritten.
+    Raises CheckpointError if `final` exists, since nothing is overwritten, or lies in a checkpoint.
     """
 
     def __init__(self, final: Path) -> None:
         self.final = Path(os.path.abspath(final))
         self.path = self.final.with_name(f".{self.final.name}.writing-{uuid.uuid4().hex[:12]}")
         self._refuse_existing()
+        refuse_inside_checkpoint(self.final)
         self.path.mkdir(parents=True)
 
     @contextmanager

@@ -1,5 +1,6 @@
 """Cut a checkpoint for another tensor- and pipeline-parallel layout, tensor by tensor, with no Megatron."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -10,13 +11,20 @@ from typing import Any
 from mbridge_ckpt.assemble import MODEL, WholeModel
 from mbridge_ckpt.checkpoint import Checkpoint, open_checkpoint
 from mbridge_ckpt.durable import READ_BLOCK
-from mbridge_ckpt.errors import CorruptCheckpointError, LayoutError
-from mbridge_ckpt.layout import TRACKER_FILE, Layout, model_file, optimizer_file
+from mbridge_ckpt.errors import CheckpointError, LayoutError
+from mbridge_ckpt.layout import (
+    TRACKER_FILE,
+    Layout,
+    model_file,
+    optimizer_file,
+    refuse_inside_checkpoint,
+    step_directory,
+)
 from mbridge_ckpt.placement import ParameterPlacement, local_name
 from mbridge_ckpt.torch_inspect import StoredTensor
 from mbridge_ckpt.torch_zip import LazyTensor
 from mbridge_ckpt.transaction import Save, begin_save
-from mbridge_ckpt.verify import verify
+from mbridge_ckpt.verify import require_whole
 
 # What Megatron rounds a vocabulary up to a multiple of, times the tensor-parallel size, in the order they are tried.
 _VOCABULARY_MULTIPLES = (128, 1, 2, 4, 8, 16, 32, 64, 256, 512, 1024)
@@ -46,13 +54,17 @@ def reshard(
     `vocabulary_multiple` times `tensor`; by default to the multiple that explains the padding of `source`.
 
     Memory: two tensors of the source's largest. `source` is verified first, byte by byte. `progress` gets the bytes of
-    each tensor written. Returns the new checkpoint. Raises CheckpointError's classes; LayoutError when a size does not
-    divide what it must.
+    each file verified and of each tensor written. Returns the new checkpoint. Raises CheckpointError's classes;
+    LayoutError when a size does not divide what it must.
     """
+    if vocabulary_multiple is not None and vocabulary_multiple < 1:
+        raise LayoutError(f"the vocabulary multiple is {vocabulary_multiple}; it must be at least 1, or left out")
     checkpoint = open_checkpoint(source)
-    report = verify(checkpoint.path)
-    if not report.ok:
-        raise CorruptCheckpointError(f"{report.problems[0].message}; only a whole checkpoint is cut anew")
+    final = Path(directory) / step_directory(checkpoint.step)
+    refuse_inside_checkpoint(Path(directory))  # before the long reading
+    if os.path.lexists(final):
+        raise CheckpointError(f"{final} exists; nothing is overwritten, give another directory")
+    require_whole(checkpoint.path, progress=progress)
     layout = replace(checkpoint.layout, tensor=tensor, pipeline=pipeline, expert_tensor=1)
     with WholeModel(checkpoint) as whole:
         stages = [_stage(whole, layout, stage) for stage in range(pipeline)]

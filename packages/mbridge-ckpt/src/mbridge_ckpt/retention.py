@@ -163,6 +163,12 @@ def _remove(path: Path, step: int, dry_run: bool) -> bool:
 
 def _settle(leftover: Leftover, dry_run: bool) -> Verdict:
     final = leftover.path.parent / step_directory(leftover.step)
+    if leftover.kind == "link":
+        if time.time() - leftover.path.lstat().st_mtime < 60:
+            return Verdict(leftover.path, "keep", "its save is running, or was until lately")
+        if not dry_run:
+            leftover.path.unlink(missing_ok=True)
+        return Verdict(leftover.path, "remove", "left by an interrupted save")
     if leftover.kind == "saving" and _alive(leftover.path):
         return Verdict(leftover.path, "keep", "its save is running, or was until lately")
     if leftover.kind == "replaced" and not os.path.lexists(final):

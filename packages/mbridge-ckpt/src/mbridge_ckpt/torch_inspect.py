@@ -21,6 +21,7 @@ from mbridge_ckpt.manifest import TensorRecord
 
 MAXIMUM_PICKLE_BYTES = 256 << 20
 MAXIMUM_DEPTH = 64
+HARMLESS_TUPLE_DEPTH = 20_000  # hashing tuples overflows the stack of a process at some hundred thousand
 
 # torch's storage class for each dtype that has one; the rest are stored untyped and name the dtype itself.
 _STORAGES = {
@@ -79,6 +80,12 @@ class _Call:
         return self._function(*arguments)
 
 
+def _size(extents: Any) -> tuple[int, ...]:
+    if not all(type(extent) is int for extent in extents):
+        raise CorruptCheckpointError("a torch.Size of what are no numbers")
+    return tuple(extents)
+
+
 def _rebuild_tensor_v2(storage: _Storage, offset: int, size: Any, stride: Any, *_: Any) -> StoredTensor:
     return _checked_tensor(storage, offset, size, stride, storage.dtype)
 
@@ -103,7 +110,7 @@ def _checked_tensor(storage: _Storage, offset: int, size: Any, stride: Any, dtyp
 
 _GLOBALS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
-    ("torch", "Size"): tuple,
+    ("torch", "Size"): _Call(_size),
     ("torch._utils", "_rebuild_tensor_v2"): _Call(_rebuild_tensor_v2),
     ("torch._utils", "_rebuild_tensor_v3"): _Call(_rebuild_tensor_v3),
     **{("torch", name): storage for name, storage in _STORAGES.items()},
@@ -206,6 +213,9 @@ def _read(stream: Any, stand_ins: StandIns) -> Structure:
     storages = {e.filename.removeprefix(prefix): e.file_size for e in entries if e.filename.startswith(prefix)}
     data = _stored_bytes(stream, pickles[0])
     _check_memo(data)
+    tuples = sum(map(data.count, (b"\x85", b"\x86", b"\x87"))) + min(data.count(b"("), data.count(b"t"))  # at most
+    if tuples > HARMLESS_TUPLE_DEPTH:
+        _check_tuples(data)
     value = _Unpickler(data, storages, stand_ins).load()
     positions = {}
     for entry in entries:
@@ -243,6 +253,28 @@ def _check_memo(data: bytes) -> None:
             raise UnsafeCheckpointError(
                 f"its pickle has memo index {argument} in {len(data)} bytes, to fill the memory"
             )
+
+
+def _check_tuples(data: bytes) -> None:
+    """Refuse tuples nested so deep that hashing one, as a dict's key, would end the process without an error."""
+    depths: list[int] = []  # of the tuples in each thing on the unpickler's stack; -1 for a mark
+    memo: dict[int, int] = {}
+    for operation, argument, _ in pickletools.genops(data):
+        name, taken = operation.name, operation.stack_before
+        if name.endswith("PUT") or name == "MEMOIZE":
+            memo[len(memo) if argument is None else int(argument)] = depths[-1]
+        elif name.endswith("GET"):
+            depths.append(memo[int(argument or 0)])
+        elif name == "MARK":
+            depths.append(-1)
+        else:
+            begin = len(depths) - len(taken)
+            if pickletools.markobject in taken:
+                begin = len(depths) - 1 - depths[::-1].index(-1) - taken.index(pickletools.markobject)
+            depth = max(depths[begin:], default=0) + name.startswith("TUPLE")
+            if depth > HARMLESS_TUPLE_DEPTH:
+                raise UnsafeCheckpointError("its pickle nests tuples without measure, to overflow the stack")
+            depths[begin:] = [max(depth, 0)] * len(operation.stack_after)
 
 
 def _flatten(value: Any, name: str, depth: int, records: list[TensorRecord], budget: list[int]) -> None:

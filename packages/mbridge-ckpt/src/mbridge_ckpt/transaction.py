@@ -27,6 +27,7 @@ from mbridge_ckpt.layout import (
     Layout,
     inside,
     iteration_directory,
+    refuse_inside_checkpoint,
     step_directory,
 )
 from mbridge_ckpt.manifest import FileRecord, Manifest
@@ -94,12 +95,13 @@ class Save(CheckpointWriter):
         temporary = temporary_directory(directory, step)
         if self._ranks.rank == 0:
             try:
+                refuse_inside_checkpoint(directory)
                 directory.mkdir(parents=True, exist_ok=True)
                 if existing == "refuse" and os.path.lexists(self._final):
                     raise SaveError(f"{self._final} exists; delete it, or save with existing='replace'")
                 temporary.mkdir()
                 self._lock = _lock_writer(temporary)
-            except (OSError, SaveError) as error:
+            except (OSError, CheckpointError) as error:
                 self._note(_text(error))
         self.path, begun = self._ranks.from_first((temporary, self._failure is None))
         if begun and not self.path.is_dir():
@@ -183,7 +185,7 @@ class Save(CheckpointWriter):
                 self._publish(records, metadata or {}, writer or {})
             except (OSError, CheckpointError, TypeError, ValueError) as error:
                 self._note(f"cannot commit {self._final}: {_text(error)}")
-        self._agree(None)
+        self._agree(None, if_lost="may or may not have been saved")
         self._release()
         return self._final
 
@@ -224,14 +226,14 @@ class Save(CheckpointWriter):
         where = self._final / path if path else error.filename or self._final
         self._note(f"cannot write {where}: {error.strerror or error}")
 
-    def _agree[T](self, value: T) -> list[T]:
+    def _agree[T](self, value: T, *, if_lost: str = "was not saved") -> list[T]:
         """Exchange failures and `value`; with any failure, clean up and raise the same SaveError on every rank."""
         try:
             answers = self._ranks.gather((self._failure, value))
         except RuntimeError as error:
             raise RanksLostError(
-                f"{self._final} was not saved: a rank is gone or out of step ({str(error).splitlines()[0]}); earlier"
-                f" checkpoints are untouched, and `mbridge-ckpt prune` removes {self.path.name}"
+                f"{self._final} {if_lost}: a rank is gone or out of step ({str(error).splitlines()[0]}); earlier"
+                f" checkpoints are untouched, and `mbridge-ckpt prune` removes {self.path.name} if it is there"
             ) from error
         failures = [failure for failure, _ in answers if failure is not None]
         if failures:
@@ -264,6 +266,9 @@ class Save(CheckpointWriter):
             self._note_writing(self._external[-1] if self._external and not error.filename else "", error)
         elif isinstance(error, Exception):
             self._note(_text(error))
+        elif self._ranks.size == 1:
+            self._abandon()
+            return
         else:  # Ctrl-C and exits must not wait for ranks that may never come; `prune` removes what is left
             self._open = False
             self._release()

@@ -1,6 +1,7 @@
 """Does a checkpoint on the disk equal what was committed? By sizes and headers in a moment, by checksums in full."""
 
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,6 +90,15 @@ def verify(
     )
 
 
+def require_whole(
+    path: Path, *, only_needed_to_resume: bool = False, progress: Callable[[int], None] | None = None
+) -> None:
+    """Raise CorruptCheckpointError for the first file of a checkpoint that `verify` finds a fault in."""
+    report = verify(path, only_needed_to_resume=only_needed_to_resume, progress=progress)
+    if report.problems:
+        raise CorruptCheckpointError(report.problems[0].message)
+
+
 def check_file(root: Path, record: FileRecord, *, contents: bool = True) -> Path:
     """Compare one file with its record; returns its path. Errors (CheckpointError's classes) name the file.
 
@@ -131,7 +141,10 @@ def _named_errors(path: Path, record: FileRecord) -> Iterator[None]:
 
 
 def _check_size(path: Path, record: FileRecord) -> None:
-    size = path.stat().st_size
+    status = path.stat()
+    size = status.st_size
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+        raise CorruptCheckpointError(f"{path}: is no regular file; put the file that was written in its place")
     if size != record.bytes:
         raise CorruptCheckpointError(
             f"{path}: {size} bytes, {record.bytes} were written; use another checkpoint, or copy this one again"
@@ -188,9 +201,10 @@ def _plan(
 
 
 def files_below(root: Path) -> Iterable[str]:
-    """Paths of all files under `root`, relative to it, in a fixed order."""
-    for directory, _, names in sorted(os.walk(root)):
-        for name in sorted(names):
+    """Paths of all files and links under `root`, relative to it, in a fixed order."""
+    for directory, directories, files in sorted(os.walk(root)):
+        links = [name for name in directories if os.path.islink(os.path.join(directory, name))]
+        for name in sorted(files + links):
             yield str((Path(directory) / name).relative_to(root))
 
 

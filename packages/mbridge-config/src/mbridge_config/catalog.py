@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 
+from mbridge_config.paths import is_directory, is_file, is_there
 from mbridge_config.problems import ConfigError, Problem
 
 ENTRY_POINTS = "mbridge.configs"
@@ -64,25 +65,36 @@ def find_config(name: str, directories: Iterable[Path]) -> tuple[Path, Path]:
     `name` is a path below a directory without its suffix, or the last part of one, or the path of a YAML file.
     Raises `ConfigError` for a name that means nothing, or more than one file.
     """
-    if name.endswith((SUFFIX, ".yml")) and Path(name).is_file():
+    directories = list(directories)
+    labels = [(known, known) for directory in directories for known in config_names(directory)]
+    return _find(name, directories, labels)
+
+
+def _find(name: str, directories: list[Path], available: list[tuple[str, str]]) -> tuple[Path, Path]:
+    """`find_config`; `available` has each config's name, and the name under which a message lists it."""
+    if name.endswith(SUFFIX) and is_file(name):
         file = Path(name).resolve()
         return file, file.parent
     wanted = name.removesuffix(SUFFIX)
-    directories = list(directories)
     for directory in directories:
         matches = _matches(wanted, directory)
         if len(matches) == 1:
             return directory / f"{matches[0]}{SUFFIX}", directory
         if matches:
             raise _wrong_name(name, "more than one config has this name", f"use one of {', '.join(matches)}")
-    available = [known for directory in directories for known in config_names(directory)]
+    if is_directory(name):
+        raise _wrong_name(name, "it is a directory", f"name a YAML file in it, or `--config-path {name}` and a config")
+    if is_file(name):
+        raise _wrong_name(name, f"the file's name does not end in {SUFFIX}, as Hydra needs it", "rename it")
     if not available:
         places = ", ".join(map(str, directories)) or "no directory"
         raise _wrong_name(name, f"there are no configs in {places}", "name a directory with --config-path")
     # nearest first: by the last part, then the others in their order
-    leaves = {known.rpartition("/")[2]: known for known in available}
-    close = [leaves[leaf] for leaf in difflib.get_close_matches(wanted.rpartition("/")[2], leaves, n=5, cutoff=0.3)]
-    listing = [*close, *(known for known in available if known not in close)]
+    leaves: dict[str, list[str]] = {}
+    for known, label in available:
+        leaves.setdefault(known.rpartition("/")[2], []).append(label)
+    near = difflib.get_close_matches(wanted.rpartition("/")[2], leaves, n=5, cutoff=0.3)
+    listing = dict.fromkeys([*(label for leaf in near for label in leaves[leaf]), *(label for _, label in available)])
     raise _wrong_name(name, "there is no such config", f"available, nearest first: {', '.join(listing)}")
 
 
@@ -96,10 +108,11 @@ def find_installed_config(name: str) -> tuple[Path, Path]:
     if rest and app in apps:
         return find_config(rest, [apps[app]])
     holders = [app for app, directory in apps.items() if _matches(name.removesuffix(SUFFIX), directory)]
-    if len(holders) > 1 and not Path(name).is_file():
+    if len(holders) > 1 and not is_file(name):
         fix = f"use one of {', '.join(f'{app}/{name}' for app in holders)}"
         raise _wrong_name(name, "more than one app has a config of this name", fix)
-    return find_config(name, apps.values())
+    labels = [(known, f"{app}/{known}") for app, directory in apps.items() for known in config_names(directory)]
+    return _find(name, list(apps.values()), labels)
 
 
 def _matches(wanted: str, directory: Path) -> list[str]:
@@ -114,10 +127,9 @@ def _wrong_name(name: str, reason: str, fix: str) -> ConfigError:
 
 def given_directory(path: str | Path) -> Path:
     """`--config-path` as an absolute directory; raises `ConfigError` if it is none."""
-    directory = Path(path).resolve()
-    if directory.is_dir():
-        return directory
-    reason = "it is a file, not a directory" if directory.exists() else "there is no such directory"
+    if is_directory(path):
+        return Path(path).resolve()
+    reason = "it is a file, not a directory" if is_there(path) else "there is no such directory"
     raise ConfigError(
         Problem(
             id="no-such-directory",

@@ -12,6 +12,7 @@ from typing import TypeVar
 from mbridge_config.directories import TOKENIZER_KEY, hf_directory, hf_key, tokenizer_directory
 from mbridge_config.hf_facts import HFFacts
 from mbridge_config.made_models import made_model_facts
+from mbridge_config.paths import is_there
 from mbridge_config.plan import ParallelPlan, expected_world_size, make_plan
 from mbridge_config.problems import ConfigError, Problem, Severity, ordered, render
 from mbridge_config.rules import REASONING, SFT, Context, Rule
@@ -99,7 +100,7 @@ def _read(
 
 def _model_facts(config: RunConfig) -> Callable[[Path], HFFacts]:
     def read(directory: Path) -> HFFacts:
-        if config.quickstart.enabled and not directory.exists():
+        if config.quickstart.enabled and not is_there(directory):
             return made_model_facts(config, directory)
         return HFFacts.load(directory)
 
@@ -108,6 +109,6 @@ def _model_facts(config: RunConfig) -> Callable[[Path], HFFacts]:
 
 def _tokenizer_size(config: RunConfig) -> Callable[[Path], int | None]:
     def read(directory: Path) -> int | None:
-        return None if config.quickstart.enabled and not directory.exists() else tokenizer_size(directory)
+        return None if config.quickstart.enabled and not is_there(directory) else tokenizer_size(directory)
 
     return read

@@ -80,7 +80,7 @@ def _check(words: Sequence[str]) -> int:
         prog="mbridge-config check", formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_listing()
     )
     parser.add_argument("name", metavar="NAME", help="name of a config, or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="set a key")
     parser.add_argument("--config-path", "-cp", metavar="DIR", type=Path, help="directory of configs")
     parser.add_argument("--world-size", metavar="N", type=int, help="ranks of the run, on all hosts")
     parser.add_argument("--memory", metavar="GIB", type=memory_size, help="memory of a GPU, which a rank must fit")
@@ -94,16 +94,20 @@ def _check(words: Sequence[str]) -> int:
     from mbridge_config.compose import compose
     from mbridge_config.memory_check import memory_problems
     from mbridge_config.plan_text import plan_text
+    from mbridge_config.resolved import resolved, resolved_text
 
     config = compose(arguments.name, arguments.config_path, arguments.overrides, strict=False)
     report = check(config, arguments.world_size)
     if arguments.memory is not None:
         report.problems = ordered([*report.problems, *memory_problems(config, report, arguments.memory)])
     if arguments.json:
-        print(json.dumps(_as_json(arguments.name, report) | {"memory_gib": arguments.memory}, indent=2))
+        found = _as_json(arguments.name, report) | {"memory_gib": arguments.memory, "resolved": resolved(config)}
+        print(json.dumps(found, indent=2))
     else:
         if str(report):
             print(report, end="\n\n")
+        if not report.errors:  # what could not be used has its default instead
+            print(f"resolved config, without what is at its default:\n{resolved_text(config)}")
         if report.plan is not None:
             if report.world_size is None:
                 print("smallest number of ranks (give --world-size for yours):")

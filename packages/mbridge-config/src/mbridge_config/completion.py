@@ -21,6 +21,7 @@ from mbridge_config.catalog import (
     installed_directories,
 )
 from mbridge_config.keys import Status, describe_type, known_keys, known_sections
+from mbridge_config.paths import is_directory
 from mbridge_config.problems import ConfigError, Problem
 from mbridge_config.runs import SCHEMAS, schema_of
 
@@ -101,7 +102,7 @@ def complete_config(*flags: str) -> Complete:
         if word.startswith("-"):
             yield from (*flags, "--config-path", "--help")
         elif name is not None:
-            directories = [given_directory(path)] if path and Path(path).is_dir() else None
+            directories = [given_directory(path)] if path and is_directory(path) else None
             yield from _overrides(_schemas(lambda: _file(name, directories)), word)
         elif path:
             yield from config_names(Path(path))

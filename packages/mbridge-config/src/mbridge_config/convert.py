@@ -52,6 +52,7 @@ class _Converter:
             name = prefix.rstrip(".")
             if tree is not None:
                 self.report("wrong-type", name, tree, "a section of keys is expected", f"write keys under {name}")
+                self.origin.failed.update(path for path in known_keys(self.root) if path.startswith(prefix))
             return kind()
         fields = {field.name: field for field in dataclasses.fields(kind) if spec_of(field) is not None}
         values: dict[str, Any] = {}
@@ -104,7 +105,7 @@ class _Converter:
 
 
 def nearest_key(root: type, path: str) -> str | None:
-    """The full name of the known key or section most like `path`: a sibling if one is alike, else any."""
+    """The full name of the known key or section that `path` may mean: a sibling if one's name is alike, else any."""
     candidates = [*known_keys(root), *known_sections(root)]
     parent, _, leaf = path.rpartition(".")
     by_leaf: dict[str, list[str]] = {}
@@ -113,10 +114,8 @@ def nearest_key(root: type, path: str) -> str | None:
     siblings = [name for name, paths in by_leaf.items() if any(p.rpartition(".")[0] == parent for p in paths)]
     if close := difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.7):
         return f"{parent}.{close[0]}" if parent else close[0]
-    if leaf in by_leaf:
-        return difflib.get_close_matches(path, by_leaf[leaf], n=1, cutoff=0.0)[0]
-    close = difflib.get_close_matches(path, candidates, n=1, cutoff=0.6)
-    return close[0] if close else None
+    close = [leaf] if leaf in by_leaf else difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8)
+    return difflib.get_close_matches(path, by_leaf[close[0]], n=1, cutoff=0.0)[0] if close else None
 
 
 def fit(raw: Any, hint: Any, spec: KeySpec) -> Any:
@@ -157,10 +156,10 @@ def _scalar(raw: Any, hint: Any) -> Any:
     if hint is str and isinstance(raw, str | int | float) and not isinstance(raw, bool):
         return str(raw)
     if hint in (int, float) and isinstance(raw, int | float) and not isinstance(raw, bool):
-        if isinstance(raw, int) and abs(raw) > _LARGEST:
-            raise Unfit("the number is too large", "give a smaller number", "out-of-range")
-        if not math.isfinite(raw):
+        if isinstance(raw, float) and not math.isfinite(raw):
             raise Unfit("a finite number is expected", "give a finite number", "out-of-range")
+        if (hint is int or isinstance(raw, int)) and abs(raw) > _LARGEST:
+            raise Unfit("the number is too large", "give a smaller number", "out-of-range")
         if hint is float:
             return float(raw)
         if raw == int(raw):
@@ -181,7 +180,8 @@ def _choice(raw: Any, choices: tuple[Any, ...], spec: KeySpec) -> Any:
 
 def _expected(hint: Any) -> Unfit:
     expected = describe_type(hint)
-    return Unfit(f"the type does not fit, {expected} is expected", f"write {expected}, without quotes")
+    article = {"integer": "an ", "number": "a "}.get(expected.partition(" ")[0], "")
+    return Unfit(f"the type does not fit, {expected} is expected", f"write {article}{expected}, without quotes")
 
 
 def _allowed(hint: Any, spec: KeySpec, raw: Any) -> str:

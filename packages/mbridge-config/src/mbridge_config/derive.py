@@ -5,7 +5,7 @@ from typing import Any
 from mbridge_config.convert import Unfit, check_range, fit
 from mbridge_config.keys import get, known_keys, put
 from mbridge_config.origin import Origin
-from mbridge_config.problems import Problem
+from mbridge_config.problems import Problem, Where
 from mbridge_config.schema.actor import ActorConfig
 from mbridge_config.schema.algorithm import AlgorithmConfig
 from mbridge_config.schema.data import DataConfig
@@ -28,14 +28,17 @@ def derive(config: Any) -> None:
 
 
 def move_aliases(config: Any, origin: Origin) -> None:
-    """Give each key the value of its other spelling, where only that one was set."""
+    """Give each key the value of its other spelling, where only that one was set, or set on the command line."""
     schema: type = type(config)
     keys = known_keys(schema)
     for path, info in keys.items():
         target = info.spec.alias_of
         if target is None or (raw := get(config, path)) is None:
             continue
-        where, place = origin.where(path), origin.where(target)
+        where, place = origin.places.get(path), origin.places.get(target)
+        if _is_argument(place) and not _is_argument(where):  # the command line wins over files
+            put(config, path, None)
+            continue
         try:
             value = fit(not raw if info.spec.inverted else raw, keys[target].type, keys[target].spec)
             check_range(value, keys[target].spec)
@@ -45,7 +48,8 @@ def move_aliases(config: Any, origin: Origin) -> None:
                 Problem(id=unfit.identity, key=path, value=raw, reason=unfit.reason, fix=unfit.fix, where=where)
             )
             continue
-        if origin.was_set(target) and get(config, target) not in (None, value):
+        wins = place is None or (_is_argument(where) and not _is_argument(place))
+        if not wins and get(config, target) not in (None, value):
             reason = f"another spelling of {target}, which is {get(config, target)} at {place}"
             origin.problems.append(
                 Problem(id="alias-conflict", key=path, value=raw, reason=reason, fix=f"remove {path}", where=where)
@@ -54,6 +58,10 @@ def move_aliases(config: Any, origin: Origin) -> None:
         put(config, target, value)
         if where is not None:
             origin.places[target] = where
+
+
+def _is_argument(place: Where | None) -> bool:
+    return place is not None and place.argument is not None
 
 
 def derive_runner(runner: RunnerConfig) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mbridge_config.keys import get
+from mbridge_config.paths import user_path
 from mbridge_config.problems import ConfigError, Problem
 
 REASONING_KEY = "actor.megatron.ckpt_convertor.hf_model_path"
@@ -23,7 +24,7 @@ def hf_directory(config: Any) -> Path:
     """The HuggingFace directory of the model. Raises `ConfigError` if its key is empty."""
     key = hf_key(config)
     if value := get(config, key):
-        return Path(value).expanduser()
+        return user_path(value)
     for other in _STRAYS[key]:
         if stray := get(config, other):
             kind = "an SFT" if key == SFT_KEY else "a reasoning"
@@ -36,7 +37,7 @@ def hf_directory(config: Any) -> Path:
 def tokenizer_directory(config: Any) -> Path:
     """The directory of the tokenizer. Raises `ConfigError` if its key is empty."""
     if value := get(config, TOKENIZER_KEY):
-        return Path(value).expanduser()
+        return user_path(value)
     key = hf_key(config)
     model = get(config, key)
     reason = f"{TOKENIZER_KEY} is empty" + (f" and {key} is set ({model})" if model else "")

@@ -15,7 +15,7 @@ def run(words: Sequence[str]) -> int:
         description="Layouts of a config that fit the memory of GPUs, best first, and why.",
     )
     parser.add_argument("name", metavar="NAME", help="name of a config, or a YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="set a key")
     parser.add_argument("--config-path", "-cp", metavar="DIR", type=Path, help="directory of configs")
     parser.add_argument("--gpus", metavar="N", type=_count, required=True, help="GPUs of the run, on all hosts")
     parser.add_argument("--memory", metavar="GIB", type=memory_size, required=True, help="memory of one GPU")

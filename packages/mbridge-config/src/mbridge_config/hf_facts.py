@@ -1,11 +1,13 @@
 """What a HuggingFace directory says about its model, read as plain JSON: no torch, no transformers, no code run."""
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mbridge_config.paths import is_directory, is_file, is_there, user_path
 from mbridge_config.problems import ConfigError, Problem, Where, shown
 from mbridge_config.vision_facts import VisionFacts, vision_facts
 
@@ -14,6 +16,9 @@ _TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3", "gemma3_text", "gpt2")
 # families whose Megatron model always has these, whatever their config.json says
 QKV_BIAS_FAMILIES = ("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text")
 QK_LAYERNORM_FAMILIES = ("qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_text", "qwen3_vl_moe", "qwen3_vl_moe_text")
+
+MOST_LAYERS = 10_000
+"""A larger number is a mistake, which shall cost neither minutes nor memory."""
 
 _NESTED = ("text_config", "llm_config", "language_config")  # where vision-language models keep their text model
 
@@ -62,7 +67,7 @@ class HFFacts:
         """Read `directory/config.json`. Raises `ConfigError` with all that is wrong with it."""
         directory = existing_directory(directory)
         file = directory / "config.json"
-        if not file.is_file():
+        if not is_file(file):
             raise ConfigError(
                 _problem(
                     "hf-config-missing",
@@ -99,6 +104,9 @@ class _Reader:
             )
             architectures = []
         layers = self.count("num_hidden_layers", "n_layer", required=True)
+        if layers is not None and layers > MOST_LAYERS:
+            reason = f"num_hidden_layers is {layers}, more than the {MOST_LAYERS} that any model has"
+            self.report("hf-config-field", reason, "correct config.json")
         hidden = self.count("hidden_size", "n_embd", required=True)
         heads = self.count("num_attention_heads", "n_head", required=True)
         groups = self.count("num_key_value_heads") or heads
@@ -173,8 +181,7 @@ class _Reader:
         """Layers without experts: those of `mlp_only_layers`, and all but every `decoder_sparse_step`-th."""
         named, step = self.text.get("mlp_only_layers"), _whole(self.text.get("decoder_sparse_step")) or 1
         names = named if isinstance(named, list) else []
-        deepest = min(layers, 10_000)  # a larger number is a mistake, which shall not cost minutes
-        return tuple(number for number in range(deepest) if number in names or (number + 1) % step)
+        return tuple(number for number in range(layers) if number in names or (number + 1) % step)
 
     def count(self, *names: str, required: bool = False) -> int | None:
         """The first of the fields `names` that is there, a positive whole number."""
@@ -206,10 +213,10 @@ class _Reader:
 
 def existing_directory(directory: str | Path) -> Path:
     """`directory` as a path; raises `ConfigError` if it is none."""
-    path = Path(directory).expanduser()
-    if path.is_dir():
+    path = user_path(directory)
+    if is_directory(path):
         return path
-    reason = "it is a file, not a directory" if path.exists() else "there is no such directory"
+    reason = "it is a file, not a directory" if is_there(path) else "there is no such directory"
     fix = "give the local directory of the model; models are not downloaded"
     raise ConfigError(_problem("hf-directory-missing", directory, reason, fix))
 
@@ -223,7 +230,7 @@ def read_json_object(file: Path, identity: str) -> dict[str, Any]:
         where = Where(file=shown(file), line=error.lineno)
         reason = f"{file.name} is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})"
         raise ConfigError(_problem(identity, file, reason, "copy the file again", where)) from error
-    except (OSError, UnicodeDecodeError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a number of thousands of digits
         reason = f"{file.name} cannot be read: {error}"
         raise ConfigError(_problem(identity, file, reason, "copy the file again", where)) from error
     if not isinstance(value, dict):
@@ -237,7 +244,9 @@ def _problem(identity: str, path: str | Path, reason: str, fix: str, where: Wher
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    with contextlib.suppress(OverflowError):
+        return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return None
 
 
 def _whole(value: Any) -> int | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from mbridge_config.paths import is_directory, is_file
 from mbridge_config.problems import ConfigError, Problem, Where, shown
 from mbridge_config.resolvers import register
 from mbridge_config.sources import places_of, yaml_error
@@ -44,16 +45,21 @@ def hydra_tree(file: Path, directory: Path, overrides: Sequence[str]) -> tuple[d
     except yaml.MarkedYAMLError as error:
         raise yaml_error(error, shown(file)) from error
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
-        raise _failed(error, file, overrides) from error
+        raise _failed(
+            error, Where(file=shown(file)) if "defaults" not in own_places else own_places["defaults"], overrides
+        ) from error
     assert isinstance(tree, dict)
     places: dict[str, Where] = {} if defaults else own_places
     for default in defaults:
         files = [folder / f"{default.config_path}.yaml" for folder in folders]
-        if part := next((part for part in files if part.is_file()), None):
+        if part := next((part for part in files if is_file(part)), None):
             places |= own_places if part == file else places_of(part, default.package or "")
     for override in overrides:
         if not override.startswith("~"):
-            places[override.partition("=")[0].lstrip("+")] = Where(argument=override)
+            key, place = override.partition("=")[0].lstrip("+"), Where(argument=override)
+            places[key] = place
+            while key := key.rpartition(".")[0]:
+                places.setdefault(key, place)  # a section that no file has
     # what an argument deleted or replaced is no longer set
     places = {key: place for key, place in places.items() if _has(tree, key)}
     _complete(tree, places, Where(file=shown(file)), "")
@@ -63,7 +69,7 @@ def hydra_tree(file: Path, directory: Path, overrides: Sequence[str]) -> tuple[d
 def _argument(override: str, folders: Sequence[Path]) -> str:
     """`override` so that Hydra sets the key whether or not a file has it: the schema knows what there is."""
     key = override.partition("=")[0].lstrip("+")
-    is_group = "@" in key or "/" in key or any((folder / key).is_dir() for folder in folders if key)
+    is_group = "@" in key or "/" in key or any(is_directory(folder / key) for folder in folders if key)
     if override.startswith("~") or is_group or key.startswith("hydra."):
         return override
     if "=" not in override:
@@ -101,11 +107,12 @@ def _complete(tree: Mapping[Any, Any], places: dict[str, Where], around: Where, 
             _complete(value, places, places[path], f"{path}.")
 
 
-def _failed(error: Exception, file: Path, overrides: Sequence[str]) -> ConfigError:
-    """Hydra's error as a problem, with the argument it is about if there is one."""
+def _failed(error: Exception, where: Where, overrides: Sequence[str]) -> ConfigError:
+    """Hydra's error as a problem, with the argument it is about if there is one, else with the place `where`."""
     from hydra.errors import OverrideParseException
 
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    text = str(error).partition("Config search path:")[0]  # the directories are known
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
     argument = next((override for override in overrides if override.lstrip("+") in str(error)), None)
     if isinstance(error, OverrideParseException) or argument is not None:
         shown_argument = argument or difflib.get_close_matches(str(error), overrides, n=1, cutoff=0.0)[0]
@@ -126,6 +133,6 @@ def _failed(error: Exception, file: Path, overrides: Sequence[str]) -> ConfigErr
             value=None,
             reason=f"the config cannot be put together: {' '.join(lines[:3])}",
             fix="mend the file or its defaults list",
-            where=Where(file=shown(file)),
+            where=where,
         )
     )

@@ -1,13 +1,17 @@
 """`mbridge-config init reasoning|sft --model DIR [--data FILE ...] [--output FILE]`: a first config for a model."""
 
+import dataclasses
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from mbridge_config.arguments import Parser
+from mbridge_config.catalog import SUFFIX
 from mbridge_config.hf_facts import HFFacts
 from mbridge_config.init_templates import DIGITS, FILES, GYM, PAIRS, REASONING, SFT
 from mbridge_config.parameters import count_parameters
+from mbridge_config.paths import is_file, user_path
 from mbridge_config.problems import ConfigError, Problem, shown
 
 _LONGEST = {"reasoning": 1024, "sft": 4096}
@@ -24,8 +28,11 @@ def run(words: Sequence[str]) -> int:
     )
     parser.add_argument("--output", metavar="FILE", help="the config to write; without it, reasoning.yaml or sft.yaml")
     arguments = parser.parse_args(list(words))
-    text = config_text(arguments.task, arguments.model, arguments.data or ())
-    file = Path(arguments.output or f"{arguments.task}.yaml").expanduser()
+    try:
+        text = config_text(arguments.task, arguments.model, arguments.data or ())
+    except ConfigError as error:
+        raise ConfigError([dataclasses.replace(problem, key="--model") for problem in error.problems]) from error
+    file = user_path(arguments.output or f"{arguments.task}.yaml")
     _write(file, text)
     print(f"wrote {shown(file)}")
 
@@ -59,7 +66,7 @@ def config_text(task: str, model: str | Path, data: Sequence[str] = ()) -> str:
     count = count_parameters(facts)
     size = f"{facts.num_layers} layers" + (f", {count:,} parameters" if count else "")
     made = GYM if task == "reasoning" else DIGITS
-    files = FILES.format(paths=json.dumps([_text(Path(path).expanduser().resolve()) for path in data]))
+    files = FILES.format(paths=json.dumps([_text(os.path.abspath(user_path(path))) for path in data]))
     name = f"{directory.name}-{task}"
     return (REASONING if task == "reasoning" else SFT).format(
         model=json.dumps(_text(directory)),
@@ -77,10 +84,10 @@ def config_text(task: str, model: str | Path, data: Sequence[str] = ()) -> str:
 
 def _has_chat_template(directory: Path) -> bool:
     """Whether the tokenizer knows how to wrap a prompt."""
-    if any((directory / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+    if any(is_file(directory / name) for name in ("chat_template.jinja", "chat_template.json")):
         return True
     settings = directory / "tokenizer_config.json"
-    return settings.is_file() and '"chat_template"' in settings.read_text(encoding="utf-8", errors="replace")
+    return is_file(settings) and '"chat_template"' in settings.read_text(encoding="utf-8", errors="replace")
 
 
 def _text(value: object) -> str:
@@ -89,7 +96,7 @@ def _text(value: object) -> str:
 
 
 def _write(file: Path, text: str) -> None:
-    if file.suffix not in (".yaml", ".yml"):
+    if file.suffix != SUFFIX:
         raise _refused(file, "a config ends in .yaml", f"use {file}.yaml", key="--output")
     try:
         with file.open("x", encoding="utf-8") as stream:

@@ -14,7 +14,7 @@ from mbridge_config.rules import Context
 from mbridge_config.rules.batches import DYNAMIC, MICRO
 from mbridge_config.rules.lengths import BUDGET
 from mbridge_config.rules.optimizer import GRANULARITY, METHOD, RECOMPUTED
-from mbridge_config.rules.parallel import PP, SP, TP
+from mbridge_config.rules.parallel import FIRST_STAGE, LAST_STAGE, PP, SP, TP
 from mbridge_config.runs import RunConfig
 
 GPUS_PER_HOST = 8
@@ -27,7 +27,21 @@ HIGH_BUBBLE = 0.25
 
 DISTRIBUTED = "actor.optim.use_distributed_optimizer"
 NODES, PROCESSES = "cluster.num_nodes", "launcher.nproc_per_node"
-KEYS = (TP, PP, SP, GRANULARITY, METHOD, RECOMPUTED, MICRO, BUDGET, DISTRIBUTED, NODES, PROCESSES)
+KEYS = (
+    TP,
+    PP,
+    FIRST_STAGE,
+    LAST_STAGE,
+    SP,
+    GRANULARITY,
+    METHOD,
+    RECOMPUTED,
+    MICRO,
+    BUDGET,
+    DISTRIBUTED,
+    NODES,
+    PROCESSES,
+)
 """What a layout may set. A rule that reads none of them says the same of all layouts."""
 
 
@@ -127,11 +141,19 @@ def _candidates(config: RunConfig, layers: int, gpus: int) -> Iterator[tuple[flo
         for pipeline in _divisors(gpus // tensor, layers):
             grid = {TP: tensor, PP: pipeline, SP: tensor > 1, DISTRIBUTED: True} | processes
             half = max(1, -(-layers // pipeline) // 2)
-            for recomputed, method in ((0.0, None), (0.5, "block"), (1.0, "uniform")):
-                number = {None: None, "block": half, "uniform": 1}[method]
-                again = {GRANULARITY: method and "full", METHOD: method, RECOMPUTED: number}
-                for micro in _micro_batches(config):
-                    yield recomputed, grid | again | micro
+            for split in _splits(config):
+                for recomputed, method in ((0.0, None), (0.5, "block"), (1.0, "uniform")):
+                    number = {None: None, "block": half, "uniform": 1}[method]
+                    again = {GRANULARITY: method and "full", METHOD: method, RECOMPUTED: number}
+                    for micro in _micro_batches(config):
+                        yield recomputed, grid | split | again | micro
+
+
+def _splits(config: RunConfig) -> list[dict[str, Any]]:
+    """The config's own sizes of the first and last stage, which some numbers of stages do not allow, and none."""
+    even: dict[str, Any] = {FIRST_STAGE: None, LAST_STAGE: None}
+    own = {key: get(config, key) for key in even}
+    return [even] if own == even else [own, even]
 
 
 def _micro_batches(config: RunConfig) -> Iterator[dict[str, Any]]:

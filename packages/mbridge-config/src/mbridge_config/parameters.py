@@ -43,7 +43,6 @@ class Size:
 
 
 _LARGEST = 2**32
-_DEEPEST = 10_000
 
 
 def can_count(facts: HFFacts) -> bool:
@@ -54,7 +53,6 @@ def can_count(facts: HFFacts) -> bool:
     sizes += (*experts, *(dataclasses.astuple(facts.vision)[1:] if facts.vision is not None else ()))
     return (
         facts.model_type in FAMILIES
-        and facts.num_layers <= _DEEPEST
         and all(size <= _LARGEST for size in sizes if size is not None)
         and facts.vocab_size is not None
         and (has_mlp if facts.num_experts else facts.ffn_hidden_size is not None)

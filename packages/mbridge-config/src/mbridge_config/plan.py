@@ -9,7 +9,7 @@ from mbridge_config.memory import StageMemory, estimate_memory
 from mbridge_config.parameters import can_count, count_active_parameters, count_parameters, count_vision_parameters
 from mbridge_config.plan_text import plan_text
 from mbridge_config.schema.sft import SFTConfig
-from mbridge_config.stages import Stage, make_stages, stage_sizes
+from mbridge_config.stages import Stage, make_stages, planned_sizes
 from mbridge_config.training_setup import training_setup
 
 
@@ -41,7 +41,7 @@ class ParallelPlan:
     max_tokens_per_micro_batch: int
     max_patches_per_micro_batch: int  # of images, if each token is one's; what the memory is estimated for
     max_tokens_per_step: int
-    pipeline_bubble: float  # with micro_batches_of_longest
+    pipeline_bubble: float  # with micro_batches_of_longest, if all stages take equally long
     precision: str
     backend: str
     recompute: str
@@ -66,6 +66,8 @@ class ParallelPlan:
 def pipeline_bubble(stages: int, micro_batches: int) -> float:
     """Share of a step in which a stage waits, (p - 1) / (m + p - 1) for p stages and m micro-batches.
 
+    All stages are taken to be equally long: that is what sizes of their own are for, beside embedding and output layer.
+
     Filling and draining the pipeline take p - 1 times the time of a micro-batch beside the m that are needed
     (Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM",
     section 2.2.1, which gives it as a share of the ideal time, (p - 1) / m).
@@ -83,7 +85,7 @@ def make_plan(config: Any, facts: HFFacts | None, world_size: int) -> ParallelPl
     """The plan of `config` on `world_size` ranks; None where layers, ranks or batches cannot be shared evenly."""
     actor, model, runner = config.actor, config.actor.model, config.runner
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
-    sizes = None if facts is None else stage_sizes(facts.num_layers, pipeline, len(facts.deepstack_visual_indexes))
+    sizes = None if facts is None else planned_sizes(model, facts)
     if world_size % (tensor * pipeline) or (facts is not None and sizes is None):
         return None
     data = world_size // (tensor * pipeline)

@@ -59,7 +59,8 @@ def _batches(plan: "ParallelPlan") -> list[tuple[str, str]]:
     bubble = "none, with one stage"
     if plan.pipeline_parallel > 1:
         more = "" if plan.micro_batches is not None else ", more where sequences are shorter"
-        bubble = f"{plan.pipeline_bubble:.1%} of a step{more}"
+        alike = " if all stages take equally long" if len(set(plan.layers_per_stage or ())) > 1 else ""
+        bubble = f"{plan.pipeline_bubble:.1%} of a step{alike}{more}"
     return [
         (
             "sequences a step",

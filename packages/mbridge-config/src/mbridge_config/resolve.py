@@ -16,6 +16,7 @@ def resolve(tree: dict[Any, Any], origin: Origin) -> dict[Any, Any]:
 
     A value that cannot be resolved, or is `???`, is reported in `origin.problems` and its key put in
     `origin.failed`; the value stays as it is. An interpolation of a failed key fails silently: one report is enough.
+    Each value that itself names what cannot be found is reported.
     """
     open_values = [(path, value) for path, value in _leaves(tree, ()) if "${" in value or value == MISSING]
     if not open_values:
@@ -58,12 +59,18 @@ def resolve(tree: dict[Any, Any], origin: Origin) -> dict[Any, Any]:
             reason = f"the interpolation cannot be resolved: {_first_line(error)}"
             if isinstance(error, RecursionError) or "Recursive interpolation" in reason or "RecursionError" in reason:
                 reason = "the interpolation leads back to itself"
-            if reason not in told:
+            if reason not in told or _names(raw, reason):
                 origin.problems.append(_problem(origin, key, raw, reason))
             told.add(reason)
         else:
             _put(tree, path, value)
     return tree
+
+
+def _names(raw: str, reason: str) -> bool:
+    """Whether what is not found stands in the value itself, and not in one that it refers to."""
+    name = re.search(r"'([^']+)' not found", reason)
+    return name is not None and name[1] in raw
 
 
 def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], str]]:

@@ -3,13 +3,14 @@
 import tempfile
 from pathlib import Path
 
+from mbridge_config.paths import is_there, user_path
 from mbridge_config.problems import ConfigError, Problem
 from mbridge_config.runs import RunConfig
 
 
 def run_directory(config: RunConfig) -> Path:
     """Where everything that the run writes goes."""
-    return Path(config.runner.output_dir).expanduser() / config.runner.experiment_name
+    return user_path(config.runner.output_dir) / config.runner.experiment_name
 
 
 def checkpoint_directory(config: RunConfig) -> Path:
@@ -23,7 +24,7 @@ def take_free_name(config: RunConfig) -> None:
     if not config.quickstart.enabled or runner.resume_dir is not None:
         return
     name, number = runner.experiment_name, 1
-    while checkpoint_directory(config).exists():
+    while is_there(checkpoint_directory(config)):
         number += 1
         runner.experiment_name = f"{name}-{number}"
 
@@ -54,7 +55,7 @@ def refuse_unwritable_directory(config: RunConfig) -> None:
     Tried with a file that has no name; permissions alone do not say it (root, read-only and network systems).
     """
     directory = run_directory(config).absolute()
-    existing = next(place for place in (directory, *directory.parents) if place.exists())
+    existing = next(place for place in (directory, *directory.parents) if is_there(place))
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:

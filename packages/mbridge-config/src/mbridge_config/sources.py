@@ -45,7 +45,10 @@ def yaml_error(error: yaml.MarkedYAMLError, name: str) -> ConfigError:
     """A YAML error as a `ConfigError` with its line."""
     mark = error.problem_mark or error.context_mark
     line = None if mark is None else mark.line + 1
-    return _unreadable(name, line, f"not valid YAML: {error.problem or error.context}", "mend the line")
+    reason = f"not valid YAML: {error.problem or error.context}"
+    if error.problem and error.context_mark is not None and error.context_mark.line + 1 != line:
+        reason += f", {error.context} that starts in line {error.context_mark.line + 1}"
+    return _unreadable(name, line, reason, "mend the line")
 
 
 def _unreadable(name: str, line: int | None, reason: str, fix: str) -> ConfigError:

@@ -3,15 +3,37 @@
 import dataclasses
 
 from mbridge_config.hf_facts import HFFacts
+from mbridge_config.schema.model import ModelConfig
 
 
-def stage_sizes(layers: int, stages: int, deepstack: int = 0) -> tuple[int, ...] | None:
+def planned_sizes(model: ModelConfig, facts: HFFacts) -> tuple[int, ...] | None:
+    """`stage_sizes` of the layout that `actor.model` asks for."""
+    return stage_sizes(
+        facts.num_layers,
+        model.pipeline_model_parallel_size,
+        len(facts.deepstack_visual_indexes),
+        first=model.num_layers_in_first_pipeline_stage,
+        last=model.num_layers_in_last_pipeline_stage,
+    )
+
+
+def stage_sizes(
+    layers: int, stages: int, deepstack: int = 0, *, first: int | None = None, last: int | None = None
+) -> tuple[int, ...] | None:
     """Layers of each stage, in order; None where they cannot be shared.
 
-    Megatron-Core shares layers evenly or not at all. Where the first `deepstack` layers take features of the vision
-    tower, the first stage gets at least these if each other stage still gets one, and the others share the rest as
-    evenly as they can; otherwise the features travel along.
+    Megatron-Core shares layers evenly or not at all. `first` and `last` take the layers of the first and of the last
+    stage out of that: the stages between them, or all but the one that is given, share the rest evenly, at least one
+    each. Without the two, where the first `deepstack` layers take features of the vision tower, the first stage gets
+    at least these if each other stage still gets one, and the others share the rest as evenly as they can; otherwise
+    the features travel along.
     """
+    if first is not None or last is not None:
+        before, after = ((first,) if first is not None else ()), ((last,) if last is not None else ())
+        rest, others = layers - sum(before + after), stages - len(before + after)
+        if stages == 1 or (rest if others == 0 else rest < others or rest % others):
+            return None
+        return (*before, *((rest // others,) * others if others else ()), *after)
     if stages > 1 and layers // stages < deepstack <= layers - (stages - 1):
         rest, more = divmod(layers - deepstack, stages - 1)
         return (deepstack, *([rest + 1] * more), *([rest] * (stages - 1 - more)))

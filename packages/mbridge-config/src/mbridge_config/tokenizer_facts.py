@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mbridge_config.hf_facts import existing_directory, read_json_object
+from mbridge_config.paths import is_file
 from mbridge_config.problems import ConfigError, Problem
 
 _FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "tokenizer_config.json")
@@ -17,7 +18,7 @@ def tokenizer_size(directory: str | Path) -> int | None:
     directory, one without tokenizer files, and broken JSON.
     """
     directory = existing_directory(directory)
-    if not any((directory / name).is_file() for name in _FILES):
+    if not any(is_file(directory / name) for name in _FILES):
         raise ConfigError(
             Problem(
                 id="tokenizer-files",
@@ -36,7 +37,7 @@ def tokenizer_size(directory: str | Path) -> int | None:
     ):
         file = directory / name
         # vocab.json repeats what tokenizer.json has
-        if file.is_file() and not (name == "vocab.json" and ids):
+        if is_file(file) and not (name == "vocab.json" and ids):
             ids += [number for number in ids_of(read_json_object(file, "tokenizer-json")) if type(number) is int]
     return max(ids) + 1 if ids else None
 
@@ -48,7 +49,7 @@ def token_ids(directory: Path) -> dict[str, int]:
     """
     fast, slow = directory / "tokenizer.json", directory / "vocab.json"
     found: dict[Any, Any] = {}
-    if fast.is_file():
+    if is_file(fast):
         content = read_json_object(fast, "tokenizer-json")
         model, added = content.get("model"), content.get("added_tokens")
         vocabulary = model.get("vocab") if isinstance(model, dict) else None
@@ -60,7 +61,7 @@ def token_ids(directory: Path) -> dict[str, int]:
         for token in added if isinstance(added, list) else []:
             if isinstance(token, dict):
                 found[str(token.get("content"))] = token.get("id")
-    elif slow.is_file():
+    elif is_file(slow):
         found = read_json_object(slow, "tokenizer-json")
     return {token: number for token, number in found.items() if type(number) is int}
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mbridge_config import ConfigError, Problem, ReasoningConfig, SFTConfig, check, compose, parse_arguments
 
 from mbridge_train.launch import launch, outside_group, rank_count
+from mbridge_train.metrics import require_backends
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -65,6 +66,8 @@ def _run[Config: (ReasoningConfig, SFTConfig)](app: Application[Config], words: 
         report = check(config, world_size=rank_count(config.launcher.nproc_per_node))
         report.raise_for_errors()
     app.check_start(config)
+    if group is None or group.rank == 0:  # which alone writes metrics
+        require_backends(config.runner.logger.logger_backends)
     if report.problems and (group is None or group.rank == 0):
         print(report, file=sys.stderr)
     return launch(

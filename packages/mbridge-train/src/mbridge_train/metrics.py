@@ -9,6 +9,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -151,14 +152,25 @@ def _drop_after(path: Path, step: int) -> int:
     return kept[-1][0] if kept else -1
 
 
+def require_backends(names: Sequence[str]) -> None:
+    """Raise `TrainError` for a backend that is not installed, without importing any."""
+    for name in names:
+        if find_spec(name) is None:
+            raise _not_installed(name, "there is no such package")
+
+
 def _import_backend(module: str, package: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise TrainError(
-            f"metrics backend {package!r} is not installed ({error}): pip install {package}, or take it out of "
-            "runner.logger.logger_backends"
-        ) from None
+        raise _not_installed(package, error) from None
+
+
+def _not_installed(package: str, why: object) -> TrainError:
+    return TrainError(
+        f"metrics backend {package!r} is not installed ({why}): pip install {package}, or take it out of "
+        "runner.logger.logger_backends"
+    )
 
 
 class _TensorBoard:

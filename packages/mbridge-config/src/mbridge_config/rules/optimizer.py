@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 from mbridge_config.problems import Severity
 from mbridge_config.rules.base import Context, Finding, rule
-from mbridge_config.stages import stage_sizes
+from mbridge_config.rules.parallel import FIRST_STAGE, LAST_STAGE, PP
+from mbridge_config.stages import planned_sizes
 
 PRECISION = "actor.model.precision"
 GRANULARITY = "actor.model.recompute_granularity"
@@ -77,7 +78,7 @@ def recompute(context: Context) -> Iterable[Finding]:
                 yield Finding(key, reason, f"set {GRANULARITY}=full, or remove {key}", Severity.WARNING)
 
 
-@rule("recompute-layers", RECOMPUTED, "actor.model.pipeline_model_parallel_size", GRANULARITY)
+@rule("recompute-layers", RECOMPUTED, GRANULARITY, PP, FIRST_STAGE, LAST_STAGE)
 def recompute_layers(context: Context) -> Iterable[Finding]:
     """More layers are to be recomputed than a pipeline stage has.
 
@@ -86,7 +87,7 @@ def recompute_layers(context: Context) -> Iterable[Finding]:
     model, facts = context.config.actor.model, context.facts
     if facts is None or model.recompute_granularity != "full" or model.recompute_num_layers is None:
         return
-    sizes = stage_sizes(facts.num_layers, model.pipeline_model_parallel_size, len(facts.deepstack_visual_indexes))
+    sizes = planned_sizes(model, facts)
     if sizes is None:
         return
     stage = max(sizes)

@@ -2,24 +2,49 @@
 
 from collections.abc import Iterable
 
+from mbridge_config.hf_facts import HFFacts
 from mbridge_config.problems import Severity
 from mbridge_config.rules.base import Context, Finding, rule
-from mbridge_config.stages import stage_sizes
+from mbridge_config.schema.model import ModelConfig
+from mbridge_config.stages import planned_sizes, stage_sizes
 
 TP = "actor.model.tensor_model_parallel_size"
 PP = "actor.model.pipeline_model_parallel_size"
 CP = "actor.model.context_parallel_size"
 EP = "actor.model.expert_model_parallel_size"
 ETP = "actor.model.expert_tensor_parallel_size"
-FIRST_STAGE = "actor.model.decoder_first_pipeline_num_layers"
-LAST_STAGE = "actor.model.decoder_last_pipeline_num_layers"
+FIRST_STAGE = "actor.model.num_layers_in_first_pipeline_stage"
+LAST_STAGE = "actor.model.num_layers_in_last_pipeline_stage"
+_ENDS = {"first": FIRST_STAGE, "last": LAST_STAGE}
 VPP = "actor.model.virtual_pipeline_model_parallel_size"
 SP = "actor.model.sequence_parallel"
+# Their angles interleave time, height and width; their vision tower is split over the tensor-parallel ranks.
+QWEN3_VL = ("qwen3_vl", "qwen3_vl_text", "qwen3_vl_moe", "qwen3_vl_moe_text")
 
 
 def divisors(number: int, limit: int = 64) -> str:
     """The divisors of `number` up to `limit`, as text."""
     return ", ".join(str(n) for n in range(1, min(number, limit) + 1) if number % n == 0)
+
+
+def tensor_sizes(facts: HFFacts) -> str:
+    """The tensor-parallel sizes that pass the rules on all that is shared, as text."""
+    heads, groups = facts.num_attention_heads, facts.num_query_groups
+    shared = [number for number, _ in (*mlp_widths(facts), *tower_sizes(facts))]
+    fitting = (n for n in range(1, min(heads, 64) + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0))
+    return ", ".join(str(n) for n in fitting if not any(number % n for number in shared))
+
+
+def mlp_widths(facts: HFFacts) -> list[tuple[int, str]]:
+    """Widths of the model's MLPs, and what they are widths of."""
+    widths = ((facts.ffn_hidden_size, "MLP"), (facts.expert_ffn_hidden_size, "experts'"))
+    return [(width, what) for width, what in widths if width is not None]
+
+
+def tower_sizes(facts: HFFacts) -> list[tuple[int, str]]:
+    """What the tensor-parallel ranks share of a vision tower, if they share it: numbers, and what they count."""
+    sizes = ((facts.vision_heads, "attention heads"), (facts.vision_ffn_hidden_size, "MLP columns"))
+    return [(size, what) for size, what in sizes if size and facts.model_type in QWEN3_VL]
 
 
 @rule("tensor-parallel-heads", TP)
@@ -30,11 +55,8 @@ def heads(context: Context) -> Iterable[Finding]:
     """
     facts, tensor = context.facts, context.config.actor.model.tensor_model_parallel_size
     if facts is not None and facts.num_attention_heads % tensor:
-        yield Finding(
-            TP,
-            f"the model's {facts.num_attention_heads} attention heads cannot be shared by {tensor} ranks",
-            f"use one of {divisors(facts.num_attention_heads)}",
-        )
+        reason = f"the model's {facts.num_attention_heads} attention heads cannot be shared by {tensor} ranks"
+        yield Finding(TP, reason, f"use one of {tensor_sizes(facts)}")
 
 
 @rule("tensor-parallel-kv-groups", TP)
@@ -46,30 +68,27 @@ def kv_groups(context: Context) -> Iterable[Finding]:
     """
     facts, tensor = context.facts, context.config.actor.model.tensor_model_parallel_size
     if facts is not None and facts.num_query_groups % tensor and tensor % facts.num_query_groups:
-        fitting = [
-            str(n)
-            for n in range(1, facts.num_attention_heads + 1)
-            if facts.num_attention_heads % n == 0
-            and (facts.num_query_groups % n == 0 or n % facts.num_query_groups == 0)
-        ]
         yield Finding(
             TP,
             f"the model's {facts.num_query_groups} key-value heads (groups) are neither a multiple nor a divisor of "
             f"{tensor} ranks",
-            f"use one of {', '.join(fitting)}",
+            f"use one of {tensor_sizes(facts)}",
         )
 
 
 @rule("tensor-parallel-ffn", TP)
 def ffn(context: Context) -> Iterable[Finding]:
-    """The width of the MLP cannot be shared evenly by the tensor-parallel ranks.
+    """The width of the MLP, or of the experts, cannot be shared evenly by the tensor-parallel ranks.
 
-    Fix: use a divisor of the MLP's width.
+    Fix: use a divisor of the width.
     """
     facts, tensor = context.facts, context.config.actor.model.tensor_model_parallel_size
-    if facts is not None and facts.ffn_hidden_size is not None and facts.ffn_hidden_size % tensor:
-        reason = f"the model's MLP width {facts.ffn_hidden_size} cannot be shared by {tensor} ranks"
-        yield Finding(TP, reason, f"use one of {divisors(facts.ffn_hidden_size)}")
+    if facts is None:
+        return
+    for width, what in mlp_widths(facts):
+        if width % tensor:
+            reason = f"the model's {what} width {width} cannot be shared by {tensor} ranks"
+            yield Finding(TP, reason, f"use one of {tensor_sizes(facts)}")
 
 
 @rule("world-size", TP, PP)
@@ -89,16 +108,69 @@ def world_size(context: Context) -> Iterable[Finding]:
         )
 
 
-@rule("pipeline-parallel-layers", PP)
+@rule("pipeline-parallel-layers", PP, FIRST_STAGE, LAST_STAGE)
 def layers(context: Context) -> Iterable[Finding]:
     """The layers cannot be shared evenly by the pipeline stages.
 
-    Fix: use a divisor of the model's layers.
+    Fix: use a divisor of the model's layers, or give the first and the last stage layers of their own number with
+    `num_layers_in_first_pipeline_stage` and `num_layers_in_last_pipeline_stage`.
     """
-    facts, pipeline = context.facts, context.config.actor.model.pipeline_model_parallel_size
-    if facts is not None and stage_sizes(facts.num_layers, pipeline, len(facts.deepstack_visual_indexes)) is None:
-        reason = f"the model's {facts.num_layers} layers cannot be shared by {pipeline} stages"
-        yield Finding(PP, reason, f"use one of {divisors(facts.num_layers)}")
+    facts, model = context.facts, context.config.actor.model
+    if facts is None or _fixed_ends(model) or planned_sizes(model, facts) is not None:
+        return
+    pipeline = model.pipeline_model_parallel_size
+    fix = f"use one of {divisors(facts.num_layers)}"
+    if pipeline <= facts.num_layers:
+        first, last = _ends(facts.num_layers, pipeline)
+        fix += f", or set {FIRST_STAGE}={first} {LAST_STAGE}={last}"
+    yield Finding(PP, f"the model's {facts.num_layers} layers cannot be shared by {pipeline} stages", fix)
+
+
+def _fixed_ends(model: ModelConfig) -> dict[str, int]:
+    """Layers of the "first" and of the "last" stage, where they are set."""
+    values = {"first": model.num_layers_in_first_pipeline_stage, "last": model.num_layers_in_last_pipeline_stage}
+    return {end: value for end, value in values.items() if value is not None}
+
+
+def _ends(layers: int, stages: int) -> tuple[int, int]:
+    """Layers of the first and the last stage with which the others share the rest evenly: no more than theirs where
+    that can be, since the ends also hold the embedding and the output layer."""
+    between = stages - 2
+    each = -(-layers // stages)
+    if layers - between * each < 2:
+        each = layers // stages
+    rest = layers - between * each
+    return -(-rest // 2), rest // 2
+
+
+@rule("pipeline-split", FIRST_STAGE, LAST_STAGE, PP)
+def split(context: Context) -> Iterable[Finding]:
+    """The first or the last pipeline stage is given a number of layers with which the other stages cannot share the
+    rest evenly, at least one each; or there is only one stage.
+
+    Fix: change the number so that the other stages can share the rest evenly, or remove it.
+    """
+    facts, model = context.facts, context.config.actor.model
+    ends, stages = _fixed_ends(model), model.pipeline_model_parallel_size
+    if stages == 1:
+        for end in ends:
+            yield Finding(_ENDS[end], f"the only stage has all layers, {PP} being 1", "remove the key")
+    elif ends and facts is not None and planned_sizes(model, facts) is None:
+        layers, others = facts.num_layers, stages - len(ends)
+        rest = layers - sum(ends.values())
+        stage = f"{others} other stage{'' if others == 1 else 's'}"
+        reason = f"{' and '.join(f'{value} layers in the {end} stage' for end, value in ends.items())} "
+        if others == 0:
+            reason += f"do not make the model's {layers}"
+        elif rest < others:
+            reason += f"leave {max(rest, 0)} of the model's {layers} for {stage}, each of which needs one"
+        else:
+            reason += f"leave {rest} of the model's {layers}, which {stage} cannot share evenly"
+        key = next(iter(ends))
+        fitting = [n for n in range(1, min(layers, 1000)) if stage_sizes(layers, stages, **ends | {key: n})]
+        nearest = min(fitting, key=lambda number: abs(number - ends[key]), default=None)
+        fix = f"set {_ENDS[key]}={nearest}" if nearest else f"remove {' and '.join(_ENDS[end] for end in ends)}"
+        yield Finding(_ENDS[key], reason, fix)
 
 
 def _more_than_one(context: Context, key: str, value: int | None, what: str) -> Iterable[Finding]:
@@ -136,21 +208,6 @@ def virtual_pipeline(context: Context) -> Iterable[Finding]:
     return _more_than_one(context, VPP, value, "a virtual pipeline")
 
 
-@rule("uneven-stages-not-built", FIRST_STAGE, LAST_STAGE)
-def uneven_stages(context: Context) -> Iterable[Finding]:
-    """Numbers of layers of the first or last pipeline stage were asked for, which this version refuses.
-
-    Fix: remove the keys.
-    """
-    model = context.config.actor.model
-    for key, value in (
-        (FIRST_STAGE, model.decoder_first_pipeline_num_layers),
-        (LAST_STAGE, model.decoder_last_pipeline_num_layers),
-    ):
-        if value is not None:
-            yield Finding(key, "the pipeline stages share the layers evenly in this version", "remove the key")
-
-
 @rule("sequence-parallel-without-tensor-parallel", SP, TP)
 def sequence_parallel(context: Context) -> Iterable[Finding]:
     """Sequence parallelism splits activations over the tensor-parallel ranks, and there is only one.
@@ -169,9 +226,9 @@ RULES = (
     ffn,
     world_size,
     layers,
+    split,
     context_parallel,
     expert_parallel,
     virtual_pipeline,
-    uneven_stages,
     sequence_parallel,
 )

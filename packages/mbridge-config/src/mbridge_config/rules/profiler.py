@@ -3,7 +3,6 @@
 from collections.abc import Iterable
 from pathlib import PurePath
 
-from mbridge_config.profiled_steps import is_recorded
 from mbridge_config.rules.base import Context, Finding, rule
 
 PROFILER = "actor.megatron.profiler."
@@ -32,8 +31,9 @@ def steps(context: Context) -> Iterable[Finding]:
     elif named is not None and 0 < last < min(named):
         reason = f"the run ends with step {last}, runner.max_steps"
         yield Finding(f"{PROFILER}steps", reason, f"name steps up to {last}")
-    elif named is None and last > 0 and not any(is_recorded(megatron.profiler, step) for step in range(1, last + 1)):
-        first = megatron.profiler.schedule_wait + megatron.profiler.schedule_warmup + 1
+    elif named is None and 0 < last < (
+        first := megatron.profiler.schedule_wait + megatron.profiler.schedule_warmup + 1
+    ):
         reason = f"the first recorded step is {first}, and the run ends with step {last}, runner.max_steps"
         yield Finding(f"{PROFILER}schedule_wait", reason, f"lower it, or name steps in {PROFILER}steps")
 

@@ -1,10 +1,10 @@
 """What concerns RL alone: sampling, groups and minibatches, reference, reward, prompts."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from mbridge_config.directories import hf_key
 from mbridge_config.keys import get
+from mbridge_config.paths import is_directory, is_file, same_place, user_path
 from mbridge_config.problems import Severity
 from mbridge_config.rules.base import Context, Finding, rule
 from mbridge_config.rules.batches import GLOBAL
@@ -47,7 +47,7 @@ def rollout_model(context: Context) -> Iterable[Finding]:
     """
     config = context.config
     generating, trained = config.rollout.model.model_path, get(config, hf_key(config))
-    if generating and trained and Path(generating).expanduser().resolve() != Path(trained).expanduser().resolve():
+    if generating and trained and not same_place(user_path(generating), user_path(trained)):
         reason = f"the trained model is another one: {hf_key(config)} is {trained}"
         yield Finding(ROLLOUT_MODEL, reason, f"set {hf_key(config)}=${{{ROLLOUT_MODEL}}}, or remove one")
 
@@ -226,10 +226,10 @@ def data_paths(context: Context) -> Iterable[Finding]:
         return
     for key, paths in ((TRAIN, data.train_data_paths), (VALIDATION, data.val_data_paths)):
         for path in paths:
-            file = Path(path).expanduser()
-            if file.is_dir():
+            file = user_path(path)
+            if is_directory(file):
                 yield Finding(key, f"{path} is a directory", "name the json or jsonl files in it")
-            elif not file.is_file():
+            elif not is_file(file):
                 yield Finding(key, f"there is no file {path}", "correct the path; it is relative to where you run")
             elif file.suffix not in _SUFFIXES:
                 yield Finding(key, f"{path} is neither json nor jsonl", "write one JSON object a line into a .jsonl")

@@ -2,8 +2,8 @@
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
+from mbridge_config.paths import fault, is_directory, is_there, user_path
 from mbridge_config.rules.base import Context, Finding, rule
 from mbridge_config.schema.sft import SFTConfig
 
@@ -40,9 +40,12 @@ def output(context: Context) -> Iterable[Finding]:
 
     Fix: give a directory that exists or can be made, and that you may write to.
     """
-    path = Path(context.config.runner.output_dir).expanduser()
-    existing = next((place for place in (path, *path.parents) if place.exists()), None)
-    if existing is not None and not existing.is_dir():
+    path = user_path(context.config.runner.output_dir)
+    if found := fault(path):
+        yield Finding("runner.output_dir", f"it cannot be used: {found}", "give a directory that can be made")
+        return
+    existing = next((place for place in (path, *path.parents) if is_there(place)), None)
+    if existing is not None and not is_directory(existing):
         yield Finding("runner.output_dir", f"{existing} is a file", "give a directory, or one that can be made")
 
 

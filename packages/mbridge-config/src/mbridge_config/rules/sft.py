@@ -1,8 +1,8 @@
 """The data and the evaluation of SFT."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
+from mbridge_config.paths import files_in, is_directory, is_there, user_path
 from mbridge_config.problems import Severity
 from mbridge_config.rules.base import Context, Finding, rule
 from mbridge_config.rules.run import TRAIN, VALIDATION
@@ -55,13 +55,13 @@ def data_paths(context: Context) -> Iterable[Finding]:
         if key == TRAIN and config.runner.only_eval:
             continue
         for path in paths:
-            place = Path(path).expanduser()
-            if config.quickstart.enabled and not place.exists():
+            place = user_path(path)
+            if config.quickstart.enabled and not is_there(place):
                 continue  # the quickstart makes it
-            if place.is_dir():
-                if not any(file.suffix in suffixes for file in place.iterdir()):
+            if is_directory(place):
+                if not any(file.suffix in suffixes for file in files_in(place)):
                     yield Finding(key, f"{path} holds no {kinds}", "name the directory that has them itself")
-            elif not place.exists():
+            elif not is_there(place):
                 reason = f"there is no file or directory {path}"
                 yield Finding(key, reason, "correct the path; it is relative to where you run")
             elif place.suffix not in suffixes:

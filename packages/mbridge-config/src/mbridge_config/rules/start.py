@@ -1,10 +1,10 @@
 """What a run starts from: HuggingFace weights, a Megatron checkpoint, or an earlier run."""
 
 from collections.abc import Iterable
-from pathlib import Path
 
 from mbridge_config.directories import HF_KEYS, TOKENIZER_KEY, hf_key
 from mbridge_config.hf_facts import read_json_object
+from mbridge_config.paths import is_directory, is_file, same_place, user_path
 from mbridge_config.problems import ConfigError, shown
 from mbridge_config.rules.base import Context, Finding, rule
 from mbridge_config.safetensors_facts import fault
@@ -70,7 +70,7 @@ def checkpoint_missing(context: Context) -> Iterable[Finding]:
     Fix: correct the path; it is relative to where you run.
     """
     value = context.config.actor.model.megatron_checkpoint
-    if value and not context.config.actor.megatron.use_hf_ckpt and not Path(value).expanduser().is_dir():
+    if value and not context.config.actor.megatron.use_hf_ckpt and not is_directory(user_path(value)):
         yield Finding(CHECKPOINT, "there is no such directory", "give a directory of a Megatron checkpoint")
 
 
@@ -83,12 +83,12 @@ def resume(context: Context) -> Iterable[Finding]:
     value = context.config.runner.resume_dir
     if not value or value == "auto":
         return
-    directory = Path(value).expanduser()
-    if not directory.is_dir():
+    directory = user_path(value)
+    if not is_directory(directory):
         yield Finding(
             RESUME, "there is no such directory", "give auto, or a global_step_<n> directory of an earlier run"
         )
-    elif not (directory / "actor").is_dir():
+    elif not is_directory(directory / "actor"):
         steps = [path for path in directory.rglob("global_step_*") if path.is_dir()]
         newest = max(steps, key=lambda path: _step(path.name), default=None)
         fix = "give a global_step_<n> directory" if newest is None else f"set {RESUME}={shown(newest)}"
@@ -107,14 +107,14 @@ def weights(context: Context) -> Iterable[Finding]:
     Fix: copy `model.safetensors`, or its shards and their index, into the directory.
     """
     config, facts = context.config, context.facts
-    if facts is None or not config.actor.megatron.use_hf_ckpt or not facts.directory.is_dir():
+    if facts is None or not config.actor.megatron.use_hf_ckpt or not is_directory(facts.directory):
         return
     directory = facts.directory
     if not any(path for pattern in _WEIGHTS for path in directory.glob(pattern)):
         fix = "copy model.safetensors, or its shards and index, into the directory"
         yield Finding(hf_key(config), "there are no weights in the directory", fix)
         return
-    if not (directory / _INDEX).is_file():
+    if not is_file(directory / _INDEX):
         return
     try:
         shards = read_json_object(directory / _INDEX, "weights-missing").get("weight_map")
@@ -123,7 +123,7 @@ def weights(context: Context) -> Iterable[Finding]:
             yield Finding(hf_key(config), problem.reason, problem.fix)
         return
     names = {name for name in shards.values() if isinstance(name, str)} if isinstance(shards, dict) else set()
-    if missing := sorted(name for name in names if not (directory / name).is_file()):
+    if missing := sorted(name for name in names if not is_file(directory / name)):
         listing = ", ".join(missing[:3]) + (" and more" if len(missing) > 3 else "")
         reason = f"{len(missing)} of {len(names)} weight files that {_INDEX} names are missing: {listing}"
         yield Finding(hf_key(config), reason, "copy the missing files")
@@ -136,7 +136,7 @@ def damaged(context: Context) -> Iterable[Finding]:
     Fix: copy or download the file again.
     """
     config, facts = context.config, context.facts
-    if facts is None or not config.actor.megatron.use_hf_ckpt or not facts.directory.is_dir():
+    if facts is None or not config.actor.megatron.use_hf_ckpt or not is_directory(facts.directory):
         return
     faults = [found for file in sorted(facts.directory.glob("*.safetensors")) if (found := fault(file)) is not None]
     for found in faults[:3]:
@@ -169,8 +169,8 @@ def tokenizer(context: Context) -> Iterable[Finding]:
     place = config.actor.tokenizer.tokenizer_model
     if facts is None or not place:
         return
-    directory, own = Path(place).expanduser(), facts.directory
-    if not (directory.is_dir() and own.is_dir()) or directory.resolve() == own.resolve():
+    directory, own = user_path(place), facts.directory
+    if not (is_directory(directory) and is_directory(own)) or same_place(directory, own):
         return
     try:
         given, expected = token_ids(directory), token_ids(own)

@@ -4,12 +4,10 @@ from collections.abc import Iterable
 
 from mbridge_config.directories import SFT_KEY, hf_key
 from mbridge_config.rules.base import Context, Finding, rule
-from mbridge_config.rules.parallel import TP, divisors
+from mbridge_config.rules.parallel import QWEN3_VL, TP, tensor_sizes, tower_sizes
 
 ROPE_FUSION = "actor.model.apply_rope_fusion"
 FREEZE = tuple(f"actor.model.freeze_{part}" for part in ("language_model", "vision_model", "vision_projection"))
-# Their angles interleave time, height and width; their vision tower is split over the tensor-parallel ranks.
-_QWEN3_VL = ("qwen3_vl", "qwen3_vl_text", "qwen3_vl_moe", "qwen3_vl_moe_text")
 
 
 @rule("rope-fusion", ROPE_FUSION)
@@ -19,7 +17,7 @@ def rope_fusion(context: Context) -> Iterable[Finding]:
     Fix: remove the key.
     """
     facts = context.facts
-    if facts is not None and facts.model_type in _QWEN3_VL and context.config.actor.model.apply_rope_fusion:
+    if facts is not None and facts.model_type in QWEN3_VL and context.config.actor.model.apply_rope_fusion:
         reason = "the fused kernel cannot take the angles of Qwen3-VL, which interleave time, height and width"
         yield Finding(ROPE_FUSION, reason, f"set {ROPE_FUSION}=false, or remove it")
 
@@ -31,15 +29,12 @@ def vision_heads(context: Context) -> Iterable[Finding]:
     Fix: use a divisor of the tower's heads and of its MLP's width.
     """
     facts, tensor = context.facts, context.config.actor.model.tensor_model_parallel_size
-    if facts is None or facts.model_type not in _QWEN3_VL:
+    if facts is None:
         return
-    for number, what in (
-        (facts.vision_heads, "attention heads"),
-        (facts.vision_ffn_hidden_size, "MLP columns"),
-    ):
-        if number and number % tensor:
+    for number, what in tower_sizes(facts):
+        if number % tensor:
             reason = f"the vision tower's {number} {what} cannot be shared by {tensor} ranks"
-            yield Finding(TP, reason, f"use one of {divisors(number)}")
+            yield Finding(TP, reason, f"use one of {tensor_sizes(facts)}")
 
 
 @rule("deepstack-layers", SFT_KEY)

@@ -52,8 +52,20 @@ class ModelConfig:
     expert_model_parallel_size: int = key(1, "Ranks that share the experts.", unit="ranks", minimum=1)
     expert_tensor_parallel_size: int | None = key(None, "Ranks that share each expert.", unit="ranks", minimum=1)
     virtual_pipeline_model_parallel_size: int | None = key(None, "Model chunks of each stage.", minimum=1)
-    decoder_first_pipeline_num_layers: int | None = key(None, "Layers of the first stage.", unit="layers", minimum=1)
-    decoder_last_pipeline_num_layers: int | None = key(None, "Layers of the last stage.", unit="layers", minimum=1)
+    num_layers_in_first_pipeline_stage: int | None = key(
+        None,
+        "Layers of the first stage; the others share the rest evenly. null: its even share.",
+        unit="layers",
+        minimum=1,
+    )
+    num_layers_in_last_pipeline_stage: int | None = key(
+        None,
+        "Layers of the last stage; the others share the rest evenly. null: its even share.",
+        unit="layers",
+        minimum=1,
+    )
+    decoder_first_pipeline_num_layers: int | None = alias("actor.model.num_layers_in_first_pipeline_stage")
+    decoder_last_pipeline_num_layers: int | None = alias("actor.model.num_layers_in_last_pipeline_stage")
     pipeline_model_parallel_split_rank: int | None = no_effect(None, "there is no encoder")
     sequence_parallel: bool = key(False, "Split norm and dropout activations over the tensor-parallel ranks.")
     variable_seq_lengths: bool = no_effect(True, _SEQUENCES)

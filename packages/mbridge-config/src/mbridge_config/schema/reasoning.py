@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from mbridge_config.hf_facts import MOST_LAYERS
 from mbridge_config.keys import key, no_effect, section
 from mbridge_config.origin import Origin
 from mbridge_config.schema.actor import ActorConfig
@@ -18,7 +19,7 @@ class QuickstartConfig:
     """`quickstart`: the tiny model that is made where no model is given."""
 
     enabled: bool = key(False, "Make the model at ckpt_convertor.hf_model_path if it is not there.")
-    num_hidden_layers: int = key(2, "Layers of the made model.", minimum=1)
+    num_hidden_layers: int = key(2, "Layers of the made model.", minimum=1, maximum=MOST_LAYERS)
     hidden_size: int = key(128, "Width of the made model; 32 for each query head.", minimum=1)
     intermediate_size: int = key(384, "Width of its MLP.", minimum=1)
     num_attention_heads: int = key(4, "Query heads of the made model.", minimum=1)

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
+from mbridge_config.hf_facts import MOST_LAYERS
 from mbridge_config.keys import key, no_effect, section
 from mbridge_config.origin import Origin
 from mbridge_config.schema.actor import ActorConfig, TokenizerConfig
@@ -69,7 +70,7 @@ class SFTQuickstartConfig:
     )
     hidden_size: int = key(128, "Width of the made language model.", minimum=1)
     intermediate_size: int = key(256, "Width of its MLP.", minimum=1)
-    num_hidden_layers: int = key(4, "Its layers.", minimum=1)
+    num_hidden_layers: int = key(4, "Its layers.", minimum=1, maximum=MOST_LAYERS)
     num_attention_heads: int = key(4, "Its query heads, of width 32.", minimum=1)
     num_key_value_heads: int = key(2, "Its key and value heads.", minimum=1)
     vision_depth: int = key(3, "Layers of the made vision tower.", minimum=1)
