@@ -119,7 +119,7 @@ class Gang:
         self.world_size = world_size
         self._pool = pool
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 120.0, **kwargs: Any) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 300.0, **kwargs: Any) -> list[Any]:
         """Call `function(*args, **kwargs)` on every rank at once; return what each returned, by rank.
 
         Args:

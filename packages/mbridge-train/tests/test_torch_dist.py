@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 from mbridge_model import Parallel
 
 from testing.gang import Gang
