@@ -9,7 +9,7 @@ from one_side import BETAS, CLIP_GRAD, EPSILON, LEARNING_RATE, WEIGHT_DECAY, Ste
 
 def build_engine(settings: dict[str, Any], *, trains: bool = True) -> Engine:
     """The model of `settings["directory"]` on the backend that the case is named after."""
-    overrides: dict[str, Any] = {"calculate_per_token_loss": True}
+    overrides: dict[str, Any] = {"calculate_per_token_loss": True, "gradient_accumulation_fusion": True}
     if settings["recompute"]:
         overrides |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     model, handle = load(

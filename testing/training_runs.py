@@ -91,7 +91,7 @@ def build(
     model, handle = load(
         directory,
         parallel,
-        {"calculate_per_token_loss": True} | (overrides or {}),
+        {"calculate_per_token_loss": True, "gradient_accumulation_fusion": True} | (overrides or {}),
         dtype=getattr(torch, dtype),
         seed=seed,
         weights=weights,

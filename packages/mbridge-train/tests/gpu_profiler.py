@@ -7,6 +7,7 @@ Run from the repository's root. Prints a line a check and exits with 1 if one fa
 
 import gzip
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +22,10 @@ from test_throughput import FACTS
 
 
 def main() -> int:
+    os.environ.setdefault("RANK", "0")
+    os.environ.setdefault("WORLD_SIZE", "1")
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29577")
     device = join()
     with tempfile.TemporaryDirectory() as temporary:
         directory = Path(temporary)

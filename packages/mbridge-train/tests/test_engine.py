@@ -89,7 +89,7 @@ def build(
     from mbridge_train.optimizer import OptimizerSettings
     from mbridge_train.schedule import Schedule
 
-    overrides = {"calculate_per_token_loss": True}
+    overrides = {"calculate_per_token_loss": True, "gradient_accumulation_fusion": True}
     model, handle = load(directory, parallel, overrides, dtype=getattr(torch, dtype))
     settings = OptimizerSettings(
         schedule=Schedule(max_lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY),

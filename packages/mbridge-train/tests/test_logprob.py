@@ -118,7 +118,7 @@ def test_by_hand() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 22, 1 << 24])
 def test_gradcheck_and_chunks(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(logprob, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setitem(logprob.CHUNK_ELEMENTS, "cpu", chunk)
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 13, generator=generator, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([0, 10, 3, 3, 7])

@@ -15,6 +15,7 @@ import torch
 
 from mbridge_model.cpu import allow_missing_transformer_engine, enable_cpu
 from mbridge_model.errors import ModelError
+from mbridge_model.parts import take_parts
 from mbridge_model.quiet import quiet
 from mbridge_model.sliced_load import SlicedReader
 
@@ -31,6 +32,9 @@ def import_bridge() -> Any:
     allow_missing_transformer_engine()
     try:
         with quiet():
+            from mbridge_model.rotary import install_rotary
+
+            install_rotary()
             from megatron.bridge import AutoBridge
     except ModuleNotFoundError as error:
         if error.name and error.name.startswith("megatron.bridge"):
@@ -90,6 +94,7 @@ class Bridge:
 
     def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
         self.path = path
+        self._tasks: tuple[list[torch.nn.Module], list[Any]] = [], []
         auto_bridge = import_bridge()
         try:
             with quiet():
@@ -182,23 +187,51 @@ class Bridge:
     def stream_weights(self, model: list[torch.nn.Module], vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:
         """Yield (HuggingFace name, whole tensor) one by one on every rank. Collective: all ranks must iterate.
 
-        Tensors with a row per token are cut to `vocab_size` rows, which Megatron-Bridge leaves padded.
+        Tensors with a row per token are cut to `vocab_size` rows, which Megatron-Bridge leaves padded. Where this rank
+        has the whole model, most tensors are views of parameters, and Megatron-Bridge converts the others.
         """
-        with quiet():
-            tasks = self._bridge.get_conversion_tasks(model)
+        from megatron.core import parallel_state
+
+        tasks = self._conversion_tasks(model)
         vocabulary = {"lm_head.weight"}
+        left = []
+        views = parallel_state.get_model_parallel_group().size() == 1 and not self._changes_exported_weights()
         for task in tasks:
-            if task is not None and task.global_param_name.endswith(_VOCABULARY_PARAMETERS):
+            has_vocabulary = task is not None and task.global_param_name.endswith(_VOCABULARY_PARAMETERS)
+            if has_vocabulary:
                 vocabulary.update(_hf_names(task))
-        for name, tensor in self._bridge.export_hf_weights(model, cpu=False, show_progress=False):
+            parts = _parts(task) if views and task is not None and task.megatron_module is not None else None
+            if parts is None or task.mapping.is_expert:
+                left.append(task)
+                continue
+            config = task.megatron_module.config
+            heads, groups = config.num_attention_heads, config.num_query_groups
+            rows = vocab_size if has_vocabulary else None
+            yield from take_parts(task.param_weight.detach(), parts, heads=heads, groups=groups, rows=rows)
+        if not left:
+            return
+        converted = self._bridge.export_hf_weights(model, cpu=False, show_progress=False, conversion_tasks=left)
+        for name, tensor in converted:
             yield name, tensor[:vocab_size] if name in vocabulary else tensor
+
+    def _conversion_tasks(self, model: list[torch.nn.Module]) -> list[Any]:
+        """What Megatron-Bridge knows of each parameter; found once, as it takes longer than copying a small model."""
+        known, tasks = self._tasks
+        if len(known) != len(model) or any(one is not other for one, other in zip(known, model, strict=True)):
+            with quiet():
+                tasks = self._bridge.get_conversion_tasks(model)
+            self._tasks = list(model), tasks
+        return tasks
+
+    def _changes_exported_weights(self) -> bool:
+        """Whether this family's HuggingFace tensors are more than parts of parameters."""
+        function = type(self._bridge._model_bridge).maybe_modify_converted_hf_weight
+        return not function.__qualname__.startswith("MegatronModelBridge.")
 
     def recipe(self, model: list[torch.nn.Module], provider: Any, vocab_size: int) -> list[dict[str, Any]] | None:
         """What `mbridge_model.export_recipe` returns. Collective over all ranks."""
-        with quiet():
-            tasks = self._bridge.get_conversion_tasks(model)
         entries: list[dict[str, Any]] = []
-        for task in tasks:
+        for task in self._conversion_tasks(model):
             if task is None:
                 continue
             parts = _parts(task)
@@ -228,8 +261,7 @@ class Bridge:
         tied = get_model_config(model[0]).share_embeddings_and_output_weights
 
         expected: set[str] = set()
-        with quiet():
-            tasks = self._bridge.get_conversion_tasks(model)
+        tasks = self._conversion_tasks(model)
         for task in tasks:
             if task is not None:
                 expected.update(_hf_names(task))

@@ -1,8 +1,9 @@
 """From a HuggingFace directory to a Megatron model, and back."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,9 @@ from mbridge_model.provider import Backend, configure_provider, resolve_backend
 from mbridge_model.vision import Freeze, VisionInputs
 
 logger = logging.getLogger("mbridge_model")
+
+# Maps logits [sequence, batch, padded vocabulary / TP] in the model's dtype to anything.
+Head = Callable[[Tensor], Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -151,7 +155,8 @@ def forward(
     position_ids: Tensor,
     packed_seq_params: Any = None,
     vision: VisionInputs | None = None,
-) -> Tensor:
+    head: Head | None = None,
+) -> Any:
     """Run one model chunk on one micro-batch, as a pipeline schedule's forward step does.
 
     Args:
@@ -162,10 +167,12 @@ def forward(
         packed_seq_params: Megatron-Core's `PackedSeqParams` of a packed batch. On every stage.
         vision: the images and videos whose placeholders are in `tokens`. Only the first stage reads them, so the
             others may pass None.
+        head: what to make of the logits, which it gets in Megatron-Core's order, without the copy of so large a tensor
+            into the other one.
 
     Returns:
-        On the last pipeline stage logits [batch, sequence, padded vocabulary / TP] in the model's dtype; on the others
-        what the schedule sends on.
+        On the last pipeline stage what `head` returns, without one logits [batch, sequence, padded vocabulary / TP] in
+        the model's dtype; on the others what the schedule sends on.
 
     Raises:
         ModelError: the placeholders in `tokens` are not as many as the features of `vision`.
@@ -174,7 +181,23 @@ def forward(
     if getattr(model, "config").params_dtype.itemsize == 2:  # noqa: B009 - the class declares no such attribute
         # The half-precision wrapper would copy the logits to fp32; a loss reads them so piece by piece.
         arguments["fp32_output"] = False
+    if head is not None:
+        arguments["output_processor"] = partial(_apply_head, head)
     return model(tokens, position_ids, attention_mask=None, packed_seq_params=packed_seq_params, **arguments)
+
+
+def _apply_head(
+    head: Head,
+    *,
+    hidden_states: Tensor,
+    output_layer: nn.Module,
+    output_weight: Tensor | None,
+    scale_logits: Callable[[Tensor], Tensor],
+    **_: Any,
+) -> Any:
+    """Megatron-Core's `output_processor`."""
+    logits, _bias = output_layer(hidden_states, weight=output_weight)
+    return head(scale_logits(logits))
 
 
 def export(model: list[nn.Module], handle: ModelHandle) -> Iterator[tuple[str, Tensor]]:

@@ -11,6 +11,7 @@ from dataclasses import fields
 from typing import Any, Literal
 
 import torch
+from torch.nn.functional import silu
 
 from mbridge_model.errors import ModelError
 from mbridge_model.families import Family
@@ -85,9 +86,13 @@ def configure_provider(
     changes.update(config_fields, "config.json says so")
     if backend == "torch":
         changes.update(_torch_backend_fields(), "the torch backend")
-    else:
-        # Megatron-Core's output layer would ask for Apex's kernel, which no package index has.
-        changes.set("gradient_accumulation_fusion", False, "the fused kernel belongs to Apex")
+    elif family.vision is None and getattr(provider, "position_embedding_type", None) == "rope":
+        changes.set("apply_rope_fusion", True, "Transformer Engine's kernel")
+    # A weight outside Megatron's data-parallel wrapper has no buffer to add its gradient to: only training asks for it.
+    changes.set("gradient_accumulation_fusion", False, "needs Megatron-Core's gradient buffers")
+    if torch.cuda.is_available() and provider.activation_func is silu and provider.gated_linear_unit:
+        plain = provider.activation_func_clamp_value is None and not provider.glu_linear_offset
+        changes.set("bias_activation_fusion", plain, "one kernel of gate and product, which saves its input alone")
     if family.vision is not None:
         changes.update((freeze or Freeze()).fields(), "what `freeze` says")
     elif freeze not in (None, Freeze()):
@@ -103,6 +108,10 @@ def configure_provider(
         _set_vision_fields(changes, parallel, overrides)
     if provider.num_moe_experts and parallel.tensor > 1:
         changes.set("sequence_parallel", True, "Megatron-Core trains experts under tensor parallelism only with it")
+    if provider.gradient_accumulation_fusion:
+        from mbridge_model.gradient_accumulation import install_gradient_accumulation
+
+        install_gradient_accumulation()
     try:
         with quiet():
             provider.finalize()
@@ -181,7 +190,6 @@ def _torch_backend_fields() -> dict[str, Any]:
     values: dict[str, Any] = {
         "transformer_layer_spec": torch_block_spec,
         "apply_rope_fusion": False,
-        "gradient_accumulation_fusion": False,
         "persist_layer_norm": False,
         "masked_softmax_fusion": False,
         # Experts run one after another, and no kernel of Transformer Engine sorts their tokens.

@@ -286,8 +286,9 @@ class Engine:
                 position_ids=inputs.position_ids,
                 packed_seq_params=_packed_seq_params(inputs),
                 vision=inputs.vision,
+                head=partial(self._logprobs_and_entropies, inputs, temperature, with_entropy),
             )
-            return output, partial(self._token_outputs, inputs, outputs, temperature, with_entropy)
+            return output, partial(self._token_outputs, inputs, outputs)
 
         # Collated one at a time, when the schedule asks.
         iterators = [
@@ -306,26 +307,33 @@ class Engine:
                 forward_only=forward_only,
             )
 
-    def _token_outputs(
-        self,
-        inputs: ModelInputs,
-        outputs: Callable[[ModelInputs, Tensor, Tensor | None], tuple[Tensor, dict[str, Any]]],
-        temperature: float,
-        with_entropy: bool,
-        logits: Tensor,
-    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Runs on the last stage only; `logits` are [batch, sequence, padded vocabulary / TP]."""
-        vocab = logits.shape[-1]
-        logprobs, entropy = vocab_parallel_logprob_and_entropy(
-            logits.reshape(-1, vocab),
-            inputs.targets.reshape(-1),
+    def _logprobs_and_entropies(
+        self, inputs: ModelInputs, temperature: float, with_entropy: bool, logits: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Each [batch * sequence]; runs on the last stage. `logits` are [sequence, batch, padded vocabulary / TP]."""
+        length, batch, vocab = logits.shape
+        values = vocab_parallel_logprob_and_entropy(
+            logits.flatten(0, 1),
+            inputs.targets.t().reshape(-1),
             group=parallel_state.get_tensor_model_parallel_group(),
             vocab_start=parallel_state.get_tensor_model_parallel_rank() * vocab,
             vocab_size=self.handle.vocab_size,
             temperature=temperature,
             with_entropy=with_entropy,
+            overwrite=True,
         )
-        loss, results = outputs(inputs, logprobs, entropy)
+        logprobs, entropy = (None if value is None else value.view(length, batch).t().reshape(-1) for value in values)
+        assert logprobs is not None
+        return logprobs, entropy
+
+    @staticmethod
+    def _token_outputs(
+        inputs: ModelInputs,
+        outputs: Callable[[ModelInputs, Tensor, Tensor | None], tuple[Tensor, dict[str, Any]]],
+        logprobs_and_entropies: tuple[Tensor, Tensor | None],
+    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
+        """Runs on the last stage only."""
+        loss, results = outputs(inputs, *logprobs_and_entropies)
         # Megatron-Core's token count, for its own normalisation, which is switched off (see below).
         return loss, torch.zeros((), dtype=torch.int, device=loss.device), results
 

@@ -142,6 +142,7 @@ def _overrides(actor: ActorConfig) -> dict[str, Any]:
     values: dict[str, Any] = {
         # The loss holds its own normalisation over the global batch, so gradients are summed.
         "calculate_per_token_loss": True,
+        "gradient_accumulation_fusion": True,
         "attention_dropout": model.attention_dropout,
         "hidden_dropout": model.hidden_dropout,
     }

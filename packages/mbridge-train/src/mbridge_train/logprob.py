@@ -10,18 +10,19 @@ With x = logits / temperature, m = max x, S = sum exp(x - m) and p = exp(x - m) 
 No rank ever sees more than its own slice of the vocabulary: the forward pass is one max all-reduce and one sum
 all-reduce of two or three numbers a token, the backward pass is local. Logits are the largest tensor of a step, so
 they are kept in the precision they came in; higher-precision copies exist for a few tokens at a time, and the backward
-pass computes p anew instead of keeping it.
+pass computes p anew instead of keeping it. On a GPU each pass over a chunk is one kernel.
 """
 
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from mbridge_model.compiled import compiled_on_gpu
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 1 << 24
-"""Logits that are converted to float32 at a time: 64 MiB."""
+CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
+"""Logits that are converted to float32 at a time: 64 MiB; on a GPU 1 GiB, of which a compiled kernel keeps nothing."""
 
 # exp() of anything below is 0 in float32 and float64; a floor keeps 0 * -inf out of p log p.
 _LOG_FLOOR = -1e4
@@ -36,6 +37,7 @@ def vocab_parallel_logprob_and_entropy(
     vocab_size: int,
     temperature: float = 1.0,
     with_entropy: bool = False,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Natural log probability of each target, and optionally the entropy of each distribution.
 
@@ -51,7 +53,8 @@ def vocab_parallel_logprob_and_entropy(
         vocab_size: true size of the vocabulary. Columns of ids from it on are padding: they take no part, as if
             their logits were -inf, and get zero gradients.
         temperature: divides the logits, after their conversion to float32.
-        with_entropy: whether to compute the entropy, in nats; it costs one more pass over the logits.
+        with_entropy: whether to compute the entropy, in nats.
+        overwrite: nobody reads the logits again, so the backward pass may put their gradient into their memory.
 
     Returns:
         ``(logprobs, entropy)``: float32 [tokens] (float64 for float64 logits), and the same or None. The log
@@ -72,7 +75,7 @@ def vocab_parallel_logprob_and_entropy(
     # Columns that are real tokens; a rank at the end may hold nothing but padding.
     columns = min(max(vocab_size - vocab_start, 0), local_logits.shape[1])
     logprobs, entropy = _LogprobAndEntropy.apply(
-        local_logits, targets, group, vocab_start, vocab_size, columns, temperature, with_entropy
+        local_logits, targets, group, vocab_start, vocab_size, columns, temperature, with_entropy, overwrite
     )
     return logprobs, entropy if with_entropy else None
 
@@ -89,6 +92,7 @@ class _LogprobAndEntropy(torch.autograd.Function):
         columns: int,
         temperature: float,
         with_entropy: bool,
+        overwrite: bool,
     ) -> tuple[Tensor, Tensor | None]:
         tokens = logits.shape[0]
         dtype = _compute_dtype(logits)
@@ -103,18 +107,12 @@ class _LogprobAndEntropy(torch.autograd.Function):
         # One row each, so that a single all-reduce sums all of them: sum exp, the target, and sum exp * shifted.
         sums = torch.zeros(3 if with_entropy else 2, tokens, dtype=dtype, device=logits.device)
         if columns:
-            for start, stop in _chunks(tokens, columns):
-                shifted = _scaled(logits[start:stop, :columns], dtype, temperature)
-                shifted -= maximum[start:stop, None]
-                if with_entropy:
-                    shifted.clamp_(min=_LOG_FLOOR)
-                    exponentials = shifted.exp()
-                    sums[0, start:stop] = exponentials.sum(dim=1)
-                    sums[2, start:stop] = exponentials.mul_(shifted).sum(dim=1)
-                else:
-                    sums[0, start:stop] = shifted.exp_().sum(dim=1)
+            for start, stop in _chunks(logits, columns):
+                found = _sums(logits[start:stop, :columns], maximum[start:stop], temperature, with_entropy)
+                for row, values in zip((0, 2), found, strict=False):
+                    sums[row, start:stop] = values
             column, is_local = _local_target(targets, vocab_start, columns)
-            target = _scaled(logits.gather(1, column[:, None]).squeeze(1), dtype, temperature) - maximum
+            target = logits.gather(1, column[:, None]).squeeze(1).to(dtype) / temperature - maximum
             sums[1] = torch.where(is_local, target, 0)
         if group is not None:
             dist.all_reduce(sums, group=group)
@@ -126,7 +124,7 @@ class _LogprobAndEntropy(torch.autograd.Function):
 
         ctx.save_for_backward(logits, targets, maximum + log_sum, entropy)
         ctx.set_materialize_grads(False)
-        ctx.vocab_start, ctx.columns, ctx.temperature = vocab_start, columns, temperature
+        ctx.vocab_start, ctx.columns, ctx.temperature, ctx.overwrite = vocab_start, columns, temperature, overwrite
         return logprobs, entropy
 
     @staticmethod
@@ -135,44 +133,68 @@ class _LogprobAndEntropy(torch.autograd.Function):
         logits, targets, log_normalizer, entropy = ctx.saved_tensors
         columns, temperature = ctx.columns, ctx.temperature
         if grad_logprobs is None and grad_entropy is None:
-            return (None,) * 8
-        dtype = _compute_dtype(logits)
-        grad_logits = torch.empty_like(logits)
+            return (None,) * 9
+        grad_logits = logits if ctx.overwrite else logits.clone()
         grad_logits[:, columns:] = 0
         if columns:
             column, is_local = _local_target(targets, ctx.vocab_start, columns)
-            for start, stop in _chunks(logits.shape[0], columns):
-                log_p = _scaled(logits[start:stop, :columns], dtype, temperature)
-                log_p -= log_normalizer[start:stop, None]
-                p = log_p.exp()
-                # d/dx = -p * (grad_logprobs + grad_entropy * (log p + H)) + grad_logprobs at the target
-                if grad_entropy is None:
-                    assert grad_logprobs is not None
-                    factor = grad_logprobs[start:stop, None]
-                else:
-                    factor = log_p.clamp_(min=_LOG_FLOOR).add_(entropy[start:stop, None])
-                    factor *= grad_entropy[start:stop, None]
-                    if grad_logprobs is not None:
-                        factor += grad_logprobs[start:stop, None]
-                gradient = p.mul_(factor).neg_()
-                if grad_logprobs is not None:
-                    at_target = torch.where(is_local[start:stop], grad_logprobs[start:stop], 0)
-                    gradient.scatter_add_(1, column[start:stop, None], at_target[:, None])
-                grad_logits[start:stop, :columns] = gradient.div_(temperature)
-        return (grad_logits,) + (None,) * 7
+            column = column.where(is_local, -1)
+            for start, stop in _chunks(logits, columns):
+                rows = slice(start, stop)
+                _to_gradient(
+                    grad_logits[rows, :columns],
+                    log_normalizer[rows],
+                    column[rows],
+                    None if grad_logprobs is None else grad_logprobs[rows],
+                    None if grad_entropy is None else grad_entropy[rows],
+                    None if entropy is None else entropy[rows],
+                    temperature,
+                )
+        return (grad_logits,) + (None,) * 8
+
+
+@compiled_on_gpu
+def _sums(logits: Tensor, maximum: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, ...]:
+    """Of each row, sum exp(x - m), and with the entropy sum exp(x - m) (x - m)."""
+    shifted = logits.to(maximum.dtype) / temperature - maximum[:, None]
+    if not with_entropy:
+        return (shifted.exp().sum(dim=1),)
+    shifted = shifted.clamp(min=_LOG_FLOOR)
+    exponentials = shifted.exp()
+    return exponentials.sum(dim=1), (exponentials * shifted).sum(dim=1)
+
+
+@compiled_on_gpu
+def _to_gradient(
+    logits: Tensor,
+    log_normalizer: Tensor,
+    column: Tensor,
+    grad_logprobs: Tensor | None,
+    grad_entropy: Tensor | None,
+    entropy: Tensor | None,
+    temperature: float,
+) -> None:
+    """Put their gradient in the place of some logits; `column` is that of each target, -1 where another rank has it."""
+    log_p = logits.to(log_normalizer.dtype) / temperature - log_normalizer[:, None]
+    p = log_p.exp()
+    # d/dx = -p * (grad_logprobs + grad_entropy * (log p + H)) + grad_logprobs at the target
+    gradient: Tensor | float = 0.0
+    if grad_entropy is not None:
+        assert entropy is not None
+        gradient = -p * grad_entropy[:, None] * (log_p.clamp(min=_LOG_FLOOR) + entropy[:, None])
+    if grad_logprobs is not None:
+        is_target = torch.arange(logits.shape[1], device=logits.device) == column[:, None]
+        gradient = gradient + grad_logprobs[:, None] * (is_target.to(p.dtype) - p)
+    logits.copy_(gradient / temperature)
 
 
 def _compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def _scaled(logits: Tensor, dtype: torch.dtype, temperature: float) -> Tensor:
-    """A new tensor in ``dtype``, divided by the temperature."""
-    return logits.to(dtype, copy=True).div_(temperature)
-
-
-def _chunks(tokens: int, columns: int) -> list[tuple[int, int]]:
-    size = max(1, CHUNK_ELEMENTS // columns)
+def _chunks(logits: Tensor, columns: int) -> list[tuple[int, int]]:
+    tokens = len(logits)
+    size = max(1, CHUNK_ELEMENTS[logits.device.type] // columns)
     return [(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 

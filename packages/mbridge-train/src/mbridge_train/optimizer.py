@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mbridge_train.adam import install_adam
 from mbridge_train.errors import TrainError
+from mbridge_train.multi_tensor import install_multi_tensor
 from mbridge_train.schedule import Schedule
 
 
@@ -103,6 +104,7 @@ class Optimizer:
 
     def __init__(self, model: list[DistributedDataParallel], settings: OptimizerSettings) -> None:
         install_adam()
+        install_multi_tensor()
         config = get_model_config(model[0])
         self.settings = settings
         self.steps = 0

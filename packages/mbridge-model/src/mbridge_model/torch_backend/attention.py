@@ -4,7 +4,8 @@ Packed sequences are attended to without a Python loop over them: on a GPU in ha
 flash kernel, elsewhere by padding sequences of similar length into one dense call (see `_length_buckets`).
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -15,7 +16,15 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+_FASTEST_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 class TorchDotProductAttention(MegatronModule):
@@ -94,7 +103,7 @@ class TorchDotProductAttention(MegatronModule):
             allowed = banded if allowed is None else allowed & banded
         dropout = self.dropout if self.training else 0.0
         # Ranks hold different heads, so they must draw different dropout masks: Megatron's model-parallel stream.
-        with get_cuda_rng_tracker().fork() if dropout else nullcontext():
+        with _kernels(query), get_cuda_rng_tracker().fork() if dropout else nullcontext():
             return scaled_dot_product_attention(
                 query,
                 key,
@@ -147,6 +156,13 @@ class TorchDotProductAttention(MegatronModule):
             context = self._attend(query_rows, key_rows, value_rows, mask, is_causal).transpose(1, 2)
             output = output.index_put((slots[real],), context[real])
         return output
+
+
+def _kernels(query: Tensor) -> AbstractContextManager[Any]:
+    """On GPUs since Hopper cuDNN's attention is nearly twice as fast as the flash kernels that torch takes first."""
+    if not query.is_cuda or torch.cuda.get_device_capability(query.device) < (9, 0):
+        return nullcontext()
+    return sdpa_kernel(_FASTEST_FIRST, set_priority=True)
 
 
 def _length_buckets(lengths: list[int]) -> list[list[int]]:

@@ -18,6 +18,9 @@ def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float, zero_centered: bool
     1 + weight is applied in fp32, before the cast.
     """
     dtype = hidden.dtype
+    if hidden.is_cuda and not zero_centered:
+        # One kernel each way, which multiplies by the weight before it casts.
+        return nn.functional.rms_norm(hidden, weight.shape, weight, epsilon)
     normalised = hidden.float()
     normalised = normalised * torch.rsqrt(normalised.square().mean(-1, keepdim=True) + epsilon)
     if zero_centered:

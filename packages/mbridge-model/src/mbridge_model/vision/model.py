@@ -5,6 +5,7 @@ place: the forward pass is the same for all families, takes positions instead of
 and lets deepstack features cross pipeline stages.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
@@ -56,7 +57,8 @@ class VisionLanguageModel(MegatronModule):
         *,
         packed_seq_params: Any = None,
         vision: VisionInputs | None = None,
-    ) -> Tensor:
+        output_processor: Callable[..., Any] | None = None,
+    ) -> Any:
         """Logits of the next token, or what the next stage needs.
 
         Args:
@@ -66,9 +68,10 @@ class VisionLanguageModel(MegatronModule):
             attention_mask: None for causal attention.
             packed_seq_params: boundaries of the sequences of a packed batch, needed on every stage.
             vision: the images and videos of the batch, read on the first stage only; None for text alone.
+            output_processor: takes the place of the output layer, as in Megatron-Core's GPT model.
 
         Returns:
-            [batch, sequence, vocabulary / TP] on the last stage.
+            [batch, sequence, vocabulary / TP] on the last stage, or what `output_processor` returns.
 
         Raises:
             ModelError: the placeholders are not as many as the tower's features.
@@ -81,6 +84,7 @@ class VisionLanguageModel(MegatronModule):
             attention_mask,
             decoder_input=self._embed(input_ids, vision) if self.pre_process else None,
             packed_seq_params=packed_seq_params,
+            output_processor=output_processor,
         )
 
     def _embed(self, input_ids: Tensor, vision: VisionInputs | None) -> Tensor:
