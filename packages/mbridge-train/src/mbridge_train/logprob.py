@@ -178,7 +178,7 @@ def _to_gradient(
     log_p = logits.to(log_normalizer.dtype) / temperature - log_normalizer[:, None]
     p = log_p.exp()
     # d/dx = -p * (grad_logprobs + grad_entropy * (log p + H)) + grad_logprobs at the target
-    gradient: Tensor | float = 0.0
+    gradient = p.new_zeros(())
     if grad_entropy is not None:
         assert entropy is not None
         gradient = -p * grad_entropy[:, None] * (log_p.clamp(min=_LOG_FLOOR) + entropy[:, None])
