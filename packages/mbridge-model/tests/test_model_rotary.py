@@ -38,6 +38,20 @@ def test_as_one_by_one(lengths: list[int], freqs_of_each_token: bool, group: dis
     assert torch.equal(rotary.rotate_packed(tokens, cu_seqlens, freqs, cp_group=group), expected)
 
 
+def test_layers_share_the_angles_of_a_batch(group: distributed.ProcessGroup) -> None:
+    tokens, cu_seqlens, freqs = packed([5, 3], freqs_of_each_token=False)
+    first = rotary.rotate_packed(tokens, cu_seqlens, freqs, cp_group=group)
+    (_, gathered) = rotary._of_each_token[cu_seqlens]
+    assert torch.equal(rotary.rotate_packed(tokens, cu_seqlens, freqs, cp_group=group), first)
+    assert rotary._of_each_token[cu_seqlens][1] is gathered
+    others = freqs + 1  # another model's
+    expected = rotary._rotate_packed_with_context_parallelism(tokens, cu_seqlens, others, cp_group=group)
+    assert torch.equal(rotary.rotate_packed(tokens, cu_seqlens, others, cp_group=group), expected)
+    count = len(rotary._of_each_token)
+    del cu_seqlens
+    assert len(rotary._of_each_token) == count - 1, "the angles go with the batch"
+
+
 def test_positions_with_an_empty_sequence() -> None:
     cu_seqlens = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
     assert rotary.packed_positions(cu_seqlens, 5).tolist() == [0, 1, 2, 0, 1]

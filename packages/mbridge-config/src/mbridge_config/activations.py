@@ -7,16 +7,16 @@ which keeps its inputs, its output and one number a head and token, but no score
 q and k the widths of all query and of all key heads, f that of the MLP:
 
     operation       Transformer Engine    plain torch
-    norm, each      2eh                   (4 + 2e)h: input in fp32, normalised, output; the next linear needs that
-    norms of q, k   e(q + k)              (4 + e)(q + k)
-    rotary          4ed, d = head_dim     the same: cosines and sines, for queries and for keys
+    norm, each      2eh                   the same: its input, and its output, which the next linear needs
+    norms of q, k   e(q + k)              eq, and packed e(q + 2k) for the fused projection, of which k is a view
     attention       e(2q + 2k)            packed: 4eq, k and v being repeated for each query head; without groups, and
                                           where sequences are padded, 3e(q + k): v is a view of the fused projection
     its statistics  4 a head              the same
-    SwiGLU          3ef, and 2ef where it is not one kernel: the halves are then kept on their own
+    SwiGLU          3ef                   the same: its input, and its output, which the next linear needs
 
-An expert gets a copy of each token sent to it, e(h + 3f) with f the expert's width. Norms and their inputs are split
-over tensor-parallel ranks by sequence parallelism alone, all else by tensor parallelism.
+Rotary kernels keep nothing, and norms a number a token, which is left out. An expert gets a copy of each token sent to
+it, e(h + 3f) with f the expert's width. Norms and their inputs are split over tensor-parallel ranks by sequence
+parallelism alone, all else by tensor parallelism.
 """
 
 import dataclasses
@@ -25,9 +25,6 @@ from typing import Literal
 from mbridge_config.hf_facts import QK_LAYERNORM_FAMILIES, HFFacts
 from mbridge_config.parameters import has_experts
 from mbridge_config.vision_facts import VisionFacts
-
-_FUSED_ACTIVATION = ("qwen3_vl", "qwen3_vl_text", "qwen3_vl_moe", "qwen3_vl_moe_text")
-"""Families for which Megatron-Bridge asks for Megatron-Core's fused SwiGLU."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
@@ -41,8 +38,6 @@ class Kernels:
     backend: Literal["te", "torch"]
     number_bytes: int
     packed: bool
-    fused_activation: bool = False
-    fused_rotary: bool = False
     tensor_parallel: int = 1
     sequence_parallel: bool = False
 
@@ -52,22 +47,14 @@ class Kernels:
         return self.tensor_parallel if self.sequence_parallel else 1
 
 
-def has_fused_activation(facts: HFFacts) -> bool:
-    """Whether this family's SwiGLU runs as one kernel."""
-    return facts.model_type in _FUSED_ACTIVATION
-
-
 def language_layer_bytes(facts: HFFacts, number: int, kernels: Kernels) -> float:
     """Bytes a token that the layer `number`, from 0, keeps on one rank."""
     tensor, e, hidden = kernels.tensor_parallel, kernels.number_bytes, facts.hidden_size
-    kept = 2 * _norm(hidden, kernels) / kernels.norm_share + _attention(facts, kernels) / tensor
-    if not kernels.fused_rotary:
-        kept += 4 * e * facts.head_dim
+    kept = 2 * 2 * e * hidden / kernels.norm_share + _attention(facts, kernels) / tensor
     if not has_experts(facts, number):
-        return kept + _gated_mlp(facts.ffn_hidden_size or 0, kernels) / tensor
+        return kept + 3 * e * (facts.ffn_hidden_size or 0) / tensor
     # Each tensor-parallel rank has a part of each expert, and so all tokens of the group.
-    width = facts.expert_ffn_hidden_size or 0
-    expert = e * hidden + (_gated_mlp(width, kernels) + (0 if kernels.fused_activation else e * width)) / tensor
+    expert = e * hidden + 3 * e * (facts.expert_ffn_hidden_size or 0) / tensor
     router = 12 * (facts.num_experts or 0) / kernels.norm_share  # logits, probabilities and choices
     return kept + router + (facts.experts_per_token or 0) * expert
 
@@ -79,7 +66,7 @@ def layer_input_bytes(facts: HFFacts, kernels: Kernels) -> float:
 
 def final_norm_bytes(facts: HFFacts, kernels: Kernels) -> float:
     """Bytes a token that the norm before the output layer keeps."""
-    return _norm(facts.hidden_size, kernels) / kernels.norm_share
+    return 2 * kernels.number_bytes * facts.hidden_size / kernels.norm_share
 
 
 def deepstack_bytes(facts: HFFacts, kernels: Kernels) -> float:
@@ -120,26 +107,15 @@ def vision_ends_bytes(vision: VisionFacts, kernels: Kernels) -> float:
     return (4 + e) * vision.patch_features + mergers * merger
 
 
-def _norm(width: int, kernels: Kernels) -> float:
-    e = kernels.number_bytes
-    return (2 * e if kernels.backend == "te" else 4 + 2 * e) * width
-
-
 def _attention(facts: HFFacts, kernels: Kernels) -> float:
     e = kernels.number_bytes
     query, key = facts.num_attention_heads * facts.head_dim, facts.num_query_groups * facts.head_dim
-    kept = 4.0 * facts.num_attention_heads
+    statistics = 4.0 * facts.num_attention_heads
     has_norms = facts.qk_layernorm or facts.model_type in QK_LAYERNORM_FAMILIES
-    if has_norms:
-        kept += (e if kernels.backend == "te" else 4 + e) * (query + key)
     if kernels.backend == "te":
-        return kept + e * (2 * query + 2 * key)
+        return statistics + e * (2 * query + 2 * key) + (e * (query + key) if has_norms else 0)
+    # The queries of several groups are copied out of the fused projection; key and value are views of it.
+    copied = e * query if 1 < facts.num_query_groups < facts.num_attention_heads else 0
     if not kernels.packed or key == query:
-        return kept + 3 * e * (query + key)
-    # In fp32 the norm of k keeps its input itself, and with it the fused projection that this is a part of.
-    projection = e * (query + key) if has_norms and e == 4 else 0
-    return kept + 4 * e * query + projection
-
-
-def _gated_mlp(width: int, kernels: Kernels) -> float:
-    return (3 if kernels.fused_activation else 5) * kernels.number_bytes * width
+        return statistics + 3 * e * (query + key) + (copied if has_norms else 0)
+    return statistics + 4 * e * query + (copied + e * (query + 2 * key) if has_norms else 0)

@@ -6,8 +6,8 @@ data-parallel ranks (ZeRO stage 1: Rajbhandari et al. 2020). In half precision t
 
 Activations are what `activations` says of each layer, for as many micro-batches as a stage has between forward and
 backward pass: under one-forward-one-backward the stage s of p holds p - s of them (Narayanan et al. 2021, section
-2.2.1). The peak is either at the loss, where the last stage also holds the logits and their gradient, or in a backward
-pass that recomputes: a group of layers in full.
+2.2.1). The peak is either at the loss, where the last stage also holds the logits, whose gradient takes their place, or
+in a backward pass that recomputes: a group of layers in full.
 
 Not counted: the CUDA context, communication buffers and memory that the allocator cannot use; `USABLE` leaves room.
 """
@@ -32,8 +32,8 @@ GIB = 2**30
 USABLE = 0.9
 """Share of a GPU's memory that an estimate may take; the rest is for what is not counted."""
 
-_CHUNK_NUMBERS = 3 * 2**24
-"""The loss converts logits to fp32 for 2**24 of them at a time, and works on three such copies."""
+_CHUNK_LOGITS = 2**28
+"""The loss works on so many logits at a time, in a kernel that keeps nothing but a copy of them."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
@@ -233,28 +233,25 @@ def _tower_bytes(training: Training) -> float:
 
 
 def _layer_backward_bytes(training: Training, stage: int) -> float:
-    """Bytes of one group of recomputed layers, and of the gradients inside a layer: of the MLP's tensors and of the
-    largest weight, before it is added to the fp32 buffer."""
+    """Bytes of one group of recomputed layers, and of the gradients of the MLP's tensors inside a layer. Those of
+    weights are added to the fp32 buffer by the product that makes them."""
     facts, kernels, tokens = training.facts, training.kernels, training.micro_batch.tokens
     number = _numbers(training, stage)[-1]
-    e, tensor = kernels.number_bytes, kernels.tensor_parallel
     if has_experts(facts, number):
         width, copies = facts.expert_ffn_hidden_size or 0, facts.experts_per_token or 0
     else:
         width, copies = facts.ffn_hidden_size or 0, 1
-    inside = copies * e * (facts.hidden_size + 3 * width / tensor) * tokens + 2 * e * width * facts.hidden_size / tensor
+    inside = copies * kernels.number_bytes * (facts.hidden_size + 3 * width / kernels.tensor_parallel) * tokens
     group = 0 if training.recompute is None else training.recompute.group
     return group * activations.language_layer_bytes(facts, number, kernels) * tokens + inside
 
 
 def _logits_bytes(training: Training) -> float:
-    """Logits and their gradient, or the gradients of logits and output weights, and the loss's fp32 copies."""
-    facts, kernels, tokens = training.facts, training.kernels, training.micro_batch.tokens
+    """Logits, and a copy of as many as the loss takes at a time."""
+    facts, kernels = training.facts, training.kernels
     weights = embedding(facts, padded_for=kernels.tensor_parallel).on_rank(kernels.tensor_parallel)
-    columns = weights // facts.hidden_size
-    one = kernels.number_bytes * tokens * columns
-    other = max(one, kernels.number_bytes * weights if training.trains_language else 0)
-    return one + other + 4.0 * min(_CHUNK_NUMBERS, 3 * tokens * columns)
+    logits = training.micro_batch.tokens * weights // facts.hidden_size
+    return kernels.number_bytes * float(logits + min(logits, _CHUNK_LOGITS))
 
 
 def _generation_bytes(facts: HFFacts, e: int, generation: Generation) -> int:

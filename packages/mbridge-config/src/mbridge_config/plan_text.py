@@ -11,7 +11,7 @@ _WIDTH = 19
 _MEANING = {
     "gradients": "in fp32",
     "activations": "what layers keep for the backward pass",
-    "logits": "and their gradient",
+    "logits": "or their gradient, in one place",
     "working": "recomputation, and gradients inside a layer",
     "rollout weights": "the model that generates, whole on each rank",
     "generation": "keys and values, sampling",

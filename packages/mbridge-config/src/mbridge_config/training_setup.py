@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mbridge_config.activations import Kernels, has_fused_activation
+from mbridge_config.activations import Kernels
 from mbridge_config.hf_facts import HFFacts
 from mbridge_config.memory import Generation, MicroBatch, Recompute, Training
 from mbridge_config.schema.sft import SFTConfig
@@ -32,7 +32,6 @@ def training_setup(
             backend="te" if model.backend == "te" else "torch",
             number_bytes=4 if model.precision == "fp32" else 2,
             packed=dynamic,
-            fused_activation=has_fused_activation(facts),
             tensor_parallel=tensor,
             sequence_parallel=sequence_parallel,
         ),

@@ -9,11 +9,14 @@ from typing import Any
 import torch
 from megatron.core.models.common.embeddings import rope_utils
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mbridge_model.compiled import compiled_on_gpu
 
 _rotate = compiled_on_gpu(rope_utils._apply_rotary_pos_emb_bshd)
 _rotate_packed_with_context_parallelism = rope_utils._apply_rotary_pos_emb_thd
+_of_each_token = WeakTensorKeyDictionary()
+"""By the boundaries of a packed batch: the angles of all positions, and those of each token, which layers share."""
 
 
 def packed_positions(cu_seqlens: Tensor, tokens: int) -> Tensor:
@@ -32,7 +35,11 @@ def rotate_packed(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *args: Any, **kw
         return _rotate_packed_with_context_parallelism(t, cu_seqlens, freqs, *args, **kwargs)
     del kwargs["cp_group"]
     if len(freqs) != len(t):  # Megatron-Core's rule, without asking the GPU for the last of `cu_seqlens`
-        freqs = freqs[packed_positions(cu_seqlens, len(t))]
+        known, gathered = _of_each_token.get(cu_seqlens, (None, None))
+        if known is not freqs:
+            gathered = freqs[packed_positions(cu_seqlens, len(t))]
+            _of_each_token[cu_seqlens] = freqs, gathered
+        freqs = gathered
     return _rotate(t.unsqueeze(1), freqs, *args, **kwargs).squeeze(1)
 
 
