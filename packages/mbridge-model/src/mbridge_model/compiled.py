@@ -5,11 +5,19 @@ makes one kernel of it; on a CPU it would need a C++ compiler and minutes, so th
 `TORCHDYNAMO_DISABLE=1`, torch's own switch, leaves it so on a GPU, too.
 """
 
+import logging
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 
 import torch
+import torch._dynamo.config
 from torch import Tensor
+
+logger = logging.getLogger("mbridge_model")
 
 
 def compiled_on_gpu[**P, R](function: Callable[P, R]) -> Callable[P, R]:
@@ -22,3 +30,21 @@ def compiled_on_gpu[**P, R](function: Callable[P, R]) -> Callable[P, R]:
         return kernel(*args, **kwargs) if isinstance(first, Tensor) and first.is_cuda else function(*args, **kwargs)
 
     return call
+
+
+def run_uncompiled_without_compiler() -> None:
+    """Where Triton cannot build its launchers, switch compiling off, Megatron-Core's functions included, and say so.
+
+    It takes a C compiler and Python's header files, which slim images lack; torch would fail in the first step.
+    """
+    if torch._dynamo.config.disable:
+        return
+    headers = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        missing = "a C compiler (gcc or clang, or CC in the environment)"
+    elif not headers.is_file():
+        missing = str(headers)
+    else:
+        return
+    torch._dynamo.config.disable = True
+    logger.warning("kernels are not fused, which is slower and takes more memory: torch.compile needs %s", missing)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch.nn.functional import silu
 
+from mbridge_model.compiled import run_uncompiled_without_compiler
 from mbridge_model.errors import ModelError
 from mbridge_model.families import Family
 from mbridge_model.parallel import Parallel
@@ -90,6 +91,8 @@ def configure_provider(
         changes.set("apply_rope_fusion", True, "Transformer Engine's kernel")
     # A weight outside Megatron's data-parallel wrapper has no buffer to add its gradient to: only training asks for it.
     changes.set("gradient_accumulation_fusion", False, "needs Megatron-Core's gradient buffers")
+    if torch.cuda.is_available():
+        run_uncompiled_without_compiler()
     if torch.cuda.is_available() and provider.activation_func is silu and provider.gated_linear_unit:
         plain = provider.activation_func_clamp_value is None and not provider.glu_linear_offset
         changes.set("bias_activation_fusion", plain, "one kernel of gate and product, which saves its input alone")
