@@ -164,24 +164,22 @@ class Bridge:
         reader: SlicedReader | None = None
         left = []
         for task in tasks:
-            share = None
+            is_filled = False
             if task is not None and task.megatron_module is not None:
-                mapping, parts = task.mapping, _parts(task)
-                if parts is not None and mapping.tp_size > 1 and not mapping.is_expert:
+                mapping, parts, config = task.mapping, _parts(task), task.megatron_module.config
+                if parts is not None and not mapping.is_expert:
                     reader = reader or SlicedReader(
                         self.path, source.key_to_filename_map, mapping.tp_rank, mapping.tp_size
                     )
-                    share = reader.read(
+                    is_filled = reader.fill(
+                        task.param_weight.detach(),
                         parts,
-                        task.param_weight.shape,
-                        groups=getattr(task.megatron_module.config, "num_query_groups", 0),
+                        queries=config.num_attention_heads // config.num_query_groups,
+                        groups=config.num_query_groups,
                         pads_rows=task.global_param_name.endswith(_VOCABULARY_PARAMETERS),
                     )
-            if share is None:
+            if not is_filled:
                 left.append(task)
-            else:
-                with torch.no_grad():
-                    task.param_weight.copy_(share)
         return left
 
     def stream_weights(self, model: list[torch.nn.Module], vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:

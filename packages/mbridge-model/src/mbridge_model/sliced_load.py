@@ -1,8 +1,8 @@
-"""Reading, under tensor parallelism, only the rows and columns of a weight that a rank holds.
+"""Reading only the rows and columns of a weight that a rank holds, straight into the parameter.
 
-Megatron-Bridge lets the first tensor-parallel rank read and convert whole tensors and scatter them, so that its disk,
-its host and its link carry everything while the others wait. Where a parameter is a plain part of HuggingFace tensors
-(see `export_recipe`), each rank can cut out its own share from the safetensors file, which is mapped, not read.
+Megatron-Bridge makes copies of a tensor in host memory on its way, and under tensor parallelism lets the first rank
+read and convert whole tensors and scatter them, while the others wait. Where a parameter is a plain part of HuggingFace
+tensors (see `export_recipe`), each rank can copy its own share out of the safetensors file, which is mapped.
 """
 
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from torch.nn import functional
 
 from mbridge_model.errors import ModelError
+from mbridge_model.parts import part_views
 
 
 class SlicedReader:
@@ -33,46 +33,56 @@ class SlicedReader:
         self._size = size
         self._open: dict[str, Any] = {}
 
-    def read(self, parts: Mapping[str, str], shape: torch.Size, *, groups: int, pads_rows: bool) -> Tensor | None:
-        """This rank's share of one Megatron parameter.
+    def fill(self, parameter: Tensor, parts: Mapping[str, str], *, queries: int, groups: int, pads_rows: bool) -> bool:
+        """Copy this rank's share of one Megatron parameter out of the mapped files, with nothing in between.
 
         Args:
-            parts: name of each part, as `export_recipe` calls them, and of its HuggingFace tensor: "whole" alone;
-                "query", "key" and "value"; or "gate" and "up".
-            shape: of this rank's share.
-            groups: query groups of the whole model.
+            parameter: this rank's share.
+            parts: name of each part, as `export_recipe` calls them, and of its HuggingFace tensor.
+            queries, groups: query heads in a group, and groups, of the whole model.
             pads_rows: the tensor has a row a token, and the ranks together may have more rows, which are zeros.
 
         Returns:
-            [*shape] on the CPU in the file's dtype; None if the parameter is not cut in a way that is known here.
+            False, and nothing is copied, if the parameter is not cut in a way that is known here.
 
         Raises:
-            ModelError: the shares of the tensors do not make up the shape.
+            ModelError: the shares of the tensors do not make up the parameter.
         """
+        if "query" in parts and groups % self._size:
+            return False  # ranks share groups
         if "whole" in parts:
-            share = self._whole(parts["whole"], shape, pads_rows)
-        elif "gate" in parts:
-            share = torch.cat([self._rows(parts["gate"]), self._rows(parts["up"])])
-        elif groups % self._size:
-            return None  # ranks share groups
+            share = self._whole(parts["whole"], parameter.shape, pads_rows)
+            if share is None:
+                return False
+            if pads_rows:
+                parameter[len(share) :] = 0
+                parameter = parameter[: len(share)]
+            shares = {"whole": share}
         else:
-            # Megatron-Core keeps the queries of a group, its key and its value next to each other.
-            heads = [self._rows(parts[part]) for part in ("query", "key", "value")]
-            own = groups // self._size
-            share = torch.cat([rows.unflatten(0, (own, -1)) for rows in heads], dim=1).flatten(0, 1)
-        if share is not None and share.shape != shape:
+            shares = {part: self._rows(name) for part, name in parts.items()}
+        own = groups // self._size
+        try:
+            places = part_views(parameter, parts, queries=queries, groups=own)
+            if "query" in parts:
+                shares = {part: share.unflatten(0, (own, -1)) for part, share in shares.items()}
+        except RuntimeError:  # rows that cannot be divided so
+            places = {}
+        if any(part not in places or places[part].shape != share.shape for part, share in shares.items()):
             raise ModelError(
-                f"{' and '.join(parts.values())} have a share of shape {tuple(share.shape)} for this rank, whose "
-                f"parameter has {tuple(shape)}"
+                f"{' and '.join(parts.values())} have shares of {[tuple(share.shape) for share in shares.values()]} "
+                f"for this rank, whose parameter has {tuple(parameter.shape)}"
             )
-        return share
+        for part, share in shares.items():
+            places[part].copy_(share)
+        return True
 
     def _whole(self, name: str, shape: torch.Size, pads_rows: bool) -> Tensor | None:
+        """Rows or columns of a tensor; of one with a row a token those that are there."""
         whole = torch.Size(self._slice(name).get_shape())
         if pads_rows:
-            begin = min(self._rank * shape[0], whole[0])
-            rows: Tensor = self._slice(name)[begin : min(begin + shape[0], whole[0])]
-            return functional.pad(rows, (0, 0, 0, shape[0] - len(rows)))
+            begin, end = (min(rank * shape[0], whole[0]) for rank in (self._rank, self._rank + 1))
+            rows: Tensor = self._slice(name)[begin:end]
+            return rows
         if whole == shape:
             return self._slice(name)[:]
         # A parallel layer cuts one dimension evenly; which one shows in the shapes.
