@@ -23,13 +23,25 @@ from torch.profiler import record_function
 
 from mbridge_train.batch import Sample
 from mbridge_train.errors import TrainError
-from mbridge_train.logprob import vocab_parallel_logprob_and_entropy
-from mbridge_train.losses import LossInputs, LossOutputs, combine_metrics, is_maximum, mean_metrics
+from mbridge_train.last_stage import (
+    LossFunction,
+    Outputs,
+    broadcast_from_last_stage,
+    logprob_outputs,
+    logprobs_and_entropies,
+    loss_outputs,
+    reduce_metrics,
+)
 from mbridge_train.offload import KEPT, PARTS, KeptPart, Offload, Part
 from mbridge_train.optimizer import Optimizer, OptimizerSettings, StepResult, wrap_data_parallel
-from mbridge_train.packing import ModelInputs, Plan, collate_dense, collate_packed, padding_share, plan_micro_batches
-
-LossFunction = Callable[[LossInputs], LossOutputs]
+from mbridge_train.packing import (
+    ModelInputs,
+    Plan,
+    collate_dense,
+    collate_packed,
+    padding_share,
+    plan_micro_batches,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -144,7 +156,7 @@ class Engine:
         """
         plan = self._plan(batch)
         per_micro_batch = self._run(
-            plan, batch, self._logprob_outputs, temperature=temperature, with_entropy=False, forward_only=True
+            plan, batch, logprob_outputs, temperature=temperature, with_entropy=False, forward_only=True
         )
         lengths = [sample.length for sample in batch]
         starts = [0]
@@ -157,7 +169,7 @@ class Engine:
                 for index, result in zip(micro_batch, results["per_sample"], strict=True):
                     values[starts[index] : starts[index + 1]] = result
             distributed.all_reduce(values, group=parallel_state.get_data_parallel_group())
-        self._broadcast_from_last_stage(values)
+        broadcast_from_last_stage(values)
         return list(values.cpu().split(lengths))
 
     def padding_share(self, batch: list[Sample]) -> float:
@@ -248,18 +260,18 @@ class Engine:
         per_micro_batch = self._run(
             self._plan(batch),
             batch,
-            partial(self._loss_outputs, loss),
+            partial(loss_outputs, loss),
             temperature=temperature,
             with_entropy=with_entropy,
             forward_only=forward_only,
         )
-        return self._reduce_metrics(per_micro_batch)
+        return reduce_metrics(per_micro_batch, self.device)
 
     def _run(
         self,
         plan: Plan,
         batch: list[Sample],
-        outputs: Callable[[ModelInputs, Tensor, Tensor | None], tuple[Tensor, dict[str, Any]]],
+        outputs: Outputs,
         *,
         temperature: float,
         with_entropy: bool,
@@ -286,9 +298,9 @@ class Engine:
                 position_ids=inputs.position_ids,
                 packed_seq_params=_packed_seq_params(inputs),
                 vision=inputs.vision,
-                head=partial(self._logprobs_and_entropies, inputs, temperature, with_entropy),
+                head=partial(logprobs_and_entropies, inputs, self.handle.vocab_size, temperature, with_entropy),
             )
-            return output, partial(self._token_outputs, inputs, outputs)
+            return output, partial(_loss_and_results, inputs, outputs)
 
         # Collated one at a time, when the schedule asks.
         iterators = [
@@ -307,90 +319,14 @@ class Engine:
                 forward_only=forward_only,
             )
 
-    def _logprobs_and_entropies(
-        self, inputs: ModelInputs, temperature: float, with_entropy: bool, logits: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        """Each [batch * sequence]; runs on the last stage. `logits` are [sequence, batch, padded vocabulary / TP]."""
-        length, batch, vocab = logits.shape
-        values = vocab_parallel_logprob_and_entropy(
-            logits.flatten(0, 1),
-            inputs.targets.t().reshape(-1),
-            group=parallel_state.get_tensor_model_parallel_group(),
-            vocab_start=parallel_state.get_tensor_model_parallel_rank() * vocab,
-            vocab_size=self.handle.vocab_size,
-            temperature=temperature,
-            with_entropy=with_entropy,
-            overwrite=True,
-        )
-        logprobs, entropy = (None if value is None else value.view(length, batch).t().reshape(-1) for value in values)
-        assert logprobs is not None
-        return logprobs, entropy
 
-    @staticmethod
-    def _token_outputs(
-        inputs: ModelInputs,
-        outputs: Callable[[ModelInputs, Tensor, Tensor | None], tuple[Tensor, dict[str, Any]]],
-        logprobs_and_entropies: tuple[Tensor, Tensor | None],
-    ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-        """Runs on the last stage only."""
-        loss, results = outputs(inputs, *logprobs_and_entropies)
-        # Megatron-Core's token count, for its own normalisation, which is switched off (see below).
-        return loss, torch.zeros((), dtype=torch.int, device=loss.device), results
-
-    @staticmethod
-    def _loss_outputs(
-        loss: LossFunction, inputs: ModelInputs, logprobs: Tensor, entropy: Tensor | None
-    ) -> tuple[Tensor, dict[str, Any]]:
-        def flat(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values.reshape(-1)
-
-        result = loss(
-            LossInputs(
-                logprobs=logprobs,
-                weights=inputs.weights.reshape(-1),
-                entropy=entropy,
-                advantages=flat(inputs.advantages),
-                old_logprobs=flat(inputs.old_logprobs),
-                reference_logprobs=flat(inputs.reference_logprobs),
-            )
-        )
-        return result.loss, result.metrics
-
-    @staticmethod
-    def _logprob_outputs(
-        inputs: ModelInputs, logprobs: Tensor, entropy: Tensor | None
-    ) -> tuple[Tensor, dict[str, Any]]:
-        return logprobs.sum(), {"per_sample": inputs.unpack(logprobs)}
-
-    def _reduce_metrics(self, per_micro_batch: list[dict[str, Tensor]]) -> dict[str, float]:
-        """Metrics of all micro-batches on all ranks, as numbers, on every rank."""
-        names = [sorted(per_micro_batch[0]) if per_micro_batch else []]
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            distributed.broadcast_object_list(
-                names,
-                src=parallel_state.get_pipeline_model_parallel_last_rank(),
-                group=parallel_state.get_pipeline_model_parallel_group(),
-            )
-        values = torch.zeros(len(names[0]), device=self.device, dtype=torch.float64)
-        if self.is_last_stage:
-            combined = combine_metrics(per_micro_batch)
-            values = torch.stack([combined[name].double() for name in names[0]])
-            group = parallel_state.get_data_parallel_group()
-            maxima = torch.tensor([is_maximum(name) for name in names[0]], device=self.device)
-            largest = values.clone()
-            distributed.all_reduce(largest, op=distributed.ReduceOp.MAX, group=group)
-            distributed.all_reduce(values, group=group)
-            values = values.where(~maxima, largest)
-        self._broadcast_from_last_stage(values)
-        return mean_metrics(dict(zip(names[0], values, strict=True)))
-
-    def _broadcast_from_last_stage(self, values: Tensor) -> None:
-        if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            distributed.broadcast(
-                values,
-                src=parallel_state.get_pipeline_model_parallel_last_rank(),
-                group=parallel_state.get_pipeline_model_parallel_group(),
-            )
+def _loss_and_results(
+    inputs: ModelInputs, outputs: Outputs, logprobs_and_entropies: tuple[Tensor, Tensor | None]
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """What the schedule asks of the last stage: a loss, a number of tokens, and results."""
+    loss, results = outputs(inputs, *logprobs_and_entropies)
+    # The number is for Megatron-Core's own normalisation, which is switched off (see below).
+    return loss, torch.zeros((), dtype=torch.int, device=loss.device), results
 
 
 def _finalize_summed_gradients(model: list[nn.Module], num_tokens: Tensor | None, **arguments: Any) -> None:
