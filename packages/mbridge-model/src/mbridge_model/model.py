@@ -205,7 +205,8 @@ def export(model: list[nn.Module], handle: ModelHandle) -> Iterator[tuple[str, T
 
     Collective: every rank must run the iterator to its end, and every rank gets every tensor, on the model's device
     and in its dtype. At most one HuggingFace tensor and the shards it is made from exist beside the model. Padding
-    rows of the vocabulary are cut off; tied embeddings come once, as they lie in the source directory.
+    rows of the vocabulary are cut off; tied embeddings come once, as they lie in the source directory. A tensor may be
+    a view of a parameter, which changes with it: copy what is kept.
 
     Args:
         model: the chunks that `load` returned, bare or wrapped (data parallel, half precision).
