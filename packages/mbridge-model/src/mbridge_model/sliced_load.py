@@ -13,7 +13,6 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mbridge_model.errors import ModelError
 from mbridge_model.parts import part_views
 
 
@@ -46,7 +45,7 @@ class SlicedReader:
             False, and nothing is copied, if the parameter is not cut in a way that is known here.
 
         Raises:
-            ModelError: the shares of the tensors do not make up the parameter.
+            ValueError: the shares of the tensors do not make up the parameter.
         """
         if "query" in parts and groups % self._size:
             return False  # ranks share groups
@@ -68,7 +67,7 @@ class SlicedReader:
         except RuntimeError:  # rows that cannot be divided so
             places = {}
         if any(part not in places or places[part].shape != share.shape for part, share in shares.items()):
-            raise ModelError(
+            raise ValueError(
                 f"{' and '.join(parts.values())} have shares of {[tuple(share.shape) for share in shares.values()]} "
                 f"for this rank, whose parameter has {tuple(parameter.shape)}"
             )
