@@ -22,6 +22,7 @@ from testing.weight_receiver import digest, receive
 # Large enough for the allocator to take memory from the driver for each buffer: 134 million parameters.
 SIZES = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
 BUCKET_BYTES = 64 << 20
+STREAMS = 3
 
 
 def main() -> int:
@@ -61,17 +62,29 @@ def main() -> int:
 
     context = multiprocessing.get_context("spawn")
     connection, other = context.Pipe()
-    process = context.Process(target=receive, args=(other, directory, 1, "cuda", torch.bfloat16), daemon=True)
+    process = context.Process(target=receive, args=(other, directory, STREAMS, "cuda", torch.bfloat16), daemon=True)
     process.start()
     other.close()
+    for stream in range(STREAMS):
+        train(engine, 3 + stream, 4 + stream)
+        torch.cuda.synchronize()
+        allocated = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        stream_weights(engine, connection, bucket_bytes=BUCKET_BYTES)
+        extra = torch.cuda.max_memory_allocated() - allocated
+        expected = digest(dict(engine.export_weights()))
+        check(f"stream {stream}: another process has the weights", connection.recv()[1] == expected)
+        buckets = f"{extra / 2**20:.0f} MiB for buckets of {BUCKET_BYTES >> 20}"
+        check(f"stream {stream}: extra memory", extra <= 3 * BUCKET_BYTES, buckets)
+    torch.cuda.empty_cache()
+    free = torch.cuda.mem_get_info()[0]
+    engine.offload("weights")
     torch.cuda.synchronize()
-    allocated = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    stream_weights(engine, connection, bucket_bytes=BUCKET_BYTES)
-    extra = torch.cuda.max_memory_allocated() - allocated
-    expected = digest(dict(engine.export_weights()))
-    check("another process has the weights", connection.recv()[1] == expected)
-    check("extra memory", extra <= 3 * BUCKET_BYTES, f"{extra / 2**20:.0f} MiB for buckets of {BUCKET_BYTES >> 20}")
+    torch.cuda.empty_cache()
+    returned = torch.cuda.mem_get_info()[0] - free
+    check("what was read in place is free once offloaded", returned >= 1.8 * parameters, f"{returned} bytes more")
+    engine.onload()
+    check("and comes back", digest(dict(engine.export_weights())) == expected)
     leave()
     process.kill()
     return int(not all(passed))

@@ -1,4 +1,4 @@
-"""Weights in buckets, and to another process: all of them, bit for bit, through two buckets of memory."""
+"""Weights in buckets, and to another process: all of them, bit for bit, through two buckets or in place."""
 
 import multiprocessing
 import threading
@@ -10,7 +10,8 @@ import pytest
 import torch
 from mbridge_model import Parallel
 from mbridge_train.errors import TrainError
-from mbridge_train.weight_buckets import fill_buckets, load_bucket, make_bucket_memory
+from mbridge_train.weight_buckets import fill_buckets, load_pieces, make_bucket_memory
+from mbridge_train.weights_in_place import WeightsInPlace
 
 from testing.gang import Gang
 from testing.tiny_models import make_model
@@ -43,7 +44,7 @@ def test_buckets_hold_every_weight(bucket_bytes: int) -> None:
         assert bucket.data is memory[bucket.slot] and len(bucket.data) == bucket_bytes
         assert all(piece.offset + piece.count * piece.dtype.itemsize <= bucket_bytes for piece in bucket.pieces)
         slots.append(bucket.slot)
-        load_bucket(bucket, targets)
+        load_pieces(bucket.pieces, bucket.data, targets)
     for name, tensor in weights.items():
         assert torch.equal(targets[name], tensor), name
     assert slots == [number % 2 for number in range(len(slots))]
@@ -56,26 +57,48 @@ def test_weights_are_cast_to_the_receivers_dtype() -> None:
     weights = {"matrix": torch.randn(33, 7)}
     targets = {"matrix": torch.zeros(33, 7, dtype=torch.bfloat16)}
     for bucket in fill_buckets(weights.items(), [torch.empty(128, dtype=torch.uint8)] * 2):
-        load_bucket(bucket, targets)
+        load_pieces(bucket.pieces, bucket.data, targets)
     assert torch.equal(targets["matrix"], weights["matrix"].bfloat16())
 
 
 def test_buckets_that_do_not_fit() -> None:
     (bucket,) = fill_buckets({"matrix": torch.zeros(3, 2)}.items(), [torch.empty(128, dtype=torch.uint8)] * 2)
     with pytest.raises(TrainError, match="'matrix' is streamed, and the receiving model has no such"):
-        load_bucket(bucket, {})
+        load_pieces(bucket.pieces, bucket.data, {})
     with pytest.raises(TrainError, match=r"shape \(3, 2\), the receiving model has \(2, 3\)"):
-        load_bucket(bucket, {"matrix": torch.zeros(2, 3)})
+        load_pieces(bucket.pieces, bucket.data, {"matrix": torch.zeros(2, 3)})
     with pytest.raises(TrainError, match="bucket_bytes is 8"):
         make_bucket_memory(8, torch.device("cpu"))
 
 
-LAYOUTS = (Parallel(tensor=2), Parallel(pipeline=2))
+def test_what_is_read_in_place() -> None:
+    """Views of shared parameters; not what is copied, cut, or in a parameter of this process alone."""
+    shared, private = torch.nn.Linear(4, 6, dtype=torch.bfloat16), torch.nn.Linear(3, 2)
+    shared.share_memory()
+    weights = {
+        "rows": shared.weight.detach()[1:4],
+        "columns": shared.weight.detach()[:, 1:3],
+        "copy": shared.weight.detach().clone(),
+        "bias": shared.bias.detach(),
+        "private": private.weight.detach(),
+        "last": shared.weight.detach()[5],
+    }
+    in_place = WeightsInPlace([shared, private])
+    assert [name for name, _ in in_place.take_out(weights.items())] == ["columns", "copy", "private"]
+    targets = {name: torch.zeros(tensor.shape) for name, tensor in weights.items()}
+    for pieces, data in in_place.pieces():
+        load_pieces(pieces, data, targets)
+    for name in ("rows", "bias", "last"):
+        assert torch.equal(targets[name], weights[name].float()), name
+
+
+LAYOUTS = (Parallel(tensor=2), Parallel(pipeline=2), Parallel())
 
 
 def to_another_process(directory: Path) -> Any:
-    """On rank 0: for each layout the weights as exported and as received by another process; and how a last stream
-    ends, which that process leaves after its beginning, and after how many seconds. On the other rank how it ends."""
+    """On rank 0: for each layout the weights as exported and as received by another process, and which of them through
+    buckets; and how a last stream ends, which that process leaves after its beginning, and after how many seconds. On
+    the other rank how it ends."""
     from mbridge_train.weight_stream import stream_weights
 
     first = torch.distributed.get_rank() == 0
@@ -91,9 +114,13 @@ def to_another_process(directory: Path) -> Any:
         for parallel in LAYOUTS:
             engine = build(directory, parallel, SHARDED)
             train(engine, 0, 1)
+            if parallel == Parallel():  # as if on a GPU, whose memory every process can map
+                for parameter in engine.model[0].parameters():
+                    parameter.share_memory_()
             stream_weights(engine, connection, bucket_bytes=BUCKET_BYTES, timeout=60)
+            in_buckets = [name for name, _ in WeightsInPlace(engine.model).take_out(engine.export_weights())]
             expected = digest({name: tensor.clone() for name, tensor in engine.export_weights()})
-            found.append((expected, connection.recv() if connection is not None else None))
+            found.append((expected, connection.recv() if connection is not None else None, in_buckets))
         begin = time.perf_counter()
         with pytest.raises(TrainError) as error:
             stream_weights(engine, connection, bucket_bytes=BUCKET_BYTES, timeout=60)
@@ -109,8 +136,11 @@ def test_another_process_receives_every_weight(gang2: Gang, tmp_path: Path) -> N
     make_model("qwen3", False, tmp_path)
     (found, message, seconds), other_message = gang2.run(to_another_process, tmp_path)
     assert len(found) == len(LAYOUTS)
-    for expected, (names, received) in found:
+    for layout, (expected, (names, received), in_buckets) in zip(LAYOUTS, found, strict=True):
         assert received == expected and names == set(expected)
+        # Two groups of heads lie side by side in a fused attention, so that its parts are copies.
+        copies = [name for name in expected if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))]
+        assert sorted(in_buckets) == sorted(copies if layout == Parallel() else expected)
     assert message == other_message
     assert message.startswith("streaming weights from rank 0: the process that receives the weights is gone")
     assert seconds < 20
@@ -120,6 +150,7 @@ class FixedWeights:
     """What `stream_weights` uses of an engine."""
 
     device = torch.device("cpu")
+    model = ()
 
     def export_weights(self) -> Any:
         return iter(make_weights().items())

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
+from mbridge_model.conversion import has_vocabulary, hf_names, pad_vocabulary, task_parts
 from mbridge_model.cpu import allow_missing_transformer_engine, enable_cpu
 from mbridge_model.errors import ModelError
-from mbridge_model.parts import take_parts
+from mbridge_model.parts import Parts
 from mbridge_model.quiet import quiet
 from mbridge_model.sliced_load import SlicedReader
 
@@ -95,6 +96,7 @@ class Bridge:
     def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
         self.path = path
         self._tasks: tuple[list[torch.nn.Module], list[Any]] = [], []
+        self._parts: dict[str, Parts] = {}
         auto_bridge = import_bridge()
         try:
             with quiet():
@@ -142,9 +144,10 @@ class Bridge:
         try:
             with quiet():
                 model_bridge = self._bridge._model_bridge
-                tasks = self._bridge.get_conversion_tasks(model)
-                left = self._load_shares(model_bridge, tasks)
-                _pad_vocabulary(model_bridge, left)
+                # Not those that an export uses: loading marks them on the stages that own a tensor alone, after which
+                # the stages would not agree on what to send.
+                left = self._load_shares(model_bridge, self._bridge.get_conversion_tasks(model))
+                pad_vocabulary(model_bridge, left)
                 model_bridge.build_conversion_tasks = lambda *_: left
                 try:
                     model_bridge.load_weights_hf_to_megatron(self._bridge.hf_pretrained, model)
@@ -166,7 +169,7 @@ class Bridge:
         for task in tasks:
             is_filled = False
             if task is not None and task.megatron_module is not None:
-                mapping, parts, config = task.mapping, _parts(task), task.megatron_module.config
+                mapping, parts, config = task.mapping, task_parts(task), task.megatron_module.config
                 if parts is not None and not mapping.is_expert:
                     reader = reader or SlicedReader(
                         self.path, source.key_to_filename_map, mapping.tp_rank, mapping.tp_size
@@ -176,7 +179,7 @@ class Bridge:
                         parts,
                         queries=config.num_attention_heads // config.num_query_groups,
                         groups=config.num_query_groups,
-                        pads_rows=task.global_param_name.endswith(_VOCABULARY_PARAMETERS),
+                        pads_rows=has_vocabulary(task),
                     )
             if not is_filled:
                 left.append(task)
@@ -187,30 +190,52 @@ class Bridge:
 
         Tensors with a row per token are cut to `vocab_size` rows, which Megatron-Bridge leaves padded. Where this rank
         has the whole model, most tensors are views of parameters, and Megatron-Bridge converts the others.
+
+        Raises:
+            ModelError: the memory of the weights has been freed.
         """
         from megatron.core import parallel_state
 
         tasks = self._conversion_tasks(model)
-        vocabulary = {"lm_head.weight"}
-        left = []
-        views = parallel_state.get_model_parallel_group().size() == 1 and not self._changes_exported_weights()
         for task in tasks:
-            has_vocabulary = task is not None and task.global_param_name.endswith(_VOCABULARY_PARAMETERS)
-            if has_vocabulary:
-                vocabulary.update(_hf_names(task))
-            parts = _parts(task) if views and task is not None and task.megatron_module is not None else None
-            if parts is None or task.mapping.is_expert:
-                left.append(task)
-                continue
-            config = task.megatron_module.config
-            heads, groups = config.num_attention_heads, config.num_query_groups
-            rows = vocab_size if has_vocabulary else None
-            yield from take_parts(task.param_weight.detach(), parts, heads=heads, groups=groups, rows=rows)
+            weight = None if task is None else task.param_weight
+            if weight is not None and weight.numel() and not weight.untyped_storage().nbytes():
+                raise ModelError(
+                    f"the memory of {task.global_param_name} has been freed (offloaded): bring the weights back first"
+                )
+        left = tasks
+        if parallel_state.get_model_parallel_group().size() == 1 and not self._changes_exported_weights():
+            left = []
+            for task in tasks:
+                parts = self._parts_of(task, vocab_size)
+                if parts is None:
+                    left.append(task)
+                else:
+                    yield from parts
         if not left:
             return
+        vocabulary = {"lm_head.weight"}.union(*(hf_names(task) for task in tasks if has_vocabulary(task)))
         converted = self._bridge.export_hf_weights(model, cpu=False, show_progress=False, conversion_tasks=left)
         for name, tensor in converted:
             yield name, tensor[:vocab_size] if name in vocabulary else tensor
+
+    def _parts_of(self, task: Any, vocab_size: int) -> Parts | None:
+        """Views of a parameter that this rank has whole; None if Megatron-Bridge must convert it."""
+        if task is None or task.megatron_module is None or task.mapping.is_expert:
+            return None
+        known = self._parts.get(task.global_param_name)
+        if known is None or not known.are_of(task.param_weight):
+            names, config = task_parts(task), task.megatron_module.config
+            if names is None:
+                return None
+            known = self._parts[task.global_param_name] = Parts(
+                task.param_weight,
+                names,
+                heads=config.num_attention_heads,
+                groups=config.num_query_groups,
+                rows=vocab_size if has_vocabulary(task) else None,
+            )
+        return known
 
     def _conversion_tasks(self, model: list[torch.nn.Module]) -> list[Any]:
         """What Megatron-Bridge knows of each parameter; found once, as it takes longer than copying a small model."""
@@ -219,6 +244,7 @@ class Bridge:
             with quiet():
                 tasks = self._bridge.get_conversion_tasks(model)
             self._tasks = list(model), tasks
+            self._parts = {}
         return tasks
 
     def _changes_exported_weights(self) -> bool:
@@ -232,7 +258,7 @@ class Bridge:
         for task in self._conversion_tasks(model):
             if task is None:
                 continue
-            parts = _parts(task)
+            parts = task_parts(task)
             if parts is None:
                 return None
             for part, name in parts.items():
@@ -240,7 +266,7 @@ class Bridge:
                 if part in ("query", "key", "value"):
                     entry |= {"heads": provider.num_attention_heads, "groups": provider.num_query_groups}
                     entry |= {"head_dim": provider.kv_channels}
-                elif task.global_param_name.endswith(_VOCABULARY_PARAMETERS):
+                elif has_vocabulary(task):
                     entry["rows"] = vocab_size
                 entries.append(entry)
         return entries
@@ -262,7 +288,7 @@ class Bridge:
         tasks = self._conversion_tasks(model)
         for task in tasks:
             if task is not None:
-                expected.update(_hf_names(task))
+                expected.update(hf_names(task))
         present = set(self._bridge.hf_pretrained.state.source.get_all_keys())
         missing = sorted(expected - present)
         ignored = {"lm_head.weight"} if tied else set()
@@ -291,54 +317,3 @@ class Bridge:
                 f"{len(names)} parameter(s) of the Megatron model get no weight from the checkpoint, first "
                 f"{names[0]!r}; an override, or a setting in config.json, asks for more than this architecture has"
             )
-
-
-# Megatron pads these to a multiple of the tensor-parallel size.
-_VOCABULARY_PARAMETERS = ("embedding.word_embeddings.weight", "output_layer.weight")
-
-
-def _pad_vocabulary(model_bridge: Any, tasks: list[Any]) -> None:
-    """Make `model_bridge` read tensors with a row per token as long as the model's, zeros at the end.
-
-    Megatron-Bridge pads them by itself, but only where they have the names of a model of text: those of a
-    vision-language model it refuses.
-    """
-    rows = {
-        _hf_names(task)[0]: task.param_weight.shape[0] * task.mapping.tp_size
-        for task in tasks
-        if task is not None
-        and task.param_weight is not None
-        and task.global_param_name.endswith(_VOCABULARY_PARAMETERS)
-    }
-    read = model_bridge.maybe_modify_loaded_hf_weight
-
-    def read_padded(hf_param: Any, hf_state_dict: Any) -> Any:
-        weight = read(hf_param, hf_state_dict)
-        missing = rows.get(hf_param, 0) - len(weight) if isinstance(hf_param, str) else 0
-        return torch.nn.functional.pad(weight, (0, 0, 0, missing)) if missing > 0 else weight
-
-    model_bridge.maybe_modify_loaded_hf_weight = read_padded
-
-
-def _hf_names(task: Any) -> list[str]:
-    """The HuggingFace tensors that one Megatron parameter is made of: one, or several such as q, k and v."""
-    names = task.mapping.hf_param
-    return [names] if isinstance(names, str) else list(names.values())
-
-
-# Megatron-Bridge's mappings of one HuggingFace tensor that only gather what tensor parallelism has cut.
-_PLAIN_MAPPINGS = ("AutoMapping", "ColumnParallelMapping", "DirectMapping", "ReplicatedMapping", "RowParallelMapping")
-_FUSED_MAPPINGS = {
-    "QKVMapping": {"q": "query", "k": "key", "v": "value"},
-    "GatedMLPMapping": {"gate": "gate", "up": "up"},
-}
-
-
-def _parts(task: Any) -> dict[str, str] | None:
-    """HuggingFace name of each part of a Megatron parameter; None if parts alone do not describe the mapping."""
-    kind, names = type(task.mapping).__name__, task.mapping.hf_param
-    if isinstance(names, str):
-        is_plain = kind in _PLAIN_MAPPINGS and getattr(task.mapping, "permute_dims", None) is None
-        return {"whole": names} if is_plain else None
-    parts = _FUSED_MAPPINGS.get(kind)
-    return {parts[key]: name for key, name in names.items()} if parts and names.keys() == parts.keys() else None

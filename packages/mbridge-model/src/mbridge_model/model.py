@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from mbridge_model.bridge import Bridge, import_bridge
 from mbridge_model.directory import HFDirectory, open_directory
-from mbridge_model.errors import ModelError
 from mbridge_model.families import GENERIC, Family, find_family
 from mbridge_model.fidelity import check_mrope, check_rotary, config_fields
 from mbridge_model.parallel import Parallel, initialize_parallel
@@ -215,9 +214,5 @@ def export(model: list[nn.Module], handle: ModelHandle) -> Iterator[tuple[str, T
     Raises:
         ModelError: the memory of the weights has been freed.
     """
-    for chunk in model:
-        for name, parameter in chunk.named_parameters():
-            if parameter.numel() and not parameter.untyped_storage().nbytes():
-                raise ModelError(f"the memory of {name} has been freed (offloaded): bring the weights back first")
     with torch.no_grad():
         yield from handle.bridge.stream_weights(model, handle.vocab_size)

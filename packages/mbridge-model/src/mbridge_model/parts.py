@@ -29,10 +29,10 @@ def part_views(parameter: Tensor, parts: Iterable[str], *, queries: int, groups:
     return {"query": grouped[:, :queries].flatten(1, 2), "key": grouped[:, queries], "value": grouped[:, queries + 1]}
 
 
-def take_parts(
-    parameter: Tensor, parts: Mapping[str, str], *, heads: int, groups: int, rows: int | None
-) -> Iterator[tuple[str, Tensor]]:
-    """Yield (HuggingFace name, tensor), without a copy but for a fused attention of several groups.
+class Parts:
+    """The HuggingFace tensors that one Megatron parameter consists of, as views of it that are made once.
+
+    Making a view takes longer than copying a small tensor. The views hold the parameter's memory.
 
     Args:
         parameter: not cut by any parallelism.
@@ -40,8 +40,22 @@ def take_parts(
         heads, groups: of the attention that the parameter belongs to.
         rows: how many rows of "whole" are kept: the real tokens of a padded vocabulary. None: all.
     """
-    for part, view in part_views(parameter, parts, queries=heads // groups, groups=groups).items():
-        yield parts[part], view[:rows] if part == "whole" else view.flatten(0, 1) if part in _ATTENTION else view
 
+    def __init__(
+        self, parameter: Tensor, parts: Mapping[str, str], *, heads: int, groups: int, rows: int | None
+    ) -> None:
+        self._data = parameter.detach()
+        views = part_views(self._data, parts, queries=heads // groups, groups=groups)
+        if rows is not None:
+            views["whole"] = views["whole"][:rows]
+        self._named = [(parts[part], view) for part, view in views.items()]
+        self._is_grouped = "query" in parts
 
-_ATTENTION = ("query", "key", "value")
+    def are_of(self, parameter: Tensor) -> bool:
+        """Whether the parameter still is where it was: data parallelism, say, moves it into a buffer."""
+        return parameter.data_ptr() == self._data.data_ptr()
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (HuggingFace name, tensor), without a copy but for a fused attention of several groups."""
+        for name, view in self._named:
+            yield name, view.flatten(0, 1) if self._is_grouped else view

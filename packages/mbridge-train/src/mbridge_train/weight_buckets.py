@@ -2,7 +2,7 @@
 
     memory = make_bucket_memory(bucket_bytes, engine.device)
     for bucket in fill_buckets(engine.export_weights(), [shared.data for shared in memory]):
-        load_bucket(bucket, model.state_dict())
+        load_pieces(bucket.pieces, bucket.data, model.state_dict())
 
 Here both sides are one process; `weight_stream` does it with two. Two buckets take turns: the next is filled while the
 last is being read. A tensor that does not fit into what is left of a bucket goes on in the next, so a bucket may be
@@ -28,13 +28,13 @@ ALIGNMENT = 64  # bytes; a multiple of every dtype's size
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Piece:
-    """A tensor, or a part of one, in a bucket.
+    """A contiguous tensor, or a part of one, in some memory: a bucket's, or a parameter's own.
 
     Attributes:
         name: of the tensor, HuggingFace's.
         shape, dtype: of the whole tensor.
         start, count: which of its elements, in row-major order.
-        offset: of the first of them in the bucket, in bytes.
+        offset: of the first of them in the memory, in bytes.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Piece:
     offset: int
 
     def view(self, data: Tensor) -> Tensor:
-        """Its elements, [count], in the bucket's memory `data`, uint8 [bytes]."""
+        """Its elements, [count], in the memory `data`, uint8 [bytes]."""
         return data[self.offset : self.offset + self.count * self.dtype.itemsize].view(self.dtype)
 
 
@@ -151,20 +151,22 @@ def fill_buckets(weights: Iterable[tuple[str, Tensor]], memory: list[Tensor]) ->
 
 
 @torch.no_grad()
-def load_bucket(bucket: Bucket, targets: Mapping[str, Tensor]) -> dict[str, int]:
-    """Copy a bucket into the tensors of the same names, cast to their dtypes.
+def load_pieces(pieces: Iterable[Piece], data: Tensor, targets: Mapping[str, Tensor]) -> dict[str, int]:
+    """Copy pieces out of their memory into the tensors of the same names, cast to their dtypes.
 
     Args:
+        data: the memory, uint8 [bytes].
         targets: contiguous tensors by name, such as a `state_dict()`.
 
     Returns:
-        How many elements of each tensor the bucket had.
+        How many elements of each tensor there were.
 
     Raises:
-        TrainError: there is no such tensor, or it has another shape.
+        TrainError: there is no such tensor, or it has another shape; nothing is copied.
     """
     received: dict[str, int] = {}
-    for piece in bucket.pieces:
+    places, values = [], []
+    for piece in pieces:
         target = targets.get(piece.name)
         if target is None:
             raise TrainError(f"weight {piece.name!r} is streamed, and the receiving model has no such tensor")
@@ -173,6 +175,8 @@ def load_bucket(bucket: Bucket, targets: Mapping[str, Tensor]) -> dict[str, int]
                 f"weight {piece.name!r} is streamed with shape {piece.shape}, the receiving model has "
                 f"{tuple(target.shape)}: their config.json disagree"
             )
-        target.detach().view(-1)[piece.start : piece.start + piece.count].copy_(piece.view(bucket.data))
+        places.append(target.detach().view(-1)[piece.start : piece.start + piece.count])
+        values.append(piece.view(data))
         received[piece.name] = received.get(piece.name, 0) + piece.count
+    torch._foreach_copy_(places, values)  # hundreds of tensors in few kernels
     return received

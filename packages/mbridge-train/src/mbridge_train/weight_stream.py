@@ -1,15 +1,16 @@
-"""The policy's weights to another process, such as a rollout engine's, through two buckets of shared memory.
+"""The policy's weights to another process, such as a rollout engine's: in place, or through two buckets.
 
     stream_weights(engine, connection)                  # on every rank, `connection` None where nobody listens
     receive_weights(connection, model.state_dict())     # in the other process
 
-On a GPU both processes use the same device, and the buckets are passed as CUDA IPC handles; on a CPU as shared memory.
-The connection carries only what is where. Its other end must be a process that `multiprocessing` started, as what comes
-through it is unpickled; and the starting process must close its own copy of that end, or a death is only noticed after
-the timeout.
+On a GPU both processes use the same device, and memory is passed as CUDA IPC handles; on a CPU as shared memory. The
+receiver reads where they are those weights that lie in memory it can map (`weights_in_place`), and the others from
+buckets. The connection carries only what is where. Its other end must be a process that `multiprocessing` started, as
+what comes through it is unpickled; and the starting process must close its own copy of that end, or a death is only
+noticed after the timeout.
 
-    sender:   memory ── bucket ── bucket ─────── bucket ─────── … ── end
-    receiver:              └─ taken ──┘   └─ taken ──┘                └─ done | failed, with the reason
+    sender:   memory ── bucket ── bucket ─────── bucket ─────── … ── in place ──── end
+    receiver:              └─ taken ──┘   └─ taken ──┘                  └─ taken ──┘   └─ done | failed, and the reason
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,8 @@ import torch
 from torch import Tensor, distributed
 
 from mbridge_train.errors import TrainError
-from mbridge_train.weight_buckets import Bucket, SharedMemory, fill_buckets, load_bucket, make_bucket_memory
+from mbridge_train.weight_buckets import SharedMemory, fill_buckets, load_pieces, make_bucket_memory
+from mbridge_train.weights_in_place import WeightsInPlace
 
 if TYPE_CHECKING:
     from mbridge_train.engine import Engine
@@ -34,7 +36,8 @@ def stream_weights(
 ) -> None:
     """Send all weights under their HuggingFace names. Collective over all ranks.
 
-    Beside the model this takes two buckets, on ranks with a connection, and what `export_weights` needs.
+    Beside the model this takes two buckets, on ranks with a connection, and what `export_weights` needs. The weights
+    must not change before it returns.
 
     Args:
         connection: this rank's end of a pipe whose other end is in `receive_weights`; None: it sends nothing.
@@ -48,7 +51,8 @@ def stream_weights(
     error: str | None = None
     if connection is not None:
         try:
-            _send(weights, connection, make_bucket_memory(bucket_bytes, engine.device), timeout)
+            memory = make_bucket_memory(bucket_bytes, engine.device)
+            _send(weights, WeightsInPlace(engine.model), connection, memory, timeout)
         except (EOFError, OSError) as problem:
             error = f"the process that receives the weights is gone ({type(problem).__name__}): see what it printed"
         except TrainError as problem:
@@ -81,11 +85,12 @@ def receive_weights(connection: Connection, targets: Mapping[str, Tensor], *, ti
         memory: list[SharedMemory] = _receive(connection, timeout)
         counts: dict[str, int] = {}
         while (message := _receive(connection, timeout)) is not None:
-            slot, pieces = message
-            bucket = Bucket(slot=slot, pieces=pieces, data=memory[slot].data)
-            for name, count in load_bucket(bucket, targets).items():
+            pieces, place = message
+            data = place if isinstance(place, Tensor) else memory[place].data
+            for name, count in load_pieces(pieces, data, targets).items():
                 counts[name] = counts.get(name, 0) + count
-            _synchronize(bucket.data)
+            _synchronize(data)
+            del message, place, data  # the sender wants to free it
             connection.send("taken")
         partial = sorted(name for name, count in counts.items() if count != targets[name].numel())
         if partial:
@@ -95,27 +100,36 @@ def receive_weights(connection: Connection, targets: Mapping[str, Tensor], *, ti
     except TrainError as error:
         connection.send(("failed", str(error)))
         raise
-    del memory, bucket
+    del memory
     connection.send("done")
     return set(counts)
 
 
 def _send(
-    weights: Iterator[tuple[str, Tensor]], connection: Connection, memory: list[SharedMemory], timeout: float
+    weights: Iterator[tuple[str, Tensor]],
+    in_place: WeightsInPlace,
+    connection: Connection,
+    memory: list[SharedMemory],
+    timeout: float,
 ) -> None:
     connection.send(memory)
     under_way = 0
-    for bucket in fill_buckets(weights, [shared.data for shared in memory]):
+    for bucket in fill_buckets(in_place.take_out(weights), [shared.data for shared in memory]):
         _synchronize(bucket.data)
-        connection.send((bucket.slot, bucket.pieces))
+        connection.send((bucket.pieces, bucket.slot))
         under_way += 1
         if under_way == len(memory):  # the next bucket has the memory of the oldest one
             _expect("taken", connection, timeout)
             under_way -= 1
+    mapped = list(in_place.pieces())  # kept until nobody reads it
+    for pieces, data in mapped:
+        _synchronize(data)
+        connection.send((pieces, data))
+        under_way += 1
     for _ in range(under_way):
         _expect("taken", connection, timeout)
     connection.send(None)
-    _expect("done", connection, timeout)  # the memory is this process's: it must stay until nobody reads it
+    _expect("done", connection, timeout)  # the memory of the buckets must stay until nobody reads it, too
 
 
 def _expect(answer: str, connection: Connection, timeout: float) -> None:

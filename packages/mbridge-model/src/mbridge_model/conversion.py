@@ -1,0 +1,58 @@
+"""What Megatron-Bridge's conversion tasks, one a Megatron parameter, say of its HuggingFace tensors."""
+
+from typing import Any
+
+import torch
+
+# Megatron pads these to a multiple of the tensor-parallel size.
+_VOCABULARY_PARAMETERS = ("embedding.word_embeddings.weight", "output_layer.weight")
+
+
+def has_vocabulary(task: Any) -> bool:
+    """Whether the parameter has a row a token."""
+    return task is not None and task.global_param_name.endswith(_VOCABULARY_PARAMETERS)
+
+
+def pad_vocabulary(model_bridge: Any, tasks: list[Any]) -> None:
+    """Make `model_bridge` read tensors with a row per token as long as the model's, zeros at the end.
+
+    Megatron-Bridge pads them by itself, but only where they have the names of a model of text: those of a
+    vision-language model it refuses.
+    """
+    rows = {
+        hf_names(task)[0]: task.param_weight.shape[0] * task.mapping.tp_size
+        for task in tasks
+        if has_vocabulary(task) and task.param_weight is not None
+    }
+    read = model_bridge.maybe_modify_loaded_hf_weight
+
+    def read_padded(hf_param: Any, hf_state_dict: Any) -> Any:
+        weight = read(hf_param, hf_state_dict)
+        missing = rows.get(hf_param, 0) - len(weight) if isinstance(hf_param, str) else 0
+        return torch.nn.functional.pad(weight, (0, 0, 0, missing)) if missing > 0 else weight
+
+    model_bridge.maybe_modify_loaded_hf_weight = read_padded
+
+
+def hf_names(task: Any) -> list[str]:
+    """The HuggingFace tensors that one Megatron parameter is made of: one, or several such as q, k and v."""
+    names = task.mapping.hf_param
+    return [names] if isinstance(names, str) else list(names.values())
+
+
+# Megatron-Bridge's mappings of one HuggingFace tensor that only gather what tensor parallelism has cut.
+_PLAIN_MAPPINGS = ("AutoMapping", "ColumnParallelMapping", "DirectMapping", "ReplicatedMapping", "RowParallelMapping")
+_FUSED_MAPPINGS = {
+    "QKVMapping": {"q": "query", "k": "key", "v": "value"},
+    "GatedMLPMapping": {"gate": "gate", "up": "up"},
+}
+
+
+def task_parts(task: Any) -> dict[str, str] | None:
+    """HuggingFace name of each part of a Megatron parameter; None if parts alone do not describe the mapping."""
+    kind, names = type(task.mapping).__name__, task.mapping.hf_param
+    if isinstance(names, str):
+        is_plain = kind in _PLAIN_MAPPINGS and getattr(task.mapping, "permute_dims", None) is None
+        return {"whole": names} if is_plain else None
+    parts = _FUSED_MAPPINGS.get(kind)
+    return {parts[key]: name for key, name in names.items()} if parts and names.keys() == parts.keys() else None
