@@ -36,7 +36,7 @@ def flops(facts: HFFacts, forward_only: bool, batch: list[Example]) -> int:
 
 
 def ours_variants(settings: dict[str, Any], device: torch.device) -> list[Variant]:
-    """The engine, on each micro-batch size, or packed to each token budget."""
+    """The engine, on each micro-batch size, padded where lengths differ, or packed to each token budget."""
     from engine_side import build_engine, logprob_step, training_step
     from mbridge_train import MicroBatching, Sample, aggregation_weights
 
@@ -47,13 +47,17 @@ def ours_variants(settings: dict[str, Any], device: torch.device) -> list[Varian
         weights = aggregation_weights([example.trained for example in batch], "token-mean")
         return [Sample(tokens=example.tokens, weights=weight) for example, weight in zip(batch, weights, strict=True)]
 
-    if settings["lengths"] == "mixed":
+    if settings["cut_by"] == "token_budget":
         cuts = {f"packed to {budget}": MicroBatching(token_budget=budget) for budget in settings["token_budget"]}
     else:
         sizes = settings["micro_batch_size"]
-        cuts = {f"{size} a micro-batch": MicroBatching(micro_batch_size=size) for size in sizes}
+        cuts = {micro_batch_label(settings, size): MicroBatching(micro_batch_size=size) for size in sizes}
     make = logprob_step if forward_only else training_step
     return [(label, prepare, make(engine, cut)) for label, cut in cuts.items()]
+
+
+def micro_batch_label(settings: dict[str, Any], size: int) -> str:
+    return f"{'' if settings['lengths'] == 'fixed' else 'padded, '}{size} a micro-batch"
 
 
 def fsdp2_variants(settings: dict[str, Any], device: torch.device) -> list[Variant]:
@@ -68,9 +72,8 @@ def fsdp2_variants(settings: dict[str, Any], device: torch.device) -> list[Varia
     else:
         model = load_model(AutoModelForCausalLM, settings, device, torch.float32)
         step = Fsdp2Trainer(model, (model.model.layers,), settings, device).step
-    padded = "padded, " if settings["lengths"] == "mixed" else ""
     return [
-        (f"{padded}{size} a micro-batch", partial(make_micro_batches, size, collate_tokens, device), step)
+        (micro_batch_label(settings, size), partial(make_micro_batches, size, collate_tokens, device), step)
         for size in settings["micro_batch_size"]
     ]
 
@@ -104,7 +107,7 @@ def megatron_variants(settings: dict[str, Any], device: torch.device) -> list[Va
     else:
         step = MegatronTrainer(model, settings, device).step
     return [
-        (f"{size} a micro-batch", partial(make_micro_batches, size, device), step)
+        (micro_batch_label(settings, size), partial(make_micro_batches, size, device), step)
         for size in settings["micro_batch_size"]
     ]
 

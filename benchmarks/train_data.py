@@ -44,6 +44,9 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     },
 }
 
+LENGTHS = ("fixed", "mixed", "grpo")
+GROUP_SIZE = 8
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Example:
@@ -69,8 +72,10 @@ def write_config(name: str, directory: Path) -> None:
 def make_batches(name: str, lengths: str, longest: int, samples: int, batches: int) -> list[list[Example]]:
     """Global batches of random tokens, the same for the same arguments.
 
-    `lengths` is "fixed", all of them `longest` and trained but for the first token, or "mixed": log-uniform from
-    1/64 of `longest` on, as questions with answers are, with the last half to nine tenths of each trained.
+    `lengths` is "fixed", all of them `longest` and trained but for the first token; "mixed": log-uniform from 1/64 of
+    `longest` on, as questions with answers are, with the last half to nine tenths of each trained; or "grpo": groups of
+    `GROUP_SIZE` answers to one question of 1/64 to 1/8 of `longest`, log-normal with a median of 1/6 of `longest` and
+    cut off there, of which the answers are trained.
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = GEOMETRIES[name]["vocab_size"]
@@ -78,12 +83,31 @@ def make_batches(name: str, lengths: str, longest: int, samples: int, batches: i
     def uniform(least: float, most: float) -> float:
         return least + (most - least) * float(torch.rand((), generator=generator))
 
-    def example() -> Example:
-        length, first = longest, 1
-        if lengths == "mixed":
-            length = round(math.exp(uniform(math.log(max(4, longest // 64)), math.log(longest))))
-            first = max(1, length - round(uniform(0.5, 0.9) * length))
-        tokens = torch.randint(vocabulary, (length,), generator=generator)
-        return Example(tokens=tokens, trained=torch.arange(length) >= first)
+    def log_uniform(least: float, most: float) -> int:
+        return round(math.exp(uniform(math.log(least), math.log(most))))
 
-    return [[example() for _ in range(samples)] for _ in range(batches)]
+    def random_tokens(count: int) -> Tensor:
+        return torch.randint(vocabulary, (count,), generator=generator)
+
+    def example() -> Example:
+        if lengths == "fixed":
+            return trained_from(random_tokens(longest), 1)
+        length = log_uniform(max(4, longest // 64), longest)
+        return trained_from(random_tokens(length), max(1, length - round(uniform(0.5, 0.9) * length)))
+
+    def group() -> list[Example]:
+        question = random_tokens(log_uniform(max(2, longest // 64), max(2, longest // 8)))
+        answers = [math.exp(float(torch.randn((), generator=generator))) * longest / 6 for _ in range(GROUP_SIZE)]
+        lengths = [min(max(1, round(answer)), longest - len(question)) for answer in answers]
+        return [trained_from(torch.cat((question, random_tokens(length))), len(question)) for length in lengths]
+
+    def batch() -> list[Example]:
+        if lengths != "grpo":
+            return [example() for _ in range(samples)]
+        return [answer for _ in range(-(-samples // GROUP_SIZE)) for answer in group()][:samples]
+
+    return [batch() for _ in range(batches)]
+
+
+def trained_from(tokens: Tensor, first: int) -> Example:
+    return Example(tokens=tokens, trained=torch.arange(len(tokens)) >= first)

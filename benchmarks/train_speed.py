@@ -2,6 +2,7 @@
 
     ./uvw run python benchmarks/train_speed.py --output figures                # Qwen2.5-1.5B, sequences of 4096
     ./uvw run python benchmarks/train_speed.py --lengths mixed                 # 64 to 4096 tokens, packed or padded
+    ./uvw run python benchmarks/train_speed.py --lengths grpo --samples 64     # groups of eight sampled answers
     ./uvw run python benchmarks/train_speed.py --forward-only                  # log probabilities
     ./uvw run python benchmarks/train_speed.py --model tiny --device cpu       # on any laptop
 
@@ -16,9 +17,10 @@ clipping:
 A step is everything from samples in memory to updated weights. Times are medians (least, most) over the steps after
 warm-up; tokens are real ones, without padding. TFLOP/s count what the model needs (`mbridge_config.flops`), as a share
 of a matrix product's of 8192 x 8192 in the same process. The first losses of all sides must agree, or the command says
-so and fails. With --lengths mixed the engine packs to each --token-budget and fsdp2 pads samples sorted by length; the
-minimal loop of megatron-te, which does neither, is left out. --forward-only measures log probabilities of all tokens
-without gradients; transformers then runs without sharding, with weights in the number format of the computation.
+so and fails. With --lengths mixed or grpo the engine packs to each --token-budget, and pads to each --micro-batch-size,
+as fsdp2 does with samples sorted by length; the minimal loop of megatron-te, which does neither, is left out.
+--forward-only measures log probabilities of all tokens without gradients; transformers then runs without sharding, with
+weights in the number format of the computation.
 
 --output DIRECTORY gets figures.json, table.md and plot.svg.
 """
@@ -34,7 +36,7 @@ from typing import Any
 
 import torch
 from side_by_side import run_ladder, run_process, speedups, table, write_weights
-from train_data import GEOMETRIES, write_config
+from train_data import GEOMETRIES, LENGTHS, write_config
 from transformers import AutoModelForCausalLM
 
 CASES = ("fsdp2", "megatron-te", "ours-te", "ours-torch")
@@ -49,7 +51,7 @@ def why_skipped(case: str, arguments: argparse.Namespace) -> str | None:
             return "Transformer Engine needs a GPU"
         if find_spec("transformer_engine") is None:
             return "Transformer Engine is not installed"
-    if case == "megatron-te" and arguments.lengths == "mixed":
+    if case == "megatron-te" and arguments.lengths != "fixed":
         return "the minimal loop takes sequences of one length"
     return None
 
@@ -61,20 +63,25 @@ def run_case(case: str, arguments: argparse.Namespace, directory: Path) -> list[
         return []
     settings = {name: value for name, value in vars(arguments).items() if name not in ("cases", "output")}
     settings |= {"case": case, "directory": str(directory), "same_weights": True}
-    packs = case.startswith("ours") and arguments.lengths == "mixed"
-    sizes_name = "token_budget" if packs else "micro_batch_size"
+    packs = case.startswith("ours") and arguments.lengths != "fixed"
     # Weights stay gathered between micro-batches where memory allows, which is faster.
     keeps = [True, False] if case == "fsdp2" and not arguments.forward_only else [None]
 
-    def run(choice: dict[str, Any]) -> list[dict[str, Any]]:
-        return run_process("train_cases.py", settings | choice)
+    results = []
+    for cut_by in ("token_budget", "micro_batch_size") if packs else ("micro_batch_size",):
 
-    return run_ladder(run, sizes_name, getattr(arguments, sizes_name), [{"keep_gathered": keep} for keep in keeps])
+        def run(choice: dict[str, Any], cut_by: str = cut_by) -> list[dict[str, Any]]:
+            return run_process("train_cases.py", settings | choice | {"cut_by": cut_by})
+
+        sizes = getattr(arguments, cut_by)
+        results += run_ladder(run, cut_by, sizes, [{"keep_gathered": keep} for keep in keeps])
+    return results
 
 
 def first_losses(results: list[dict[str, Any]]) -> dict[str, float]:
-    """Loss of the first step from the weights that all sides load, by side."""
-    return {result["case"]: result["losses"][0] for result in results if result.get("is_first")}
+    """Loss of the first step from the weights that all sides load, by side and variant."""
+    firsts = [result for result in results if result.get("is_first")]
+    return {f"{result['case']}, {result['variant']}": result["losses"][0] for result in firsts}
 
 
 def disagreement(losses: dict[str, float]) -> float:
@@ -105,8 +112,8 @@ def main() -> int:
     parser.add_argument("--model", choices=GEOMETRIES, default="1.5b")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--device", choices=("auto", "cpu"), default="auto")
-    parser.add_argument("--lengths", choices=("fixed", "mixed"), default="fixed")
-    parser.add_argument("--sequence", type=int, default=4096, help="tokens of a sequence, of the longest if mixed")
+    parser.add_argument("--lengths", choices=LENGTHS, default="fixed")
+    parser.add_argument("--sequence", type=int, default=4096, help="tokens of a sequence, of the longest if they vary")
     parser.add_argument("--samples", type=int, default=8, help="in a global batch")
     parser.add_argument("--micro-batch-size", type=int, nargs="+", default=[1, 2, 4], help="sequences")
     parser.add_argument("--token-budget", type=int, nargs="+", default=[4096, 8192, 16384], help="of a packed one")
