@@ -91,6 +91,13 @@ def test_prune_keeps_what_the_rules_want(run, capsys):
     assert "best by reward (0.7)" in value["verdicts"][1]["reason"]
 
 
+def test_prune_by_a_metric_that_nothing_has_removes_nothing(run, capsys):
+    before = names(run)
+    assert main(["prune", str(run), "--keep-best", "1", "--metric", "rewrad"]) == 0
+    assert names(run) == before
+    assert "no checkpoint has the metric 'rewrad'" in capsys.readouterr().out
+
+
 def test_prune_by_multiples_and_smallest(run):
     assert main(["prune", str(run), "--keep-every", "10", "--keep-best", "1", "--metric", "reward", "--smallest"]) == 0
     assert names(run) == ["global_step_10", "global_step_15", "global_step_5", "latest"]  # 15 is the newest
@@ -113,7 +120,7 @@ def test_prune_leaves_what_is_read_protected_linked_or_not_ours(run, capsys):
     (run / "latest").unlink()
     (run / "latest").symlink_to("global_step_5")
     with hold(open_checkpoint(run / "global_step_3")):
-        assert main(["prune", str(run), "--keep-last", "1", "--protect", str(run / "global_step_4")]) == 0
+        assert main(["prune", str(run), "--keep-last", "1", "--protect", str(run / "global_step_15")]) == 0
     expected = [f"global_step_{step}" for step in (10, 15, 3, 4, 5, 7)]
     assert names(run) == [*expected, "latest"]
     assert (run / "global_step_7/thesis.txt").read_text() == "mine"

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import mbridge_ckpt
@@ -218,12 +219,38 @@ def test_resume_takes_the_newest_that_verifies_and_says_what_it_passed_over(tmp_
     assert resume.checkpoint.step == 2
     assert [item.path.name for item in resume.passed_over] == [
         ".global_step_11.saving-0123456789ab",
-        "global_step_10",
         "global_step_9",
+        "global_step_10",
     ]
     assert "unfinished" in resume.passed_over[0].reason
-    assert str(model) in resume.passed_over[1].reason and "content changed" in resume.passed_over[1].reason
-    assert "manifest.json" in resume.passed_over[2].reason
+    assert "manifest.json" in resume.passed_over[1].reason
+    assert str(model) in resume.passed_over[2].reason and "content changed" in resume.passed_over[2].reason
+
+
+def test_a_run_that_went_back_goes_on_with_its_own(tmp_path):
+    for step in (10, 20, 30):
+        save(tmp_path, step)
+    save(tmp_path, 15)  # resumed from step 10
+    assert find_resume(tmp_path).checkpoint.step == 15
+    save(tmp_path, 18)
+    mbridge_ckpt.prune(tmp_path, mbridge_ckpt.Retention(last=2))
+    assert [path.name for path in mbridge_ckpt.list_checkpoints(tmp_path)] == ["global_step_18", "global_step_15"]
+
+
+def test_a_clock_that_goes_back_does_not_change_the_order(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    created = open_checkpoint(tmp_path / "global_step_1").manifest.created
+    before = datetime.fromisoformat(created) - timedelta(hours=1)
+
+    class SlowClock(datetime):
+        @classmethod
+        def now(cls, tz=None):
+            return before
+
+    monkeypatch.setattr("mbridge_ckpt.publish.datetime", SlowClock)
+    save(tmp_path, 2)
+    assert open_checkpoint(tmp_path / "global_step_2").manifest.created > created
+    assert find_resume(tmp_path).checkpoint.step == 2
 
 
 def test_resume_with_nothing_there(tmp_path):

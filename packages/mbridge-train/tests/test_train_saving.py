@@ -14,7 +14,7 @@ from testing.training_runs import OVERLAPPED, build, leave, train
 END = 5
 
 
-def run(directory: Path, output: Path, **settings: Any) -> Any:
+def run(directory: Path, output: Path, metrics: dict[str, float] | None = None, **settings: Any) -> Any:
     """Losses of END steps with a checkpoint after each, and the weights as they stood then."""
     from mbridge_train.saving import RunSaver, SaveSettings
 
@@ -26,7 +26,8 @@ def run(directory: Path, output: Path, **settings: Any) -> Any:
                 record += train(engine, step, step + 1)
                 weights[step] = {name: tensor.clone() for name, tensor in engine.export_weights()}
                 state = {"step": step}
-                saver.save(step, last=step == END - 1, loop_state=state, metrics={"loss": record[-1][0]})
+                measured = {"loss": record[-1][0]} | (metrics or {})
+                saver.save(step, last=step == END - 1, loop_state=state, metrics=measured)
                 saver.check()
         return record, weights
     finally:
@@ -78,6 +79,16 @@ def test_what_is_kept_and_exported(gang2: Gang, tmp_path: Path) -> None:
     gang2.run(run, tmp_path / "model", tmp_path / "kept", hf_export_every=4, retention=retention, in_background=True)
     assert steps(tmp_path / "kept") == [0, 2, 4]
     assert has_hf(tmp_path / "kept") == [0, 4]
+
+
+def test_what_cannot_be_compared_is_kept(gang2: Gang, tmp_path: Path) -> None:
+    """A metric that is not measured says nothing of a checkpoint, nor does one that is no finite number."""
+    make_model("qwen2", True, tmp_path / "model")
+    retention = Retention(best=1, metric="validation/accuracy")
+    metrics = {"reward": float("inf"), "entropy": float("nan")}
+    gang2.run(run, tmp_path / "model", tmp_path / "kept", metrics, hf_export_every=0, retention=retention)
+    assert steps(tmp_path / "kept") == [0, 1, 2, 3, 4]
+    assert set(open_checkpoint(tmp_path / "kept" / "global_step_4").metadata["metrics"]) == {"loss"}
 
 
 def test_save_that_comes_too_early_is_left_out(gang2: Gang, tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def list_checkpoints(directory: str | Path) -> list[Path]:
-    """Directories named `global_step_N` in a checkpoints directory, newest step first; nothing in them is read."""
+    """Directories named `global_step_N` in a checkpoints directory, largest step first; nothing in them is read."""
     root = Path(directory)
     if not root.is_dir():
         return []
@@ -139,15 +139,30 @@ def list_checkpoints(directory: str | Path) -> list[Path]:
     return [path for _, path in sorted(steps, reverse=True)]
 
 
+def newest_first(directory: str | Path) -> list[Path]:
+    """What `list_checkpoints` finds as it was committed, the last one first; before them what has no manifest to read.
+
+    A run that went back to an earlier step leaves later steps of an abandoned branch behind: its own are newer.
+    """
+    order: dict[Path, tuple[str, int]] = {}
+    unreadable = []
+    for path in list_checkpoints(directory):
+        try:
+            order[path] = read_manifest(path).commit_order
+        except CheckpointError:
+            unreadable.append(path)
+    return unreadable + sorted(order, key=order.__getitem__, reverse=True)
+
+
 def find_resume(directory: str | Path, *, group: "ProcessGroup | None" = None) -> Resume:
-    """The newest checkpoint in `directory` whose every file needed to resume has the checksum it was written with.
+    """The last committed checkpoint in `directory` whose every file needed to resume has its checksum.
 
     Collective over `group` (see `begin_save`): each rank reads a share of the files, all get the same answer. Faults
     of a HuggingFace export do not count. Directories that were not taken come with the reason.
     """
     ranks = Ranks(group)
     root = Path(directory)
-    candidates: list[Path] = ranks.from_first(list_checkpoints(root) if ranks.rank == 0 else None)
+    candidates: list[Path] = ranks.from_first(newest_first(root) if ranks.rank == 0 else None)
     leftovers = ranks.from_first(find_leftovers(root) if ranks.rank == 0 and root.is_dir() else [])
     passed_over = [
         PassedOver(item.path, f"an unfinished save or removal ({item.kind}); `mbridge-ckpt prune` sees to it")

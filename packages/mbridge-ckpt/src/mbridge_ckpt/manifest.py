@@ -55,7 +55,10 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """A whole checkpoint. `metadata` is the writer's own (metrics, names); `writer` holds versions."""
+    """A whole checkpoint. `metadata` is the writer's own (metrics, names); `writer` holds versions.
+
+    `created` is when it was committed, in ISO 8601 and UTC; later than that of the checkpoint committed before it.
+    """
 
     step: int
     created: str
@@ -63,6 +66,11 @@ class Manifest:
     writer: dict[str, str]
     files: tuple[FileRecord, ...]
     metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def commit_order(self) -> tuple[str, int]:
+        """Sorts checkpoints as they were committed: a run that went back has older ones of later steps."""
+        return self.created, self.step
 
     @property
     def total_bytes(self) -> int:

@@ -7,11 +7,14 @@ import shutil
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from importlib import metadata as installed
 from pathlib import Path
 
 from mbridge_ckpt.durable import exchange, fsync_path, fsync_tree_directories, point_link
+from mbridge_ckpt.errors import CheckpointError
 from mbridge_ckpt.layout import LATEST_LINK, step_directory, step_of
+from mbridge_ckpt.manifest import read_manifest
 
 WRITER_FILE = ".writer"
 _LEFTOVER = re.compile(r"\.global_step_([0-9]+)\.(saving|replaced|deleting)-[0-9a-f]{12}")
@@ -44,6 +47,15 @@ def find_leftovers(directory: Path) -> list[Leftover]:
         elif match and path.is_dir() and not path.is_symlink():
             found.append(Leftover(path, int(match[1]), match[2]))
     return found
+
+
+def commit_time(directory: Path) -> str:
+    """The time for a manifest that is about to be committed: now, or later if the last one is of a clock ahead."""
+    now = datetime.now(UTC)
+    with suppress(OSError, RuntimeError, CheckpointError, ValueError, TypeError, OverflowError):
+        last = datetime.fromisoformat(read_manifest((directory / LATEST_LINK).resolve(strict=True)).created)
+        now = max(now, last + timedelta(milliseconds=1))
+    return now.isoformat(timespec="milliseconds")
 
 
 def publish(temporary: Path, step: int) -> Path:

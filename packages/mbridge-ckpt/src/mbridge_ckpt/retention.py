@@ -26,8 +26,9 @@ _DEAD_AFTER_SECONDS = 24 * 3600
 class Retention:
     """What to keep; a checkpoint stays if any rule wants it. With no rule at all, every checkpoint stays.
 
-    last: the n newest. every: those whose step is a multiple. best: the n best by `metric`, which saves store in
-    `metadata["metrics"]`; `best_is` says whether the largest or the smallest value is best (ties: the newer one).
+    last: the n last committed. every: those whose step is a multiple. best: the n best by `metric`, which saves store
+    in `metadata["metrics"]`; `best_is` says whether the largest or the smallest value is best (ties: the newer one).
+    Where no checkpoint has the metric, `best` keeps all: it may be misspelt.
     """
 
     last: int | None = None
@@ -83,6 +84,7 @@ def prune(
             manifests[path] = _own(path)
         except CheckpointError as error:
             verdicts.append(Verdict(path, "keep", str(error)))
+    manifests = dict(sorted(manifests.items(), key=lambda item: item[1].commit_order, reverse=True))
     reasons = _wanted(manifests, retention)
     for path, manifest in manifests.items():
         if reason := reasons.get(path) or ("protected" if path.resolve() in protected else None):
@@ -126,6 +128,10 @@ def _wanted(manifests: dict[Path, Manifest], retention: Retention) -> dict[Path,
         ]
         for _, path in sorted(known, key=lambda item: -item[0])[: retention.best]:
             reasons[path] = f"among the {retention.best} best by {retention.metric} ({scores[path]:g})"
+        if not known:
+            reasons = dict.fromkeys(
+                paths, f"no checkpoint has the metric {retention.metric!r}, so none is known as worse"
+            )
     if retention.every is not None:
         for path, manifest in manifests.items():
             if manifest.step % retention.every == 0:

@@ -12,7 +12,6 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from types import TracebackType
@@ -31,7 +30,7 @@ from mbridge_ckpt.layout import (
     step_directory,
 )
 from mbridge_ckpt.manifest import FileRecord, Manifest
-from mbridge_ckpt.publish import WRITER_FILE, publish, temporary_directory, writer_versions
+from mbridge_ckpt.publish import WRITER_FILE, commit_time, publish, temporary_directory, writer_versions
 from mbridge_ckpt.torch_zip import host_tensor
 from mbridge_ckpt.verify import files_below
 from mbridge_ckpt.writing import CheckpointWriter, SaveStream
@@ -197,7 +196,7 @@ class Save(CheckpointWriter):
             records.append(_read_back(self.path, path))
         manifest = Manifest(
             step=self.step,
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
+            created=commit_time(self._final.parent),
             layout=self.layout,
             writer=writer_versions() | (writer or {}),
             metadata=metadata,

@@ -1,6 +1,7 @@
 """The checkpoints of a run: when and in what form they are written, and which of them stay on the disk."""
 
 import logging
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -63,6 +64,7 @@ class RunSaver:
         self.directory = directory
         self.settings = settings
         self._protected = [] if resumed_from is None else [resumed_from.path]
+        self._is_warned = False
         self._background = AsyncSaver(when_busy=settings.when_busy) if settings.in_background else None
 
     def is_due(self, step: int, *, last: bool) -> bool:
@@ -73,7 +75,7 @@ class RunSaver:
         """Write `global_step_<step>` and return it; None if `when_busy` left it out.
 
         Args:
-            loop_state, metrics: see `save_checkpoint`; metrics that are not a number are left out.
+            loop_state, metrics: see `save_checkpoint`; metrics that are not a finite number are left out.
 
         Raises:
             mbridge_ckpt.SaveError: on every rank, if one rank could not write; nothing is then left half written. In
@@ -81,13 +83,14 @@ class RunSaver:
         """
         if last:
             self.check(wait=True)
+        self._look_for_metric(metrics)
         try:
             path = save_checkpoint(
                 self.engine,
                 self.directory,
                 step=step,
                 loop_state=loop_state,
-                metrics={name: value for name, value in metrics.items() if value == value},
+                metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
                 export_hf=self._exports(step, last),
                 max_shard_size=self.settings.max_shard_size,
                 file_format=self.settings.file_format,
@@ -121,6 +124,19 @@ class RunSaver:
             self._background.__exit__(kind, error, traceback)
             if error is None:
                 self._prune()
+
+    def _look_for_metric(self, metrics: dict[str, float]) -> None:
+        """Say so once where the checkpoints that are to be kept cannot be told from the others."""
+        wanted = self.settings.retention.metric
+        if wanted is None or wanted in metrics or self._is_warned or torch.distributed.get_rank():
+            return
+        self._is_warned = True
+        logger.warning(
+            "runner.checkpoint.keep_best_metric=%s is not measured with this checkpoint, so that it cannot be among the "
+            "best; measured are %s",
+            wanted,
+            ", ".join(sorted(metrics)),
+        )
 
     def _prune(self) -> None:
         if torch.distributed.get_rank() == 0:

@@ -47,7 +47,9 @@ class CheckpointConfig:
     keep_best: int | None = key(
         None, "Also keep this many of the best by keep_best_metric.", unit="checkpoints", minimum=1
     )
-    keep_best_metric: str = key("validation/accuracy", "Metric of keep_best, a name in metrics.jsonl.")
+    keep_best_metric: str = key(
+        "validation/accuracy", "Metric of keep_best, a name in metrics.jsonl; SFT on free text has validation/loss."
+    )
     keep_best_is: Literal["max", "min"] = key("max", "Whether its largest or smallest value is best.")
 
 
