@@ -37,6 +37,17 @@ def test_mathematics_is_compared_not_text(math_pool):
         ("\\boxed{x^2+2x+1}", ("(x+1)^2",), 1.0),
         ("\\boxed{3}", ("2", "3"), 1.0),
         ("1,000", ("1000",), 1.0),
+        ("\\boxed{50}", ("50\\%",), 1.0),
+        ("\\boxed{50\\%}", ("0.5",), 1.0),
+        ("The answer is 50%", ("50\\%",), 1.0),
+        ("\\boxed{51\\%}", ("50%",), 0.0),
+        ("\\boxed{18}", ("\\$18",), 1.0),
+        ("\\boxed{\\$18.90}", ("\\$18.90",), 1.0),
+        ("\\boxed{32348}", ("\\$32,\\!348",), 1.0),
+        ("It costs \\$18.", ("18",), 1.0),
+        ("\\boxed{17}", ("\\$18",), 0.0),
+        ("\\boxed{72}", ("72.",), 1.0),
+        ("\\boxed{2}. No, \\boxed{3}", ("3",), 0.0),
         ("", ("1",), 0.0),
         ("no number", ("1",), 0.0),
     ]
@@ -202,6 +213,25 @@ def test_made_problems_are_distinct_held_out_and_stable():
     assert (more[:60], same) == (train, validation)
     other, _ = make_problems("chain_sum", train_size=60, validation_size=40, **{**settings, "seed": 8})
     assert [p.prompt for p in other] != [p.prompt for p in train]
+
+
+def test_made_problems_are_the_same_in_every_process():
+    """This task chooses from a set of texts."""
+    code = (
+        "from mbridge_reasoning.tasks import make_problems\n"
+        "for problems in make_problems('ransom_note', train_size=20, validation_size=10, seed=3):\n"
+        "    print([(problem.prompt, problem.solutions) for problem in problems])\n"
+    )
+    made = {
+        subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", code],
+            env={**os.environ, "PYTHONHASHSEED": hash_seed},
+            stdout=subprocess.PIPE,
+            check=True,
+        ).stdout
+        for hash_seed in ("1", "2")
+    }
+    assert len(made) == 1
 
 
 def test_tasks_that_cannot_be_made():

@@ -14,6 +14,7 @@ from mbridge_train.throughput import Throughput
 from transformers import AutoTokenizer
 
 from mbridge_reasoning.data import Problem, tokenize_problems
+from mbridge_reasoning.errors import DataError
 from mbridge_reasoning.quickstart import prepare_quickstart
 from mbridge_reasoning.report import DISPLAY
 from mbridge_reasoning.reward import RewardPool
@@ -132,12 +133,27 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
 
 def _read_data(config: ReasoningConfig) -> tuple[list[Problem], list[Problem]]:
     if config.data.type == "reasoning_gym":
-        gym = config.data.reasoning_gym
-        return make_problems(
-            gym.task or "",
-            train_size=gym.train_size,
-            validation_size=gym.validation_size,
-            seed=config.data.seed,
-            parameters=gym.parameters,
-        )
+        # On one rank for all: what a task draws may depend on more than its seed.
+        made: tuple[list[Problem], list[Problem]] | DataError | None = None
+        if torch.distributed.get_rank() == 0:
+            try:
+                made = _make_problems(config)
+            except DataError as error:
+                made = error
+        made = broadcast(made)
+        assert made is not None
+        if isinstance(made, DataError):
+            raise made
+        return made
     return read_data_files(config)
+
+
+def _make_problems(config: ReasoningConfig) -> tuple[list[Problem], list[Problem]]:
+    gym = config.data.reasoning_gym
+    return make_problems(
+        gym.task or "",
+        train_size=gym.train_size,
+        validation_size=gym.validation_size,
+        seed=config.data.seed,
+        parameters=gym.parameters,
+    )

@@ -19,29 +19,46 @@ AnswerScorer = Callable[[str, Sequence[str], Mapping[str, Any] | None], float]
 def math_scorer() -> AnswerScorer:
     """Scores with math-verify: 1.0 where the final answer equals any of the solutions, 0.0 otherwise.
 
-    The last \\boxed{…} counts first, then other LaTeX, then plain expressions. What comes before a closing </think>
-    does not count.
+    The last \\boxed{…} counts first, and boxes close before it count as one answer with it, so that two guesses are not
+    a right one; then other LaTeX, then plain expressions. What comes before a closing </think> does not count, nor does
+    an escaped dollar sign.
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
+    _mend_percentages()
     # It would say that its time limits are off; the worker's own limits replace them.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     extraction = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 
     @functools.lru_cache(maxsize=4096)
     def parsed_solution(solution: str) -> tuple[Any, ...]:
-        # LaTeX is found only inside an environment.
-        delimited = solution if "\\boxed" in solution or "$" in solution else f"\\boxed{{{solution}}}"
+        # LaTeX is found only inside an environment. With its full stop, a number would be text.
+        plain = _without_currency(solution).rstrip(". ")
+        delimited = plain if "\\boxed" in plain or "$" in plain else f"\\boxed{{{plain}}}"
         return tuple(parse(delimited, extraction, parsing_timeout=None))
 
     def score(text: str, solutions: Sequence[str], entry: Mapping[str, Any] | None) -> float:
-        found = parse(without_thoughts(text), extraction, parsing_timeout=None)
+        found = parse(_without_currency(without_thoughts(text)), extraction, parsing_timeout=None)
         if not found:
             return 0.0
         right = any(verify(list(parsed_solution(s)), found, timeout_seconds=None) for s in solutions)
         return float(right)
 
     return score
+
+
+def _mend_percentages() -> None:
+    """latex2sympy2-extended asks its parser for a function that the one of ANTLR 4.9.3 lacks, wherever it meets a
+    percentage: math-verify then reads none. ANTLR 4.9.3 is what hydra needs."""
+    from latex2sympy2_extended.antlr_parser import PSParser
+
+    if not hasattr(PSParser.AtomContext, "FUNC_GAMMA"):
+        PSParser.AtomContext.FUNC_GAMMA = lambda context: None
+
+
+def _without_currency(text: str) -> str:
+    r"""Without `\$`, which is no delimiter of LaTeX, but is taken for one; `\\$` is a line break and one."""
+    return re.sub(r"(?<!\\)\\\$", "", text)
 
 
 def task_scorer(task: str, parameters: Mapping[str, Any]) -> AnswerScorer:
