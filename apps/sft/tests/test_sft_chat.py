@@ -120,6 +120,28 @@ def test_an_empty_file_is_an_error(tmp_path):
         chat(tmp_path / "a.jsonl", "", " ")
 
 
+@pytest.mark.parametrize(
+    ("row", "message", "key"),
+    [
+        ({"videos": ["a.mp4"]}, {}, "line 1: 'videos' is not read"),
+        ({"tools": [{"type": "function"}]}, {}, "line 1: 'tools' is not read"),
+        ({}, {"tool_calls": [{"id": "1"}]}, "line 1, message 2: 'tool_calls' is not read"),
+        ({}, {"reasoning_content": "So"}, "line 1, message 2: 'reasoning_content' is not read"),
+        ({}, {"weight": 0}, "line 1, message 2: the weight 0 is not read"),
+    ],
+)
+def test_what_would_be_lost_is_refused(tmp_path, row, message, key):
+    nothing = {"videos": [], "tools": None}
+    examples = chat(
+        tmp_path / "a.jsonl",
+        {"messages": [USER, ANSWER | message]} | row,
+        {"messages": [USER, ANSWER | {"tool_calls": None, "weight": 1, "name": "me"}]} | nothing,
+    )
+    with pytest.raises(RowError, match=key):
+        examples[0]
+    assert examples[1].answer == "Hello"
+
+
 def test_images_beside_the_messages_are_not_passed_over(tmp_path):
     examples = chat(
         tmp_path / "a.jsonl",

@@ -117,6 +117,11 @@ def test_long_rows_are_bad_unless_they_may_be_left_out(tmp_path):
     assert (batches.bad_rows, batches.long_rows) == ((), 1)
     with pytest.raises(DataError, match=r"no row of batch 1 can be used, the last of them .*a.jsonl line 2"):
         take(EncodedBatches(examples, number, batch_size=1, seed=None, skip_long=True), 2)
+    # An evaluation goes on without such a batch, as nothing depends on its number.
+    settings = {"seed": None, "skip_long": True, "epochs": 1}
+    assert list(EncodedBatches(examples, number, batch_size=1, **settings)) == [[0], [2]]
+    with pytest.raises(DataError, match="no row of the data can be used"):
+        list(EncodedBatches(rows(tmp_path, ["long", "long"]), number, batch_size=1, **settings))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -122,6 +122,15 @@ def test_no_generation_prompt(split):
         (CHAT_TEMPLATE.replace("<|im_end|>", "###"), r"writes '###\\n' after an answer"),
         ("{{ messages | length }} turns", r"does not show where the assistant's turn 2 begins"),
         (CHAT_TEMPLATE.replace("assistant\\n", "assistant: "), r"does not show where the assistant's turn 2 begins"),
+        (  # as in Mistral Nemo's: the system's message stands before the last question, and no other
+            "{% for m in messages %}{{ 'S' if loop.last and m.role == 'user' else '' }}{{ m.content }}<|im_end|>"
+            "{% endfor %}",
+            r"does not show where the assistant's turn 2 begins",
+        ),
+        (  # as in DeepSeek R1's: reasoning is taken out of answers, and generation begins with it
+            THINKING.replace(" and loop.last", " and false").replace("PROMPT", "'<think>\\n'"),
+            r"does not show where the assistant's turn 2 begins",
+        ),
         (  # the header of a turn says how many follow
             "{% for m in messages %}{{ loop.revindex ~ m.role ~ m.content }}<|im_end|>{% endfor %}"
             "{% if add_generation_prompt %}1assistant{% endif %}",
@@ -133,6 +142,18 @@ def test_templates_that_cannot_be_used_are_named(split, template, message):
     with pytest.raises(DataError, match=f"here: the chat template of the model {message}") as raised:
         split([user("Q")], "A", template=template)
     assert not isinstance(raised.value, RowError)
+
+
+def test_an_answer_that_the_template_cuts_is_refused(split):
+    template = THINKING.replace(" and loop.last", " and false").replace("PROMPT", "''")
+    assert split([user("Q")], "A", template=template)[1] == ("A<|im_end|>", True)
+    with pytest.raises(DataError, match="here: the chat template of the model leaves out a part of the answer, .*'A'"):
+        split([user("hm A")], "<think>hm</think>A", template=template)
+
+
+def test_the_day_is_the_same_on_every_day(split):
+    template = "{{ strftime_now('%d %b %Y') }}" + CHAT_TEMPLATE
+    assert split([user("Q")], "A", template=template)[0][0].startswith("26 Jul 2024<|im_start|>user")
 
 
 def test_past_turns_that_change_can_be_left_out(split):

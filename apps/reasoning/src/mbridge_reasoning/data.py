@@ -84,6 +84,8 @@ def tokenize_problems(
 
 
 def _prompt_tokens(problem: Problem, tokenizer: "PreTrainedTokenizerBase", apply_chat_template: bool) -> list[int]:
+    from mbridge_train.chat import render_chat
+
     prompt = problem.prompt
     if isinstance(prompt, str) and not apply_chat_template:
         tokens: list[int] = tokenizer(prompt)["input_ids"]
@@ -99,7 +101,7 @@ def _prompt_tokens(problem: Problem, tokenizer: "PreTrainedTokenizerBase", apply
             )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         # In two steps, because the template itself places the special tokens.
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = render_chat(tokenizer, messages, add_generation_prompt=True)
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not tokens:
         raise DataError(f"{problem.source}: the prompt gives no tokens; write a prompt that is not empty")

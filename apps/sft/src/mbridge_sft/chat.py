@@ -13,6 +13,7 @@ import binascii
 import json
 import os.path
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -75,6 +76,7 @@ class ChatFile:
                 f"{source}: images beside 'messages' are not read; name each in its place in the content, as "
                 '{"type": "image", "image": "a path"}'
             )
+        _refuse_unread(row, ("videos", "video", "tools", "functions"), source)
         messages = [self._message(message, f"{source}, message {n}") for n, message in enumerate(row["messages"], 1)]
         roles = [message.role for message in messages]
         if roles[-2:] != ["user", "assistant"]:
@@ -88,6 +90,9 @@ class ChatFile:
         if not isinstance(message, dict) or message.get("role") not in get_args(Role):
             role = message.get("role") if isinstance(message, dict) else message
             raise RowError(f"{where}: role {role!r} is none of {', '.join(get_args(Role))}")
+        _refuse_unread(message, ("tool_calls", "function_call", "reasoning_content"), where)
+        if message.get("weight", 1) != 1:
+            raise RowError(f"{where}: the weight {message['weight']!r} is not read; data.train_on says what is trained")
         content = message.get("content")
         if isinstance(content, str):
             parts: tuple[str | ImageReference, ...] = (content,)
@@ -141,3 +146,12 @@ class ChatFile:
             return ImageReference(data=base64.b64decode(text, validate=True))
         except (binascii.Error, ValueError) as error:
             raise RowError(f"{where}: the image is not base64 ({error})") from None
+
+
+def _refuse_unread(record: dict[str, Any], keys: Sequence[str], where: str) -> None:
+    """Training on what is left of a row without them would teach something else."""
+    for key in keys:
+        if record.get(key):
+            raise RowError(
+                f"{where}: {key!r} is not read; write what the model shall see and say as text of the messages"
+            )

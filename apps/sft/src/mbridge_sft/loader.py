@@ -35,7 +35,7 @@ class EncodedBatches[T]:
 
     Raises, when iterated:
         DataError: there are more bad rows than `max_bad_rows`, a file cannot be read any more, a worker process died,
-            or no row of a batch is good.
+            or no row of a batch is good. With `epochs`, such a batch is left out, unless all are such.
     """
 
     def __init__(
@@ -90,10 +90,11 @@ class EncodedBatches[T]:
         known = frozenset(self._bad)
         steps = (self.order.rows(step) for step in count(self._first_step))
         outcomes = encode_rows(row for rows in takewhile(len, steps) for row in rows if row not in known)
+        is_usable = False
         for step in count(self._first_step):
             rows = self.order.rows(step)
             if not rows:
-                return
+                break
             batch = []
             for row in rows:
                 if row in known:
@@ -103,12 +104,21 @@ class EncodedBatches[T]:
                     self._leave_out(row, outcome)
                 else:
                     batch.append(outcome)
-            if not batch:
-                raise DataError(
-                    f"no row of batch {step} can be used, the last of them {self._examples.source(rows[-1])}; correct "
-                    "the data, raise runner.seq_length if its rows are too long, or make batches larger"
+            if batch:
+                is_usable = True
+                yield batch
+            elif self.order.epochs is None:
+                raise self._nothing_usable(
+                    f"batch {step} can be used, the last of them {self._examples.source(rows[-1])}"
                 )
-            yield batch
+        if not is_usable and step > self._first_step:
+            raise self._nothing_usable("the data can be used")
+
+    def _nothing_usable(self, what: str) -> DataError:
+        return DataError(
+            f"no row of {what}; correct the data, raise runner.seq_length if its rows are too long, or make batches "
+            "larger"
+        )
 
     def _leave_out(self, row: int, error: RowError) -> None:
         is_long = self._skip_long and isinstance(error, LongRowError)

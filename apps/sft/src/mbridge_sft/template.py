@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import jinja2
+from mbridge_train.chat import render_chat
 from transformers import PreTrainedTokenizerBase
 
 from mbridge_sft.errors import DataError, RowError
@@ -66,21 +67,28 @@ class ChatTemplate:
             mark += "@"
         marked = [*turns[:index], {"role": "assistant", "content": mark}, *turns[index + 1 :]]
         before, found, after = self._render(marked).partition(mark)
+        context = self._render(turns[:index])
         prompt = self._render(turns[:index], add_generation_prompt=True)
-        has_prompt = prompt != self._render(turns[:index])
+        has_prompt, is_last = prompt != context, index + 1 == len(turns)
         start = None
-        if has_prompt and full.startswith(prompt):
-            start = len(prompt)
-        elif full.startswith(before) and (not has_prompt or prompt.startswith(before)):
-            # There is no generation prompt, or it ends with a think block that the template takes out of past turns.
+        if full.startswith(prompt):
+            start = len(prompt if has_prompt else before)
+        elif not is_last and full.startswith(before) and (not has_prompt or prompt.startswith(before)):
+            # The generation prompt ends with a think block that the template takes out of past turns.
             start = len(before)
         content_end = len(full) - len(after)
         if not found or start is None or start > content_end or not full.endswith(after):
             raise DataError(
                 f"{source}: the chat template of {self._name} does not show where the assistant's turn {index + 1} "
                 "begins and ends: its text is not what follows the generation prompt; use a template that writes a "
-                "turn in the same way whatever comes later"
-                + (", or set data.train_on=last" if index + 1 < len(turns) else "")
+                "turn in the same way whatever comes later" + ("" if is_last else ", or set data.train_on=last")
+            )
+        written = full[:content_end].removeprefix(context)
+        if is_last and _words(turns[index]["content"]) not in _words(written):
+            raise DataError(
+                f"{source}: the chat template of {self._name} leaves out a part of the answer, of which it writes "
+                f"{full[start:content_end][:60]!r}; use a template that writes all of it, or take that part, such as "
+                "reasoning, out of the answers"
             )
         return start, content_end + self._end(after, source)
 
@@ -96,10 +104,9 @@ class ChatTemplate:
         return len(after) - len(text) + len(token)
 
     def _render(self, turns: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
-        text = self._tokenizer.apply_chat_template(
-            turns, chat_template=self._template, tokenize=False, add_generation_prompt=add_generation_prompt
+        return render_chat(
+            self._tokenizer, turns, chat_template=self._template, add_generation_prompt=add_generation_prompt
         )
-        return str(text)
 
 
 def _turn(message: Message) -> dict[str, Any]:
@@ -107,3 +114,8 @@ def _turn(message: Message) -> dict[str, Any]:
         return {"role": message.role, "content": message.text}
     parts = [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in message.parts]
     return {"role": message.role, "content": parts}
+
+
+def _words(text: str) -> str:
+    """Without white space, which templates add and take away."""
+    return "".join(text.split())

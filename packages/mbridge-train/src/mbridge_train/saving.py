@@ -132,7 +132,7 @@ class RunSaver:
             return
         self._is_warned = True
         logger.warning(
-            "runner.checkpoint.keep_best_metric=%s is not measured with this checkpoint, so that it cannot be among the "
+            "runner.checkpoint.keep_best_metric=%s is not measured with this checkpoint, which cannot be one of the "
             "best; measured are %s",
             wanted,
             ", ".join(sorted(metrics)),

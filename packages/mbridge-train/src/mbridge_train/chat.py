@@ -1,0 +1,24 @@
+"""Conversations as text, the same text on every day."""
+
+from datetime import date
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TODAY = date(2024, 7, 26)
+"""For templates that write the day into the system's message: with the real one, a run that is resumed tomorrow would
+go on with other tokens. Llama 3's template writes this one where there is no clock."""
+
+
+def render_chat(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], **options: Any) -> str:
+    """`messages` through the tokenizer's chat template, or through `options["chat_template"]`.
+
+    Args:
+        options: of `apply_chat_template`, such as `add_generation_prompt`.
+
+    Raises:
+        jinja2.TemplateError: the template refuses the messages.
+    """
+    text = tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=TODAY.strftime, **options)
+    return str(text)
