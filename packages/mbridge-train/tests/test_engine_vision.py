@@ -1,5 +1,6 @@
 """Vision-language models in the engine: the steps of transformers under each layout, and checkpoints across layouts."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from mbridge_train.batch import Sample, aggregation_weights
 
 from testing.gang import Gang
 from testing.tiny_models import make_vision_model
-from testing.training_runs import BETAS, SHARDED, WEIGHT_DECAY, build, leave
+from testing.training_runs import BETAS, OVERLAPPED, SHARDED, WEIGHT_DECAY, build, leave
 from testing.vision_forward import positions_of
 from testing.vision_samples import LAYOUTS, SECONDS_PER_GRID, make_sample, transformers_inputs
 
@@ -27,15 +28,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def samples(family: str, step: int) -> list[dict[str, Any]]:
+def samples(family: str, step: int, layouts: Iterable[str] = LAYOUTS) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(step)
-    return [make_sample(layout, family == "qwen3_vl", generator) for layout in LAYOUTS.values()]
+    return [make_sample(LAYOUTS[layout], family == "qwen3_vl", generator) for layout in layouts]
 
 
-def make_batch(directory: Path, step: int) -> list[Sample]:
+def make_batch(directory: Path, step: int, layouts: Iterable[str] = LAYOUTS) -> list[Sample]:
     """Every token but the first is trained, also placeholders: more of the model shows."""
     settings = MropeSettings.from_directory(directory)
-    raw = samples(directory.name, step)
+    raw = samples(directory.name, step, layouts)
     weights = aggregation_weights([torch.arange(len(sample["tokens"])) > 0 for sample in raw], "token-mean")
     return [
         Sample(
@@ -50,12 +51,14 @@ def make_batch(directory: Path, step: int) -> list[Sample]:
     ]
 
 
-def train(engine: Any, directory: Path, first: int, last: int) -> list[tuple[float, float]]:
+def train(
+    engine: Any, directory: Path, first: int, last: int, layouts: Iterable[str] = LAYOUTS
+) -> list[tuple[float, float]]:
     from mbridge_train.losses import sft_loss
 
     record = []
     for step in range(first, last):
-        loss = engine.forward_backward(make_batch(directory, step), sft_loss)["loss"]
+        loss = engine.forward_backward(make_batch(directory, step, layouts), sft_loss)["loss"]
         record.append((loss, engine.step().grad_norm))
     return record
 
@@ -175,3 +178,26 @@ def test_training_goes_on_under_another_layout(gang2: Gang, models: Path, tmp_pa
             assert weights.keys() == loaded.keys()
             assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
             assert [loss for loss, _ in ours] == pytest.approx([loss for loss, _ in record], abs=1e-5)
+
+
+def overlapped(directory: Path, optimizer: dict[str, Any], layouts: tuple[str, ...]) -> Any:
+    """One sample a micro-batch, so that one rank sees images while the other reads text, or nothing."""
+    try:
+        engine = build(directory, Parallel(), optimizer, batching={"micro_batch_size": 1})
+        record = train(engine, directory, 0, STEPS, layouts)
+        return record, [float(one.sum()) for one in engine.logprobs(make_batch(directory, STEPS, layouts))]
+    finally:
+        leave()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("layouts", [("one image", "text"), ("one image", "one image", "one image")])
+def test_ranks_with_and_without_images_reduce_and_gather_alike(
+    gang2: Gang, models: Path, family: str, layouts: tuple[str, ...]
+) -> None:
+    """In buckets so small that the tower and the language model are in different ones."""
+    (expected, logprobs), _ = gang2.run(overlapped, models / family, SHARDED, layouts)
+    for optimizer in (OVERLAPPED, SHARDED | {"overlap_grad_reduce": True}):
+        for record, found in gang2.run(overlapped, models / family, optimizer | {"bucket_size": 5000}, layouts):
+            assert record == [pytest.approx(step, rel=1e-5) for step in expected]
+            assert found == pytest.approx(logprobs, rel=1e-5)

@@ -93,16 +93,19 @@ class VisionLanguageModel(MegatronModule):
         mask = (input_ids == self.config.image_token_id) | (input_ids == self.config.video_token_id)
         placeholders = int(mask.sum())
         tower = self.get_submodule(self.vision.tower)
-        if vision is not None:
-            features, deepstack = self.vision.encode(tower, vision.pixel_values, vision.grid_thw)
-            if len(features) == placeholders:
+        shown = vision
+        if vision is None and any(parameter.requires_grad for parameter in tower.parameters()):
+            shown = blank_image(self.config, input_ids.device)
+        count = 0
+        if shown is not None:
+            features, deepstack = self.vision.encode(tower, shown.pixel_values, shown.grid_thw)
+            count = len(features) if vision is not None else 0  # nothing of a blank image is placed
+            if count == placeholders:
                 hidden = place_features(hidden, mask, features, deepstack)
-        elif torch.is_grad_enabled():
-            hidden = hidden + no_gradient(tower, hidden)
-        if placeholders != (0 if vision is None else len(features)):
+        if placeholders != count:
             raise ModelError(
-                f"the tokens hold {placeholders} placeholders of images and videos, but pixel_values give "
-                f"{0 if vision is None else len(features)} features; put each sample's images in the batch, in order"
+                f"the tokens hold {placeholders} placeholders of images and videos, but pixel_values give {count} "
+                "features; put each sample's images in the batch, in order"
             )
         if self.config.sequence_parallel:
             # The backward pass gathers, so the tower gets the gradients of all positions on each rank.
@@ -110,15 +113,18 @@ class VisionLanguageModel(MegatronModule):
         return hidden
 
 
-def no_gradient(module: nn.Module, like: Tensor) -> Tensor:
-    """A zero that gives each trainable parameter of `module` a gradient of zeros.
+def blank_image(config: Any, device: torch.device) -> VisionInputs:
+    """The smallest image, for a micro-batch of text whose tower is trained.
 
-    A micro-batch of text does not reach the tower. Megatron-Core, which starts a bucket's reduction when all of its
-    gradients are there, would wait for the tower's; and where only the tower is trained there would be nothing to run
-    a backward pass from.
+    Data-parallel ranks reduce gradients and gather weights bucket by bucket, in the order in which their own passes
+    come to them. So a rank without images runs its tower, too: in the same order as the others, with gradients of zero.
     """
-    empty = [parameter.flatten()[:0].sum() for parameter in module.parameters() if parameter.requires_grad]
-    return torch.stack(empty).sum().to(like.dtype) if empty else like.new_zeros(())
+    settings = config.vision_config
+    side = settings.spatial_merge_size
+    features = settings.in_channels * settings.temporal_patch_size * settings.patch_size**2
+    return VisionInputs(
+        pixel_values=torch.zeros(side**2, features, device=device), grid_thw=torch.tensor([[1, side, side]])
+    )
 
 
 def provide(
