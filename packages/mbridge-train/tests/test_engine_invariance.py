@@ -212,6 +212,36 @@ def test_batches_with_nothing_in_them(gang2: Gang, models: Path, model: dict[str
         assert "no samples" in result["message"]
 
 
+def without_a_gradient(directory: Path, model: dict[str, Any]) -> tuple[str, list[str]]:
+    """The error of a step whose loss is not a number on the rank that has the first sample, and what it changed."""
+    from mbridge_train.errors import TrainError
+    from mbridge_train.losses import LossInputs, LossOutputs, sft_loss
+    from megatron.core import parallel_state
+
+    def broken(inputs: LossInputs) -> LossOutputs:
+        outputs = sft_loss(inputs)
+        bad = float("nan") if parallel_state.get_data_parallel_rank() == 0 else 1.0
+        return LossOutputs(loss=outputs.loss * bad, metrics=outputs.metrics)
+
+    engine = build(directory, model, {}, 2)
+    try:
+        before = {name: tensor.clone() for name, tensor in engine.export_weights()}
+        engine.forward_backward(make_batch(THREE), broken)
+        with pytest.raises(TrainError) as error:
+            engine.step()
+        after = dict(engine.export_weights())
+        return str(error.value), [name for name in before if not torch.equal(before[name], after[name])]
+    finally:
+        parallel_state.destroy_model_parallel()
+
+
+@pytest.mark.parametrize("model", [layout(), layout(2, sequence=True), layout(pipeline=2)], ids=["DP", "TP SP", "PP"])
+def test_gradients_that_are_not_finite_are_not_applied(gang2: Gang, models: Path, model: dict[str, Any]) -> None:
+    for message, changed in gang2.run(without_a_gradient, models / "qwen2", model):
+        assert message.startswith("the gradients are not finite (norm nan), so the weights stay as they are")
+        assert changed == []
+
+
 def forgotten(directory: Path, close: bool) -> bool:
     """Whether the model of an engine that was used is gone with the last reference to the engine."""
     import gc

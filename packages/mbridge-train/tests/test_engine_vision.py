@@ -9,6 +9,7 @@ import torch
 from mbridge_ckpt import reshard
 from mbridge_model import MropeSettings, Parallel, VisionInputs
 from mbridge_train.batch import Sample, aggregation_weights
+from mbridge_train.errors import TrainError
 
 from testing.gang import Gang
 from testing.tiny_models import make_vision_model
@@ -30,7 +31,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def samples(family: str, step: int, layouts: Iterable[str] = LAYOUTS) -> list[dict[str, Any]]:
     generator = torch.Generator().manual_seed(step)
-    return [make_sample(LAYOUTS[layout], family == "qwen3_vl", generator) for layout in layouts]
+    return [make_sample(LAYOUTS[layout], family.startswith("qwen3_vl"), generator) for layout in layouts]
 
 
 def make_batch(directory: Path, step: int, layouts: Iterable[str] = LAYOUTS) -> list[Sample]:
@@ -201,3 +202,30 @@ def test_ranks_with_and_without_images_reduce_and_gather_alike(
         for record, found in gang2.run(overlapped, models / family, optimizer | {"bucket_size": 5000}, layouts):
             assert record == [pytest.approx(step, rel=1e-5) for step in expected]
             assert found == pytest.approx(logprobs, rel=1e-5)
+
+
+def with_router_loss(directory: Path) -> str:
+    try:
+        with pytest.raises(TrainError) as error:
+            build(directory, Parallel(), SHARDED, overrides={"moe_aux_loss_coeff": 1e-3})
+        return str(error.value)
+    finally:
+        leave()
+
+
+def cut_otherwise(directory: Path, batching: dict[str, Any]) -> Any:
+    try:
+        return train(build(directory, Parallel(), SHARDED, batching=batching), directory, 0, 1)
+    finally:
+        leave()
+
+
+def test_routers_add_no_loss(gang2: Gang, tmp_path: Path) -> None:
+    """Megatron-Bridge asks for one, which Megatron-Core multiplies by the tokens of a micro-batch."""
+    directory = tmp_path / "qwen3_vl_moe"
+    make_vision_model(directory.name, True, directory)
+    assert gang2.run(with_router_loss, directory)[0] == (
+        "the override moe_aux_loss_coeff=0.001 cannot be trained with: leave it out, or set it to 0"
+    )
+    one, all_together = (gang2.run(cut_otherwise, directory, {"micro_batch_size": size}) for size in (1, 6))
+    assert one[0][0] == pytest.approx(all_together[0][0], rel=1e-5)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy
 import pytest
 import torch
+from mbridge_model import Parallel
 from mbridge_train.errors import TrainError
 from mbridge_train.processes import broadcast, join, leave, seed_all
 
@@ -22,7 +23,10 @@ def join_and_leave() -> dict[str, Any]:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             ports.append(broadcast(free.getsockname()[1]))
-    seen = []
+    from mbridge_model.parallel import initialize_parallel
+    from megatron.core import parallel_state
+
+    seen, timeouts = [], []
     before = dict(os.environ)
     try:
         for port in ports:
@@ -30,12 +34,15 @@ def join_and_leave() -> dict[str, Any]:
             assert not torch.distributed.is_initialized()
             os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
             os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            device = join(1.0)
-            assert join(1.0) == device  # a second call finds the group
+            device = join(1.5)
+            assert join(1.5) == device  # a second call finds the group
+            initialize_parallel(Parallel(tensor=world_size), seed=1)
+            tensor: Any = parallel_state.get_tensor_model_parallel_group()
+            timeouts.append(tensor._get_backend(device).options._timeout.total_seconds())
             total = torch.tensor([rank + 1.0], device=device)
             torch.distributed.all_reduce(total)
             seen.append((torch.distributed.get_rank(), total.item(), torch.distributed.get_backend()))
-        return {"seen": seen, "device": device.type, "broadcast": broadcast({"from": rank})}
+        return {"seen": seen, "timeouts": timeouts, "device": device.type, "broadcast": broadcast({"from": rank})}
     finally:
         os.environ.clear()
         os.environ.update(before)
@@ -46,6 +53,7 @@ def test_groups_are_joined_and_left(gang2: Gang) -> None:
         if result["device"] == "cpu":
             assert result["seen"] == [(rank, 3.0, "gloo")] * 2
         assert result["broadcast"] == {"from": 0}
+        assert result["timeouts"] == [90.0, 90.0]  # Megatron-Core's groups wait as long as that of all ranks
 
 
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """How a model is split over processes."""
 
 from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
 
 import torch
 from torch._C._distributed_c10d import HashStore
@@ -55,7 +57,9 @@ def initialize_parallel(parallel: Parallel, seed: int) -> None:
                 f"{parallel.pipeline} = {parallel.model}; start a multiple of {parallel.model} processes"
             )
         parallel_state.initialize_model_parallel(
-            tensor_model_parallel_size=parallel.tensor, pipeline_model_parallel_size=parallel.pipeline
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            distributed_timeout_minutes=_world_timeout().total_seconds() / 60,
         )
         model_parallel_cuda_manual_seed(seed)
     existing = (
@@ -67,3 +71,10 @@ def initialize_parallel(parallel: Parallel, seed: int) -> None:
             f"process groups exist for tensor x pipeline = {existing[0]} x {existing[1]}, but {parallel.tensor} x "
             f"{parallel.pipeline} was asked for; destroy them first or ask for the same"
         )
+
+
+def _world_timeout() -> timedelta:
+    """How long a collective of all ranks may take; Megatron-Core's own groups would have half an hour."""
+    world: Any = torch.distributed.group.WORLD
+    timeout: timedelta = world._get_backend(world._device_types[0]).options._timeout
+    return timeout

@@ -71,6 +71,9 @@ class Engine:
         handle: as it returned it.
         micro_batching: for training and log probabilities alike.
         optimizer: None makes an engine that only evaluates.
+
+    Raises:
+        TrainError: the model adds a loss of its routers.
     """
 
     def __init__(

@@ -1,6 +1,9 @@
 """Data-parallel wrapping and the optimizer: Megatron-Core's, configured in one place."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -61,8 +64,12 @@ def wrap_data_parallel(model: list[nn.Module], settings: OptimizerSettings) -> l
     """Give the model chunks gradient buffers in fp32 and their reduction over data-parallel ranks.
 
     Gradients are summed, not averaged: the loss is already a sum over the global batch (see `batch`).
+
+    Raises:
+        TrainError: the model adds a loss of its routers.
     """
     config = get_model_config(model[0])
+    _refuse_router_losses(config)
     assert config.calculate_per_token_loss, "the model must be built with calculate_per_token_loss, else DDP averages"
     data_parallel = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -79,12 +86,21 @@ def wrap_data_parallel(model: list[nn.Module], settings: OptimizerSettings) -> l
     ]
 
 
+def _refuse_router_losses(config: Any) -> None:
+    """Megatron-Core multiplies them by the tokens of a micro-batch, to divide by those of the step later. Here each
+    token's weight holds that division already, so they would outgrow the loss."""
+    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+        value = getattr(config, name, None)
+        if config.num_moe_experts and (any(value) if isinstance(value, list) else value):
+            raise TrainError(f"the override {name}={value} cannot be trained with: leave it out, or set it to 0")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
     """What one optimizer step did.
 
     Attributes:
-        grad_norm: global L2 norm before clipping.
+        grad_norm: global L2 norm before clipping; 0.0 where the update was skipped.
         learning_rate: the rate that was used.
         applied: False when an fp16 overflow made the optimizer skip the update.
     """
@@ -130,6 +146,8 @@ class Optimizer:
             ),
             model,
         )
+        # Asked for between the reduction of the gradients and the update.
+        self.megatron.get_grad_norm = partial(_finite_norm, self.megatron.get_grad_norm)
 
     @property
     def parts(self) -> list[Any]:
@@ -154,6 +172,9 @@ class Optimizer:
         """Clip, update and move the schedule on. Collective over all ranks.
 
         A step skipped for an fp16 overflow does not count in the schedule.
+
+        Raises:
+            TrainError: on every rank, the gradients are not finite; nothing was updated.
         """
         learning_rate = self.settings.schedule.learning_rate(self.steps)
         for group in self.megatron.param_groups:
@@ -164,3 +185,15 @@ class Optimizer:
         if applied:
             self.steps += 1
         return StepResult(grad_norm=float(grad_norm or 0.0), learning_rate=learning_rate, applied=bool(applied))
+
+
+def _finite_norm(get_norm: Callable[[], float]) -> float:
+    """The norm, the same on every rank. Clipping would not help: NaN is not larger than any limit."""
+    norm = get_norm()
+    if not math.isfinite(norm):
+        raise TrainError(
+            f"the gradients are not finite (norm {norm}), so the weights stay as they are; go on from the last "
+            "checkpoint with runner.resume_dir=auto and a lower learning rate (actor.optim.lr), or look for the batch "
+            "that does it"
+        )
+    return norm
