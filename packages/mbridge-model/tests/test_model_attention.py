@@ -182,3 +182,10 @@ def test_what_is_not_built_is_refused(worker: Gang) -> None:
         "softmax_type 'learnable' is not built in the torch backend",
         "context_parallel_size > 1 is not built in the torch backend; use backend 'te' on a GPU",
     ]
+
+
+@pytest.mark.parametrize(("length", "pays"), [(4096, True), (8192, True), (4224, True), (2048, False), (5000, False)])
+def test_cudnn_is_for_long_sequences_of_few_lengths(length: int, pays: bool) -> None:
+    from mbridge_model.torch_backend.attention import cudnn_pays
+
+    assert cudnn_pays(length) == pays

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,6 +52,28 @@ def test_resume_without_a_file_and_before_every_step(tmp_path: Path) -> None:
     with MetricsWriter(tmp_path, resume_step=0) as writer:
         writer.write(1, {})
     assert [record["step"] for record in read_metrics(writer.path)] == [1]
+
+
+def test_the_line_of_a_checkpoint_that_the_run_did_not_survive(tmp_path: Path) -> None:
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(0, {"loss": 3.0})
+        writer.write(1, {"loss": 2.0})
+    for _ in range(2):  # the second time it is there
+        with MetricsWriter(tmp_path, resume_step=2, resume_metrics={"loss": 1.5}) as writer:
+            pass
+        assert read_metrics(tmp_path / "metrics.jsonl")[-1] == {"step": 2, "loss": 1.5}
+    elsewhere = tmp_path / "elsewhere"  # a run of its own, which starts from that checkpoint
+    with MetricsWriter(elsewhere, resume_step=2, resume_metrics={"loss": 1.5}) as writer:
+        writer.write(3, {"loss": 1.0})
+    assert [record["step"] for record in read_metrics(elsewhere / "metrics.jsonl")] == [3]
+
+
+def test_a_full_disk_is_said(tmp_path: Path) -> None:
+    writer = MetricsWriter(tmp_path)
+    os.dup2(os.open("/dev/full", os.O_WRONLY), writer._file.fileno())
+    with pytest.raises(TrainError, match=r"metrics\.jsonl cannot be written: No space left on device; make room"):
+        writer.write(1, {"loss": 1.0})
+    writer.close()
 
 
 def test_new_run_keeps_the_file_of_an_old_one(tmp_path: Path) -> None:

@@ -111,7 +111,7 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
 
     checkpoints = RunSaver(engine, output.checkpoints, save_settings(config.actor, config.runner), resumed_from=resume)
 
-    with output.recording(total_steps=steps, first_step=first), checkpoints:
+    with output.recording(total_steps=steps, first_step=first, resumed_from=resume), checkpoints:
         if first == 0 and validation:
             output.step(0, trainer.validate(validation))
         for number in range(first + 1, steps + 1):

@@ -71,7 +71,7 @@ def _train(config: SFTConfig, command: list[str]) -> None:
     trainer = _trainer(config, engine, output)
     checkpoints = RunSaver(engine, output.checkpoints, save_settings(config.actor, runner), resumed_from=resume)
 
-    with output.recording(total_steps=steps, first_step=first), checkpoints:
+    with output.recording(total_steps=steps, first_step=first, resumed_from=resume), checkpoints:
         if first == 0 and evaluation is not None:
             output.step(0, _evaluated(trainer, evaluation, output))
         batches = trainer.batches(training, first_step=first, bad_rows=bad_rows)

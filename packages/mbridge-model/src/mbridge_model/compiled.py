@@ -10,7 +10,7 @@ import os
 import shutil
 import sysconfig
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from pathlib import Path
 
 import torch
@@ -19,15 +19,23 @@ from torch import Tensor
 
 logger = logging.getLogger("mbridge_model")
 
+VARIANTS = 64
+"""Kernels of one function: for each number format, layout in memory, with and without gradients, for one sequence and
+for several. Behind torch's own limit of eight a function runs as it is written."""
+
 
 def compiled_on_gpu[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     """Compile `function` at its first call whose first argument is a CUDA tensor."""
-    kernel = torch.compile(function)
+
+    @cache
+    def kernel() -> Callable[P, R]:
+        torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+        return torch.compile(function)
 
     @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         first = args[0]
-        return kernel(*args, **kwargs) if isinstance(first, Tensor) and first.is_cuda else function(*args, **kwargs)
+        return kernel()(*args, **kwargs) if isinstance(first, Tensor) and first.is_cuda else function(*args, **kwargs)
 
     return call
 

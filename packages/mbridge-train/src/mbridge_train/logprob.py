@@ -107,8 +107,9 @@ class _LogprobAndEntropy(torch.autograd.Function):
         # One row each, so that a single all-reduce sums all of them: sum exp, the target, and sum exp * shifted.
         sums = torch.zeros(3 if with_entropy else 2, tokens, dtype=dtype, device=logits.device)
         if columns:
+            values_only = logits.detach()  # or a kernel of its own would be compiled for logits with gradients
             for start, stop in _chunks(logits, columns):
-                found = _sums(logits[start:stop, :columns], maximum[start:stop], temperature, with_entropy)
+                found = _sums(values_only[start:stop, :columns], maximum[start:stop], temperature, with_entropy)
                 for row, values in zip((0, 2), found, strict=False):
                     sums[row, start:stop] = values
             column, is_local = _local_target(targets, vocab_start, columns)
@@ -134,7 +135,7 @@ class _LogprobAndEntropy(torch.autograd.Function):
         columns, temperature = ctx.columns, ctx.temperature
         if grad_logprobs is None and grad_entropy is None:
             return (None,) * 9
-        grad_logits = logits if ctx.overwrite else logits.clone()
+        grad_logits = logits.detach() if ctx.overwrite else logits.detach().clone()
         grad_logits[:, columns:] = 0
         if columns:
             column, is_local = _local_target(targets, ctx.vocab_start, columns)

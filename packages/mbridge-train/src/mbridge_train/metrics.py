@@ -8,6 +8,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from mbridge_train.errors import TrainError
+from mbridge_train.files import replace_text, writing
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -38,6 +40,8 @@ class MetricsWriter:
         resume_step: step of the checkpoint that the run resumes from. Lines of later steps, which will be run again,
             and a last line that was cut off are dropped. None: a new run; a file that is already there is kept under
             the first free name of ``metrics.1.jsonl``, ``metrics.2.jsonl``, ….
+        resume_metrics: those of that step, as its checkpoint holds them: for the line that a run which was killed right
+            after it had saved could not write.
         backends: names from :data:`BACKENDS`.
         project: name of the project at the tracking service.
         experiment: name of the run there.
@@ -45,7 +49,8 @@ class MetricsWriter:
         backend_directory: where the backends put their files; None: `directory`.
 
     Raises:
-        TrainError: an unknown backend, one that is not installed, or a file to resume that is not valid.
+        TrainError: an unknown backend, one that is not installed, a file to resume that is not valid, or one that
+            cannot be written.
     """
 
     def __init__(
@@ -53,6 +58,7 @@ class MetricsWriter:
         directory: str | os.PathLike[str],
         *,
         resume_step: int | None = None,
+        resume_metrics: Mapping[str, float] | None = None,
         backends: Sequence[str] = (),
         project: str = "mbridge",
         experiment: str = "run",
@@ -63,7 +69,8 @@ class MetricsWriter:
             if name not in BACKENDS:
                 raise TrainError(f"unknown metrics backend {name!r}: use one of {', '.join(BACKENDS)}")
         self.path = Path(directory) / METRICS_FILE
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
         # Before the file is touched, since a backend may be missing.
         self._backends = [
             BACKENDS[name](Path(backend_directory or directory), project, experiment, dict(config or {}))
@@ -75,13 +82,18 @@ class MetricsWriter:
                 _set_aside(self.path)
             else:
                 self._last_step = _drop_after(self.path, resume_step)
-        self._file = self.path.open("a", encoding="utf-8")
+        was_there = self.path.exists()
+        with writing(self.path):
+            self._file = self.path.open("a", encoding="utf-8")
+        if was_there and resume_step is not None and resume_metrics and self._last_step < resume_step:
+            self.write(resume_step, resume_metrics)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record one step. Steps must increase; a metric that was not measured in a step is simply left out.
 
         Raises:
             ValueError: a step that does not come after the last one, or a metric with a reserved name.
+            TrainError: there is no room for it.
         """
         if step <= self._last_step:
             raise ValueError(f"step {step} comes after step {self._last_step} in {self.path}")
@@ -91,8 +103,9 @@ class MetricsWriter:
         line: dict[str, Any] = {"step": step} | {name: finite.get(name) for name in metrics}
         if len(finite) < len(metrics):
             line["nonfinite"] = {name: str(float(metrics[name])) for name in metrics if name not in finite}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        with writing(self.path):
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
         self._last_step = step
         if finite:  # a backend may refuse an empty record
             for backend in self._backends:
@@ -100,7 +113,8 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Close the file and end the runs of the backends."""
-        self._file.close()
+        with suppress(OSError):  # of a line that did not fit, which `write` has said
+            self._file.close()
         for backend in self._backends:
             backend.close()
 
@@ -146,9 +160,7 @@ def _set_aside(path: Path) -> None:
 def _drop_after(path: Path, step: int) -> int:
     """Keep the lines up to ``step``; returns the last step kept, -1 if none is left."""
     kept = [(record["step"], line) for record, line in _lines(path) if record["step"] <= step]
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text("".join(line for _, line in kept), encoding="utf-8")
-    temporary.replace(path)
+    replace_text(path, "".join(line for _, line in kept))
     return kept[-1][0] if kept else -1
 
 

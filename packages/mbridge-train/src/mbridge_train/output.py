@@ -1,5 +1,6 @@
 """What a run shows and leaves behind: progress on the terminal, metrics.jsonl, report.html. Rank 0 alone writes."""
 
+import os
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,13 +8,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
+from mbridge_ckpt import Checkpoint
 from mbridge_config import RunConfig, plain
 from torch import distributed
 
+from mbridge_train.errors import TrainError
+from mbridge_train.files import replace_text
 from mbridge_train.metrics import METRICS_FILE, MetricsWriter
+from mbridge_train.processes import broadcast
 from mbridge_train.profiler import StepProfiler
 from mbridge_train.progress import TrainingProgress
 from mbridge_train.report import Chart, write_report
+from mbridge_train.run_lock import RunLock
 
 THROUGHPUT_CHARTS = (
     Chart(title="Model operations", metrics=("tflops_per_second",), unit="TFLOP/s of a GPU"),
@@ -58,6 +64,7 @@ class RunOutput:
         megatron = config.actor.megatron
         self.profiler = StepProfiler(megatron.profiler if megatron.use_profiler else None, directory / "profiler")
         self.is_writer = distributed.get_rank() == 0
+        self._lock = RunLock(directory)
         self.report_section = ""
         """HTML that the report shows below its curves."""
         self._writer: MetricsWriter | None = None
@@ -73,8 +80,14 @@ class RunOutput:
             print(text, flush=True)
 
     @contextmanager
-    def recording(self, *, total_steps: int, first_step: int) -> Iterator[None]:
-        """Show and record steps; at the end, however it comes, the report is written from what was recorded."""
+    def recording(self, *, total_steps: int, first_step: int, resumed_from: Checkpoint | None = None) -> Iterator[None]:
+        """Show and record steps; at the end the report is written from what was recorded, also after an error.
+
+        Raises:
+            TrainError: on every rank, another run writes there; on rank 0, something cannot be written.
+        """
+        if reason := broadcast(self._lock.take() if self.is_writer else None):
+            raise TrainError(reason)
         if not self.is_writer:
             yield
             return
@@ -83,6 +96,7 @@ class RunOutput:
         self._writer = MetricsWriter(
             self.directory,
             resume_step=first_step if first_step else None,
+            resume_metrics=None if resumed_from is None else resumed_from.metadata.get("metrics"),
             backends=logger.logger_backends,
             project=logger.project_name,
             experiment=logger.experiment_name or self.config.runner.experiment_name,
@@ -90,7 +104,7 @@ class RunOutput:
             config=values,
         )
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-        (self.directory / "config.yaml").write_text(text, encoding="utf-8")
+        replace_text(self.directory / "config.yaml", text)
         shown = self.display
         try:
             with TrainingProgress(
@@ -117,16 +131,23 @@ class RunOutput:
             self._progress.step(number, metrics)
 
     def _say_where(self) -> None:
-        checkpoints = sorted(self.checkpoints.glob("global_step_*"), key=lambda path: int(path.name.rsplit("_", 1)[1]))
         print(f"report      {self.directory / 'report.html'}")
-        if checkpoints:
-            newest = checkpoints[-1]
-            words = [word for word in self.command if word.partition("=")[0] not in RESUME_KEYS]
-            words += [
-                f"runner.experiment_name={self.config.runner.experiment_name}",
-                "runner.resume_dir=auto",
-                f"runner.max_steps={int(newest.name.rsplit('_', 1)[1]) * 2}",
-            ]
-            print(f"checkpoint  {newest}")
-            print(f"model       {newest / 'actor' / 'hf_model'}")
-            print(f"to go on    {shlex.join(words)}")
+        latest = self.checkpoints / "latest"
+        if not latest.is_dir():
+            return
+        newest = self.checkpoints / latest.readlink()
+        words = [word for word in self.command if word.partition("=")[0] not in RESUME_KEYS]
+        words += [
+            f"runner.experiment_name={self.config.runner.experiment_name}",
+            "runner.resume_dir=auto",
+            f"runner.max_steps={int(newest.name.rsplit('_', 1)[1]) * 2}",
+        ]
+        ranks = distributed.get_world_size()
+        started = any(word.startswith("launcher.nproc_per_node=") for word in words)
+        if ranks > 1 and not started and ranks == int(os.environ.get("LOCAL_WORLD_SIZE", ranks)):  # by torchrun, say
+            words.append(f"launcher.nproc_per_node={ranks}")
+        if "UV" in os.environ:
+            words = ["./uvw" if Path("uvw").is_file() else "uv", "run", *words]
+        print(f"checkpoint  {newest}")
+        print(f"model       {newest / 'actor' / 'hf_model'}")
+        print(f"to go on    {shlex.join(words)}")

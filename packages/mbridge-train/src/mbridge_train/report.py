@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from mbridge_train.files import replace_text
 from mbridge_train.metrics import read_metrics
 from mbridge_train.progress import format_figure
 
@@ -79,7 +80,7 @@ def write_report(
         config: the configuration of the run, shown as it is.
 
     Raises:
-        TrainError: a metrics file with a line that is not valid, naming file and line.
+        TrainError: a metrics file with a line that is not valid, naming file and line; `out` cannot be written.
         FileNotFoundError: no such metrics file.
     """
     sources = dict(runs) if isinstance(runs, Mapping) else {"": runs}
@@ -103,10 +104,7 @@ def write_report(
         f"<details><summary>Configuration</summary><pre>{html.escape(config)}</pre></details>" if config else "",
     ]
     page = _PAGE.substitute(title=html.escape(title), body="\n".join(part for part in parts if part))
-    target = Path(out)
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(target)
+    replace_text(Path(out), page)
 
 
 def _curves(chart: Chart, records: Mapping[str, list[dict[str, Any]]]) -> list[_Curve]:
