@@ -1,4 +1,5 @@
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -8,12 +9,18 @@ from mbridge_train.batch import Sample
 from mbridge_train.errors import TrainError
 from mbridge_train.packing import (
     ModelInputs,
+    Plan,
     collate_dense,
     collate_packed,
     padding_share,
     plan_micro_batches,
-    token_imbalance,
 )
+
+
+def token_imbalance(plan: Plan, lengths: Sequence[int]) -> float:
+    """Tokens of the busiest data-parallel rank over the mean of all ranks: 1.0 is even, ``len(plan)`` is the worst."""
+    totals = [sum(lengths[index] for micro_batch in rank for index in micro_batch) for rank in plan]
+    return max(totals) * len(totals) / sum(totals)
 
 
 def make_sample(length: int, seed: int = 0, reinforcement: bool = True) -> Sample:
@@ -130,24 +137,11 @@ def test_packed_by_hand() -> None:
     assert [t.tolist() for t in inputs.unpack(inputs.targets.flatten())] == [[0, 12, 13], [0], [0, 32]]
 
 
-def test_packed_fills_up_with_segments_no_longer_than_the_longest() -> None:
-    inputs = collate_packed(by_hand(), pad_each_to_multiple=2, pad_total_to=18)
-    assert inputs.cu_seqlens is not None
-    assert inputs.cu_seqlens_padded is not None
-    assert inputs.cu_seqlens_padded.tolist() == [0, 4, 6, 8, 12, 16, 18]
-    assert inputs.cu_seqlens.tolist() == [0, 3, 4, 6, 10, 14, 16]
-    assert inputs.max_seqlen == 4
-    assert inputs.tokens.shape == inputs.position_ids.shape == (1, 18)
-    assert inputs.position_ids[0, 8:].tolist() == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
-    assert inputs.weights[0, 8:].sum() == 0
-
-
 @pytest.mark.parametrize(
     ("inputs", "shape"),
     [
         (collate_dense([], pad_to_multiple=4), (1, 4)),
         (collate_packed([], pad_each_to_multiple=4), (1, 4)),
-        (collate_packed([], pad_each_to_multiple=4, pad_total_to=12), (1, 12)),
     ],
 )
 def test_empty_micro_batch_is_padding_without_weight(inputs: ModelInputs, shape: tuple[int, int]) -> None:
@@ -165,11 +159,7 @@ def test_empty_micro_batch_is_padding_without_weight(inputs: ModelInputs, shape:
 @given(lengths=st.lists(st.integers(1, 17), min_size=1, max_size=9), multiple=st.sampled_from([1, 4, 6]))
 def test_unpack_inverts_both_layouts(lengths: list[int], multiple: int) -> None:
     samples = [make_sample(length, seed) for seed, length in enumerate(lengths)]
-    for inputs in (
-        collate_dense(samples, multiple),
-        collate_packed(samples, multiple),
-        collate_packed(samples, multiple, pad_total_to=600),
-    ):
+    for inputs in (collate_dense(samples, multiple), collate_packed(samples, multiple)):
         for name in ("weights", "advantages", "old_logprobs", "reference_logprobs"):
             for sample, unpacked in zip(samples, inputs.unpack(getattr(inputs, name)), strict=True):
                 assert unpacked[0] == 0
@@ -186,8 +176,6 @@ def test_unpack_inverts_both_layouts(lengths: list[int], multiple: int) -> None:
 def test_collate_errors() -> None:
     with pytest.raises(ValueError, match="1 of 2 samples have no advantages"):
         collate_dense([make_sample(3), make_sample(3, reinforcement=False)])
-    with pytest.raises(ValueError, match="pad_total_to=6 must be a multiple of 4 and at least 8"):
-        collate_packed([make_sample(3), make_sample(3)], 4, pad_total_to=6)
     with pytest.raises(ValueError, match=r"\[9\] values for \[2, 4\] positions"):
         collate_dense([make_sample(4), make_sample(2)]).unpack(torch.zeros(9))
 

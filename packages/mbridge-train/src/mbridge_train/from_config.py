@@ -57,7 +57,7 @@ def build_engine(
     engine = Engine(
         model,
         handle,
-        micro_batching=_micro_batching(actor, runner),
+        micro_batching=_micro_batching(actor, runner, splits_sequences=handle.config.sequence_parallel),
         optimizer=None if optimizer_steps is None else optimizer_settings(actor, optimizer_steps=optimizer_steps),
     )
     if not actor.megatron.use_hf_ckpt and actor.model.megatron_checkpoint:
@@ -128,10 +128,11 @@ def _either(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def _micro_batching(actor: ActorConfig, runner: RunnerConfig) -> MicroBatching:
+def _micro_batching(actor: ActorConfig, runner: RunnerConfig, *, splits_sequences: bool) -> MicroBatching:
+    """`splits_sequences`: of the model, which mixtures of experts have under tensor parallelism unasked."""
     if runner.enable_dynamic_batch_size:
         # Sequence parallelism pads each sequence, so that the longest one must fit padded.
-        multiple = actor.model.tensor_model_parallel_size if actor.model.sequence_parallel else 1
+        multiple = actor.model.tensor_model_parallel_size if splits_sequences else 1
         return MicroBatching(token_budget=round_up(runner.max_tokens_per_mbs or runner.seq_length, multiple))
     return MicroBatching(micro_batch_size=actor.micro_batch_size)
 

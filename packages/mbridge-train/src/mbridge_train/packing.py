@@ -86,12 +86,6 @@ def plan_micro_batches(
     return [[sorted(micro_batch) for micro_batch in micro_batches] for micro_batches in plan]
 
 
-def token_imbalance(plan: Plan, lengths: Sequence[int]) -> float:
-    """Tokens of the busiest data-parallel rank over the mean of all ranks: 1.0 is even, ``len(plan)`` is the worst."""
-    totals = [sum(lengths[index] for micro_batch in rank for index in micro_batch) for rank in plan]
-    return max(totals) * len(totals) / sum(totals)
-
-
 def padding_share(plan: Plan, lengths: Sequence[int], *, packed: bool, pad_each_to_multiple: int = 1) -> float:
     """Share of the token places in all micro-batches of all ranks that hold padding: 0.0 is none.
 
@@ -232,41 +226,26 @@ def collate_dense(samples: Sequence[Sample], pad_to_multiple: int = 1) -> ModelI
     return _lay_out(samples, starts, torch.arange(width).repeat(rows, 1))
 
 
-def collate_packed(
-    samples: Sequence[Sample], pad_each_to_multiple: int = 1, pad_total_to: int | None = None
-) -> ModelInputs:
+def collate_packed(samples: Sequence[Sample], pad_each_to_multiple: int = 1) -> ModelInputs:
     """All samples end to end in one row (THD), each padded on the right to ``pad_each_to_multiple``.
 
-    Room left up to ``pad_total_to`` is filled with segments of padding that count as sequences of their own, none
-    longer than the longest sample: ``cu_seqlens_padded[-1]`` is then the total, as attention kernels need it,
-    ``max_seqlen`` (which sizes rotary tables and kernel grids) does not grow, and attention over the padding stays
-    cheap. An empty micro-batch is such padding alone, with zero weight and all fields present.
+    An empty micro-batch is one sequence of padding, with zero weight and all fields present.
 
     Args:
         samples: those of one micro-batch.
         pad_each_to_multiple: for sequence and context parallelism, which split every sample evenly.
-        pad_total_to: total tokens of the row, a multiple of ``pad_each_to_multiple``; None: as long as needed.
 
     Raises:
-        ValueError: ``pad_total_to`` is too small or no multiple; or as in :func:`collate_dense`.
+        ValueError: as in :func:`collate_dense`.
     """
-    padded = [round_up(sample.length, pad_each_to_multiple) for sample in samples]
-    total = max(sum(padded), pad_each_to_multiple) if pad_total_to is None else pad_total_to
-    if total < sum(padded) or total % pad_each_to_multiple:
-        raise ValueError(
-            f"pad_total_to={total} must be a multiple of {pad_each_to_multiple} and at least {sum(padded)}"
-        )
-    longest = max(padded, default=total)
-    filled = sum(padded)
-    fillers = [min(longest, total - start) for start in range(filled, total, longest)]
-    lengths = [sample.length for sample in samples] + fillers
-    segments = padded + fillers
+    lengths = [sample.length for sample in samples] or [pad_each_to_multiple]
+    segments = [round_up(length, pad_each_to_multiple) for length in lengths]
     cu_seqlens, cu_seqlens_padded = (
         torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32) for sizes in (lengths, segments)
     )
     position_ids = torch.cat([torch.arange(segment) for segment in segments]).unsqueeze(0)
     inputs = _lay_out(samples, cu_seqlens_padded[: len(samples)].tolist(), position_ids)
-    return replace(inputs, cu_seqlens=cu_seqlens, cu_seqlens_padded=cu_seqlens_padded, max_seqlen=longest)
+    return replace(inputs, cu_seqlens=cu_seqlens, cu_seqlens_padded=cu_seqlens_padded, max_seqlen=max(segments))
 
 
 def _lay_out(samples: Sequence[Sample], starts: list[int], position_ids: Tensor) -> ModelInputs:
