@@ -130,6 +130,8 @@ CASES = [
         None,
         "min_loss_scale 4",
     ),
+    ("out-of-range", ["actor.optim.adam_beta1=1"], None, "not below 1"),
+    ("out-of-range", ["actor.optim.adam_beta2=1.0"], None, "not below 1"),
     ("weight-decay-schedule", ["actor.lr_sched.end_weight_decay=0.1"], None, "start_weight_decay is 0.01"),
     (
         "weight-decay-schedule",
