@@ -83,6 +83,12 @@ CASES = [
     ("global-batch-ranks", ["runner.enable_dynamic_batch_size=true"], 65, "too few for 65 data-parallel ranks"),
     ("group-of-one", ["algorithm.group_size=1"], None, "every advantage is 0"),
     ("greedy-group", ["algorithm.sampling_params.use_greedy=true"], None, "every advantage is 0"),
+    (
+        "clip-range",
+        ["algorithm.ratio_clip_eps=1.5"],
+        None,
+        "algorithm.clip_ratio_low is null, so this is the lower range, too",
+    ),
     ("prompt-length", ["data.max_prompt_length=256"], None, "no room for an answer in runner.seq_length 256"),
     ("answer-length", ["algorithm.sampling_params.max_new_tokens=193"], None, "64 + 193 new tokens = 257, more than"),
     ("least-answer-length", ["algorithm.sampling_params.min_new_tokens=200"], None, "max_new_tokens 192"),
@@ -238,6 +244,26 @@ def test_every_rule_is_tried_and_documented() -> None:
     assert {rule.id for rule in REASONING} <= tried
     assert len({rule.id for rule in REASONING}) == len(REASONING), "ids must be unique"
     assert all(rule.cause.endswith(".") for rule in REASONING)
+
+
+@pytest.mark.parametrize(
+    ("given", "refused"),
+    [
+        (["ratio_clip_eps=1.5"], "ratio_clip_eps"),
+        (["ratio_clip_eps=1.5", "clip_ratio_high=0.3"], "ratio_clip_eps"),
+        (["clip_ratio_low=1.5"], "clip_ratio_low"),
+        (["clip_ratio_c=1"], "clip_ratio_c"),
+        (["clip_ratio_high=-0.1"], "clip_ratio_high"),
+        (["ratio_clip_eps=1"], None),
+        (["ratio_clip_eps=1.5", "clip_ratio_low=0.2"], None),  # it is the upper range alone
+        (["clip_ratio_high=1.5"], None),
+        (["clip_ratio_c=1.1"], None),
+    ],
+)
+def test_clip_ranges(checked: Checked, given: list[str], refused: str | None) -> None:
+    """What the policy loss takes: low in [0, 1], high from 0 on, the dual clip above 1."""
+    found = [problem.key for problem in checked(*(f"algorithm.{word}" for word in given)).errors]
+    assert found == ([f"algorithm.{refused}"] if refused else [])
 
 
 def test_right_geometry_is_accepted(checked: Checked, geometry: dict[str, Any]) -> None:
