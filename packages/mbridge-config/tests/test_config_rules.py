@@ -19,6 +19,7 @@ LAST = "actor.model.num_layers_in_last_pipeline_stage"
 HF = "actor.megatron.ckpt_convertor.hf_model_path"
 PROFILER = "actor.megatron.profiler"
 PROFILE = "actor.megatron.use_profiler=true"
+MADE = ["data.type=reasoning_gym", "data.reasoning_gym={task: basic_arithmetic, train_size: 64}"]  # 4 batches of 16
 
 
 def test_good_config_has_no_problems(checked: Checked) -> None:
@@ -33,6 +34,12 @@ CASES = [
     ("profiler-steps", [PROFILE, f"{PROFILER}.steps=[]"], None, "no step is named"),
     ("profiler-steps", [PROFILE, f"{PROFILER}.steps=[5,6]", "runner.max_steps=4"], None, "ends with step 4"),
     ("profiler-steps", [PROFILE, "runner.max_steps=6"], None, "the first recorded step is 7"),
+    (
+        "profiler-steps",
+        [PROFILE, f"{PROFILER}.steps=[5]", *MADE, "runner.max_steps=9", "runner.max_epochs=1"],
+        None,
+        "the run ends with step 4: ",
+    ),
     (
         "profiler-steps",
         [PROFILE, f"{PROFILER}.schedule_wait={10**15}", f"runner.max_steps={10**14}"],

@@ -9,6 +9,7 @@ from mbridge_config import (
     checkpoint_directory,
     hf_directory,
     run_directory,
+    run_length,
     take_free_name,
     tokenizer_directory,
 )
@@ -29,7 +30,7 @@ from mbridge_sft.examples import Examples
 from mbridge_sft.images import PixelLimits
 from mbridge_sft.quickstart import prepare_quickstart
 from mbridge_sft.report import DISPLAY, example_grid
-from mbridge_sft.start import optimizer_steps, read_data
+from mbridge_sft.start import read_data
 from mbridge_sft.trainer import SFTTrainer
 
 
@@ -58,10 +59,11 @@ def _train(config: SFTConfig, command: list[str]) -> None:
     training, evaluation = read_data(config)
     assert training is not None  # a rule
     runner = config.runner
-    steps = optimizer_steps(config, rows=len(training))
+    length = run_length(config, rows=len(training))
+    steps = length.steps
 
     resume = find_checkpoint(runner.resume_dir, output.checkpoints, output.message)
-    engine = _engine(config, optimizer_steps=steps)
+    engine = _engine(config, optimizer_steps=length.optimizer_steps)
     data_state = _data_state(config, training)
     first, bad_rows = 0, ()
     if resume is not None:

@@ -16,6 +16,7 @@ from mbridge_config.run_directory import (
     run_directory,
     take_free_name,
 )
+from mbridge_config.run_length import RunLength, longest_run, run_length
 from mbridge_config.runs import RunConfig
 from mbridge_config.schema.reasoning import ReasoningConfig
 from mbridge_config.schema.sft import SFTConfig
@@ -30,6 +31,7 @@ __all__ = [
     "ReasoningConfig",
     "Report",
     "RunConfig",
+    "RunLength",
     "SFTConfig",
     "Severity",
     "Status",
@@ -38,12 +40,14 @@ __all__ = [
     "compose",
     "hf_directory",
     "key_table",
+    "longest_run",
     "make_plan",
     "parse_arguments",
     "plain",
     "refuse_existing_run",
     "refuse_unwritable_directory",
     "run_directory",
+    "run_length",
     "take_free_name",
     "tokenizer_directory",
 ]
