@@ -7,6 +7,7 @@ from mbridge_config import (
     HFFacts,
     ReasoningConfig,
     hf_directory,
+    refuse_short_run,
     run_directory,
     run_length,
     take_free_name,
@@ -82,6 +83,7 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
     sampler = ProblemSampler(
         len(train), batch_size=config.data.rollout_batch_size, seed=config.data.seed, shuffle=config.data.shuffle
     )
+    refuse_short_run(config, rows=len(train))  # of which long prompts may have been left out
     length = run_length(config, rows=len(train))
     steps = length.steps
 

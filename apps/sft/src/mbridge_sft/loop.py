@@ -8,6 +8,7 @@ from mbridge_config import (
     SFTConfig,
     checkpoint_directory,
     hf_directory,
+    refuse_short_run,
     run_directory,
     run_length,
     take_free_name,
@@ -59,6 +60,7 @@ def _train(config: SFTConfig, command: list[str]) -> None:
     training, evaluation = read_data(config)
     assert training is not None  # a rule
     runner = config.runner
+    refuse_short_run(config, rows=len(training))  # the quickstart has made them only now
     length = run_length(config, rows=len(training))
     steps = length.steps
 

@@ -1,7 +1,7 @@
 """Schema, defaults and rules of mbridge runs, checked before anything is loaded. Imports no torch."""
 
 from mbridge_config.arguments import Arguments, parse_arguments
-from mbridge_config.check import Report, check
+from mbridge_config.check import Report, check, refuse_short_run
 from mbridge_config.compose import compose
 from mbridge_config.directories import hf_directory, tokenizer_directory
 from mbridge_config.hf_facts import HFFacts
@@ -45,6 +45,7 @@ __all__ = [
     "parse_arguments",
     "plain",
     "refuse_existing_run",
+    "refuse_short_run",
     "refuse_unwritable_directory",
     "run_directory",
     "run_length",

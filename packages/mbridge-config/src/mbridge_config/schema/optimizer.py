@@ -59,7 +59,10 @@ class LrScheduleConfig:
     lr_warmup_init: float = key(0.0, "Learning rate at step 0 of the warm-up.", minimum=0.0)
     lr_warmup_iters: int = key(0, "Length of the warm-up.", unit="optimizer steps", minimum=0)
     lr_warmup_fraction: float | None = key(
-        None, "Length of the warm-up as a share of lr_decay_iters; over lr_warmup_iters.", minimum=0.0, maximum=1.0
+        None,
+        "Length of the warm-up as a share of lr_decay_iters, below 1 where the rate decays; over lr_warmup_iters.",
+        minimum=0.0,
+        maximum=1.0,
     )
     lr_decay_iters: int | None = key(
         None, "Step at which min_lr is reached. null: the whole run.", unit="optimizer steps", minimum=1
