@@ -14,7 +14,7 @@ from mbridge_train.from_config import optimizer_settings
 from mbridge_train.losses import LossInputs, policy_loss
 
 STYLES = ["constant", "cosine", "inverse-square-root", "WSD"]
-WARMUPS = [
+WARMUPS: list[dict[str, Any]] = [
     *({"lr_warmup_iters": steps} for steps in (0, 4, 9, 10, 20)),
     *({"lr_warmup_fraction": share} for share in (0.19, 0.5, 0.99, 1.0)),
 ]
@@ -71,7 +71,7 @@ def test_clip_ranges(low: float | None, high: float | None, both: float, dual: f
     config = from_tree({"algorithm": given}, Origin(), ReasoningConfig, strict=False)
     refused = [problem for problem in check(config).errors if "clip" in str(problem.key)]
     # As the trainer hands them on; a value out of range is not in the config any more.
-    values = [config.algorithm.clip_ratio_low if low is None else low]
+    values: list[Any] = [config.algorithm.clip_ratio_low if low is None else low]
     values += [config.algorithm.clip_ratio_high if high is None else high, dual]
     token = torch.ones(1)
     inputs = LossInputs(logprobs=token, weights=token, old_logprobs=token, advantages=token)
