@@ -154,7 +154,8 @@ def main() -> None:
     megatron = ("actor.megatron.mbridge=false", "actor.megatron.use_hf_ckpt=false")
     run("from-megatron", directory, *one, *megatron, f"actor.model.megatron_checkpoint={last}")
 
-    run("unbroken", directory, "runner.max_steps=1")
+    # One epoch of one batch ends it before max_steps do.
+    run("unbroken", directory, "runner.max_epochs=1", "data.reasoning_gym.train_size=6")
     written(directory, last / "actor" / "hf_model")
 
     split(directory)

@@ -42,8 +42,3 @@ def test_resume_with_other_data_is_refused():
         ProblemSampler(11, batch_size=4, seed=3).load_state_dict(state)
     with pytest.raises(DataError, match=r"data\.seed was 3 .* is 4 now"):
         ProblemSampler(10, batch_size=4, seed=4).load_state_dict(state)
-
-
-def test_steps_of_epochs():
-    assert [ProblemSampler(10, batch_size=4, seed=0).steps(epochs) for epochs in (1, 2, 4)] == [2, 5, 10]
-    assert ProblemSampler(3, batch_size=8, seed=0).steps(1) == 1

@@ -150,7 +150,9 @@ def main() -> None:
     run("from-hf", directory, *alone, "quickstart.enabled=false", f"actor.model.model_path={last}")
 
     frozen = [f"actor.model.freeze_{part}=true" for part in ("language_model", "vision_projection")]
-    run("frozen", directory, "runner.max_steps=2", "data.val_data_paths=[]", "runner.val_check_interval=-1", *frozen)
+    # One epoch, 2 batches of 20 rows, ends it before max_steps do.
+    short = ("runner.max_epochs=1", "actor.global_batch_size=10")
+    run("frozen", directory, *short, "data.val_data_paths=[]", "runner.val_check_interval=-1", *frozen)
 
     write_chat_model(directory / "text-model")
     run(

@@ -129,7 +129,8 @@ def test_warm_up_longer_than_the_epochs(fail: Fail) -> None:
     epochs = ("runner.max_steps=-1", "runner.max_epochs=4", "actor.global_batch_size=2")
     said = fail(*epochs, "actor.lr_sched.lr_decay_style=cosine", "actor.lr_sched.lr_warmup_iters=6")
     assert "actor.lr_sched.lr_warmup_iters = 6: not shorter than the run" in said
-    assert "runner.max_epochs 4 of 3 rows are 6 step(s) of actor.global_batch_size 2; use less than 6" in said
+    assert "6 steps of actor.global_batch_size 2 in runner.max_epochs 4 of 3 rows" in said
+    assert "fix: use less than 6, train for longer" in said
 
 
 def test_metrics_backend_that_is_not_installed(fail: Fail, monkeypatch: pytest.MonkeyPatch) -> None:

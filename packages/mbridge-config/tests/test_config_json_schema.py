@@ -1,6 +1,7 @@
 """The JSON schema for editors says of a value what the loader says of it."""
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,7 @@ _IS = {
 def faults(schema: dict[str, Any], value: Any, place: str = "") -> Iterator[str]:
     """What is wrong with `value`, by the keywords that our schemas use. An unknown keyword is an error."""
     rest = set(schema) - {"$schema", "title", "description", "default", "deprecated", "properties", "pattern"}
-    rest -= {"additionalProperties", "items", "minimum", "maximum", "exclusiveMinimum"}
+    rest -= {"additionalProperties", "items", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
     assert rest <= {"type", "enum", "anyOf"}, rest
     kinds = schema.get("type", [])
     kinds = [kinds] if isinstance(kinds, str) else kinds
@@ -49,7 +50,8 @@ def faults(schema: dict[str, Any], value: Any, place: str = "") -> Iterator[str]
         yield f"{place}: {value!r} has not the pattern"
     if _IS["number"](value):
         inside = value >= schema.get("minimum", value) and value <= schema.get("maximum", value)
-        if not inside or value <= schema.get("exclusiveMinimum", value - 1):
+        between = schema.get("exclusiveMinimum", -math.inf) < value < schema.get("exclusiveMaximum", math.inf)
+        if not (inside and between):
             yield f"{place}: {value!r} is out of range"
     if isinstance(value, list):
         for number, item in enumerate(value):

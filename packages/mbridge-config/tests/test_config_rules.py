@@ -19,6 +19,7 @@ LAST = "actor.model.num_layers_in_last_pipeline_stage"
 HF = "actor.megatron.ckpt_convertor.hf_model_path"
 PROFILER = "actor.megatron.profiler"
 PROFILE = "actor.megatron.use_profiler=true"
+MADE = ["data.type=reasoning_gym", "data.reasoning_gym={task: basic_arithmetic, train_size: 64}"]  # 4 batches of 16
 
 
 def test_good_config_has_no_problems(checked: Checked) -> None:
@@ -27,12 +28,32 @@ def test_good_config_has_no_problems(checked: Checked) -> None:
     report.raise_for_errors()
 
 
+def sched(
+    style: str,
+    *,
+    warmup: int | None = None,
+    fraction: float | None = None,
+    decay: int | None = None,
+    last: int | None = None,
+) -> list[str]:
+    """Overrides of `actor.lr_sched`."""
+    lengths = {"warmup_iters": warmup, "warmup_fraction": fraction, "decay_iters": decay, "wsd_decay_iters": last}
+    given = {"decay_style": style} | {name: value for name, value in lengths.items() if value is not None}
+    return [f"actor.lr_sched.lr_{name}={value}" for name, value in given.items()]
+
+
 # the good model: 6 layers, 12 heads, 2 key-value heads, MLP width 168, vocabulary 211; 16 x 4 answers a step
 CASES = [
     ("profiler-steps", [PROFILE, f"{PROFILER}.steps=[3,0]"], None, "counted from 1"),
     ("profiler-steps", [PROFILE, f"{PROFILER}.steps=[]"], None, "no step is named"),
     ("profiler-steps", [PROFILE, f"{PROFILER}.steps=[5,6]", "runner.max_steps=4"], None, "ends with step 4"),
     ("profiler-steps", [PROFILE, "runner.max_steps=6"], None, "the first recorded step is 7"),
+    (
+        "profiler-steps",
+        [PROFILE, f"{PROFILER}.steps=[5]", *MADE, "runner.max_steps=9", "runner.max_epochs=1"],
+        None,
+        "the run ends with step 4: ",
+    ),
     (
         "profiler-steps",
         [PROFILE, f"{PROFILER}.schedule_wait={10**15}", f"runner.max_steps={10**14}"],
@@ -83,6 +104,12 @@ CASES = [
     ("global-batch-ranks", ["runner.enable_dynamic_batch_size=true"], 65, "too few for 65 data-parallel ranks"),
     ("group-of-one", ["algorithm.group_size=1"], None, "every advantage is 0"),
     ("greedy-group", ["algorithm.sampling_params.use_greedy=true"], None, "every advantage is 0"),
+    (
+        "clip-range",
+        ["algorithm.ratio_clip_eps=1.5"],
+        None,
+        "algorithm.clip_ratio_low is null, so this is the lower range, too",
+    ),
     ("prompt-length", ["data.max_prompt_length=256"], None, "no room for an answer in runner.seq_length 256"),
     ("answer-length", ["algorithm.sampling_params.max_new_tokens=193"], None, "64 + 193 new tokens = 257, more than"),
     ("least-answer-length", ["algorithm.sampling_params.min_new_tokens=200"], None, "max_new_tokens 192"),
@@ -130,6 +157,8 @@ CASES = [
         None,
         "min_loss_scale 4",
     ),
+    ("out-of-range", ["actor.optim.adam_beta1=1"], None, "not below 1"),
+    ("out-of-range", ["actor.optim.adam_beta2=1.0"], None, "not below 1"),
     ("weight-decay-schedule", ["actor.lr_sched.end_weight_decay=0.1"], None, "start_weight_decay is 0.01"),
     (
         "weight-decay-schedule",
@@ -138,13 +167,48 @@ CASES = [
         "start_weight_decay 0.2 is used",
     ),
     ("lowest-learning-rate", ["actor.lr_sched.min_lr=1e-3"], None, "above the highest learning rate 1e-06"),
+    ("schedule-lengths", sched("cosine", decay=5, warmup=5), None, "not shorter than lr_decay_iters 5"),
+    ("schedule-lengths", sched("wsd"), None, "WSD needs the length of its last decay"),
+    ("schedule-lengths", sched("cosine", fraction=1.0), None, "nothing is left to decay in"),
+    ("schedule-lengths", sched("linear", fraction=1.0, decay=10), None, "nothing is left to decay in"),
     (
         "schedule-lengths",
-        ["actor.lr_sched.lr_decay_iters=5", "actor.lr_sched.lr_warmup_iters=5"],
+        sched("wsd", decay=10, last=8, warmup=5),
         None,
-        "not shorter than lr_decay_iters 5",
+        "longer than the 5 steps that lr_warmup_iters 5 leaves of lr_decay_iters 10",
     ),
-    ("schedule-lengths", ["actor.lr_sched.lr_decay_style=wsd"], None, "WSD needs the length of its last decay"),
+    (
+        "schedule-lengths",
+        sched("wsd", decay=10, last=10, fraction=0.1),
+        None,
+        "longer than the 9 steps that lr_warmup_fraction 0.1 leaves of lr_decay_iters 10",
+    ),
+    ("schedule-lengths", sched("wsd", decay=10, last=11), None, "longer than lr_decay_iters 10"),
+    (
+        "warmup-length",
+        [*sched("cosine", warmup=20), "runner.max_steps=10"],
+        None,
+        "over which the rate decays: algorithm.n_minibatches 1 x runner.max_steps 10 = 10 optimizer steps",
+    ),
+    (
+        "warmup-length",
+        [*sched("cosine", warmup=20), "runner.max_steps=10", "algorithm.n_minibatches=2"],
+        None,
+        "algorithm.n_minibatches 2 x runner.max_steps 10 = 20 optimizer steps",
+    ),
+    (
+        "warmup-length",
+        [*sched("linear", warmup=4), *MADE, "runner.max_epochs=1", "runner.max_steps=100"],
+        None,
+        "4 steps of data.rollout_batch_size 16 in runner.max_epochs 1 of 64 rows = 4 optimizer steps",
+    ),
+    ("warmup-length", [*sched("wsd", last=5000), "runner.max_steps=10"], None, "longer than the run, over which"),
+    (
+        "warmup-length",
+        [*sched("wsd", last=6, warmup=5), "runner.max_steps=10"],
+        None,
+        "longer than the 5 steps that lr_warmup_iters 5 leaves of the run, over which",
+    ),
     (
         "overlap",
         ["actor.optim.overlap_param_gather=true", "actor.optim.use_distributed_optimizer=false"],
@@ -236,6 +300,49 @@ def test_every_rule_is_tried_and_documented() -> None:
     assert {rule.id for rule in REASONING} <= tried
     assert len({rule.id for rule in REASONING}) == len(REASONING), "ids must be unique"
     assert all(rule.cause.endswith(".") for rule in REASONING)
+
+
+@pytest.mark.parametrize(
+    ("given", "refused"),
+    [
+        (["ratio_clip_eps=1.5"], "ratio_clip_eps"),
+        (["ratio_clip_eps=1.5", "clip_ratio_high=0.3"], "ratio_clip_eps"),
+        (["clip_ratio_low=1.5"], "clip_ratio_low"),
+        (["clip_ratio_c=1"], "clip_ratio_c"),
+        (["clip_ratio_high=-0.1"], "clip_ratio_high"),
+        (["ratio_clip_eps=1"], None),
+        (["ratio_clip_eps=1.5", "clip_ratio_low=0.2"], None),  # it is the upper range alone
+        (["clip_ratio_high=1.5"], None),
+        (["clip_ratio_c=1.1"], None),
+    ],
+)
+def test_clip_ranges(checked: Checked, given: list[str], refused: str | None) -> None:
+    """What the policy loss takes: low in [0, 1], high from 0 on, the dual clip above 1."""
+    found = [problem.key for problem in checked(*(f"algorithm.{word}" for word in given)).errors]
+    assert found == ([f"algorithm.{refused}"] if refused else [])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        sched("constant", warmup=20),
+        sched("constant", warmup=20, decay=10),  # nothing decays, so the length of it is of no matter
+        sched("constant", fraction=1.0),
+        sched("cosine", warmup=9),
+        sched("cosine", warmup=20, fraction=0.5),
+        sched("cosine", warmup=20, decay=21),
+        sched("wsd", warmup=4, last=6),
+        sched("wsd", warmup=5, decay=10, last=5),
+        sched("wsd", fraction=0.19, last=9),
+    ],
+)
+def test_schedules_that_fit(checked: Checked, given: list[str]) -> None:
+    assert checked(*given, "runner.max_steps=10").errors == []
+
+
+def test_a_run_as_long_as_its_data(checked: Checked) -> None:
+    """Whether it is long enough the app says, which reads the data."""
+    assert checked(*sched("cosine", warmup=10**6)).errors == []
 
 
 def test_right_geometry_is_accepted(checked: Checked, geometry: dict[str, Any]) -> None:

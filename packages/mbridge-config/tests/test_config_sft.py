@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mbridge_config import HFFacts, ReasoningConfig, Report, SFTConfig, check, compose
+from mbridge_config import ConfigError, HFFacts, ReasoningConfig, Report, SFTConfig, check, compose, refuse_short_run
 from mbridge_config.cli import main
 from mbridge_config.rules import SFT
 from mbridge_config.stages import stage_sizes
@@ -123,7 +123,19 @@ CASES = [
         "warmup-length",
         ["runner.max_steps=5", "actor.lr_sched.lr_warmup_iters=5", "actor.lr_sched.lr_decay_style=cosine"],
         None,
-        "not shorter than the run of runner.max_steps 5",
+        "not shorter than the run, over which the rate decays: runner.max_steps 5",
+    ),
+    (
+        "warmup-length",
+        ["runner.max_steps=5", "actor.lr_sched.lr_wsd_decay_iters=6", "actor.lr_sched.lr_decay_style=WSD"],
+        None,
+        "longer than the run, over which the rate decays: runner.max_steps 5",
+    ),
+    (
+        "schedule-lengths",
+        ["actor.lr_sched.lr_warmup_fraction=1.0", "actor.lr_sched.lr_decay_style=cosine"],
+        None,
+        "nothing is left to decay in",
     ),
     ("global-batch-ranks", [], 16, "not a multiple of data-parallel 16"),
     ("pipeline-parallel-layers", [f"{PP}=7"], 7, "8 layers cannot be shared by 7 stages"),
@@ -145,6 +157,19 @@ def test_rules_of_sft_are_tried_and_documented() -> None:
     assert own <= {case[0] for case in CASES} | {"deepstack-layers"}
     assert all(rule.cause.endswith(".") for rule in SFT)
     assert len({rule.id for rule in SFT}) == len(SFT)
+
+
+def test_a_schedule_is_checked_against_the_rows_of_the_data(sft: Path) -> None:
+    """What `check` cannot know, an app asks for once it has read the data."""
+    given = ("actor.lr_sched.lr_decay_style=cosine", "actor.lr_sched.lr_warmup_iters=5", "runner.max_epochs=2")
+    config = compose("tune", sft, given)
+    assert check(config).errors == []
+    refuse_short_run(config, rows=72)
+    with pytest.raises(ConfigError, match=r"5 steps of actor\.global_batch_size 24 in runner\.max_epochs 2") as refused:
+        refuse_short_run(config, rows=71)
+    (problem,) = refused.value.problems
+    assert (problem.id, problem.key) == ("warmup-length", "actor.lr_sched.lr_warmup_iters")
+    assert str(problem.where) == "command line: actor.lr_sched.lr_warmup_iters=5"
 
 
 def test_freezing_a_text_model(checked: Checked, model: Path) -> None:

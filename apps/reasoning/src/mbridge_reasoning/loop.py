@@ -3,7 +3,16 @@
 import time
 
 import torch
-from mbridge_config import HFFacts, ReasoningConfig, hf_directory, run_directory, take_free_name, tokenizer_directory
+from mbridge_config import (
+    HFFacts,
+    ReasoningConfig,
+    hf_directory,
+    refuse_short_run,
+    run_directory,
+    run_length,
+    take_free_name,
+    tokenizer_directory,
+)
 from mbridge_train.from_config import DTYPES, build_engine, save_settings
 from mbridge_train.output import RunOutput
 from mbridge_train.processes import broadcast, join, leave, seed_all
@@ -75,14 +84,16 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
     sampler = ProblemSampler(
         len(train), batch_size=config.data.rollout_batch_size, seed=config.data.seed, shuffle=config.data.shuffle
     )
-    steps = config.runner.max_steps if config.runner.max_steps > 0 else sampler.steps(config.runner.max_epochs)
+    refuse_short_run(config, rows=len(train))  # of which long prompts may have been left out
+    length = run_length(config, rows=len(train))
+    steps = length.steps
 
     resume = find_checkpoint(config.runner.resume_dir, output.checkpoints, output.message)
     engine = build_engine(
         config.actor,
         config.runner,
         model_directory,
-        optimizer_steps=steps * config.algorithm.n_minibatches,
+        optimizer_steps=length.optimizer_steps,
     )
     # Before a resume: the reference is the policy that the run began with.
     reference = Snapshot(engine) if config.algorithm.kl_beta > 0 else None

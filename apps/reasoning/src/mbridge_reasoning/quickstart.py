@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from mbridge_config import ReasoningConfig, hf_directory
+from mbridge_config.schema.actor import ActorConfig
 from mbridge_model import save_hf
 from mbridge_train.batch import Sample, aggregation_weights
 from mbridge_train.from_config import build_engine
@@ -52,18 +53,7 @@ def prepare_quickstart(config: ReasoningConfig, problems: Sequence[Problem], out
             texts = [_text(problem.prompt) for problem in problems]
             write_tiny_model(untrained, texts, seed=config.actor.seed, geometry=geometry)
         distributed.barrier()
-        actor = dataclasses.replace(
-            config.actor,
-            optim=dataclasses.replace(config.actor.optim, lr=made.warmup_lr),
-            lr_sched=dataclasses.replace(
-                config.actor.lr_sched,
-                max_lr=made.warmup_lr,
-                min_lr=0.0,
-                lr_decay_style="linear",
-                lr_warmup_iters=min(20, made.warmup_steps // 2),
-            ),
-        )
-        engine = build_engine(actor, config.runner, untrained, optimizer_steps=made.warmup_steps)
+        engine = build_engine(warmup_actor(config), config.runner, untrained, optimizer_steps=made.warmup_steps)
         tokenizer = AutoTokenizer.from_pretrained(untrained)
         tokenized = tokenize_problems(
             problems,
@@ -90,6 +80,25 @@ def prepare_quickstart(config: ReasoningConfig, problems: Sequence[Problem], out
         engine.synchronize_weights()
         save_hf(engine.model, engine.handle, target)
         engine.close()
+
+
+def warmup_actor(config: ReasoningConfig) -> ActorConfig:
+    """`config.actor` with the schedule of the warm-up, to which the lengths of the run's own do not fit."""
+    made, schedule = config.quickstart, config.actor.lr_sched
+    return dataclasses.replace(
+        config.actor,
+        optim=dataclasses.replace(config.actor.optim, lr=made.warmup_lr),
+        lr_sched=dataclasses.replace(
+            schedule,
+            max_lr=made.warmup_lr,
+            min_lr=0.0,
+            lr_decay_style="linear",
+            lr_decay_iters=None,
+            lr_warmup_init=min(schedule.lr_warmup_init, made.warmup_lr),
+            lr_warmup_iters=min(20, made.warmup_steps // 2),
+            lr_warmup_fraction=None,
+        ),
+    )
 
 
 def _batch(problems: Sequence[Problem], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Sample]:

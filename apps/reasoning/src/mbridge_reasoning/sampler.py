@@ -39,10 +39,6 @@ class ProblemSampler:
             batch.extend(taken)
         return batch
 
-    def steps(self, epochs: int) -> int:
-        """Whole batches in `epochs` epochs, at least one."""
-        return max(1, self.size * epochs // self.batch_size)
-
     def state_dict(self) -> dict[str, int]:
         """What `load_state_dict` needs to go on from here: small integers, fit for JSON."""
         return {"epoch": self.epoch, "position": self.position, "size": self.size, "seed": self.seed}

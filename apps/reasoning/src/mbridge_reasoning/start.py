@@ -5,7 +5,7 @@ No torch here: a mistake is said at once, not after the seconds that importing M
 
 from pathlib import Path
 
-from mbridge_config import ReasoningConfig, refuse_existing_run, refuse_unwritable_directory
+from mbridge_config import ReasoningConfig, refuse_existing_run, refuse_short_run, refuse_unwritable_directory
 
 from mbridge_reasoning.data import Problem, read_problems
 
@@ -13,7 +13,8 @@ from mbridge_reasoning.data import Problem, read_problems
 def check_start(config: ReasoningConfig) -> None:
     """Raise `DataError` or `ConfigError` for what would stop the run later. Nothing is left behind."""
     if config.data.type == "math":
-        read_data_files(config)
+        training, _ = read_data_files(config)
+        refuse_short_run(config, rows=len(training))
     refuse_existing_run(config)
     refuse_unwritable_directory(config)
 

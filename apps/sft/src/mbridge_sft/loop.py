@@ -8,7 +8,9 @@ from mbridge_config import (
     SFTConfig,
     checkpoint_directory,
     hf_directory,
+    refuse_short_run,
     run_directory,
+    run_length,
     take_free_name,
     tokenizer_directory,
 )
@@ -29,7 +31,7 @@ from mbridge_sft.examples import Examples
 from mbridge_sft.images import PixelLimits
 from mbridge_sft.quickstart import prepare_quickstart
 from mbridge_sft.report import DISPLAY, example_grid
-from mbridge_sft.start import optimizer_steps, read_data
+from mbridge_sft.start import read_data
 from mbridge_sft.trainer import SFTTrainer
 
 
@@ -58,10 +60,12 @@ def _train(config: SFTConfig, command: list[str]) -> None:
     training, evaluation = read_data(config)
     assert training is not None  # a rule
     runner = config.runner
-    steps = optimizer_steps(config, rows=len(training))
+    refuse_short_run(config, rows=len(training))  # the quickstart has made them only now
+    length = run_length(config, rows=len(training))
+    steps = length.steps
 
     resume = find_checkpoint(runner.resume_dir, output.checkpoints, output.message)
-    engine = _engine(config, optimizer_steps=steps)
+    engine = _engine(config, optimizer_steps=length.optimizer_steps)
     data_state = _data_state(config, training)
     first, bad_rows = 0, ()
     if resume is not None:

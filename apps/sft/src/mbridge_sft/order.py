@@ -36,10 +36,6 @@ class RowOrder:
         """The epoch of the first row of batch `step`, from 0."""
         return step * self.batch_size // self.size
 
-    def steps(self, epochs: int) -> int:
-        """Whole batches in `epochs` epochs, at least one."""
-        return max(1, epochs * self.size // self.batch_size)
-
     def _row(self, ordinal: int) -> int:
         epoch, position = divmod(ordinal, self.size)
         return position if self.seed is None else int(_permutation(self.size, self.seed, epoch)[position])

@@ -5,11 +5,10 @@ No torch here: a mistake is said at once, not after the seconds that importing M
 
 from pathlib import Path
 
-from mbridge_config import SFTConfig, refuse_existing_run, refuse_unwritable_directory
+from mbridge_config import SFTConfig, refuse_existing_run, refuse_short_run, refuse_unwritable_directory
 from mbridge_config.schema.sft_data import SFTDataConfig
 
 from mbridge_sft.data import ReadSettings, read_examples
-from mbridge_sft.errors import DataError
 from mbridge_sft.examples import Examples
 
 
@@ -20,31 +19,10 @@ def check_start(config: SFTConfig) -> None:
         if paths and not (config.quickstart.enabled and not all(path.exists() for path in paths)):
             examples = read_examples(paths, read_settings(config.data))
             if is_training:
-                _check_schedule(config, rows=len(examples))
+                refuse_short_run(config, rows=len(examples))
     if not config.runner.only_eval:
         refuse_existing_run(config)
     refuse_unwritable_directory(config)
-
-
-def optimizer_steps(config: SFTConfig, *, rows: int) -> int:
-    """Steps of the run with so many rows to train on."""
-    runner = config.runner
-    if runner.max_steps > 0:
-        return runner.max_steps
-    return max(1, rows * runner.max_epochs // config.actor.global_batch_size)
-
-
-def _check_schedule(config: SFTConfig, *, rows: int) -> None:
-    """The rule `warmup-length` for a run whose length the data decides."""
-    schedule, steps = config.actor.lr_sched, optimizer_steps(config, rows=rows)
-    decays_over_run = schedule.lr_decay_style != "constant" and schedule.lr_decay_iters is None
-    if decays_over_run and schedule.lr_warmup_fraction is None and schedule.lr_warmup_iters >= steps:
-        raise DataError(
-            f"actor.lr_sched.lr_warmup_iters = {schedule.lr_warmup_iters}: not shorter than the run, over which the "
-            f"rate decays: runner.max_epochs {config.runner.max_epochs} of {rows} rows are {steps} step(s) of "
-            f"actor.global_batch_size {config.actor.global_batch_size}; use less than {steps}, train for longer, or "
-            "set actor.lr_sched.lr_decay_iters"
-        )
 
 
 def read_data(config: SFTConfig) -> tuple[Examples | None, Examples | None]:

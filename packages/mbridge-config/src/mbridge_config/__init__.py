@@ -1,7 +1,7 @@
 """Schema, defaults and rules of mbridge runs, checked before anything is loaded. Imports no torch."""
 
 from mbridge_config.arguments import Arguments, parse_arguments
-from mbridge_config.check import Report, check
+from mbridge_config.check import Report, check, refuse_short_run
 from mbridge_config.compose import compose
 from mbridge_config.directories import hf_directory, tokenizer_directory
 from mbridge_config.hf_facts import HFFacts
@@ -16,6 +16,7 @@ from mbridge_config.run_directory import (
     run_directory,
     take_free_name,
 )
+from mbridge_config.run_length import RunLength, longest_run, run_length
 from mbridge_config.runs import RunConfig
 from mbridge_config.schema.reasoning import ReasoningConfig
 from mbridge_config.schema.sft import SFTConfig
@@ -30,6 +31,7 @@ __all__ = [
     "ReasoningConfig",
     "Report",
     "RunConfig",
+    "RunLength",
     "SFTConfig",
     "Severity",
     "Status",
@@ -38,12 +40,15 @@ __all__ = [
     "compose",
     "hf_directory",
     "key_table",
+    "longest_run",
     "make_plan",
     "parse_arguments",
     "plain",
     "refuse_existing_run",
+    "refuse_short_run",
     "refuse_unwritable_directory",
     "run_directory",
+    "run_length",
     "take_free_name",
     "tokenizer_directory",
 ]

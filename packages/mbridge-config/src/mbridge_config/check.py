@@ -16,6 +16,7 @@ from mbridge_config.paths import is_there
 from mbridge_config.plan import ParallelPlan, expected_world_size, make_plan
 from mbridge_config.problems import ConfigError, Problem, Severity, ordered, render
 from mbridge_config.rules import REASONING, SFT, Context, Rule
+from mbridge_config.rules.schedule import over_the_run
 from mbridge_config.runs import RunConfig
 from mbridge_config.schema.sft import SFTConfig
 from mbridge_config.tokenizer_facts import tokenizer_size
@@ -72,6 +73,15 @@ def check(config: RunConfig, world_size: int | None = None) -> Report:
         world_size=world_size,
         plan=make_plan(config, facts, ranks),
     )
+
+
+def refuse_short_run(config: RunConfig, *, rows: int) -> None:
+    """Raise `ConfigError` where the learning rate's schedule does not fit into a run over so many rows.
+
+    For apps: `check` reads no data, and says this only where the config alone decides how long the run is.
+    """
+    if problems := list(over_the_run.problems(Context(config=config, rows=rows))):
+        raise ConfigError(problems)
 
 
 def rules_of(config: RunConfig) -> tuple[Rule, ...]:

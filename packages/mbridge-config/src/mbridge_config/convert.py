@@ -201,3 +201,5 @@ def check_range(value: Any, spec: KeySpec) -> None:
             raise Unfit(f"not above {spec.above:g}", f"use more than {spec.above:g}", "out-of-range")
         if spec.maximum is not None and number > spec.maximum:
             raise Unfit(f"more than {spec.maximum:g}", f"use {spec.maximum:g} or less", "out-of-range")
+        if spec.below is not None and number >= spec.below:
+            raise Unfit(f"not below {spec.below:g}", f"use less than {spec.below:g}", "out-of-range")

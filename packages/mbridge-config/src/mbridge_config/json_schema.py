@@ -101,7 +101,12 @@ def _value(hint: Any, spec: KeySpec) -> dict[str, Any]:
         return {"type": ["string", "number"]}
     found: dict[str, Any] = {"type": _TYPES[origin or hint]}
     if hint in (int, float):
-        limits = {"minimum": spec.minimum, "exclusiveMinimum": spec.above, "maximum": spec.maximum}
+        limits = {
+            "minimum": spec.minimum,
+            "exclusiveMinimum": spec.above,
+            "maximum": spec.maximum,
+            "exclusiveMaximum": spec.below,
+        }
         found |= {name: limit for name, limit in limits.items() if limit is not None}
     return found
 

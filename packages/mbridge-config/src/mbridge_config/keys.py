@@ -29,6 +29,7 @@ class KeySpec:
     minimum: float | None = None
     maximum: float | None = None
     above: float | None = None
+    below: float | None = None
     spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)  # other spelling -> value
     refused: Mapping[str, str] = dataclasses.field(default_factory=dict)  # value -> why it is refused
     alias_of: str | None = None

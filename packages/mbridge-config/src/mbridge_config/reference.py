@@ -112,11 +112,9 @@ def _row(info: KeyInfo, runs: str) -> str:
 
 
 def _type(info: KeyInfo) -> str:
-    bounds = [
-        f"{sign} {limit:g}"
-        for sign, limit in (("≥", info.spec.minimum), (">", info.spec.above), ("≤", info.spec.maximum))
-        if limit is not None
-    ]
+    spec = info.spec
+    limits = (("≥", spec.minimum), (">", spec.above), ("≤", spec.maximum), ("<", spec.below))
+    bounds = [f"{sign} {limit:g}" for sign, limit in limits if limit is not None]
     return ", ".join([info.type_name, *bounds])
 
 

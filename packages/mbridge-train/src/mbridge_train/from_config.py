@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from mbridge_ckpt import Retention
+from mbridge_config.schedule_lengths import decay_steps, warmup_steps
 from mbridge_config.schema.actor import ActorConfig
 from mbridge_config.schema.runner import RunnerConfig
 from mbridge_model import Freeze, Parallel, load
@@ -106,16 +107,13 @@ def save_settings(actor: ActorConfig, runner: RunnerConfig) -> SaveSettings:
 
 def _schedule(actor: ActorConfig, optimizer_steps: int) -> Schedule:
     settings = actor.lr_sched
-    decay_steps = settings.lr_decay_iters or max(1, optimizer_steps)
-    warmup_steps = settings.lr_warmup_iters
-    if settings.lr_warmup_fraction is not None:
-        warmup_steps = int(settings.lr_warmup_fraction * decay_steps)
+    total = decay_steps(settings, optimizer_steps)
     return Schedule(
         max_lr=_either(settings.max_lr, actor.optim.lr),
         min_lr=_either(settings.min_lr, actor.optim.min_lr),
         init_lr=settings.lr_warmup_init,
-        warmup_steps=warmup_steps,
-        decay_steps=decay_steps,
+        warmup_steps=warmup_steps(settings, total),
+        decay_steps=total,
         decay_style=settings.lr_decay_style,
         wsd_decay_steps=settings.lr_wsd_decay_iters or 0,
         wsd_decay_style=settings.lr_wsd_decay_style,

@@ -27,7 +27,7 @@ THROUGHPUT_CHARTS = (
 )
 """Of what `throughput` measures."""
 
-RESUME_KEYS = ("runner.experiment_name", "runner.resume_dir", "runner.max_steps")
+RESUME_KEYS = ("runner.experiment_name", "runner.resume_dir", "runner.max_steps", "runner.max_epochs")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -142,6 +142,8 @@ class RunOutput:
             "runner.resume_dir=auto",
             f"runner.max_steps={int(newest.name.rsplit('_', 1)[1]) * 2}",
         ]
+        if self.config.runner.max_epochs is not None:  # which may be over
+            words.append("runner.max_epochs=null")
         ranks = distributed.get_world_size()
         started = any(word.startswith("launcher.nproc_per_node=") for word in words)
         if ranks > 1 and not started and ranks == int(os.environ.get("LOCAL_WORLD_SIZE", ranks)):  # by torchrun, say

@@ -9,6 +9,7 @@ from mbridge_config.rules import (
     profiler,
     reasoning,
     run,
+    schedule,
     sft,
     start,
     vision,
@@ -22,6 +23,7 @@ _BOTH: tuple[Rule, ...] = (
     *batches.RULES,
     *lengths.RULES,
     *optimizer.RULES,
+    *schedule.RULES,
     *run.RULES,
     *profiler.RULES,
 )

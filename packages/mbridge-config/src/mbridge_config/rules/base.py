@@ -11,12 +11,16 @@ from mbridge_config.problems import Problem, Severity, json_ready
 
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
 class Context:
-    """All that rules look at. `facts`, `tokenizer_size` and `world_size` are None where they are not known."""
+    """All that rules look at. Beside the config each is None where it is not known.
+
+    `rows` is how many rows there are to train on, which only an app knows that has read them.
+    """
 
     config: Any
     facts: HFFacts | None = None
     tokenizer_size: int | None = None
     world_size: int | None = None
+    rows: int | None = None
 
     @property
     def data_parallel(self) -> int | None:

@@ -139,25 +139,6 @@ def weight_decay(context: Context) -> Iterable[Finding]:
         yield Finding(f"{OPTIM}weight_decay", reason, "make them equal, or remove one", Severity.WARNING)
 
 
-@rule("schedule-lengths", *(f"{SCHEDULE}{name}" for name in ("lr_decay_iters", "lr_warmup_iters", "lr_decay_style")))
-def schedule_lengths(context: Context) -> Iterable[Finding]:
-    """The warm-up is not shorter than the schedule, or WSD has no length for its last decay.
-
-    Fix: shorten the warm-up, or give WSD its `lr_wsd_decay_iters`.
-    """
-    schedule = context.config.actor.lr_sched
-    total = schedule.lr_decay_iters
-    if total is not None and schedule.lr_warmup_fraction is None and schedule.lr_warmup_iters >= total:
-        reason = f"not shorter than lr_decay_iters {total}"
-        yield Finding(f"{SCHEDULE}lr_warmup_iters", reason, f"use less than {total}")
-    if schedule.lr_decay_style == "WSD":
-        key, last = f"{SCHEDULE}lr_wsd_decay_iters", schedule.lr_wsd_decay_iters
-        if last is None:
-            yield Finding(key, "WSD needs the length of its last decay", f"set {key}")
-        elif total is not None and last > total:
-            yield Finding(key, f"longer than lr_decay_iters {total}", f"use {total} or less")
-
-
 @rule(
     "overlap",
     *(f"{OPTIM}{name}" for name in ("use_distributed_optimizer", "overlap_grad_reduce", "overlap_param_gather")),
@@ -187,6 +168,5 @@ RULES = (
     learning_rate,
     lowest,
     weight_decay,
-    schedule_lengths,
     overlap,
 )

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from pathlib import PurePath
 
 from mbridge_config.rules.base import Context, Finding, rule
+from mbridge_config.run_length import LENGTH_KEYS, longest_run
 
 PROFILER = "actor.megatron.profiler."
 USED = "actor.megatron.use_profiler"
@@ -13,14 +14,14 @@ USED = "actor.megatron.use_profiler"
     "profiler-steps",
     USED,
     *(f"{PROFILER}{name}" for name in ("steps", "schedule_wait", "schedule_warmup", "schedule_active")),
-    "runner.max_steps",
+    *LENGTH_KEYS,
 )
 def steps(context: Context) -> Iterable[Finding]:
     """The profiler is on and would record no step, or one that is none.
 
     Fix: name steps that the run has in `actor.megatron.profiler.steps`, or set `actor.megatron.use_profiler=false`.
     """
-    megatron, last = context.config.actor.megatron, context.config.runner.max_steps
+    megatron, length = context.config.actor.megatron, longest_run(context.config)
     if not megatron.use_profiler:
         return
     named = megatron.profiler.steps
@@ -28,13 +29,15 @@ def steps(context: Context) -> Iterable[Finding]:
         yield Finding(f"{PROFILER}steps", "steps are counted from 1", "name steps from 1 on")
     elif named is not None and not named:
         yield Finding(f"{PROFILER}steps", f"no step is named, and {USED} is true", "name steps, or turn it off")
-    elif named is not None and 0 < last < min(named):
-        reason = f"the run ends with step {last}, runner.max_steps"
-        yield Finding(f"{PROFILER}steps", reason, f"name steps up to {last}")
-    elif named is None and 0 < last < (
+    elif length is None:
+        return
+    elif named is not None and length.steps < min(named):
+        reason = f"the run ends with step {length.steps}: {length.reason}"
+        yield Finding(f"{PROFILER}steps", reason, f"name steps up to {length.steps}")
+    elif named is None and length.steps < (
         first := megatron.profiler.schedule_wait + megatron.profiler.schedule_warmup + 1
     ):
-        reason = f"the first recorded step is {first}, and the run ends with step {last}, runner.max_steps"
+        reason = f"the first recorded step is {first}, and the run ends with step {length.steps}: {length.reason}"
         yield Finding(f"{PROFILER}schedule_wait", reason, f"lower it, or name steps in {PROFILER}steps")
 
 

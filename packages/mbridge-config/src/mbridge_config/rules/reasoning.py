@@ -20,6 +20,7 @@ PROMPTS = "data.rollout_batch_size"
 PROMPT = "data.max_prompt_length"
 NEW = "algorithm.sampling_params.max_new_tokens"
 LEAST = "algorithm.sampling_params.min_new_tokens"
+CLIP, CLIP_LOW = "algorithm.ratio_clip_eps", "algorithm.clip_ratio_low"
 TYPE = "data.type"
 TASK = "data.reasoning_gym.task"
 _SUFFIXES = (".json", ".jsonl")
@@ -101,6 +102,18 @@ def greedy_group(context: Context) -> Iterable[Finding]:
         reason = "greedy answers to one prompt are all the same, so every advantage is 0"
         key = "algorithm.sampling_params.use_greedy"
         yield Finding(key, reason, f"set {key}=false", Severity.WARNING)
+
+
+@rule("clip-range", CLIP, CLIP_LOW)
+def clip_range(context: Context) -> Iterable[Finding]:
+    """The clip range of both sides is above 1, and the lower side has none of its own.
+
+    Fix: use 1 or less, or set `algorithm.clip_ratio_low`.
+    """
+    # A value of its own is in its range already; only what ratio_clip_eps put there is not.
+    if context.config.algorithm.clip_ratio_low > 1:
+        reason = f"{CLIP_LOW} is null, so this is the lower range, too, and a ratio cannot fall by more than 1"
+        yield Finding(CLIP, reason, f"use 1 or less, or set {CLIP_LOW}")
 
 
 @rule("prompt-length", SEQUENCE, PROMPT)
@@ -241,6 +254,7 @@ RULES = (
     minibatches,
     group_of_one,
     greedy_group,
+    clip_range,
     prompt,
     answer,
     least_answer,

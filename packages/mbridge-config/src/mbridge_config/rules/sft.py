@@ -10,7 +10,6 @@ from mbridge_config.rules.run import TRAIN, VALIDATION
 ONLY_EVAL = "runner.only_eval"
 SMALLEST, LARGEST = "data.min_pixels", "data.max_pixels"
 FORMAT = "data.dataset_name"
-WARMUP = "actor.lr_sched.lr_warmup_iters"
 OFFLOAD = tuple(f"actor.offload_{part}" for part in ("weight", "grad", "optimizer"))
 SUFFIXES = {"auto": (".parquet", ".jsonl"), "robo2vlm": (".parquet",), "messages": (".jsonl",)}
 
@@ -79,24 +78,6 @@ def pixels(context: Context) -> Iterable[Finding]:
         yield Finding(SMALLEST, f"more than {LARGEST} {data.max_pixels}", f"use {data.max_pixels} or less")
 
 
-@rule(
-    "warmup-length",
-    WARMUP,
-    "runner.max_steps",
-    *(f"actor.lr_sched.{name}" for name in ("lr_decay_style", "lr_decay_iters")),
-)
-def warmup(context: Context) -> Iterable[Finding]:
-    """The learning rate decays over the whole run, and the warm-up is not shorter than that.
-
-    Fix: shorten the warm-up, or set `actor.lr_sched.lr_decay_iters`.
-    """
-    schedule, steps = context.config.actor.lr_sched, context.config.runner.max_steps
-    decays_over_run = schedule.lr_decay_style != "constant" and schedule.lr_decay_iters is None and steps > 0
-    if decays_over_run and schedule.lr_warmup_fraction is None and schedule.lr_warmup_iters >= steps:
-        reason = f"not shorter than the run of runner.max_steps {steps}, over which the rate decays"
-        yield Finding(WARMUP, reason, f"use less than {steps}, or set actor.lr_sched.lr_decay_iters")
-
-
 @rule("offload-without-turns", *OFFLOAD)
 def offload(context: Context) -> Iterable[Finding]:
     """Something is to leave the GPU while nothing else needs it: SFT does nothing but train.
@@ -134,4 +115,4 @@ def quickstart_model(context: Context) -> Iterable[Finding]:
         yield Finding("quickstart.deepstack_visual_indexes", reason, fix)
 
 
-RULES = (train_data, evaluation_data, data_paths, pixels, warmup, offload, quickstart_model)
+RULES = (train_data, evaluation_data, data_paths, pixels, offload, quickstart_model)

@@ -54,7 +54,7 @@ class AlgorithmConfig:
         "Estimator of the KL divergence (Schulman, Approximating KL Divergence).",
         spellings=PENALTY_SPELLINGS,
     )
-    ratio_clip_eps: float = key(0.2, "Clip range of the probability ratio, both sides.", minimum=0.0)
+    ratio_clip_eps: float = key(0.2, "Clip range of the probability ratio, for a side without its own.", minimum=0.0)
     clip_ratio_low: float | None = key(None, "Lower clip range. null: ratio_clip_eps.", minimum=0.0, maximum=1.0)
     clip_ratio_high: float | None = key(None, "Upper clip range. null: ratio_clip_eps.", minimum=0.0)
     clip_ratio_c: float | None = key(None, "Dual clip: bound of the loss for negative advantages.", above=1.0)

@@ -21,8 +21,9 @@ class OptimizerConfig:
     )
     lr: float = key(1e-6, "Learning rate, where lr_sched.max_lr is null.", minimum=0.0)
     min_lr: float = key(0.0, "Lowest learning rate, where lr_sched.min_lr is null.", minimum=0.0)
-    adam_beta1: float = key(0.9, "Decay of the first moment.", minimum=0.0, maximum=1.0)
-    adam_beta2: float = key(0.999, "Decay of the second moment.", minimum=0.0, maximum=1.0)
+    # Adam divides by 1 - beta^t, which is 0 where beta is 1.
+    adam_beta1: float = key(0.9, "Decay of the first moment.", minimum=0.0, below=1.0)
+    adam_beta2: float = key(0.999, "Decay of the second moment.", minimum=0.0, below=1.0)
     adam_eps: float = key(1e-8, "Added to the root of the second moment.", above=0.0)
     weight_decay: float = key(0.01, "Decay of matrices; norms and biases have none.", minimum=0.0)
     clip_grad: float = key(1.0, "Largest norm of the whole gradient; 0: no clipping.", minimum=0.0)
@@ -58,7 +59,10 @@ class LrScheduleConfig:
     lr_warmup_init: float = key(0.0, "Learning rate at step 0 of the warm-up.", minimum=0.0)
     lr_warmup_iters: int = key(0, "Length of the warm-up.", unit="optimizer steps", minimum=0)
     lr_warmup_fraction: float | None = key(
-        None, "Length of the warm-up as a share of lr_decay_iters; over lr_warmup_iters.", minimum=0.0, maximum=1.0
+        None,
+        "Length of the warm-up as a share of lr_decay_iters, below 1 where the rate decays; over lr_warmup_iters.",
+        minimum=0.0,
+        maximum=1.0,
     )
     lr_decay_iters: int | None = key(
         None, "Step at which min_lr is reached. null: the whole run.", unit="optimizer steps", minimum=1

@@ -60,8 +60,14 @@ class RunnerConfig:
     task_type: Literal["reasoning", "sft"] = key(
         "reasoning", "What is trained: RL on verifiable answers, or SFT.", refused=OTHER_TASKS
     )
-    max_epochs: int = key(1, "Passes over the training data.", unit="epochs", minimum=1)
-    max_steps: int = key(-1, "Training steps; -1: as many as max_epochs makes.", unit="steps", minimum=-1)
+    max_epochs: int | None = key(
+        None,
+        "Passes over the training data; with max_steps the run ends with whichever is reached first. null: as many as "
+        "max_steps takes, and 1 where that is -1.",
+        unit="epochs",
+        minimum=1,
+    )
+    max_steps: int = key(-1, "Training steps, or fewer by max_epochs; -1: max_epochs alone.", unit="steps", minimum=-1)
     save_interval: int = key(-1, "Steps between checkpoints; -1: only the last step.", unit="steps", minimum=-1)
     val_check_interval: int = key(-1, "Steps between validations; -1: none on the way.", unit="steps", minimum=-1)
     seq_length: int = key(2048, "Longest sequence, prompt and answer together.", unit="tokens", minimum=2)

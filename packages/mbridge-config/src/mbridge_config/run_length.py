@@ -1,0 +1,79 @@
+"""How many steps a run has. Rules and apps count here, so that they agree."""
+
+import dataclasses
+from typing import Any
+
+from mbridge_config.schema.sft import SFTConfig
+
+LENGTH_KEYS = (
+    "runner.max_steps",
+    "runner.max_epochs",
+    "data.type",
+    "data.reasoning_gym.train_size",
+    "data.rollout_batch_size",
+    "algorithm.n_minibatches",
+    "algorithm.group_size",
+    "actor.global_batch_size",
+)
+"""What a rule on the length of a run reads; not all kinds of runs have all of them."""
+
+
+@dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
+class RunLength:
+    """Training steps of a run from its start to its end, and the optimizer steps in them.
+
+    `reason` names the keys that make it so long, for messages.
+    """
+
+    steps: int
+    optimizer_steps: int
+    reason: str
+
+
+def run_length(config: Any, *, rows: int) -> RunLength:
+    """The length of a run with so many rows or problems to train on.
+
+    `runner.max_steps` and `runner.max_epochs` both end it, whichever is reached first. An epoch is counted in whole
+    batches, as a batch goes over its end into the next one; there is at least one step.
+    """
+    limits = [limit for limit in (_by_steps(config), _by_epochs(config, rows)) if limit is not None]
+    return min(limits, key=lambda limit: limit.steps)
+
+
+def longest_run(config: Any, rows: int | None = None) -> RunLength | None:
+    """The most that the config alone says; None where the data decides, which is not read here."""
+    data = config.data
+    if rows is None and not isinstance(config, SFTConfig) and data.type == "reasoning_gym":
+        rows = data.reasoning_gym.train_size
+    return _by_steps(config) if rows is None else run_length(config, rows=rows)
+
+
+def _by_steps(config: Any) -> RunLength | None:
+    steps = config.runner.max_steps
+    return None if steps < 1 else _length(config, steps, f"runner.max_steps {steps}")
+
+
+def _by_epochs(config: Any, rows: int) -> RunLength | None:
+    runner = config.runner
+    if runner.max_epochs is None and runner.max_steps > 0:
+        return None
+    epochs = runner.max_epochs or 1
+    size, key = config.actor.global_batch_size, "actor.global_batch_size"
+    if not isinstance(config, SFTConfig):
+        size, key = config.data.rollout_batch_size, "data.rollout_batch_size"
+    steps = max(1, rows * epochs // size)
+    reason = f"{_many(steps, 'step')} of {key} {size} in runner.max_epochs {epochs} of {_many(rows, 'row')}"
+    return _length(config, steps, reason)
+
+
+def _length(config: Any, steps: int, reason: str) -> RunLength:
+    if isinstance(config, SFTConfig):
+        return RunLength(steps=steps, optimizer_steps=steps, reason=reason)
+    minibatches = config.algorithm.n_minibatches
+    total = steps * minibatches
+    reason = f"algorithm.n_minibatches {minibatches} x {reason} = {_many(total, 'optimizer step')}"
+    return RunLength(steps=steps, optimizer_steps=total, reason=reason)
+
+
+def _many(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
