@@ -9,6 +9,7 @@ from mbridge_reasoning.errors import DataError
 from mbridge_reasoning.tiny import build_tokenizer
 
 GOOD_LINE = '{"prompt": "p", "solutions": "s"}'
+MANY_DIGITS = '{"prompt": "p", "solutions": ' + "9" * 5000 + "}"
 OTHER_KEY = '{"prompt": "p", "answers": "s"}'
 
 
@@ -59,6 +60,12 @@ def test_other_keys(tmp_path):
         ("a.jsonl", '{"prompt": "p", "solutions": true}', ["a.jsonl:1", "'solutions'", "true"]),
         ("a.jsonl", "\n\n", ["a.jsonl", "no problems"]),
         ("a.jsonl", "[" * 100_000, ["a.jsonl:1"]),
+        ("a.jsonl", '{"prompt": "a\\ud800b", "solutions": "s"}', ["a.jsonl:1", "'prompt'", r"\ud800", "character 2"]),
+        ("a.jsonl", '{"prompt": [{"role": "\\ud800", "content": "c"}], "solutions": "s"}', ["a.jsonl:1", "'prompt'"]),
+        ("a.json", '[{"prompt": "p", "solutions": ["s", "\\udfff"]}]', ["record 1", "'solutions'", r"\udfff"]),
+        ("a.jsonl", '{"prompt": "p", "solutions": NaN}', ["a.jsonl:1", "'solutions'", "NaN"]),
+        ("a.jsonl", '{"prompt": "p", "solutions": [1, -Infinity]}', ["a.jsonl:1", "'solutions'", "-Infinity"]),
+        ("a.jsonl", '{"prompt": "p", "solutions": 1e999}', ["a.jsonl:1", "'solutions'", "Infinity"]),
         ("a.parquet", "x", ["a.parquet", ".jsonl"]),
     ],
 )  # fmt: skip
@@ -69,6 +76,14 @@ def test_unusable_files(tmp_path, name, content, parts):
     for part in parts:
         assert part in str(error.value)
     assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("name", "start", "end"), [("a.jsonl", "", ""), ("a.json", "[", "]")])
+def test_number_of_thousands_of_digits(tmp_path, name, start, end):
+    comma = "," if start else ""
+    path = write(tmp_path / name, start + GOOD_LINE + comma, MANY_DIGITS + end)
+    with pytest.raises(DataError, match=rf"{name}:2: a number has more than 4300 digits.*as text"):
+        read_problems([path])
 
 
 def test_missing_and_undecodable_files(tmp_path):
