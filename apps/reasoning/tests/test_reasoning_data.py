@@ -7,6 +7,7 @@ import pytest
 from mbridge_reasoning.data import Problem, read_problems, tokenize_problems
 from mbridge_reasoning.errors import DataError
 from mbridge_reasoning.tiny import build_tokenizer
+from mbridge_train.errors import TrainError
 
 GOOD_LINE = '{"prompt": "p", "solutions": "s"}'
 MANY_DIGITS = '{"prompt": "p", "solutions": ' + "9" * 5000 + "}"
@@ -122,6 +123,16 @@ def test_messages_need_a_template():
         tokens([problem([{"role": "user", "content": "a"}])], bare)
     with pytest.raises(DataError, match=r"data\.apply_chat_template is true.*set it to false"):
         tokens([problem("a")], bare)
+
+
+def test_templates_that_refuse_a_prompt_or_are_none():
+    tokenizer = build_tokenizer(["a b"], 300)
+    tokenizer.chat_template = "{{ raise_exception('no user here') }}"
+    with pytest.raises(DataError, match=r"file\.jsonl:1: the chat template of .* refuses the prompt: no user here"):
+        tokens([problem("a")], tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}\n{{ m['content' }}{% endfor %}"
+    with pytest.raises(TrainError, match="line 2 of its chat template is not valid Jinja: unexpected '}'"):
+        tokens([problem("a")], tokenizer)
 
 
 def test_long_prompts_are_an_error_or_left_out(tokenizer):

@@ -87,6 +87,7 @@ def tokenize_problems(
 
 
 def _prompt_tokens(problem: Problem, tokenizer: "PreTrainedTokenizerBase", apply_chat_template: bool) -> list[int]:
+    import jinja2
     from mbridge_train.chat import render_chat
 
     prompt = problem.prompt
@@ -104,7 +105,13 @@ def _prompt_tokens(problem: Problem, tokenizer: "PreTrainedTokenizerBase", apply
             )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         # In two steps, because the template itself places the special tokens.
-        text = render_chat(tokenizer, messages, add_generation_prompt=True)
+        try:
+            text = render_chat(tokenizer, messages, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            raise DataError(
+                f"{problem.source}: the chat template of {tokenizer.name_or_path} refuses the prompt: {error}; write "
+                "the messages as it takes them"
+            ) from None
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not tokens:
         raise DataError(f"{problem.source}: the prompt gives no tokens; write a prompt that is not empty")

@@ -5,6 +5,7 @@ import time
 import torch
 from mbridge_config import HFFacts, ReasoningConfig, hf_directory, run_directory, take_free_name, tokenizer_directory
 from mbridge_train.from_config import DTYPES, build_engine, save_settings
+from mbridge_train.hf_files import from_directory
 from mbridge_train.output import RunOutput
 from mbridge_train.processes import broadcast, join, leave, seed_all
 from mbridge_train.reference import Snapshot
@@ -55,8 +56,10 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
     if config.quickstart.enabled:
         prepare_quickstart(config, train, output)
     model_directory = hf_directory(config)
-    tokenizer = AutoTokenizer.from_pretrained(
+    tokenizer = from_directory(
+        AutoTokenizer,
         tokenizer_directory(config),
+        "tokenizer",
         use_fast=config.actor.tokenizer.use_fast,
         trust_remote_code=config.actor.tokenizer.trust_remote_code,
     )
