@@ -68,17 +68,21 @@ def mistake(name: str, directory: Path, *overrides: str) -> dict[str, object]:
     return {"code": code, "said": said.getvalue(), "changed": sorted(files(directory) ^ before)}
 
 
-def mistakes(directory: Path) -> None:
-    """The mistakes that only a rank can find; `said.json` has what was said of them."""
+def files_of_mine(directory: Path) -> list[str]:
+    """Settings of a run on problems of which the second is too long."""
     long = directory / "long.jsonl"
     long.write_text('{"prompt": "1+1", "solutions": ["2"]}\n{"prompt": "1 + 2 + 3 + 4 + 5", "solutions": ["15"]}\n')
-    files_of_mine = (
+    return [
         "quickstart.enabled=false",
         "data.type=math",
         "reward.reward_type=math",
         "data.max_prompt_length=8",
-    )
+        f"data.train_data_paths=[{long}]",
+    ]
 
+
+def mistakes(directory: Path) -> None:
+    """The mistakes that only a rank can find; `said.json` has what was said of them."""
     damaged = directory / "damaged" / "checkpoints" / "global_step_4"
     shutil.copytree(directory / "unbroken" / "checkpoints", damaged.parent, symlinks=True)
     file = damaged / "actor" / "iter_0000004" / "mp_rank_00" / "distrib_optim.pt"
@@ -93,7 +97,7 @@ def mistakes(directory: Path) -> None:
         save.commit({})
 
     said = {
-        "prompt": mistake("p", directory, *files_of_mine, f"data.train_data_paths=[{long}]"),
+        "prompt": mistake("p", directory, *files_of_mine(directory)),
         "damaged": mistake("damaged", directory, f"runner.resume_dir={damaged}"),
         "layout": mistake("l", directory, f"runner.resume_dir={other / 'global_step_1'}"),
         "task": mistake("t", directory, "data.reasoning_gym.task=basic_arithmetics"),
@@ -155,6 +159,9 @@ def main() -> None:
     run("from-megatron", directory, *one, *megatron, f"actor.model.megatron_checkpoint={last}")
 
     run("unbroken", directory, "runner.max_steps=1")
+    mine = files_of_mine(directory)
+    left_out = ("data.filter_prompt_by_length=true", f"data.val_data_paths=[{directory / 'long.jsonl'}]")
+    run("filtered", directory, *mine, *left_out, "data.rollout_batch_size=1", "runner.max_steps=1")
     written(directory, last / "actor" / "hf_model")
 
     split(directory)

@@ -144,6 +144,13 @@ def test_mistake_that_only_a_rank_finds(runs: tuple[Path, str], mistake: str) ->
     assert found["changed"] == []
 
 
+def test_prompts_that_are_left_out_are_counted(runs: tuple[Path, str]) -> None:
+    _, printed = runs
+    (filtered,) = (part for part in printed.split("---") if part.startswith(" filtered"))
+    for name in ("training", "validation"):
+        assert f"left out 1 of 2 {name} prompts that are longer than data.max_prompt_length=8 tokens\n" in filtered
+
+
 def test_damaged_checkpoint_is_passed_over(runs: tuple[Path, str]) -> None:
     directory, printed = runs
     last = printed.split("---")[-1]

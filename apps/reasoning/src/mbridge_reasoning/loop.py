@@ -1,6 +1,7 @@
 """A reasoning run on one rank, from start to end. `cli.main` starts it on every rank."""
 
 import time
+from collections.abc import Callable
 
 import torch
 from mbridge_config import HFFacts, ReasoningConfig, hf_directory, run_directory, take_free_name, tokenizer_directory
@@ -12,7 +13,7 @@ from mbridge_train.reference import Snapshot
 from mbridge_train.resume import find_checkpoint, restore
 from mbridge_train.saving import RunSaver, is_due
 from mbridge_train.throughput import Throughput
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mbridge_reasoning.data import Problem, tokenize_problems
 from mbridge_reasoning.errors import DataError
@@ -63,18 +64,8 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
         use_fast=config.actor.tokenizer.use_fast,
         trust_remote_code=config.actor.tokenizer.trust_remote_code,
     )
-    train, validation = (
-        tokenize_problems(
-            problems,
-            tokenizer,
-            max_prompt_length=config.data.max_prompt_length,
-            apply_chat_template=config.data.apply_chat_template,
-            filter_long=config.data.filter_prompt_by_length,
-        )
-        if problems
-        else []
-        for problems in (train, validation)
-    )
+    train = _tokenized(config, train, "training", tokenizer, output.message)
+    validation = _tokenized(config, validation, "validation", tokenizer, output.message)
     sampler = ProblemSampler(
         len(train), batch_size=config.data.rollout_batch_size, seed=config.data.seed, shuffle=config.data.shuffle
     )
@@ -132,6 +123,32 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
                 checkpoints.save(number, last=last, loop_state=state, metrics=metrics)
                 metrics["time/save"] = time.perf_counter() - started
             output.step(number, metrics)
+
+
+def _tokenized(
+    config: ReasoningConfig,
+    problems: list[Problem],
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Callable[[str], None],
+) -> list[Problem]:
+    """The problems of one set, which messages call `name`, with their tokens; says how many are too long."""
+    if not problems:
+        return []
+    data = config.data
+    tokenized = tokenize_problems(
+        problems,
+        tokenizer,
+        max_prompt_length=data.max_prompt_length,
+        apply_chat_template=data.apply_chat_template,
+        filter_long=data.filter_prompt_by_length,
+    )
+    if missing := len(problems) - len(tokenized):
+        say(
+            f"left out {missing} of {len(problems)} {name} prompts that are longer than "
+            f"data.max_prompt_length={data.max_prompt_length} tokens"
+        )
+    return tokenized
 
 
 def _read_data(config: ReasoningConfig) -> tuple[list[Problem], list[Problem]]:
