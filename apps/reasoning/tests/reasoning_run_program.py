@@ -144,6 +144,8 @@ def main() -> None:
     run("stopped", directory, "runner.max_steps=2")
     # Half of it with everything off the device in turns, in validation and while saving too.
     run("stopped", directory, "runner.resume_dir=auto", *(f"actor.offload_{part}=true" for part in OFFLOADED))
+    for steps in (4, 3):  # nothing is left to do
+        run("stopped", directory, "runner.resume_dir=auto", f"runner.max_steps={steps}")
 
     # Exact resumption needs the Megatron part alone.
     half = directory / "stopped" / "checkpoints" / "global_step_2"

@@ -144,6 +144,15 @@ def test_mistake_that_only_a_rank_finds(runs: tuple[Path, str], mistake: str) ->
     assert found["changed"] == []
 
 
+def test_a_finished_run_says_that_nothing_is_left_to_do(runs: tuple[Path, str]) -> None:
+    _, printed = runs
+    said = [line for line in printed.splitlines() if line.startswith("nothing to do")]
+    assert said == [
+        "nothing to do: step 4 is the last of runner.max_steps=4; raise it to train on",
+        "nothing to do: step 4 is past the last of runner.max_steps=3; raise it to train on",
+    ]
+
+
 def test_prompts_that_are_left_out_are_counted(runs: tuple[Path, str]) -> None:
     _, printed = runs
     (filtered,) = (part for part in printed.split("---") if part.startswith(" filtered"))

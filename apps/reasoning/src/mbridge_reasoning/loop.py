@@ -10,7 +10,7 @@ from mbridge_train.hf_files import from_directory
 from mbridge_train.output import RunOutput
 from mbridge_train.processes import broadcast, join, leave, seed_all
 from mbridge_train.reference import Snapshot
-from mbridge_train.resume import find_checkpoint, restore
+from mbridge_train.resume import find_checkpoint, restore, say_if_finished
 from mbridge_train.saving import RunSaver, is_due
 from mbridge_train.throughput import Throughput
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -84,6 +84,7 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
     if resume is not None:
         state = restore(engine, resume, output.message)
         first = state["step"]
+        say_if_finished(config.runner, step=first, steps=steps, say=output.message)
         sampler.load_state_dict(state["sampler"])
     trainer = GRPOTrainer(
         config,

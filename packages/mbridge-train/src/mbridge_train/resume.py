@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mbridge_ckpt import Checkpoint, find_resume, open_checkpoint
+from mbridge_config.schema.runner import RunnerConfig
 
 from mbridge_train.checkpoint import load_checkpoint
 from mbridge_train.engine import Engine
@@ -42,3 +43,12 @@ def restore(engine: Engine, checkpoint: Checkpoint, say: Callable[[str], None]) 
     if checkpoint.layout != current_layout():
         say(f"{checkpoint.path} was written with {checkpoint.layout}; this run has {current_layout()}")
     return load_checkpoint(engine, checkpoint)
+
+
+def say_if_finished(runner: RunnerConfig, *, step: int, steps: int, say: Callable[[str], None]) -> None:
+    """Say so where a checkpoint of `step` leaves a run of `steps` steps nothing to do."""
+    if step < steps:
+        return
+    key = "max_steps" if runner.max_steps > 0 else "max_epochs"
+    place = "the last" if step == steps else "past the last"
+    say(f"nothing to do: step {step} is {place} of runner.{key}={getattr(runner, key)}; raise it to train on")
