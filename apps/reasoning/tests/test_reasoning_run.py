@@ -9,6 +9,7 @@ import pytest
 import torch
 from mbridge_config import HFFacts
 from mbridge_config.flops import forward_flops
+from mbridge_reasoning.report import TIME_SPLIT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from testing.app_runs import assert_same_state, execute, leaves, metrics, saved
@@ -151,6 +152,15 @@ def test_a_finished_run_says_that_nothing_is_left_to_do(runs: tuple[Path, str]) 
         "nothing to do: step 4 is the last of runner.max_steps=4; raise it to train on",
         "nothing to do: step 4 is past the last of runner.max_steps=3; raise it to train on",
     ]
+
+
+def test_every_step_has_the_phases_that_the_report_stacks(runs: tuple[Path, str]) -> None:
+    """Also those after a validation, which has streamed their weights already."""
+    directory, _ = runs
+    records = [json.loads(line) for line in (directory / "unbroken" / "metrics.jsonl").read_text().splitlines()]
+    phases = [{name for name in TIME_SPLIT if name in record} for record in records[1:]]
+    assert all(step == phases[0] >= {"time/stream", "time/generate", "time/train"} for step in phases)
+    assert records[1]["time/stream"] == 0 < records[2]["time/stream"]
 
 
 def test_prompts_that_are_left_out_are_counted(runs: tuple[Path, str]) -> None:
