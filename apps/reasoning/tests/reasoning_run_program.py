@@ -68,17 +68,21 @@ def mistake(name: str, directory: Path, *overrides: str) -> dict[str, object]:
     return {"code": code, "said": said.getvalue(), "changed": sorted(files(directory) ^ before)}
 
 
-def mistakes(directory: Path) -> None:
-    """The mistakes that only a rank can find; `said.json` has what was said of them."""
+def files_of_mine(directory: Path) -> list[str]:
+    """Settings of a run on problems of which the second is too long."""
     long = directory / "long.jsonl"
     long.write_text('{"prompt": "1+1", "solutions": ["2"]}\n{"prompt": "1 + 2 + 3 + 4 + 5", "solutions": ["15"]}\n')
-    files_of_mine = (
+    return [
         "quickstart.enabled=false",
         "data.type=math",
         "reward.reward_type=math",
         "data.max_prompt_length=8",
-    )
+        f"data.train_data_paths=[{long}]",
+    ]
 
+
+def mistakes(directory: Path) -> None:
+    """The mistakes that only a rank can find; `said.json` has what was said of them."""
     damaged = directory / "damaged" / "checkpoints" / "global_step_4"
     shutil.copytree(directory / "unbroken" / "checkpoints", damaged.parent, symlinks=True)
     file = damaged / "actor" / "iter_0000004" / "mp_rank_00" / "distrib_optim.pt"
@@ -93,7 +97,7 @@ def mistakes(directory: Path) -> None:
         save.commit({})
 
     said = {
-        "prompt": mistake("p", directory, *files_of_mine, f"data.train_data_paths=[{long}]"),
+        "prompt": mistake("p", directory, *files_of_mine(directory)),
         "damaged": mistake("damaged", directory, f"runner.resume_dir={damaged}"),
         "layout": mistake("l", directory, f"runner.resume_dir={other / 'global_step_1'}"),
         "task": mistake("t", directory, "data.reasoning_gym.task=basic_arithmetics"),
@@ -140,6 +144,8 @@ def main() -> None:
     run("stopped", directory, "runner.max_steps=2")
     # Half of it with everything off the device in turns, in validation and while saving too.
     run("stopped", directory, "runner.resume_dir=auto", *(f"actor.offload_{part}=true" for part in OFFLOADED))
+    for steps in (4, 3):  # nothing is left to do
+        run("stopped", directory, "runner.resume_dir=auto", f"runner.max_steps={steps}")
 
     # Exact resumption needs the Megatron part alone.
     half = directory / "stopped" / "checkpoints" / "global_step_2"
@@ -156,6 +162,9 @@ def main() -> None:
 
     # One epoch of one batch ends it before max_steps do.
     run("unbroken", directory, "runner.max_epochs=1", "data.reasoning_gym.train_size=6")
+    mine = files_of_mine(directory)
+    left_out = ("data.filter_prompt_by_length=true", f"data.val_data_paths=[{directory / 'long.jsonl'}]")
+    run("filtered", directory, *mine, *left_out, "data.rollout_batch_size=1", "runner.max_steps=1")
     written(directory, last / "actor" / "hf_model")
 
     split(directory)

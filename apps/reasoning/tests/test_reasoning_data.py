@@ -7,8 +7,10 @@ import pytest
 from mbridge_reasoning.data import Problem, read_problems, tokenize_problems
 from mbridge_reasoning.errors import DataError
 from mbridge_reasoning.tiny import build_tokenizer
+from mbridge_train.errors import TrainError
 
 GOOD_LINE = '{"prompt": "p", "solutions": "s"}'
+MANY_DIGITS = '{"prompt": "p", "solutions": ' + "9" * 5000 + "}"
 OTHER_KEY = '{"prompt": "p", "answers": "s"}'
 
 
@@ -59,6 +61,12 @@ def test_other_keys(tmp_path):
         ("a.jsonl", '{"prompt": "p", "solutions": true}', ["a.jsonl:1", "'solutions'", "true"]),
         ("a.jsonl", "\n\n", ["a.jsonl", "no problems"]),
         ("a.jsonl", "[" * 100_000, ["a.jsonl:1"]),
+        ("a.jsonl", '{"prompt": "a\\ud800b", "solutions": "s"}', ["a.jsonl:1", "'prompt'", r"\ud800", "character 2"]),
+        ("a.jsonl", '{"prompt": [{"role": "\\ud800", "content": "c"}], "solutions": "s"}', ["a.jsonl:1", "'prompt'"]),
+        ("a.json", '[{"prompt": "p", "solutions": ["s", "\\udfff"]}]', ["record 1", "'solutions'", r"\udfff"]),
+        ("a.jsonl", '{"prompt": "p", "solutions": NaN}', ["a.jsonl:1", "'solutions'", "NaN"]),
+        ("a.jsonl", '{"prompt": "p", "solutions": [1, -Infinity]}', ["a.jsonl:1", "'solutions'", "-Infinity"]),
+        ("a.jsonl", '{"prompt": "p", "solutions": 1e999}', ["a.jsonl:1", "'solutions'", "Infinity"]),
         ("a.parquet", "x", ["a.parquet", ".jsonl"]),
     ],
 )  # fmt: skip
@@ -69,6 +77,14 @@ def test_unusable_files(tmp_path, name, content, parts):
     for part in parts:
         assert part in str(error.value)
     assert error.value.exit_code == 2
+
+
+@pytest.mark.parametrize(("name", "start", "end"), [("a.jsonl", "", ""), ("a.json", "[", "]")])
+def test_number_of_thousands_of_digits(tmp_path, name, start, end):
+    comma = "," if start else ""
+    path = write(tmp_path / name, start + GOOD_LINE + comma, MANY_DIGITS + end)
+    with pytest.raises(DataError, match=rf"{name}:2: a number has more than 4300 digits.*as text"):
+        read_problems([path])
 
 
 def test_missing_and_undecodable_files(tmp_path):
@@ -107,6 +123,16 @@ def test_messages_need_a_template():
         tokens([problem([{"role": "user", "content": "a"}])], bare)
     with pytest.raises(DataError, match=r"data\.apply_chat_template is true.*set it to false"):
         tokens([problem("a")], bare)
+
+
+def test_templates_that_refuse_a_prompt_or_are_none():
+    tokenizer = build_tokenizer(["a b"], 300)
+    tokenizer.chat_template = "{{ raise_exception('no user here') }}"
+    with pytest.raises(DataError, match=r"file\.jsonl:1: the chat template of .* refuses the prompt: no user here"):
+        tokens([problem("a")], tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}\n{{ m['content' }}{% endfor %}"
+    with pytest.raises(TrainError, match="line 2 of its chat template is not valid Jinja: unexpected '}'"):
+        tokens([problem("a")], tokenizer)
 
 
 def test_long_prompts_are_an_error_or_left_out(tokenizer):

@@ -5,6 +5,8 @@ import torch
 from mbridge_reasoning.errors import RolloutError
 from mbridge_reasoning.rollout import SamplingParams, TransformersRollout, draw, end_token_ids
 from mbridge_reasoning.tiny import TinyGeometry, write_tiny_model
+from mbridge_train.errors import TrainError
+from mbridge_train.hf_files import from_directory
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -146,6 +148,15 @@ def test_built_from_the_config_alone_it_equals_the_loaded_model(tmp_path, prompt
         assert torch.equal(engine.model(ids).logits, model(ids).logits)
     tokenizer = AutoTokenizer.from_pretrained(write_tiny_model(tmp_path / "tiny", ["a"], seed=0))
     assert end_token_ids(tmp_path, tokenizer) == {4, 8, tokenizer.eos_token_id}
+
+
+@pytest.mark.parametrize(("file", "name"), [("generation_config.json",) * 2, ("tokenizer.json", "tokenizer")])
+def test_files_that_cannot_be_read(tmp_path, file, name):
+    path = write_tiny_model(tmp_path / "tiny", ["a"], seed=0)
+    tokenizer = from_directory(AutoTokenizer, path, "tokenizer")
+    (path / file).write_text('{"a": 1}' if name == "tokenizer" else "[1]")
+    with pytest.raises(TrainError, match=rf"{path}: its {name} cannot be loaded: \w+Error: .*copy the files"):
+        from_directory(AutoTokenizer, path, "tokenizer") if name == "tokenizer" else end_token_ids(path, tokenizer)
 
 
 def test_tied_weights_may_come_once_or_twice(tmp_path, prompts):

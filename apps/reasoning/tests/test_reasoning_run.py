@@ -9,6 +9,7 @@ import pytest
 import torch
 from mbridge_config import HFFacts
 from mbridge_config.flops import forward_flops
+from mbridge_reasoning.report import TIME_SPLIT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from testing.app_runs import assert_same_state, execute, leaves, metrics, saved
@@ -142,6 +143,31 @@ def test_mistake_that_only_a_rank_finds(runs: tuple[Path, str], mistake: str) ->
     assert found["said"].startswith("error: ") and found["said"].count("\n") == 1, found["said"]
     assert re.search(MISTAKES[mistake], found["said"])
     assert found["changed"] == []
+
+
+def test_a_finished_run_says_that_nothing_is_left_to_do(runs: tuple[Path, str]) -> None:
+    _, printed = runs
+    said = [line for line in printed.splitlines() if line.startswith("nothing to do")]
+    assert len(said) == 2
+    for line, end in zip(said, (4, 3), strict=True):
+        ends = rf"the run ends with step {end} \(.*runner\.max_steps {end} = \d optimizer steps\)"
+        assert re.fullmatch(rf"nothing to do: the checkpoint is of step 4, and {ends}; raise that to train on", line)
+
+
+def test_every_step_has_the_phases_that_the_report_stacks(runs: tuple[Path, str]) -> None:
+    """Also those after a validation, which has streamed their weights already."""
+    directory, _ = runs
+    records = [json.loads(line) for line in (directory / "unbroken" / "metrics.jsonl").read_text().splitlines()]
+    phases = [{name for name in TIME_SPLIT if name in record} for record in records[1:]]
+    assert all(step == phases[0] >= {"time/stream", "time/generate", "time/train"} for step in phases)
+    assert records[1]["time/stream"] == 0 < records[2]["time/stream"]
+
+
+def test_prompts_that_are_left_out_are_counted(runs: tuple[Path, str]) -> None:
+    _, printed = runs
+    (filtered,) = (part for part in printed.split("---") if part.startswith(" filtered"))
+    for name in ("training", "validation"):
+        assert f"left out 1 of 2 {name} prompts that are longer than data.max_prompt_length=8 tokens\n" in filtered
 
 
 def test_damaged_checkpoint_is_passed_over(runs: tuple[Path, str]) -> None:

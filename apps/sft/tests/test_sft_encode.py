@@ -213,12 +213,27 @@ def test_directories_that_cannot_encode(text_model, tmp_path):
     (directory / "chat_template.jinja").unlink()
     with pytest.raises(DataError, match=rf"{directory} has no chat template; put a chat_template.jinja beside"):
         Encoder(directory)
-    (directory / "tokenizer.json").write_text("{")
-    with pytest.raises(DataError, match=rf"{directory}: its tokenizer cannot be loaded"):
-        Encoder(directory)
+    for content, reason in (
+        ("{", ""),
+        ('{"a": 1}', "KeyError: 'added_tokens'"),
+        ('{"added_tokens": []}', "Exception: "),
+    ):
+        (directory / "tokenizer.json").write_text(content)
+        with pytest.raises(DataError, match=rf"{directory}: its tokenizer cannot be loaded: {reason}"):
+            Encoder(directory)
     (directory / "tokenizer.json").unlink()
     with pytest.raises(DataError, match=rf"{directory} has none of tokenizer.json, .*; complete the download"):
         Encoder(directory)
+
+
+def test_a_chat_template_that_is_not_jinja(text_model, tmp_path):
+    directory = shutil.copytree(text_model, tmp_path / "model")
+    (directory / "chat_template.jinja").write_text("{% for m in messages %}\n{{ m['content' }}{% endfor %}")
+    with pytest.raises(
+        DataError, match=rf"{directory}: line 2 of its chat template is not valid Jinja: unexp"
+    ) as raised:
+        Encoder(directory).encode(example())
+    assert not isinstance(raised.value, RowError)  # which would be left out
 
 
 def test_a_tokenizer_that_adds_to_each_piece_is_refused(text_model, tmp_path):

@@ -133,6 +133,9 @@ def test_a_run_leaves_its_report_and_the_command_that_resumes_it(runs: tuple[Pat
     assert "Which digit is this?" in report and "prediction: " in report
     assert not re.search(r"""(?:src|href)=["']?(?:https?:)?//""", report)
     first_run = printed.split("---")[1]
+    said = [line for line in printed.splitlines() if line.startswith("nothing to do")]
+    end = "the run ends with step 4 (runner.max_steps 4)"
+    assert said == [f"nothing to do: the checkpoint is of step 4, and {end}; raise that to train on"]
     assert f"{directory}/unbroken/report.html" in first_run and f"{directory}/train/a.parquet row 7" in first_run
     command = next(line for line in first_run.splitlines() if line.startswith("to go on"))
     assert "mbridge-sft" in command and "runner.resume_dir=auto" in command

@@ -43,6 +43,15 @@ def test_ls(run, capsys):
     assert value["checkpoints"][0]["metrics"] == {"reward": 0.3} and value["leftovers"][0]["step"] == 20
 
 
+def test_ls_of_a_run_says_where_its_checkpoints_are(tmp_path, capsys):
+    with begin_save(tmp_path / "run" / "checkpoints", step=5, layout=Layout()) as save:
+        save.commit({})
+    assert main(["ls", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out == f"no checkpoints in {tmp_path}/run, but in {tmp_path}/run/checkpoints\n"
+    assert main(["ls", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == f"no checkpoints in {tmp_path}\n"
+
+
 def test_show(run, capsys):
     assert main(["show", str(run / "global_step_5"), "--tensors", "--file", "mp_rank_01"]) == 0
     text = capsys.readouterr().out

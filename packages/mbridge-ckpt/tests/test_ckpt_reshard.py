@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from mbridge_ckpt import (
+    RECIPE_FILE,
     CheckpointError,
     CorruptCheckpointError,
+    HfRecipe,
+    HfTensor,
     Layout,
     LayoutError,
     SaveError,
@@ -102,7 +105,7 @@ def placement(name: str, tensor: torch.Tensor, offset: int, tied: bool):
     )
 
 
-def save(directory: Path, layout: Layout, tied: bool) -> Path:
+def save(directory: Path, layout: Layout, tied: bool, recipe: HfRecipe | None = None) -> Path:
     models = {kind: whole_model(tied, seed) for seed, kind in enumerate(("model", *KINDS))}
     with begin_save(directory, step=7, layout=layout) as writing:
         for rank in range(layout.tensor):
@@ -115,6 +118,8 @@ def save(directory: Path, layout: Layout, tied: bool) -> Path:
                 writing.write_torch(model_file(7, layout, **ranks), value, placements=placements)
                 facts = {"step": 70, "schedule": {"numbers": torch.arange(3)}, "grad_scaler": None}
                 writing.write_torch(optimizer_file(7, layout, **ranks), parts | facts)
+        if recipe is not None:
+            writing.write_bytes(RECIPE_FILE, recipe.to_bytes())
         writing.write_rank_state({"position": 5})
         writing.write_json("actor/hf_model/config.json", {})
         return writing.commit({"metrics": {"reward": 0.5}})
@@ -212,6 +217,28 @@ def test_sizes_that_do_not_fit(tmp_path, sizes, message):
     with pytest.raises(LayoutError, match=message):
         reshard(source, tmp_path / "a", **sizes)
     assert not (tmp_path / "a").exists() or list((tmp_path / "a").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("heads", "groups", "sizes"),
+    [(6, 3, {2: "1, 3", 4: "1, 3"}), (8, 2, {2: None, 4: None}), (4, 4, {2: None, 4: None})],
+)
+def test_heads_that_no_run_could_share(tmp_path, heads, groups, sizes):
+    """By what the recipe says of the attention. The 24 rows of the fused weight can be cut by all these sizes."""
+    attention = {"heads": heads, "groups": groups, "head_dim": 24 // (heads + 2 * groups)}
+    name = "decoder.layers.0.self_attention.linear_qkv.weight"
+    recipe = HfRecipe(tensors=(HfTensor(name="q", parameter=name, part="query", **attention),))
+    source = save(tmp_path / "source", Layout(), False, recipe)
+    for tensor, fitting in sizes.items():
+        out = tmp_path / str(tensor)
+        if fitting is None:
+            assert reshard(source, out, tensor=tensor, pipeline=1).is_dir()
+            continue
+        message = rf"{heads} heads in {groups} groups cannot be shared by {tensor} .*: use one of {fitting}, {heads}$"
+        with pytest.raises(LayoutError, match=message):
+            reshard(source, out, tensor=tensor, pipeline=1)
+        assert not out.exists()
+        assert main(["reshard", str(source), str(out), "--tp", str(tensor)]) == 2
 
 
 def test_a_damaged_source_and_one_without_placements_are_refused(tmp_path):

@@ -1,7 +1,9 @@
 """The check command, and the apps' arguments."""
 
 import json
-from collections.abc import Iterator
+import re
+import shlex
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,8 @@ from mbridge_config import ConfigError, ReasoningConfig, SFTConfig, check, compo
 from mbridge_config.catalog import config_directory, config_names, installed_directories
 from mbridge_config.cli import main
 from mbridge_config.keys import known_keys
+
+ROOT = Path(__file__).parents[3]
 
 
 def test_check_good(yaml: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -158,3 +162,24 @@ def test_a_name_that_two_apps_have() -> None:
 
 
 GIVEN = [f"{key}=x" for key in ("actor.model.model_path", "data.train_data_paths", "data.val_data_paths")]
+
+
+@pytest.mark.skipif(not installed_directories(), reason="the apps are not installed")
+@pytest.mark.parametrize(
+    "readme", [ROOT / "README.md", ROOT / "packages" / "mbridge-config" / "README.md"], ids=["workspace", "package"]
+)
+def test_commands_of_the_readme_run_as_written(
+    readme: Path, tmp_path: Path, real_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a directory with data files, and a model's in place of the word that stands for it."""
+    text = readme.read_text(encoding="utf-8").replace("\\\n", " ")
+    commands = re.findall(r"^(?:\./uvw run )?mbridge-config ((?:check|fit|init|explain|schema) .*)", text, re.MULTILINE)
+    monkeypatch.chdir(tmp_path)
+    for name in ("chats.jsonl", "train.jsonl", "validation.jsonl"):
+        Path(name).write_text('{"prompt": "1+1", "solutions": ["2"]}\n')
+    model = str(real_model("qwen2.5-1.5b"))
+    codes = {}
+    for command in commands:
+        words = shlex.split(command.partition(">")[0].replace("DIRECTORY", model), comments=True)
+        codes[command] = main(words)
+    assert len(codes) >= 3 and codes == dict.fromkeys(codes, 0)

@@ -77,12 +77,20 @@ def test_head_dim_is_not_always_a_quotient(make_model: MakeModel, tmp_path: Path
         ({"hidden_size": 0}, "hf-config-field", "hidden_size is 0"),
         ({"vocab_size": True}, "hf-config-field", "vocab_size is True"),
         ({"num_key_value_heads": 5}, "hf-config-field", "12 is not a multiple of num_key_value_heads 5"),
+        ({"layer_types": ["full_attention"] * 8}, "hf-config-field", "num_hidden_layers is 6, and layer_types names 8"),
+        ({"layer_types": []}, "hf-config-field", "num_hidden_layers is 6, and layer_types names 0"),
+        ({"layer_types": "full_attention"}, "hf-config-field", "layer_types is 'full_attention', not a list"),
     ],
 )
 def test_bad_fields(make_model: MakeModel, tmp_path: Path, changes: dict[str, Any], identity: str, text: str) -> None:
     error = failing(make_model(tmp_path / "bad", **changes))
     assert [problem.id for problem in error.problems] == [identity]
     assert text in str(error) and "config.json" in str(error)
+
+
+def test_layer_types_that_fit(make_model: MakeModel, tmp_path: Path) -> None:
+    for name, value in (("as-many", ["full_attention"] * 6), ("null", None)):
+        assert HFFacts.load(make_model(tmp_path / name, layer_types=value)).num_layers == 6
 
 
 def test_all_bad_fields_at_once(make_model: MakeModel, tmp_path: Path) -> None:

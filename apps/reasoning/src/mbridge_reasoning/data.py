@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+import math
+import re
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +87,7 @@ def tokenize_problems(
 
 
 def _prompt_tokens(problem: Problem, tokenizer: "PreTrainedTokenizerBase", apply_chat_template: bool) -> list[int]:
+    import jinja2
     from mbridge_train.chat import render_chat
 
     prompt = problem.prompt
@@ -101,7 +105,13 @@ def _prompt_tokens(problem: Problem, tokenizer: "PreTrainedTokenizerBase", apply
             )
         messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
         # In two steps, because the template itself places the special tokens.
-        text = render_chat(tokenizer, messages, add_generation_prompt=True)
+        try:
+            text = render_chat(tokenizer, messages, add_generation_prompt=True)
+        except jinja2.TemplateError as error:
+            raise DataError(
+                f"{problem.source}: the chat template of {tokenizer.name_or_path} refuses the prompt: {error}; write "
+                "the messages as it takes them"
+            ) from None
         tokens = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not tokens:
         raise DataError(f"{problem.source}: the prompt gives no tokens; write a prompt that is not empty")
@@ -125,8 +135,8 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
     if path.suffix == ".json":
         try:
             records = json.loads(text) if text.strip() else []
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise DataError(f"{_json_place(path, 1, error)}; a .json file holds one array of objects") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{_json_fault(path, text, 1, error)}; a .json file holds one array of objects") from None
         if not isinstance(records, list):
             raise DataError(f"{path} holds a JSON {_json_type(records)}, not an array of objects: write [{{…}}, {{…}}]")
         yield from ((f"{path}, record {number}", record) for number, record in enumerate(records, start=1))
@@ -137,18 +147,24 @@ def _records(path: Path) -> Iterator[tuple[str, Any]]:
             continue
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(
-                f"{_json_place(path, number, error)}; each line of a .jsonl file is one JSON object: "
+                f"{_json_fault(path, line, number, error)}; each line of a .jsonl file is one JSON object: "
                 f"correct or delete the line, which starts {line.strip()[:60]!r}"
             ) from None
         yield f"{path}:{number}", record
 
 
-def _json_place(path: Path, line: int, error: json.JSONDecodeError | RecursionError) -> str:
+def _json_fault(path: Path, text: str, line: int, error: ValueError | RecursionError) -> str:
+    """What is wrong with `text`, which begins in `line` of the file, and in which line."""
     if isinstance(error, json.JSONDecodeError):
         return f"{path}:{line + error.lineno - 1}: not JSON: {error.msg} at column {error.colno}"
-    return f"{path}:{line}: JSON nested too deep to read"
+    if isinstance(error, RecursionError):
+        return f"{path}:{line}: JSON nested too deep to read"
+    most = sys.get_int_max_str_digits()  # what Python makes a number of, since more would take it long
+    if number := re.search(rf"\d{{{most + 1}}}", text):
+        line += text.count("\n", 0, number.start())
+    return f"{path}:{line}: a number has more than {most} digits: write it as text, in quotes"
 
 
 def _problem(record: Any, source: str, prompt_key: str, solutions_key: str) -> Problem:
@@ -162,11 +178,22 @@ def _problem(record: Any, source: str, prompt_key: str, solutions_key: str) -> P
                 f"{source}: no key {key!r}; the keys here are {', '.join(map(repr, record)) or 'none'}: "
                 f"add it, or set {setting} to the key that your file uses"
             )
-    return Problem(
-        prompt=_prompt(record[prompt_key], source, prompt_key),
-        solutions=_solutions(record[solutions_key], source, solutions_key),
-        source=source,
-    )
+    prompt = _prompt(record[prompt_key], source, prompt_key)
+    solutions = _solutions(record[solutions_key], source, solutions_key)
+    texts = [prompt] if isinstance(prompt, str) else [text for message in prompt for text in message.values()]
+    _refuse_half_characters(texts, source, prompt_key)
+    _refuse_half_characters(solutions, source, solutions_key)
+    return Problem(prompt=prompt, solutions=solutions, source=source)
+
+
+def _refuse_half_characters(texts: Iterable[str], source: str, key: str) -> None:
+    """Raise `DataError` for text with one of a pair of escapes such as \\ud83d\\ude00, which tokenizers do not take."""
+    for text in texts:
+        if half := re.search(r"[\ud800-\udfff]", text):
+            raise DataError(
+                f"{source}: {key!r} holds {half[0]!r} as character {half.start() + 1}, which is half of a character: "
+                "write both halves (Python's json.dumps does), or take it out"
+            )
 
 
 def _prompt(value: Any, source: str, key: str) -> str | list[Message]:
@@ -191,14 +218,20 @@ def _prompt(value: Any, source: str, key: str) -> str | list[Message]:
 
 def _solutions(value: Any, source: str, key: str) -> tuple[str, ...]:
     values = value if isinstance(value, list) else [value]
-    # bool is an int for Python, not for a reader.
-    valid = all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in values)
+    valid = all(map(_is_answer, values))
     solutions = tuple(str(item) for item in values) if valid else ()
     if not solutions or not all(solution.strip() for solution in solutions):
         raise DataError(
             f"{source}: {key!r} is {json.dumps(value)[:60]}: write the right answer as text, or a list of such texts"
         )
     return solutions
+
+
+def _is_answer(value: Any) -> bool:
+    # Python's JSON has NaN and Infinity, which are what a failed computation left, and makes Infinity of 1e999.
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return isinstance(value, str | int) and not isinstance(value, bool)  # bool is an int for Python, not for a reader
 
 
 def _json_type(value: Any) -> str:

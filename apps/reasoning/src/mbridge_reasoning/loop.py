@@ -1,6 +1,7 @@
 """A reasoning run on one rank, from start to end. `cli.main` starts it on every rank."""
 
 import time
+from collections.abc import Callable
 
 import torch
 from mbridge_config import (
@@ -14,13 +15,14 @@ from mbridge_config import (
     tokenizer_directory,
 )
 from mbridge_train.from_config import DTYPES, build_engine, save_settings
+from mbridge_train.hf_files import from_directory
 from mbridge_train.output import RunOutput
 from mbridge_train.processes import broadcast, join, leave, seed_all
 from mbridge_train.reference import Snapshot
-from mbridge_train.resume import find_checkpoint, restore
+from mbridge_train.resume import find_checkpoint, restore, say_if_finished
 from mbridge_train.saving import RunSaver, is_due
 from mbridge_train.throughput import Throughput
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mbridge_reasoning.data import Problem, tokenize_problems
 from mbridge_reasoning.errors import DataError
@@ -64,23 +66,15 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
     if config.quickstart.enabled:
         prepare_quickstart(config, train, output)
     model_directory = hf_directory(config)
-    tokenizer = AutoTokenizer.from_pretrained(
+    tokenizer = from_directory(
+        AutoTokenizer,
         tokenizer_directory(config),
+        "tokenizer",
         use_fast=config.actor.tokenizer.use_fast,
         trust_remote_code=config.actor.tokenizer.trust_remote_code,
     )
-    train, validation = (
-        tokenize_problems(
-            problems,
-            tokenizer,
-            max_prompt_length=config.data.max_prompt_length,
-            apply_chat_template=config.data.apply_chat_template,
-            filter_long=config.data.filter_prompt_by_length,
-        )
-        if problems
-        else []
-        for problems in (train, validation)
-    )
+    train = _tokenized(config, train, "training", tokenizer, output.message)
+    validation = _tokenized(config, validation, "validation", tokenizer, output.message)
     sampler = ProblemSampler(
         len(train), batch_size=config.data.rollout_batch_size, seed=config.data.seed, shuffle=config.data.shuffle
     )
@@ -101,6 +95,7 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
     if resume is not None:
         state = restore(engine, resume, output.message)
         first = state["step"]
+        say_if_finished(length, step=first, say=output.message)
         sampler.load_state_dict(state["sampler"])
     trainer = GRPOTrainer(
         config,
@@ -140,6 +135,32 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
                 checkpoints.save(number, last=last, loop_state=state, metrics=metrics)
                 metrics["time/save"] = time.perf_counter() - started
             output.step(number, metrics)
+
+
+def _tokenized(
+    config: ReasoningConfig,
+    problems: list[Problem],
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    say: Callable[[str], None],
+) -> list[Problem]:
+    """The problems of one set, which messages call `name`, with their tokens; says how many are too long."""
+    if not problems:
+        return []
+    data = config.data
+    tokenized = tokenize_problems(
+        problems,
+        tokenizer,
+        max_prompt_length=data.max_prompt_length,
+        apply_chat_template=data.apply_chat_template,
+        filter_long=data.filter_prompt_by_length,
+    )
+    if missing := len(problems) - len(tokenized):
+        say(
+            f"left out {missing} of {len(problems)} {name} prompts that are longer than "
+            f"data.max_prompt_length={data.max_prompt_length} tokens"
+        )
+    return tokenized
 
 
 def _read_data(config: ReasoningConfig) -> tuple[list[Problem], list[Problem]]:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from mbridge_train.hf_files import from_directory
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
@@ -101,9 +102,9 @@ def end_token_ids(model_directory: str | Path, tokenizer: PreTrainedTokenizerBas
     """The ids that end an answer: those of `generation_config.json`, else of `config.json`, and the tokenizer's."""
     directory = Path(model_directory)
     if (directory / "generation_config.json").is_file():
-        source = GenerationConfig.from_pretrained(directory).eos_token_id
+        source = from_directory(GenerationConfig, directory, "generation_config.json").eos_token_id
     else:
-        source = getattr(AutoConfig.from_pretrained(directory), "eos_token_id", None)
+        source = getattr(from_directory(AutoConfig, directory, "config.json"), "eos_token_id", None)
     ids = {source} if isinstance(source, int) else set(source or ())
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
@@ -136,7 +137,7 @@ class TransformersRollout:
     ) -> None:
         if batch_size < 1:
             raise RolloutError(f"rollout batch size is {batch_size}: set it to 1 or more")
-        config = AutoConfig.from_pretrained(model_directory, trust_remote_code=trust_remote_code)
+        config = from_directory(AutoConfig, Path(model_directory), "config.json", trust_remote_code=trust_remote_code)
         self.device = torch.device(device)
         self.batch_size = batch_size
         self.end_tokens = torch.tensor(sorted(end_tokens), dtype=torch.long, device=self.device)

@@ -268,7 +268,9 @@ class GRPOTrainer:
         self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
 
     def _time_split(self, total: float, tokens: float) -> dict[str, float]:
-        split = {f"time/{phase}": seconds for phase, seconds in self.seconds.items()}
+        # A validation before the step may have streamed its weights; without the phase the report could stack no times.
+        seconds = {"stream": 0.0} | self.seconds
+        split = {f"time/{phase}": spent for phase, spent in seconds.items()}
         other = total - sum(self.seconds.values())
         return split | {"time/other": other, "time/step": total, "tokens_per_second": tokens / total}
 

@@ -11,6 +11,8 @@ from mbridge_model.directory import open_directory
 from mbridge_model.errors import ModelError
 from mbridge_model.vision.inputs import VisionInputs
 from mbridge_model.vision.positions import MropeSettings, mrope_position_ids
+from mbridge_train.errors import TrainError
+from mbridge_train.hf_files import from_directory
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer
 
@@ -108,12 +110,15 @@ class Encoder:
         if not any((self._directory / name).is_file() for name in _TOKENIZER_FILES):
             raise DataError(f"{self._directory} has none of {', '.join(_TOKENIZER_FILES)}; complete the download")
         try:
-            return kind.from_pretrained(
-                self._directory, local_files_only=True, trust_remote_code=self._trust_remote_code
+            return from_directory(
+                kind,
+                self._directory,
+                "processor" if kind is AutoProcessor else "tokenizer",
+                local_files_only=True,
+                trust_remote_code=self._trust_remote_code,
             )
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            name = "processor" if kind is AutoProcessor else "tokenizer"
-            raise DataError(f"{self._directory}: its {name} cannot be loaded: {error}") from None
+        except TrainError as error:
+            raise DataError(str(error)) from error
 
     def __reduce__(self) -> Any:
         return self._again, ()

@@ -20,7 +20,7 @@ from mbridge_train.engine import Engine
 from mbridge_train.from_config import build_engine, save_settings
 from mbridge_train.output import RunOutput
 from mbridge_train.processes import broadcast, join, leave, seed_all
-from mbridge_train.resume import find_checkpoint, restore
+from mbridge_train.resume import find_checkpoint, restore, say_if_finished
 from mbridge_train.saving import RunSaver, is_due
 from mbridge_train.throughput import Throughput
 from megatron.core import parallel_state
@@ -72,6 +72,7 @@ def _train(config: SFTConfig, command: list[str]) -> None:
         state = restore(engine, resume, output.message)
         _check_same_data(state["data"], data_state)
         first, bad_rows = state["step"], state["bad_rows"]
+        say_if_finished(length, step=first, say=output.message)
     trainer = _trainer(config, engine, output)
     checkpoints = RunSaver(engine, output.checkpoints, save_settings(config.actor, runner), resumed_from=resume)
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jinja2
 from mbridge_train.chat import render_chat
+from mbridge_train.errors import TrainError
 from transformers import PreTrainedTokenizerBase
 
 from mbridge_sft.errors import DataError, RowError
@@ -45,7 +46,7 @@ class ChatTemplate:
 
         Raises:
             RowError: the template refuses this conversation.
-            DataError: where the answer begins or ends in the template's text cannot be told.
+            DataError: the template is not Jinja, or does not tell where the answer begins or ends in its text.
         """
         turns = [*map(_turn, messages), {"role": "assistant", "content": answer}]
         try:
@@ -104,9 +105,12 @@ class ChatTemplate:
         return len(after) - len(text) + len(token)
 
     def _render(self, turns: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
-        return render_chat(
-            self._tokenizer, turns, chat_template=self._template, add_generation_prompt=add_generation_prompt
-        )
+        try:
+            return render_chat(
+                self._tokenizer, turns, chat_template=self._template, add_generation_prompt=add_generation_prompt
+            )
+        except TrainError as error:  # no row could be used, so it is no row's fault
+            raise DataError(str(error)) from None
 
 
 def _turn(message: Message) -> dict[str, Any]:

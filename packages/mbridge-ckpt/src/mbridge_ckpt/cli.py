@@ -83,7 +83,8 @@ def _ls(options: argparse.Namespace) -> int:
     for leftover in leftovers:
         print(f"{leftover.path.name}  left by an interrupted save; `mbridge-ckpt prune {directory}` sees to it")
     if not found and not leftovers:
-        print(f"no checkpoints in {directory}")
+        inside = directory / "checkpoints"  # of a run's directory
+        print(f"no checkpoints in {directory}" + f", but in {inside}" * bool(list_checkpoints(inside)))
     return FINE
 
 

@@ -13,7 +13,7 @@ from mbridge_ckpt.assemble import MODEL, WholeModel
 from mbridge_ckpt.checkpoint import Checkpoint, open_checkpoint
 from mbridge_ckpt.errors import CheckpointError, IncompleteCheckpointError, LayoutError
 from mbridge_ckpt.hf_export import copy_file, is_weights, other_files, parse_size, write_weights
-from mbridge_ckpt.hf_recipe import RECIPE_FILE, HfRecipe
+from mbridge_ckpt.hf_recipe import RECIPE_FILE, HfRecipe, read_recipe
 from mbridge_ckpt.layout import HF_DIRECTORY
 from mbridge_ckpt.new_directory import NewDirectory
 from mbridge_ckpt.safetensors_reader import read_safetensors
@@ -74,7 +74,7 @@ def export_hf(
         raise CheckpointError(
             f"{opened.path / HF_DIRECTORY} has the files that go with the weights; leave hf_files out"
         )
-    recipe = None if has_export else _recipe(opened)
+    recipe = None if has_export else read_recipe(opened)
     with NewDirectory(Path(destination)) as sink:
         if recipe is not None:
             files = _files_for(opened, paths, hf_files, recipe)
@@ -94,14 +94,6 @@ def export_hf(
         total = sum(file.stat().st_size for file in sink.path.rglob("*") if file.is_file())
         made = sink.commit()
     return ExportReport(path=made, bytes=total, tensors=count, weights_from="export" if has_export else "recipe")
-
-
-def _recipe(checkpoint: Checkpoint) -> HfRecipe:
-    path = checkpoint.verified(RECIPE_FILE)
-    try:
-        return HfRecipe.from_bytes(path.read_bytes())
-    except CheckpointError as error:
-        raise type(error)(f"{path}: {error}") from None
 
 
 def _files_for(

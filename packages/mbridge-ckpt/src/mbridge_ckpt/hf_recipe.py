@@ -21,6 +21,8 @@ from mbridge_ckpt.safetensors_header import DTYPES
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mbridge_ckpt.checkpoint import Checkpoint
+
 RECIPE_FILE = "actor/hf_recipe.json"
 FORMAT, FORMAT_VERSION = "mbridge-hf-recipe", 1
 Part = Literal["whole", "query", "key", "value", "gate", "up"]
@@ -166,6 +168,15 @@ class HfRecipe:
             return cls(tensors=tuple(_parse(tensors)), source=source)
         except LayoutError as error:
             raise CorruptCheckpointError(str(error)) from None
+
+
+def read_recipe(checkpoint: "Checkpoint") -> HfRecipe:
+    """The recipe of a checkpoint that has one; raises CheckpointError's classes, naming the file."""
+    path = checkpoint.verified(RECIPE_FILE)
+    try:
+        return HfRecipe.from_bytes(path.read_bytes())
+    except CheckpointError as error:
+        raise type(error)(f"{path}: {error}") from None
 
 
 def _parse(values: list[Any]) -> Iterator[HfTensor]:

@@ -12,6 +12,7 @@ from mbridge_ckpt.assemble import MODEL, WholeModel
 from mbridge_ckpt.checkpoint import Checkpoint, open_checkpoint
 from mbridge_ckpt.durable import READ_BLOCK
 from mbridge_ckpt.errors import CheckpointError, LayoutError
+from mbridge_ckpt.hf_recipe import RECIPE_FILE, read_recipe
 from mbridge_ckpt.layout import (
     TRACKER_FILE,
     Layout,
@@ -67,6 +68,7 @@ def reshard(
     require_whole(checkpoint.path, progress=progress)
     layout = replace(checkpoint.layout, tensor=tensor, pipeline=pipeline, expert_tensor=1)
     with WholeModel(checkpoint) as whole:
+        _refuse_shared_heads(whole, tensor)
         stages = [_stage(whole, layout, stage) for stage in range(pipeline)]
         rows = _padded_rows(whole, tensor, vocabulary_multiple)
         with begin_save(directory, step=checkpoint.step, layout=layout, existing="refuse") as save:
@@ -76,6 +78,28 @@ def reshard(
             _copy_rest(save, checkpoint, progress)
             metadata = checkpoint.metadata | {"resharded_from": checkpoint.layout.to_json()}
             return save.commit(metadata, writer=checkpoint.manifest.writer)
+
+
+def _refuse_shared_heads(whole: WholeModel, size: int) -> None:
+    """Raise LayoutError where Megatron could not load the attention: each rank needs whole query heads, and groups of
+    its own or an equal share of one. Rows alone may be cut all the same.
+    """
+    if not whole.checkpoint.has(RECIPE_FILE):
+        return
+    for tensor in read_recipe(whole.checkpoint).tensors:
+        heads, groups, parameter = tensor.heads, tensor.groups, whole.parameters.get(tensor.parameter)
+        if heads is None or groups is None or parameter is None or parameter.placement.partition_dim < 0:
+            continue  # no attention, or one that every rank has whole
+        if not _can_share(heads, groups, size):
+            fitting = ", ".join(str(number) for number in range(1, heads + 1) if _can_share(heads, groups, number))
+            raise LayoutError(
+                f"{tensor.parameter}: {heads} heads in {groups} groups cannot be shared by {size} tensor-parallel"
+                f" ranks: use one of {fitting}"
+            )
+
+
+def _can_share(heads: int, groups: int, size: int) -> bool:
+    return heads % size == 0 and (groups % size == 0 or size % groups == 0)
 
 
 def _stage(whole: WholeModel, layout: Layout, stage: int) -> list[_Target]:

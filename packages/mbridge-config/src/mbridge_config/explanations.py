@@ -129,7 +129,8 @@ LOADING = {
         "Take the config.json that was published with the model.",
     ),
     "hf-config-field": (
-        "A field of config.json that gives the model's geometry is missing, of another type, or contradicts another.",
+        "A field of config.json that gives the model's geometry is missing, of another type, or contradicts another: "
+        "`layer_types` has an entry for each of `num_hidden_layers`.",
         "Correct config.json.",
     ),
     "tokenizer-path-empty": (

@@ -107,6 +107,7 @@ class _Reader:
         if layers is not None and layers > MOST_LAYERS:
             reason = f"num_hidden_layers is {layers}, more than the {MOST_LAYERS} that any model has"
             self.report("hf-config-field", reason, "correct config.json")
+        self.check_layer_types(layers)
         hidden = self.count("hidden_size", "n_embd", required=True)
         heads = self.count("num_attention_heads", "n_head", required=True)
         groups = self.count("num_key_value_heads") or heads
@@ -165,6 +166,21 @@ class _Reader:
             dense_layers=self.dense_layers(layers) if facts["num_experts"] else (),
             **facts,
         )
+
+    def check_layer_types(self, layers: int | None) -> None:
+        """transformers builds no model whose list of the layers' kinds has another length than the model has layers."""
+        kinds = self.text.get("layer_types")
+        if kinds is None:
+            return
+        if not isinstance(kinds, list):
+            reason = f"layer_types is {kinds!r:.60}, not a list of a name for each layer"
+            self.report("hf-config-field", reason, "take layer_types out of config.json, or correct it")
+        elif layers is not None and len(kinds) != layers:
+            self.report(
+                "hf-config-field",
+                f"num_hidden_layers is {layers}, and layer_types names {len(kinds)} layers",
+                f"give layer_types in config.json {layers} entries, or set num_hidden_layers to {len(kinds)}",
+            )
 
     def deepstack(self) -> tuple[int, ...]:
         """`deepstack_visual_indexes` of the vision part, none where it has none."""

@@ -3,6 +3,10 @@
 from datetime import date
 from typing import TYPE_CHECKING, Any
 
+import jinja2
+
+from mbridge_train.errors import TrainError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +22,14 @@ def render_chat(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, A
         options: of `apply_chat_template`, such as `add_generation_prompt`.
 
     Raises:
+        TrainError: the template is not Jinja, whatever the messages are.
         jinja2.TemplateError: the template refuses the messages.
     """
-    text = tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=TODAY.strftime, **options)
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=TODAY.strftime, **options)
+    except jinja2.TemplateSyntaxError as error:
+        raise TrainError(
+            f"{tokenizer.name_or_path}: line {error.lineno} of its chat template is not valid Jinja: {error.message}; "
+            "correct chat_template.jinja, or chat_template in tokenizer_config.json, or copy the file again"
+        ) from None
     return str(text)

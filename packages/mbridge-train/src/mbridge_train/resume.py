@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mbridge_ckpt import Checkpoint, find_resume, open_checkpoint
+from mbridge_config import RunLength
 
 from mbridge_train.checkpoint import load_checkpoint
 from mbridge_train.engine import Engine
@@ -42,3 +43,10 @@ def restore(engine: Engine, checkpoint: Checkpoint, say: Callable[[str], None]) 
     if checkpoint.layout != current_layout():
         say(f"{checkpoint.path} was written with {checkpoint.layout}; this run has {current_layout()}")
     return load_checkpoint(engine, checkpoint)
+
+
+def say_if_finished(length: RunLength, *, step: int, say: Callable[[str], None]) -> None:
+    """Say so where a checkpoint of `step` leaves a run of such a length nothing to do."""
+    if step >= length.steps:
+        end = f"the run ends with step {length.steps} ({length.reason})"
+        say(f"nothing to do: the checkpoint is of step {step}, and {end}; raise that to train on")
