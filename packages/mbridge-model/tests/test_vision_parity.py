@@ -74,7 +74,7 @@ def transpose_experts(file: Path) -> None:
     )
 
 
-def compare(directory: Path, parallel: Parallel) -> dict[str, Any]:
+def compare(directory: Path, parallel: Parallel, overrides: dict[str, Any] | None = None) -> dict[str, Any]:
     """On each rank: the largest differences, the exported tensors that are not bit-exact, layers of this stage."""
     from mbridge_model import MropeSettings, export, load
     from megatron.core import parallel_state
@@ -83,7 +83,7 @@ def compare(directory: Path, parallel: Parallel) -> dict[str, Any]:
 
     samples = torch.load(directory.with_suffix(".pt"), weights_only=True)
     settings = MropeSettings.from_directory(directory)
-    model, handle = load(directory, parallel)
+    model, handle = load(directory, parallel, overrides)
     try:
         result: dict[str, Any] = {"layers": len(model[0].language_model.decoder.layers)}
         result["positions"] = [
