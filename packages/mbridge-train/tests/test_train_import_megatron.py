@@ -135,10 +135,14 @@ def train_and_save(model: Path, output: Path, case: dict[str, Any], arguments: d
 
 def resume(model: Path, checkpoint: Path, case: dict[str, Any]) -> Any:
     from mbridge_train.checkpoint import load_checkpoint
+    from mbridge_train.errors import TrainError
+    from mbridge_train.resume import restore
     from megatron.core import parallel_state
 
     try:
         engine = build(model, **case)
+        with pytest.raises(TrainError, match="cannot be resumed: it holds nothing of the run's step, sampler, as"):
+            restore(engine, open_checkpoint(checkpoint), ("step", "sampler"), print)
         assert load_checkpoint(engine, checkpoint) == {}
         assert engine.optimizer.steps == STOP
         return train(engine, STOP, END)

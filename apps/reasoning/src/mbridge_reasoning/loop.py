@@ -93,7 +93,7 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
     reference = Snapshot(engine) if config.algorithm.kl_beta > 0 else None
     first = 0
     if resume is not None:
-        state = restore(engine, resume, output.message)
+        state = restore(engine, resume, ("step", "sampler"), output.message)
         first = state["step"]
         say_if_finished(length, step=first, say=output.message)
         sampler.load_state_dict(state["sampler"])

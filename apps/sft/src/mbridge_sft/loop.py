@@ -69,7 +69,7 @@ def _train(config: SFTConfig, command: list[str]) -> None:
     data_state = _data_state(config, training)
     first, bad_rows = 0, ()
     if resume is not None:
-        state = restore(engine, resume, output.message)
+        state = restore(engine, resume, ("step", "data", "bad_rows"), output.message)
         _check_same_data(state["data"], data_state)
         first, bad_rows = state["step"], state["bad_rows"]
         say_if_finished(length, step=first, say=output.message)

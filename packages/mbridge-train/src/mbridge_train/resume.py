@@ -1,6 +1,6 @@
 """Going on from an earlier run: which checkpoint, and its state into an engine."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ from mbridge_config import RunLength
 
 from mbridge_train.checkpoint import load_checkpoint
 from mbridge_train.engine import Engine
+from mbridge_train.errors import TrainError
 from mbridge_train.rank_state import current_layout
 
 
@@ -35,14 +36,27 @@ def find_checkpoint(wanted: str | None, directory: Path, say: Callable[[str], No
     return found.checkpoint
 
 
-def restore(engine: Engine, checkpoint: Checkpoint, say: Callable[[str], None]) -> dict[str, Any]:
+def restore(engine: Engine, checkpoint: Checkpoint, keys: Iterable[str], say: Callable[[str], None]) -> dict[str, Any]:
     """Load `checkpoint` into `engine` and return the loop's state. Collective over all ranks.
 
-    Says so where the checkpoint was written under another layout. Raises what `load_checkpoint` raises.
+    Says so where the checkpoint was written under another layout.
+
+    Args:
+        keys: of the state that the loop goes on from.
+
+    Raises:
+        TrainError: it has no such state, being of another kind of run, or imported. And what `load_checkpoint` raises.
     """
     if checkpoint.layout != current_layout():
         say(f"{checkpoint.path} was written with {checkpoint.layout}; this run has {current_layout()}")
-    return load_checkpoint(engine, checkpoint)
+    state = load_checkpoint(engine, checkpoint)
+    if missing := [key for key in keys if key not in state]:
+        raise TrainError(
+            f"{checkpoint.path} cannot be resumed: it holds nothing of the run's {', '.join(missing)}, as one of "
+            "another kind of run or an imported one; begin a new run with its weights: runner.resume_dir=null "
+            f"actor.megatron.use_hf_ckpt=false actor.model.megatron_checkpoint={checkpoint.path}"
+        )
+    return state
 
 
 def say_if_finished(length: RunLength, *, step: int, say: Callable[[str], None]) -> None:
