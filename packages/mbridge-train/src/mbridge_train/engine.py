@@ -34,14 +34,7 @@ from mbridge_train.last_stage import (
 )
 from mbridge_train.offload import KEPT, PARTS, KeptPart, Offload, Part
 from mbridge_train.optimizer import Optimizer, OptimizerSettings, StepResult, wrap_data_parallel
-from mbridge_train.packing import (
-    ModelInputs,
-    Plan,
-    collate_dense,
-    collate_packed,
-    padding_share,
-    plan_micro_batches,
-)
+from mbridge_train.packing import ModelInputs, Plan, collate_dense, collate_packed, padding_share, plan_micro_batches
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
