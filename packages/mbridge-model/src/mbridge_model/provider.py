@@ -96,6 +96,10 @@ def configure_provider(
     if torch.cuda.is_available() and provider.activation_func is silu and provider.gated_linear_unit:
         plain = provider.activation_func_clamp_value is None and not provider.glu_linear_offset
         changes.set("bias_activation_fusion", plain, "one kernel of gate and product, which saves its input alone")
+        if plain and not torch._dynamo.config.disable:
+            from mbridge_model.swiglu import install_swiglu
+
+            install_swiglu()
     if provider.num_moe_experts:
         changes.set("moe_aux_loss_coeff", 0.0, "the loss is the caller's, as in transformers without its router loss")
     if family.vision is not None:

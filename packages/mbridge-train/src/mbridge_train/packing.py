@@ -17,6 +17,7 @@ from typing import Self
 
 import torch
 from mbridge_model import VisionInputs
+from mbridge_model.transfer import to_device
 from torch import Tensor
 
 from mbridge_train.batch import Sample
@@ -200,12 +201,12 @@ class ModelInputs:
         ]
 
     def to(self, device: torch.device | str) -> Self:
-        """The same micro-batch with its tensors on ``device``; copies overlap with compute if memory is pinned."""
+        """The same micro-batch with its tensors on ``device``, which the host does not wait for."""
         moved = copy(self)
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
-                setattr(moved, field.name, value.to(device, non_blocking=True))
+                setattr(moved, field.name, to_device(value, device))
         if self.vision is not None:
             moved.vision = self.vision.to(device)
         return moved

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mbridge_model.errors import ModelError
+from mbridge_model.transfer import to_device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,5 +53,5 @@ class VisionInputs:
         )
 
     def to(self, device: torch.device | str) -> Self:
-        """The same with the pixels on `device`; the copy overlaps with compute if the memory is pinned."""
-        return type(self)(pixel_values=self.pixel_values.to(device, non_blocking=True), grid_thw=self.grid_thw)
+        """The same with the pixels on `device`, which the host does not wait for."""
+        return type(self)(pixel_values=to_device(self.pixel_values, device), grid_thw=self.grid_thw)
