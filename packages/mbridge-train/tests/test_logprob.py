@@ -139,6 +139,18 @@ def test_extreme_logits_stay_finite() -> None:
     assert bool(logits.grad.isfinite().all())
 
 
+def test_slices_far_apart_stay_finite(gang2: Any) -> None:
+    inf = torch.inf
+    logits = torch.tensor([[-inf, -inf, 3.0, 3.0], [1e4, 1e4, -1e4, 0.0], [3.0, -inf, -inf, -inf]])
+    targets = torch.tensor([2, 1, 0])
+    for logprobs, entropy, grad in gang2.run(
+        run_slice, (logits, targets, (torch.ones(3), torch.ones(3))), 4, 1.0, True
+    ):
+        assert logprobs.tolist() == pytest.approx([-0.693147, -0.693147, 0], abs=1e-5)
+        assert entropy.tolist() == pytest.approx([0.693147, 0.693147, 0], abs=1e-5)
+        assert bool(grad.isfinite().all())
+
+
 def test_target_outside_the_vocabulary_is_nan() -> None:
     logprobs, _ = alone(torch.zeros(3, 8), torch.tensor([-1, 6, 5]), 6)
     assert logprobs.isnan().tolist() == [True, True, False]

@@ -96,22 +96,20 @@ class _LogprobAndEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         tokens = logits.shape[0]
         dtype = _compute_dtype(logits)
-        # Conversion and division are monotone, so the maximum can be taken in the original precision.
-        if columns:
-            maximum = logits[:, :columns].amax(dim=1).to(dtype) / temperature
-        else:
-            maximum = torch.full((tokens,), -torch.inf, dtype=dtype, device=logits.device)
-        if group is not None:
-            dist.all_reduce(maximum, dist.ReduceOp.MAX, group=group)
-
+        # Of this rank's columns; a rank at the end may have none.
+        maximum = torch.full((tokens,), -torch.inf, dtype=dtype, device=logits.device)
         # One row each, so that a single all-reduce sums all of them: sum exp, the target, and sum exp * shifted.
         sums = torch.zeros(3 if with_entropy else 2, tokens, dtype=dtype, device=logits.device)
         if columns:
             values_only = logits.detach()  # or a kernel of its own would be compiled for logits with gradients
             for start, stop in _chunks(logits, columns):
-                found = _sums(values_only[start:stop, :columns], maximum[start:stop], temperature, with_entropy)
-                for row, values in zip((0, 2), found, strict=False):
+                found = _maximum_and_sums(values_only[start:stop, :columns], temperature, with_entropy)
+                maximum[start:stop] = found[0]
+                for row, values in zip((0, 2), found[1:], strict=False):
                     sums[row, start:stop] = values
+        if group is not None:
+            maximum = _to_common_maximum(sums, maximum, group)
+        if columns:
             column, is_local = _local_target(targets, vocab_start, columns)
             target = logits.gather(1, column[:, None]).squeeze(1).to(dtype) / temperature - maximum
             sums[1] = torch.where(is_local, target, 0)
@@ -155,14 +153,30 @@ class _LogprobAndEntropy(torch.autograd.Function):
 
 
 @compiled_on_gpu
-def _sums(logits: Tensor, maximum: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, ...]:
-    """Of each row, sum exp(x - m), and with the entropy sum exp(x - m) (x - m)."""
-    shifted = logits.to(maximum.dtype) / temperature - maximum[:, None]
+def _maximum_and_sums(logits: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, ...]:
+    """Of each row m = max x, sum exp(x - m), and with the entropy sum exp(x - m) (x - m)."""
+    # Without the entropy, torch makes one pass over the logits of this.
+    logits = logits.to(_compute_dtype(logits)) / temperature
+    maximum = logits.amax(dim=1, keepdim=True)
+    shifted = logits - maximum
     if not with_entropy:
-        return (shifted.exp().sum(dim=1),)
+        return maximum.squeeze(1), shifted.exp().sum(dim=1)
     shifted = shifted.clamp(min=_LOG_FLOOR)
     exponentials = shifted.exp()
-    return exponentials.sum(dim=1), (exponentials * shifted).sum(dim=1)
+    return maximum.squeeze(1), exponentials.sum(dim=1), (exponentials * shifted).sum(dim=1)
+
+
+def _to_common_maximum(sums: Tensor, own: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """The maximum over all ranks, to which `sums` of exp(x - own) are brought in place."""
+    common = own.clone()
+    dist.all_reduce(common, dist.ReduceOp.MAX, group=group)
+    sums.masked_fill_(own == -torch.inf, 0)  # nothing but -inf here: exp(x - own) is NaN
+    shift = (own - common).clamp(min=_LOG_FLOOR)
+    if len(sums) == 3:
+        sums[2] += sums[0] * shift
+        sums[2] *= shift.exp()
+    sums[0] *= shift.exp()
+    return common
 
 
 @compiled_on_gpu
