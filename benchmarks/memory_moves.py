@@ -9,7 +9,8 @@ and moments to host memory and back; "plain" is as many bytes in copies between 
 to 1 GiB. "stream" copies the exported weights into another model's tensors: in this process, and through two buckets
 into those of another process on the same GPU; "plain" is as many bytes in copies between two device buffers. Medians of
 the rounds; the first turn, which makes the pinned memory or opens the handles, is a figure of its own. Extra memory is
-the peak of torch's allocator above what was there. The 7B model has no optimizer here, whose state fits on no one GPU.
+the peak of torch's allocator above what was there. The 7B model has the buffers of one that trains, but no optimizer,
+whose state fits on no one GPU.
 """
 
 import argparse
@@ -32,12 +33,13 @@ PLAIN_BYTES = 1 << 30
 
 
 def make_engine(name: str, directory: Path) -> Any:
-    """With an optimizer that has taken a step, so that there are moments; the 7B model without.
+    """With an optimizer that has taken a step, so that there are moments; the 7B model with gradients' buffers alone.
 
     The weights are random ones that lie in no file, but the export asks an index in `directory` for their names.
     """
     from mbridge_model import load
     from mbridge_train import Engine, MicroBatching, OptimizerSettings, Sample, Schedule, aggregation_weights, sft_loss
+    from mbridge_train.optimizer import wrap_data_parallel
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     write_config(name, directory)
@@ -47,12 +49,14 @@ def make_engine(name: str, directory: Path) -> Any:
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, "model.safetensors")}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
     model, handle = load(directory, None, {"calculate_per_token_loss": True}, dtype=torch.bfloat16, weights=False)
-    settings = None if name == "7b" else OptimizerSettings(schedule=Schedule(max_lr=1e-6))
-    engine = Engine(model, handle, micro_batching=MicroBatching(micro_batch_size=1), optimizer=settings)
-    if settings is not None:
-        (weights,) = aggregation_weights([torch.arange(8) > 0], "token-mean")
-        engine.forward_backward([Sample(tokens=torch.arange(8), weights=weights)], sft_loss)
-        engine.step()
+    settings = OptimizerSettings(schedule=Schedule(max_lr=1e-6))
+    micro_batching = MicroBatching(micro_batch_size=1)
+    if name == "7b":
+        return Engine(list(wrap_data_parallel(model, settings)), handle, micro_batching=micro_batching)
+    engine = Engine(model, handle, micro_batching=micro_batching, optimizer=settings)
+    (weights,) = aggregation_weights([torch.arange(8) > 0], "token-mean")
+    engine.forward_backward([Sample(tokens=torch.arange(8), weights=weights)], sft_loss)
+    engine.step()
     return engine
 
 
@@ -153,6 +157,7 @@ def receive(connection: Connection, rounds: int) -> None:
 
 
 def measure_stream(engine: Any, rounds: int, bucket_bytes: int) -> dict[str, Any]:
+    from mbridge_train.copying import copy_tensors
     from mbridge_train.weight_stream import stream_weights
 
     device = engine.device
@@ -164,8 +169,7 @@ def measure_stream(engine: Any, rounds: int, bucket_bytes: int) -> dict[str, Any
     targets = make_targets(shapes, device)
 
     def in_process(targets: dict[str, Tensor]) -> None:
-        for name, tensor in engine.export_weights():
-            targets[name].copy_(tensor)
+        copy_tensors((targets[name], tensor) for name, tensor in engine.export_weights())
 
     report: dict[str, Any] = {"bytes": size, "bucket_bytes": bucket_bytes}
     runs = [seconds_of(lambda: in_process(targets), device) for _ in range(rounds + 1)]

@@ -77,12 +77,15 @@ def main() -> int:
         buckets = f"{extra / 2**20:.0f} MiB for buckets of {BUCKET_BYTES >> 20}"
         check(f"stream {stream}: extra memory", extra <= 3 * BUCKET_BYTES, buckets)
     torch.cuda.empty_cache()
-    free = torch.cuda.mem_get_info()[0]
-    engine.offload("weights")
+    allocated, free = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
+    engine.offload("weights", "gradients", "optimizer")
+    freed = allocated - torch.cuda.memory_allocated()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     returned = torch.cuda.mem_get_info()[0] - free
-    check("what was read in place is free once offloaded", returned >= 1.8 * parameters, f"{returned} bytes more")
+    # The weights are a ninth of it: memory that the other process had still mapped would not return.
+    figures = f"{returned} bytes more of {freed}"
+    check("what was read in place is free once offloaded", returned >= 0.95 * freed >= 17 * parameters, figures)
     engine.onload()
     check("and comes back", digest(dict(engine.export_weights())) == expected)
     leave()

@@ -6,13 +6,14 @@ recomputes, and a random stream for each sequence, so that a sequence does not d
 on the rank that sampled it.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
+from mbridge_train.copying import copy_tensors
 from mbridge_train.hf_files import from_directory
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
@@ -152,7 +153,7 @@ class TransformersRollout:
         self._has_weights = False
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy a stream of (HuggingFace name, tensor) into the live model, holding one tensor at a time.
+        """Copy a stream of (HuggingFace name, tensor) into the live model, holding some hundred MB of it at a time.
 
         Tensors are cast to the rollout's dtype. With tied embeddings the output matrix may be in the stream or not.
         A stream that does not fit raises `RolloutError` with the tensor's name; the weights are then incomplete, and
@@ -165,26 +166,14 @@ class TransformersRollout:
                 tensor.untyped_storage().resize_(tensor.nbytes)
         # Tied tensors are one object under several names: any of the names fills it.
         missing = {id(tensor): name for name, tensor in reversed(live.items())}
-        with torch.no_grad():
+
+        def pairs() -> Iterator[tuple[Tensor, Tensor]]:
             for name, tensor in weights:
-                target = live.get(name)
-                if target is None:
-                    raise RolloutError(
-                        f"weight {name!r} is not part of {type(self.model).__name__}: "
-                        "the stream must use the names of the model's own HuggingFace checkpoint"
-                    )
-                if target.shape != tensor.shape:
-                    raise RolloutError(
-                        f"weight {name!r} has shape {tuple(tensor.shape)}, the rollout model expects "
-                        f"{tuple(target.shape)}: config.json and the trained model disagree"
-                    )
-                if target.is_floating_point() != tensor.is_floating_point():
-                    raise RolloutError(
-                        f"weight {name!r} has dtype {tensor.dtype}, the rollout model expects {target.dtype}: "
-                        "stream the tensor in a floating-point dtype"
-                    )
-                target.copy_(tensor)
+                target = self._target(name, tensor, live)
                 missing.pop(id(target), None)
+                yield target, tensor
+
+        copy_tensors(pairs())
         if missing:
             names = sorted(missing.values())
             raise RolloutError(
@@ -192,6 +181,26 @@ class TransformersRollout:
                 f"{', …' if len(names) > 5 else ''}; stream every tensor of the checkpoint"
             )
         self._has_weights = True
+
+    def _target(self, name: str, tensor: Tensor, live: Mapping[str, Tensor]) -> Tensor:
+        """The live tensor that `tensor` is copied into, if it fits."""
+        target = live.get(name)
+        if target is None:
+            raise RolloutError(
+                f"weight {name!r} is not part of {type(self.model).__name__}: "
+                "the stream must use the names of the model's own HuggingFace checkpoint"
+            )
+        if target.shape != tensor.shape:
+            raise RolloutError(
+                f"weight {name!r} has shape {tuple(tensor.shape)}, the rollout model expects "
+                f"{tuple(target.shape)}: config.json and the trained model disagree"
+            )
+        if target.is_floating_point() != tensor.is_floating_point():
+            raise RolloutError(
+                f"weight {name!r} has dtype {tensor.dtype}, the rollout model expects {target.dtype}: "
+                "stream the tensor in a floating-point dtype"
+            )
+        return target
 
     def release_weights(self) -> None:
         """See `RolloutEngine.release_weights`."""

@@ -14,39 +14,55 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.reduction import DupFd
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.multiprocessing  # with it, a GPU's tensors go through a connection, as CUDA IPC handles
 from torch import Tensor
 
+from mbridge_train.copying import copy_tensors
 from mbridge_train.errors import TrainError
 
 BUCKETS = 2
 ALIGNMENT = 64  # bytes; a multiple of every dtype's size
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """A contiguous tensor, or a part of one, in some memory: a bucket's, or a parameter's own.
+
+    A tuple, because hundreds of them go through the connection with each stream.
 
     Attributes:
         name: of the tensor, HuggingFace's.
         shape, dtype: of the whole tensor.
-        start, count: which of its elements, in row-major order.
-        offset: of the first of them in the memory, in bytes.
+        start, size: its first element and how many, in row-major order.
+        offset: of the first of them in the memory, in bytes; a multiple of the dtype's size.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     start: int
-    count: int
+    size: int
     offset: int
 
-    def view(self, data: Tensor) -> Tensor:
-        """Its elements, [count], in the memory `data`, uint8 [bytes]."""
-        return data[self.offset : self.offset + self.count * self.dtype.itemsize].view(self.dtype)
+
+class Elements:
+    """Memory, uint8 [bytes], as elements of any dtype."""
+
+    def __init__(self, data: Tensor) -> None:
+        self._data = data
+        self._typed: dict[torch.dtype, Tensor] = {}
+
+    def of(self, piece: Piece) -> Tensor:
+        """[size], a view."""
+        itemsize = piece.dtype.itemsize
+        typed = self._typed.get(piece.dtype)
+        if typed is None:
+            whole = len(self._data) // itemsize * itemsize
+            typed = self._typed[piece.dtype] = self._data[:whole].view(piece.dtype)
+        first = piece.offset // itemsize
+        return typed[first : first + piece.size]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,6 +145,7 @@ def fill_buckets(weights: Iterable[tuple[str, Tensor]], memory: list[Tensor]) ->
     """
     slot, offset = 0, 0
     pieces: list[Piece] = []
+    elements = [Elements(data) for data in memory]
     for name, tensor in weights:
         flat = tensor.detach().reshape(-1)
         start = 0
@@ -137,9 +154,9 @@ def fill_buckets(weights: Iterable[tuple[str, Tensor]], memory: list[Tensor]) ->
             count = min(len(flat) - start, (len(data) - offset) // tensor.dtype.itemsize)
             if count > 0:
                 piece = Piece(
-                    name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, start=start, count=count, offset=offset
+                    name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, start=start, size=count, offset=offset
                 )
-                piece.view(data).copy_(flat[start : start + count])
+                elements[slot].of(piece).copy_(flat[start : start + count])
                 pieces.append(piece)
                 start += count
                 offset = -(-(offset + count * tensor.dtype.itemsize) // ALIGNMENT) * ALIGNMENT
@@ -165,7 +182,8 @@ def load_pieces(pieces: Iterable[Piece], data: Tensor, targets: Mapping[str, Ten
         TrainError: there is no such tensor, or it has another shape; nothing is copied.
     """
     received: dict[str, int] = {}
-    places, values = [], []
+    pairs: list[tuple[Tensor, Tensor]] = []
+    elements = Elements(data)
     for piece in pieces:
         target = targets.get(piece.name)
         if target is None:
@@ -175,8 +193,9 @@ def load_pieces(pieces: Iterable[Piece], data: Tensor, targets: Mapping[str, Ten
                 f"weight {piece.name!r} is streamed with shape {piece.shape}, the receiving model has "
                 f"{tuple(target.shape)}: their config.json disagree"
             )
-        places.append(target.detach().view(-1)[piece.start : piece.start + piece.count])
-        values.append(piece.view(data))
-        received[piece.name] = received.get(piece.name, 0) + piece.count
-    torch._foreach_copy_(places, values)  # hundreds of tensors in few kernels
+        flat = target.view(-1)
+        place = flat if piece.size == len(flat) else flat[piece.start : piece.start + piece.size]
+        pairs.append((place, elements.of(piece)))
+        received[piece.name] = received.get(piece.name, 0) + piece.size
+    copy_tensors(pairs)
     return received

@@ -52,7 +52,8 @@ def stream_weights(
     if connection is not None:
         try:
             memory = make_bucket_memory(bucket_bytes, engine.device)
-            _send(weights, WeightsInPlace(engine.model), connection, memory, timeout)
+            in_place = WeightsInPlace(engine.model, larger_than=bucket_bytes)
+            _send(weights, in_place, connection, memory, timeout)
         except (EOFError, OSError) as problem:
             error = f"the process that receives the weights is gone ({type(problem).__name__}): see what it printed"
         except TrainError as problem:

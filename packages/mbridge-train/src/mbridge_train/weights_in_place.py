@@ -18,11 +18,12 @@ class WeightsInPlace:
 
     Args:
         model: the chunks of this rank.
+        larger_than: bytes of a storage that are too few: to map it would take longer than to copy it twice.
     """
 
-    def __init__(self, model: Iterable[nn.Module]) -> None:
-        parameters = (parameter for chunk in model for parameter in chunk.parameters())
-        shared = (parameter.untyped_storage() for parameter in parameters if parameter.is_shared())
+    def __init__(self, model: Iterable[nn.Module], *, larger_than: int) -> None:
+        storages = (tensor.untyped_storage() for chunk in model for tensor in chunk.parameters() if tensor.is_shared())
+        shared = (storage for storage in storages if storage.nbytes() > larger_than)
         self._storages = {storage.data_ptr(): storage for storage in shared}
         self._pieces: dict[int, list[Piece]] = {}
 
@@ -38,7 +39,7 @@ class WeightsInPlace:
                 shape=tuple(tensor.shape),
                 dtype=tensor.dtype,
                 start=0,
-                count=tensor.numel(),
+                size=tensor.numel(),
                 offset=tensor.data_ptr() - start,
             )
             self._pieces.setdefault(start, []).append(piece)
