@@ -5,9 +5,9 @@
 
 Random bf16 weights of the geometry of Qwen2.5 in safetensors files; one process a rank. "load" is what
 `mbridge_model.load` does once the model stands; "plain" reads an even share of the files' bytes on each rank, in blocks
-through a pinned buffer into the GPU's memory, on a CPU into memory that has been used before. Times are those of the
-slowest rank, medians of the rounds after a first one, files in the page cache. Extra memory is the peak of a rank's
-private host memory above what it has when the model stands.
+through a pinned buffer into the GPU's memory, on a CPU into memory that has been used before. Ranks share GPUs where
+there are fewer. Times are those of the slowest rank, medians of the rounds after a first one, files in the page cache.
+Extra memory is the peak of a rank's private host memory above what it has when the model stands.
 """
 
 import argparse
@@ -88,12 +88,15 @@ def read_share(files: list[Path], target: torch.Tensor, buffer: torch.Tensor) ->
 
 
 def measure(rank: int, name: str, ranks: int, directory: Path, rounds: int, port: int, report: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    gpus = torch.cuda.device_count()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank % gpus if gpus else rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     from mbridge_model import Parallel, load
     from mbridge_train.processes import join, leave
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    if 0 < gpus < ranks:
+        distributed.init_process_group("gloo")  # NCCL takes one rank a GPU
     device = join()
     model, handle = load(directory, Parallel(tensor=ranks), dtype=torch.bfloat16, weights=False)
     files = sorted(directory.glob("*.safetensors"))
@@ -110,7 +113,7 @@ def measure(rank: int, name: str, ranks: int, directory: Path, rounds: int, port
         figures = {
             "model": name,
             "tensor_parallel": ranks,
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+            "device": f"{min(ranks, gpus)} x {torch.cuda.get_device_name()}" if gpus else "CPU",
             "torch": torch.__version__,
             "bytes": size,
             "seconds": seconds,

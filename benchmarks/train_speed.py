@@ -12,7 +12,8 @@ clipping:
 
   fsdp2                transformers and torch's `fully_shard`, SDPA, fused AdamW
   megatron-te          Megatron-Core with Transformer Engine's layers, DDP and distributed optimizer in a minimal loop
-  ours-te, ours-torch  the engine on Transformer Engine's layers, or on plain torch ones
+  ours-te              the engine on Transformer Engine's layers
+  ours-torch           the engine on plain torch layers, in a process that cannot import Transformer Engine
 
 A step is everything from samples in memory to updated weights. Times are medians (least, most) over the steps after
 warm-up; tokens are real ones, without padding. TFLOP/s count what the model needs (`mbridge_config.flops`), as a share
