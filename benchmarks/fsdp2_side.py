@@ -16,6 +16,9 @@ MicroBatches = list[tuple[dict[str, Tensor], float]]
 
 def load_model(auto: Any, settings: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
     """The model of `settings["directory"]` with parameters of `dtype`: its weights, or random ones of its own."""
+    if settings.get("lengths") != "fixed":
+        # The first that torch takes on Hopper, it plans each new length in 0.15 s, longer than such a micro-batch runs.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     options = {"dtype": dtype, "attn_implementation": settings["attention"]}
     if settings["same_weights"]:
         model = auto.from_pretrained(settings["directory"], **options).to(device)

@@ -10,7 +10,7 @@ Sides, each in a process of its own, one after the other, on the same weights an
 tokens; the loss is the mean over all trained tokens of a global batch, the optimizer AdamW on fp32 master weights with
 clipping:
 
-  fsdp2                transformers and torch's `fully_shard`, SDPA, fused AdamW
+  fsdp2                transformers and torch's `fully_shard`, SDPA, without cuDNN's where lengths vary, fused AdamW
   megatron-te          Megatron-Core with Transformer Engine's layers, DDP and distributed optimizer in a minimal loop
   ours-te              the engine on Transformer Engine's layers
   ours-torch           the engine on plain torch layers, in a process that cannot import Transformer Engine

@@ -9,8 +9,9 @@ tokens of text; the loss is the mean over all answer tokens of the global batch,
 weights with clipping. Sides:
 
   ours-torch, ours-te  the engine on plain torch layers or Transformer Engine's, packed to each --token-budget
-  fsdp2                transformers and torch's `fully_shard`, SDPA, fused AdamW, samples sorted by length and padded to
-                       the longest of each micro-batch, micro-batches collated beforehand in pinned memory
+  fsdp2                transformers and torch's `fully_shard`, SDPA without cuDNN's kernels, fused AdamW, samples sorted
+                       by length and padded to the longest of each micro-batch, which are collated beforehand in pinned
+                       memory
 
 Each runs in a process of its own, one after the other, over the same global batches. A step is everything from samples
 in memory to updated weights; decoding of images is no part of it. Times are medians (least, most) over the steps after

@@ -13,6 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
+from mbridge_model.attention_kernels import attention_kernels
 from mbridge_train.copying import copy_tensors
 from mbridge_train.hf_files import from_directory
 from torch import Tensor
@@ -251,15 +252,16 @@ class TransformersRollout:
         alive = torch.arange(rows, device=self.device)
         cache = DynamicCache(config=self.model.config)
         for step in range(sampling.max_new_tokens):
-            logits = self.model(
-                input_ids=input_ids,
-                # Without padding no mask is needed, and attention takes its faster path.
-                attention_mask=attention_mask if padded else None,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
+            with attention_kernels(plans=False):  # each token is another length
+                logits = self.model(
+                    input_ids=input_ids,
+                    # Without padding no mask is needed, and attention takes its faster path.
+                    attention_mask=attention_mask if padded else None,
+                    position_ids=position_ids,
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                ).logits[:, -1]
             blocked = self.end_tokens if step < sampling.min_new_tokens else None
             chosen, chosen_logprobs = draw(logits, uniforms[alive, step], sampling, blocked)
             tokens[alive, step] = chosen

@@ -4,8 +4,7 @@ Packed sequences are attended to without a Python loop over them: on a GPU in ha
 flash kernel, elsewhere by padding sequences of similar length into one dense call (see `_length_buckets`).
 """
 
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import nullcontext
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -16,15 +15,9 @@ from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-_FASTEST_FIRST = [
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+from mbridge_model.attention_kernels import attention_kernels
 
 
 class TorchDotProductAttention(MegatronModule):
@@ -103,7 +96,8 @@ class TorchDotProductAttention(MegatronModule):
             allowed = banded if allowed is None else allowed & banded
         dropout = self.dropout if self.training else 0.0
         # Ranks hold different heads, so they must draw different dropout masks: Megatron's model-parallel stream.
-        with _kernels(query), get_cuda_rng_tracker().fork() if dropout else nullcontext():
+        kernels = attention_kernels(plans=_is_hopper_or_later(query) and cudnn_pays(query.shape[2]))
+        with kernels, get_cuda_rng_tracker().fork() if dropout else nullcontext():
             return scaled_dot_product_attention(
                 query,
                 key,
@@ -158,18 +152,15 @@ class TorchDotProductAttention(MegatronModule):
         return output
 
 
-def _kernels(query: Tensor) -> AbstractContextManager[Any]:
-    """On GPUs since Hopper, cuDNN's attention before the flash kernels that torch takes first, where it pays."""
-    if not query.is_cuda or torch.cuda.get_device_capability(query.device) < (9, 0) or not cudnn_pays(query.shape[2]):
-        return nullcontext()
-    return sdpa_kernel(_FASTEST_FIRST, set_priority=True)
+def _is_hopper_or_later(tensor: Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
 
 
 def cudnn_pays(length: int) -> bool:
-    """Whether cuDNN's attention is the faster one for sequences of this length that come up again.
+    """Whether cuDNN's attention is the faster one for sequences of this length, and it comes up again.
 
-    At 4,096 tokens it is nearly twice as fast as flash, below 2,048 slower. It makes a plan for each shape, in 0.15 s
-    and some memory that stays, so batches padded to whatever their longest sample is are not for it.
+    On an H100 it is nearly twice as fast as flash at 4,096 tokens, below 2,048 slower. Batches padded to whatever their
+    longest sample is would each need a plan.
     """
     return length >= 4096 and length % 128 == 0
 
