@@ -10,7 +10,7 @@ import pytest
 import torch
 from mbridge_model import Parallel
 from mbridge_train.errors import TrainError
-from mbridge_train.weight_buckets import fill_buckets, load_pieces, make_bucket_memory
+from mbridge_train.weight_buckets import Elements, Piece, Targets, fill_buckets, make_bucket_memory
 from mbridge_train.weights_in_place import WeightsInPlace
 
 from testing.gang import Gang
@@ -37,16 +37,17 @@ def make_weights() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("bucket_bytes", [64, 200, 600, 100_000])
 def test_buckets_hold_every_weight(bucket_bytes: int) -> None:
     weights = make_weights()
-    targets = {name: torch.zeros_like(tensor).contiguous() for name, tensor in weights.items()}
+    places = {name: torch.zeros_like(tensor).contiguous() for name, tensor in weights.items()}
+    targets = Targets(places)
     memory = [shared.data for shared in make_bucket_memory(bucket_bytes, torch.device("cpu"))]
     slots = []
     for bucket in fill_buckets(weights.items(), memory):
-        assert bucket.data is memory[bucket.slot] and len(bucket.data) == bucket_bytes
         assert all(piece.offset + piece.size * piece.dtype.itemsize <= bucket_bytes for piece in bucket.pieces)
         slots.append(bucket.slot)
-        load_pieces(bucket.pieces, bucket.data, targets)
+        targets.load(bucket.pieces, Elements(memory[bucket.slot]))
+    assert targets.complete() == set(weights)
     for name, tensor in weights.items():
-        assert torch.equal(targets[name], tensor), name
+        assert torch.equal(places[name], tensor), name
     assert slots == [number % 2 for number in range(len(slots))]
     # Every bucket but the last is full but for alignment and what is left when the next element does not fit.
     total = sum(tensor.nbytes for tensor in weights.values())
@@ -55,41 +56,62 @@ def test_buckets_hold_every_weight(bucket_bytes: int) -> None:
 
 def test_weights_are_cast_to_the_receivers_dtype() -> None:
     weights = {"matrix": torch.randn(33, 7)}
-    targets = {"matrix": torch.zeros(33, 7, dtype=torch.bfloat16)}
-    for bucket in fill_buckets(weights.items(), [torch.empty(128, dtype=torch.uint8)] * 2):
-        load_pieces(bucket.pieces, bucket.data, targets)
-    assert torch.equal(targets["matrix"], weights["matrix"].bfloat16())
+    places = {"matrix": torch.zeros(33, 7, dtype=torch.bfloat16)}
+    targets, memory = Targets(places), [torch.empty(128, dtype=torch.uint8)] * 2
+    for bucket in fill_buckets(weights.items(), memory):
+        targets.load(bucket.pieces, Elements(memory[bucket.slot]))
+    assert torch.equal(places["matrix"], weights["matrix"].bfloat16())
 
 
 def test_buckets_that_do_not_fit() -> None:
-    (bucket,) = fill_buckets({"matrix": torch.zeros(3, 2)}.items(), [torch.empty(128, dtype=torch.uint8)] * 2)
+    memory = [torch.empty(128, dtype=torch.uint8)] * 2
+    (bucket,) = fill_buckets({"matrix": torch.zeros(3, 2)}.items(), memory)
     with pytest.raises(TrainError, match="'matrix' is streamed, and the receiving model has no such"):
-        load_pieces(bucket.pieces, bucket.data, {})
+        Targets({}).load(bucket.pieces, Elements(memory[0]))
     with pytest.raises(TrainError, match=r"shape \(3, 2\), the receiving model has \(2, 3\)"):
-        load_pieces(bucket.pieces, bucket.data, {"matrix": torch.zeros(2, 3)})
+        Targets({"matrix": torch.zeros(2, 3)}).load(bucket.pieces, Elements(memory[0]))
+    with pytest.raises(TrainError, match="'matrix' is not contiguous in the receiving model"):
+        Targets({"matrix": torch.zeros(2, 3).T}).load(bucket.pieces, Elements(memory[0]))
     with pytest.raises(TrainError, match="bucket_bytes is 8"):
         make_bucket_memory(8, torch.device("cpu"))
+
+
+def test_a_weight_that_comes_in_part() -> None:
+    targets = Targets({"matrix": torch.zeros(3, 2)})
+    targets.load([Piece("matrix", (3, 2), torch.float32, 0, 4, 0)], Elements(torch.zeros(16, dtype=torch.uint8)))
+    with pytest.raises(TrainError, match="1 weights came in part, first 'matrix'"):
+        targets.complete()
 
 
 def test_what_is_read_in_place() -> None:
     """Views of large shared parameters; not what is copied, cut, or in a parameter of this process alone."""
     shared, private = torch.nn.Linear(4, 6, dtype=torch.bfloat16), torch.nn.Linear(3, 20)
     shared.share_memory()
+    rows = shared.weight.detach()
     weights = {
-        "rows": shared.weight.detach()[1:4],
-        "columns": shared.weight.detach()[:, 1:3],
-        "copy": shared.weight.detach().clone(),
-        "bias": shared.bias.detach(),
-        "private": private.weight.detach(),
-        "last": shared.weight.detach()[5],
+        "rows": [rows[1:4]],
+        "columns": [rows[:, 1:3]],
+        "copy": [rows.clone()],
+        "blocks": [rows[4:6], rows[1:2]],
+        "bias": [shared.bias.detach()],
+        "half a copy": [rows[2:3], rows[:1].clone()],
+        "private": [private.weight.detach()],
+        "last": [rows[5]],
     }
+    places = {name: torch.zeros_like(torch.cat(blocks)) for name, blocks in weights.items()}
+    targets = Targets(places)
     in_place = WeightsInPlace([shared, private], larger_than=12)
-    assert [name for name, _ in in_place.take_out(weights.items())] == ["columns", "copy", "bias", "private"]
-    targets = {name: torch.zeros(tensor.shape) for name, tensor in weights.items()}
-    for pieces, data in in_place.pieces():
-        load_pieces(pieces, data, targets)
-    for name in ("rows", "last"):
-        assert torch.equal(targets[name], weights[name].float()), name
+    elsewhere = in_place.take_out(weights.items(), lambda pieces, data: targets.load(pieces, Elements(data)))
+    assert [(name, tensor.shape) for name, tensor in elsewhere] == [
+        ("columns", (6, 2)),
+        ("copy", (6, 4)),
+        ("bias", (6,)),
+        ("half a copy", (2, 4)),
+        ("private", (20, 3)),
+    ]
+    assert targets.complete() == {"rows", "blocks", "last"}
+    for name in ("rows", "blocks", "last"):
+        assert torch.equal(places[name], torch.cat(weights[name])), name
 
 
 LAYOUTS = (Parallel(tensor=2), Parallel(pipeline=2), Parallel())
@@ -119,7 +141,7 @@ def to_another_process(directory: Path) -> Any:
                     parameter.share_memory_()
             stream_weights(engine, connection, bucket_bytes=BUCKET_BYTES, timeout=60)
             in_place = WeightsInPlace(engine.model, larger_than=BUCKET_BYTES)
-            in_buckets = [name for name, _ in in_place.take_out(engine.export_weights())]
+            in_buckets = [name for name, _ in in_place.take_out(engine.export_blocks(), lambda *_: None)]
             expected = digest({name: tensor.clone() for name, tensor in engine.export_weights()})
             found.append((expected, connection.recv() if connection is not None else None, in_buckets))
         begin = time.perf_counter()
@@ -139,9 +161,7 @@ def test_another_process_receives_every_weight(gang2: Gang, tmp_path: Path) -> N
     assert len(found) == len(LAYOUTS)
     for layout, (expected, (names, received), in_buckets) in zip(LAYOUTS, found, strict=True):
         assert received == expected and names == set(expected)
-        # Two groups of heads lie side by side in a fused attention, so that its parts are copies.
-        copies = [name for name in expected if name.endswith(("q_proj.weight", "k_proj.weight", "v_proj.weight"))]
-        assert sorted(in_buckets) == sorted(copies if layout == Parallel() else expected)
+        assert sorted(in_buckets) == ([] if layout == Parallel() else sorted(expected))
     assert message == other_message
     assert message.startswith("streaming weights from rank 0: the process that receives the weights is gone")
     assert seconds < 20
@@ -153,8 +173,8 @@ class FixedWeights:
     device = torch.device("cpu")
     model = ()
 
-    def export_weights(self) -> Any:
-        return iter(make_weights().items())
+    def export_blocks(self) -> Any:
+        return ((name, [tensor]) for name, tensor in make_weights().items())
 
 
 def to_a_thread(targets: dict[str, torch.Tensor], timeout: float) -> tuple[str, str]:

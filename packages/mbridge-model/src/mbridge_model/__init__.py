@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mbridge_model.cpu import enable_cpu
     from mbridge_model.errors import ModelError
-    from mbridge_model.model import ModelHandle, export, export_recipe, forward, load
+    from mbridge_model.model import ModelHandle, export, export_blocks, export_recipe, forward, load
     from mbridge_model.parallel import Parallel
     from mbridge_model.save import save_hf
     from mbridge_model.vision.freeze import Freeze
@@ -26,6 +26,7 @@ __all__ = [
     "VisionInputs",
     "enable_cpu",
     "export",
+    "export_blocks",
     "export_recipe",
     "forward",
     "load",
@@ -43,6 +44,7 @@ _HOME = {
     "VisionInputs": "vision.inputs",
     "enable_cpu": "cpu",
     "export": "model",
+    "export_blocks": "model",
     "export_recipe": "model",
     "forward": "model",
     "load": "model",

@@ -185,11 +185,11 @@ class Bridge:
                 left.append(task)
         return left
 
-    def stream_weights(self, model: list[torch.nn.Module], vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (HuggingFace name, whole tensor) one by one on every rank. Collective: all ranks must iterate.
+    def stream_blocks(self, model: list[torch.nn.Module], vocab_size: int) -> Iterator[tuple[str, list[torch.Tensor]]]:
+        """Yield (HuggingFace name, blocks of rows of the whole tensor) on every rank. Collective: all must iterate.
 
         Tensors with a row per token are cut to `vocab_size` rows, which Megatron-Bridge leaves padded. Where this rank
-        has the whole model, most tensors are views of parameters, and Megatron-Bridge converts the others.
+        has the whole model, most blocks are views of parameters, and Megatron-Bridge converts the others.
 
         Raises:
             ModelError: the memory of the weights has been freed.
@@ -217,16 +217,16 @@ class Bridge:
         vocabulary = {"lm_head.weight"}.union(*(hf_names(task) for task in tasks if has_vocabulary(task)))
         converted = self._bridge.export_hf_weights(model, cpu=False, show_progress=False, conversion_tasks=left)
         for name, tensor in converted:
-            yield name, tensor[:vocab_size] if name in vocabulary else tensor
+            yield name, [tensor[:vocab_size] if name in vocabulary else tensor]
 
     def _parts_of(self, task: Any, vocab_size: int) -> Parts | None:
         """Views of a parameter that this rank has whole; None if Megatron-Bridge must convert it."""
-        if task is None or task.megatron_module is None or task.mapping.is_expert:
+        if task is None or task.megatron_module is None:
             return None
         known = self._parts.get(task.global_param_name)
         if known is None or not known.are_of(task.param_weight):
             names, config = task_parts(task), task.megatron_module.config
-            if names is None:
+            if names is None or task.mapping.is_expert:
                 return None
             known = self._parts[task.global_param_name] = Parts(
                 task.param_weight,

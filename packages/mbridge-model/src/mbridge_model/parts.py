@@ -48,14 +48,13 @@ class Parts:
         views = part_views(self._data, parts, queries=heads // groups, groups=groups)
         if rows is not None:
             views["whole"] = views["whole"][:rows]
-        self._named = [(parts[part], view) for part, view in views.items()]
-        self._is_grouped = "query" in parts
+        is_grouped = "query" in parts
+        self._named = [(parts[part], list(view) if is_grouped else [view]) for part, view in views.items()]
 
     def are_of(self, parameter: Tensor) -> bool:
         """Whether the parameter still is where it was: data parallelism, say, moves it into a buffer."""
         return parameter.data_ptr() == self._data.data_ptr()
 
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield (HuggingFace name, tensor), without a copy but for a fused attention of several groups."""
-        for name, view in self._named:
-            yield name, view.flatten(0, 1) if self._is_grouped else view
+    def __iter__(self) -> Iterator[tuple[str, list[Tensor]]]:
+        """(HuggingFace name, blocks of rows): one for each group of a fused attention, else one alone."""
+        return iter(self._named)

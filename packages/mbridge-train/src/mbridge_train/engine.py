@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from mbridge_model import ModelHandle, export, forward
+from mbridge_model import ModelHandle, export, export_blocks, forward
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -181,6 +181,11 @@ class Engine:
         """Stream the weights under their HuggingFace names. Collective: every rank iterates to the end."""
         self.synchronize_weights()
         return export(self.model, self.handle)
+
+    def export_blocks(self) -> Iterator[tuple[str, list[Tensor]]]:
+        """The same, each tensor as blocks of its rows (`mbridge_model.export_blocks`)."""
+        self.synchronize_weights()
+        return export_blocks(self.model, self.handle)
 
     def synchronize_weights(self) -> None:
         """Finish a parameter gather that overlaps with the next forward pass, so that the weights can be read."""

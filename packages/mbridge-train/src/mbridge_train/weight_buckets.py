@@ -1,8 +1,10 @@
 """A stream of weights in flat buckets of a fixed size, in memory that another process can map.
 
-    memory = make_bucket_memory(bucket_bytes, engine.device)
-    for bucket in fill_buckets(engine.export_weights(), [shared.data for shared in memory]):
-        load_pieces(bucket.pieces, bucket.data, model.state_dict())
+    targets = Targets(model.state_dict())
+    memory = [shared.data for shared in make_bucket_memory(bucket_bytes, engine.device)]
+    for bucket in fill_buckets(engine.export_weights(), memory):
+        targets.load(bucket.pieces, Elements(memory[bucket.slot]))
+    names = targets.complete()
 
 Here both sides are one process; `weight_stream` does it with two. Two buckets take turns: the next is filled while the
 last is being read. A tensor that does not fit into what is left of a bucket goes on in the next, so a bucket may be
@@ -54,6 +56,10 @@ class Elements:
         self._data = data
         self._typed: dict[torch.dtype, Tensor] = {}
 
+    @property
+    def device(self) -> torch.device:
+        return self._data.device
+
     def of(self, piece: Piece) -> Tensor:
         """[size], a view."""
         itemsize = piece.dtype.itemsize
@@ -62,16 +68,15 @@ class Elements:
             whole = len(self._data) // itemsize * itemsize
             typed = self._typed[piece.dtype] = self._data[:whole].view(piece.dtype)
         first = piece.offset // itemsize
-        return typed[first : first + piece.size]
+        return typed.narrow(0, first, piece.size)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Bucket:
-    """Some pieces, and the memory they are in: uint8 [bucket_bytes]. `slot` says which of the buckets it is."""
+    """Some pieces; `slot` says in which of the buckets."""
 
     slot: int
-    pieces: tuple[Piece, ...]
-    data: Tensor
+    pieces: list[Piece]
 
 
 class SharedMemory:
@@ -153,49 +158,67 @@ def fill_buckets(weights: Iterable[tuple[str, Tensor]], memory: list[Tensor]) ->
             data = memory[slot]
             count = min(len(flat) - start, (len(data) - offset) // tensor.dtype.itemsize)
             if count > 0:
-                piece = Piece(
-                    name=name, shape=tuple(tensor.shape), dtype=tensor.dtype, start=start, size=count, offset=offset
-                )
+                piece = Piece(name, tuple(tensor.shape), tensor.dtype, start, count, offset)
                 elements[slot].of(piece).copy_(flat[start : start + count])
                 pieces.append(piece)
                 start += count
                 offset = -(-(offset + count * tensor.dtype.itemsize) // ALIGNMENT) * ALIGNMENT
             if start < len(flat):  # the bucket is full
-                yield Bucket(slot=slot, pieces=tuple(pieces), data=data)
+                yield Bucket(slot=slot, pieces=pieces)
                 slot, offset, pieces = (slot + 1) % len(memory), 0, []
     if pieces:
-        yield Bucket(slot=slot, pieces=tuple(pieces), data=memory[slot])
+        yield Bucket(slot=slot, pieces=pieces)
 
 
-@torch.no_grad()
-def load_pieces(pieces: Iterable[Piece], data: Tensor, targets: Mapping[str, Tensor]) -> dict[str, int]:
-    """Copy pieces out of their memory into the tensors of the same names, cast to their dtypes.
+class Targets:
+    """Tensors that pieces are copied into, cast to their dtypes.
 
     Args:
-        data: the memory, uint8 [bytes].
-        targets: contiguous tensors by name, such as a `state_dict()`.
-
-    Returns:
-        How many elements of each tensor there were.
-
-    Raises:
-        TrainError: there is no such tensor, or it has another shape; nothing is copied.
+        tensors: contiguous ones by name, such as a `state_dict()`.
     """
-    received: dict[str, int] = {}
-    pairs: list[tuple[Tensor, Tensor]] = []
-    elements = Elements(data)
-    for piece in pieces:
-        target = targets.get(piece.name)
-        if target is None:
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = tensors
+        # All at once, which a receiver does while the sender begins.
+        self._flat = {name: tensor.detach().view(-1) for name, tensor in tensors.items() if tensor.is_contiguous()}
+        self._elements: dict[str, int] = {}
+
+    def load(self, pieces: Iterable[Piece], elements: Elements) -> None:
+        """Copy pieces out of their memory.
+
+        Raises:
+            TrainError: there is no such tensor, or it has another shape.
+        """
+        copy_tensors((self._place(piece), elements.of(piece)) for piece in pieces)
+
+    def complete(self) -> set[str]:
+        """The names of the tensors that have come.
+
+        Raises:
+            TrainError: one has come in part.
+        """
+        partial = sorted(name for name, count in self._elements.items() if count != self._flat[name].numel())
+        if partial:
+            raise TrainError(f"{len(partial)} weights came in part, first {partial[0]!r}")
+        return set(self._elements)
+
+    def _place(self, piece: Piece) -> Tensor:
+        name, size = piece.name, piece.size
+        if name not in self._elements:
+            self._check(piece)
+            self._elements[name] = 0
+        self._elements[name] += size
+        flat = self._flat[name]
+        return flat if size == flat.numel() else flat.narrow(0, piece.start, size)
+
+    def _check(self, piece: Piece) -> None:
+        tensor = self._tensors.get(piece.name)
+        if tensor is None:
             raise TrainError(f"weight {piece.name!r} is streamed, and the receiving model has no such tensor")
-        if tuple(target.shape) != piece.shape:
+        if tensor.shape != piece.shape:
             raise TrainError(
                 f"weight {piece.name!r} is streamed with shape {piece.shape}, the receiving model has "
-                f"{tuple(target.shape)}: their config.json disagree"
+                f"{tuple(tensor.shape)}: their config.json disagree"
             )
-        flat = target.view(-1)
-        place = flat if piece.size == len(flat) else flat[piece.start : piece.start + piece.size]
-        pairs.append((place, elements.of(piece)))
-        received[piece.name] = received.get(piece.name, 0) + piece.size
-    copy_tensors(pairs)
-    return received
+        if piece.name not in self._flat:
+            raise TrainError(f"weight {piece.name!r} is not contiguous in the receiving model: make it so to fill it")

@@ -9,11 +9,15 @@ buckets. The connection carries only what is where. Its other end must be a proc
 what comes through it is unpickled; and the starting process must close its own copy of that end, or a death is only
 noticed after the timeout.
 
-    sender:   memory ── bucket ── bucket ─────── bucket ─────── … ── in place ──── end
-    receiver:              └─ taken ──┘   └─ taken ──┘                  └─ taken ──┘   └─ done | failed, and the reason
+    sender:   pieces ── pieces ───────── pieces ───────── … ── end
+    receiver:    └─ taken ──┘   └─ taken ──┘                    └─ done | failed, and the reason
+
+A message has some pieces, and the number of the memory they are in, which comes with the first of its messages. What
+is in a bucket is copied when it is "taken"; in place, when all is "done".
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +25,7 @@ import torch
 from torch import Tensor, distributed
 
 from mbridge_train.errors import TrainError
-from mbridge_train.weight_buckets import SharedMemory, fill_buckets, load_pieces, make_bucket_memory
+from mbridge_train.weight_buckets import Elements, Piece, SharedMemory, Targets, fill_buckets, make_bucket_memory
 from mbridge_train.weights_in_place import WeightsInPlace
 
 if TYPE_CHECKING:
@@ -29,6 +33,8 @@ if TYPE_CHECKING:
 
 BUCKET_BYTES = 256 << 20
 TIMEOUT = 600.0
+UNDER_WAY = 2
+"""Messages that the receiver has not answered; no more, as there are two buckets."""
 
 
 def stream_weights(
@@ -47,24 +53,25 @@ def stream_weights(
     Raises:
         TrainError: on every rank, where a receiver ended, failed or took too long.
     """
-    weights = engine.export_weights()
+    weights = engine.export_blocks()
     error: str | None = None
     if connection is not None:
         try:
-            memory = make_bucket_memory(bucket_bytes, engine.device)
             in_place = WeightsInPlace(engine.model, larger_than=bucket_bytes)
-            _send(weights, in_place, connection, memory, timeout)
+            _Sender(connection, timeout).send(weights, in_place, bucket_bytes, engine.device)
         except (EOFError, OSError) as problem:
             error = f"the process that receives the weights is gone ({type(problem).__name__}): see what it printed"
         except TrainError as problem:
             error = str(problem)
     for _ in weights:
         pass  # each rank takes part in every gather of the export, or the others wait for it forever
-    errors: list[str | None] = [None] * distributed.get_world_size()
-    distributed.all_gather_object(errors, error)
-    for rank, found in enumerate(errors):
-        if found is not None:
-            raise TrainError(f"streaming weights from rank {rank}: {found}")
+    failures = torch.tensor(error is not None, dtype=torch.int32, device=engine.device)
+    distributed.all_reduce(failures)
+    if failures.item():
+        errors: list[str | None] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(errors, error)
+        rank, found = next((rank, found) for rank, found in enumerate(errors) if found is not None)
+        raise TrainError(f"streaming weights from rank {rank}: {found}")
 
 
 def receive_weights(connection: Connection, targets: Mapping[str, Tensor], *, timeout: float = TIMEOUT) -> set[str]:
@@ -82,55 +89,70 @@ def receive_weights(connection: Connection, targets: Mapping[str, Tensor], *, ti
         TrainError: a weight has no place here or another shape, or came in part; the sender is told and raises, too.
             The sender ended or took too long. Some of the targets are then overwritten.
     """
+    loading = Targets(targets)
+    places: list[tuple[Elements, bool]] = []  # with whether it is a bucket, which the sender fills again
     try:
-        memory: list[SharedMemory] = _receive(connection, timeout)
-        counts: dict[str, int] = {}
         while (message := _receive(connection, timeout)) is not None:
-            pieces, place = message
-            data = place if isinstance(place, Tensor) else memory[place].data
-            for name, count in load_pieces(pieces, data, targets).items():
-                counts[name] = counts.get(name, 0) + count
-            _synchronize(data)
-            del message, place, data  # the sender wants to free it
+            pieces, number, place = message
+            if place is not None:
+                is_bucket = isinstance(place, SharedMemory)
+                places.append((Elements(place.data if is_bucket else place), is_bucket))
+            elements, is_bucket = places[number]
+            loading.load(pieces, elements)
+            if is_bucket:
+                _synchronize(elements.device)
             connection.send("taken")
-        partial = sorted(name for name, count in counts.items() if count != targets[name].numel())
-        if partial:
-            raise TrainError(f"{len(partial)} weights came in part, first {partial[0]!r}")
+        for elements, _ in places:
+            _synchronize(elements.device)
+        names = loading.complete()
     except EOFError:
         raise TrainError("the process that sends the weights is gone: see what it printed") from None
     except TrainError as error:
         connection.send(("failed", str(error)))
         raise
-    del memory
+    del place, elements, places  # the sender wants to free them
     connection.send("done")
-    return set(counts)
+    return names
 
 
-def _send(
-    weights: Iterator[tuple[str, Tensor]],
-    in_place: WeightsInPlace,
-    connection: Connection,
-    memory: list[SharedMemory],
-    timeout: float,
-) -> None:
-    connection.send(memory)
-    under_way = 0
-    for bucket in fill_buckets(in_place.take_out(weights), [shared.data for shared in memory]):
-        _synchronize(bucket.data)
-        connection.send((bucket.pieces, bucket.slot))
-        under_way += 1
-        if under_way == len(memory):  # the next bucket has the memory of the oldest one
-            _expect("taken", connection, timeout)
-            under_way -= 1
-    mapped = list(in_place.pieces())  # kept until nobody reads it
-    for pieces, data in mapped:
-        _synchronize(data)
-        connection.send((pieces, data))
-        under_way += 1
-    for _ in range(under_way):
-        _expect("taken", connection, timeout)
-    connection.send(None)
-    _expect("done", connection, timeout)  # the memory of the buckets must stay until nobody reads it, too
+class _Sender:
+    def __init__(self, connection: Connection, timeout: float) -> None:
+        self._connection = connection
+        self._timeout = timeout
+        self._numbers: dict[int, int] = {}
+        self._under_way = 0
+
+    def send(
+        self,
+        weights: Iterator[tuple[str, list[Tensor]]],
+        in_place: WeightsInPlace,
+        bucket_bytes: int,
+        device: torch.device,
+    ) -> None:
+        _synchronize(device)
+        elsewhere = in_place.take_out(weights, self._send_pieces)
+        first = next(elsewhere, None)
+        if first is not None:
+            memory = make_bucket_memory(bucket_bytes, device)
+            for bucket in fill_buckets(chain([first], elsewhere), [shared.data for shared in memory]):
+                _synchronize(device)
+                self._send_pieces(bucket.pieces, memory[bucket.slot])
+        while self._under_way:
+            self._expect_taken()
+        self._connection.send(None)
+        _expect("done", self._connection, self._timeout)
+
+    def _send_pieces(self, pieces: list[Piece], place: SharedMemory | Tensor) -> None:
+        is_new = id(place) not in self._numbers
+        number = self._numbers.setdefault(id(place), len(self._numbers))
+        self._connection.send((pieces, number, place if is_new else None))
+        self._under_way += 1
+        if self._under_way == UNDER_WAY:
+            self._expect_taken()
+
+    def _expect_taken(self) -> None:
+        _expect("taken", self._connection, self._timeout)
+        self._under_way -= 1
 
 
 def _expect(answer: str, connection: Connection, timeout: float) -> None:
@@ -145,7 +167,7 @@ def _receive(connection: Connection, timeout: float) -> Any:
     return connection.recv()
 
 
-def _synchronize(data: Tensor) -> None:
-    """Wait until the copies into or from `data` are done: the other process knows nothing of this one's streams."""
-    if data.is_cuda:
-        torch.cuda.current_stream(data.device).synchronize()
+def _synchronize(device: torch.device) -> None:
+    """Wait until all copies are done: the other process knows nothing of this one's streams."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()

@@ -1,16 +1,19 @@
 """Weights that another process can read where they are, in the parameters' own memory.
 
-Where one rank has the whole model, most of what `export_weights` yields are views of parameters. On a GPU the other
-process can map their memory, which saves a copy through a bucket. Parameters on a CPU are private to their process, but
-for those in shared memory.
+Where one rank has the whole model, what `export_blocks` yields are views of parameters. On a GPU the other process can
+map their memory, which saves a copy through a bucket. Parameters on a CPU are private to their process, but for those
+in shared memory.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
 from mbridge_train.weight_buckets import Piece
+
+PORTION = 64
+"""Pieces in a message: few, so that the receiver copies some while the next ones are found; but messages take time."""
 
 
 class WeightsInPlace:
@@ -22,33 +25,54 @@ class WeightsInPlace:
     """
 
     def __init__(self, model: Iterable[nn.Module], *, larger_than: int) -> None:
-        storages = (tensor.untyped_storage() for chunk in model for tensor in chunk.parameters() if tensor.is_shared())
-        shared = (storage for storage in storages if storage.nbytes() > larger_than)
-        self._storages = {storage.data_ptr(): storage for storage in shared}
-        self._pieces: dict[int, list[Piece]] = {}
+        storages = (parameter.untyped_storage() for chunk in model for parameter in chunk.parameters())
+        large = {storage.data_ptr(): storage for storage in storages if storage.nbytes() > larger_than}
+        memory = {start: _as_bytes(storage) for start, storage in large.items()}
+        self._memory = {start: data for start, data in memory.items() if data.is_shared()}
 
-    def take_out(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights that lie elsewhere, and keep where the others are for `pieces`."""
-        for name, tensor in weights:
-            start = tensor.untyped_storage().data_ptr()
-            if start not in self._storages or not tensor.is_contiguous():
-                yield name, tensor
+    def take_out(
+        self, weights: Iterable[tuple[str, list[Tensor]]], send: Callable[[list[Piece], Tensor], None]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Yield the weights that lie elsewhere.
+
+        Args:
+            weights: name and blocks of rows of each.
+            send: gets the others, in portions, with their memory, uint8 [bytes]; that of a GPU may go through a
+                connection once.
+        """
+        found: dict[int, list[Piece]] = {}
+        for name, blocks in weights:
+            start = self._start(blocks)
+            if start is None:
+                yield name, blocks[0] if len(blocks) == 1 else torch.cat(blocks)
                 continue
-            piece = Piece(
-                name=name,
-                shape=tuple(tensor.shape),
-                dtype=tensor.dtype,
-                start=0,
-                size=tensor.numel(),
-                offset=tensor.data_ptr() - start,
-            )
-            self._pieces.setdefault(start, []).append(piece)
+            pieces = found.setdefault(start, [])
+            pieces += _pieces(name, blocks, start)
+            if len(pieces) >= PORTION:
+                send(pieces, self._memory[start])
+                del found[start]
+        for start, pieces in found.items():
+            send(pieces, self._memory[start])
 
-    def pieces(self) -> Iterator[tuple[tuple[Piece, ...], Tensor]]:
-        """Yield what was taken out, with its memory, uint8 [bytes], which may go through a connection once."""
-        for start, pieces in self._pieces.items():
-            storage = self._storages[start]
-            data = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-            # Sending a GPU's tensor puts a reference count around the memory of its storage, another one each time and
-            # for as long as the storage lives: so it is a storage of this stream's own.
-            yield tuple(pieces), torch.from_dlpack(data) if data.is_cuda else data
+    def _start(self, blocks: list[Tensor]) -> int | None:
+        """Address of the memory that can be mapped in which all blocks lie."""
+        starts = {block.untyped_storage().data_ptr() if block.is_contiguous() else None for block in blocks}
+        start = starts.pop()
+        return None if starts or start not in self._memory else start
+
+
+def _as_bytes(storage: torch.UntypedStorage) -> Tensor:
+    data = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    # Sending a GPU's tensor puts a reference count around the memory of its storage, another one each time and for as
+    # long as the storage lives: so it is a storage of this stream's own.
+    return torch.from_dlpack(data) if data.is_cuda else data
+
+
+def _pieces(name: str, blocks: list[Tensor], start: int) -> Iterator[Piece]:
+    first = blocks[0]
+    shape = (sum(len(block) for block in blocks), *first.shape[1:]) if len(blocks) > 1 else tuple(first.shape)
+    done = 0
+    for block in blocks:
+        size = block.numel()
+        yield Piece(name, shape, block.dtype, done, size, block.data_ptr() - start)
+        done += size
