@@ -11,7 +11,7 @@ from mbridge_train.batch import Sample
 
 from testing.gang import Gang
 from testing.tiny_models import make_model
-from testing.training_runs import policy_samples
+from testing.training_runs import leave, policy_samples
 
 STEPS = 5
 LENGTHS = (1, 2, 17, 9, 30, 5, 5, 12)  # the first cannot be trained on, and the last is a prompt with an empty answer
@@ -189,3 +189,24 @@ def test_bf16_follows_fp32(gang2: Gang, models: Path, expected: dict[str, Any]) 
         want = expected["qwen3-False"]
         assert result["losses"] == pytest.approx(want["losses"], rel=0.05)
         assert result["norms"] == pytest.approx(want["norms"], rel=0.1)
+
+
+def padding_by_backend(directory: str) -> list[float]:
+    from dataclasses import replace
+
+    engine = build(directory, Parallel(tensor=2, sequence=True), {"micro_batch_size": 1}, {}, "float32")
+    try:
+        batch = [make_batch(0)[3]]  # nine tokens
+        shares = [engine.padding_share(batch)]
+        engine.handle = replace(engine.handle, backend="te")
+        shares.append(engine.padding_share(batch))
+        return shares
+    finally:
+        leave()
+
+
+def test_rows_for_transformer_engine_have_few_lengths(gang2: Gang, models: Path) -> None:
+    """Its attention is planned anew for each length."""
+    torch_share, te_share = gang2.run(padding_by_backend, str(models / "qwen2-True"))[0]
+    assert torch_share == pytest.approx(1 - 9 / 10)
+    assert te_share == pytest.approx(1 - 9 / 128)

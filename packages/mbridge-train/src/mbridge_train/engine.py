@@ -6,6 +6,7 @@ whole batch on every rank. Because the loss is a weighted sum over the global ba
 gradient are the same under every layout, micro-batching and packing.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,10 @@ from mbridge_train.last_stage import (
 from mbridge_train.offload import KEPT, PARTS, KeptPart, Offload, Part
 from mbridge_train.optimizer import Optimizer, OptimizerSettings, StepResult, wrap_data_parallel
 from mbridge_train.packing import ModelInputs, Plan, collate_dense, collate_packed, padding_share, plan_micro_batches
+
+PLANNED_LENGTHS = 128
+"""Multiple to which rows are padded for Transformer Engine: cuDNN takes a sixth of a second to plan its attention for a
+length that it has not seen."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -248,7 +253,10 @@ class Engine:
     @property
     def _length_multiple(self) -> int:
         # Sequence parallelism divides the sequence evenly over the tensor-parallel ranks.
-        return self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        ranks: int = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        if self.handle.backend == "te" and not self._is_packed:
+            return math.lcm(ranks, PLANNED_LENGTHS)
+        return ranks
 
     def _collate(self, samples: list[Sample]) -> ModelInputs:
         if self._is_packed:
