@@ -104,7 +104,7 @@ def draw(results: list[dict[str, Any]], title: str, file: Path) -> None:
     axes.set_yticks(range(len(done)), [f"{result['case']}, {result['variant']}" for result in done])
     axes.axvline(max(result["ceiling"] for result in done) / 1e12, color="#555555", linestyle="--")
     axes.set_xlabel("TFLOP/s that the model needs; dashed: a matrix product's")
-    axes.set_title(title, fontsize=10)
+    figure.suptitle(title, fontsize=10)
     figure.savefig(file)
 
 
