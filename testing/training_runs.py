@@ -64,6 +64,7 @@ def build(
     weights: bool = True,
     batching: dict[str, Any] | None = None,
     frozen: str | None = None,
+    backend: Any = "auto",
 ) -> Any:
     """An engine of its own, whatever ran in this process before; parameters with `frozen` in their name stay."""
     from mbridge_model import load
@@ -92,6 +93,7 @@ def build(
         directory,
         parallel,
         {"calculate_per_token_loss": True, "gradient_accumulation_fusion": True} | (overrides or {}),
+        backend,
         dtype=getattr(torch, dtype),
         seed=seed,
         weights=weights,
