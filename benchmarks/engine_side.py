@@ -39,8 +39,9 @@ def training_step(engine: Engine, micro_batching: MicroBatching) -> Step:
 
     def step(batch: list[Sample]) -> tuple[float, float]:
         engine.micro_batching = micro_batching
-        loss = engine.forward_backward(batch, sft_loss)["loss"]
-        return loss, engine.step().grad_norm
+        metrics = engine.forward_backward(batch, sft_loss)
+        grad_norm = engine.step().grad_norm
+        return metrics["loss"], grad_norm
 
     return step
 

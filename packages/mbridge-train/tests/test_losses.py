@@ -283,3 +283,17 @@ def test_policy_loss_rejects(options: dict[str, Any], message: str) -> None:
 def test_unknown_kl_penalty() -> None:
     with pytest.raises(ValueError, match="unknown kl_penalty 'k4'"):
         kl_estimate(torch.zeros(1), torch.zeros(1), "k4")  # type: ignore[arg-type]
+
+
+def test_metrics_are_read_when_they_are_looked_at() -> None:
+    from mbridge_model import enable_cpu
+
+    enable_cpu()
+    from mbridge_train.last_stage import Metrics
+
+    values = torch.zeros(3, dtype=torch.float64)
+    metrics = Metrics(("loss", "max_ratio", "weight"), values)
+    values += torch.tensor([3.0, 2.0, 0.5])  # what the GPU does after the host has them
+    assert metrics == {"loss": 3.0, "max_ratio": 2.0}
+    values += 1
+    assert metrics["loss"] == 3.0, "read once"

@@ -73,10 +73,10 @@ def prepare_quickstart(config: ReasoningConfig, problems: Sequence[Problem], out
                 short_share=made.warmup_short_share,
                 seed=config.actor.seed,
             )
-            loss = engine.forward_backward(_batch(chosen, answers, tokenizer), sft_loss)["loss"]
+            metrics = engine.forward_backward(_batch(chosen, answers, tokenizer), sft_loss)
             engine.step()
             if step % 50 == 0 or step == made.warmup_steps:
-                output.message(f"warm-up step {step}/{made.warmup_steps}  loss {loss:.4f}")
+                output.message(f"warm-up step {step}/{made.warmup_steps}  loss {metrics['loss']:.4f}")
         engine.synchronize_weights()
         save_hf(engine.model, engine.handle, target)
         engine.close()

@@ -64,8 +64,9 @@ class SFTTrainer:
         started = time.perf_counter()
         samples = training_samples(batch)
         padding = self.engine.padding_share(samples)
-        loss = self.engine.forward_backward(samples, sft_loss)["loss"]
+        metrics = self.engine.forward_backward(samples, sft_loss)
         result = self.engine.step()
+        loss = metrics["loss"]
         seconds = time.perf_counter() - started
         tokens = sum(sample.length for sample in samples)
         images = sum(0 if encoded.vision is None else len(encoded.vision.grid_thw) for encoded in batch)

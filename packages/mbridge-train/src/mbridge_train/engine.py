@@ -7,7 +7,7 @@ gradient are the same under every layout, micro-batching and packing.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -105,7 +105,7 @@ class Engine:
         *,
         temperature: float = 1.0,
         with_entropy: bool = False,
-    ) -> dict[str, float]:
+    ) -> Mapping[str, float]:
         """Fill the gradient buffers with the gradient of `loss` over the global batch. Collective over all ranks.
 
         Gradients of an earlier call are forgotten. `step` applies what is there.
@@ -117,7 +117,8 @@ class Engine:
             with_entropy: give the loss the entropy of each position's distribution.
 
         Returns:
-            The loss's metrics over the global batch, as `losses.mean_metrics` gives them, on every rank.
+            The loss's metrics over the global batch, as `losses.mean_metrics` gives them, on every rank. The first look
+            at them waits for the GPU, so it had better come after `step`.
 
         Raises:
             TrainError: the engine has no optimizer; the batch is empty; a sample exceeds the token budget; the weights
@@ -132,7 +133,7 @@ class Engine:
         self.optimizer.zero_grad()
         return self._run_loss(batch, loss, temperature=temperature, with_entropy=with_entropy, forward_only=False)
 
-    def evaluate(self, batch: list[Sample], loss: LossFunction, *, temperature: float = 1.0) -> dict[str, float]:
+    def evaluate(self, batch: list[Sample], loss: LossFunction, *, temperature: float = 1.0) -> Mapping[str, float]:
         """The metrics of `forward_backward`, without gradients. Collective over all ranks."""
         return self._run_loss(batch, loss, temperature=temperature, with_entropy=False, forward_only=True)
 
@@ -265,7 +266,7 @@ class Engine:
 
     def _run_loss(
         self, batch: list[Sample], loss: LossFunction, *, temperature: float, with_entropy: bool, forward_only: bool
-    ) -> dict[str, float]:
+    ) -> Mapping[str, float]:
         per_micro_batch = self._run(
             self._plan(batch),
             batch,

@@ -1,6 +1,7 @@
 """What the last pipeline stage makes of a micro-batch's logits, and how every rank gets to know it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -63,8 +64,39 @@ def logprob_outputs(inputs: ModelInputs, logprobs: Tensor, entropy: Tensor | Non
     return logprobs.sum(), {"per_sample": inputs.unpack(logprobs)}
 
 
-def reduce_metrics(per_micro_batch: list[dict[str, Tensor]], device: torch.device) -> dict[str, float]:
-    """Metrics of all micro-batches on all ranks, as numbers, on every rank."""
+class Metrics(Mapping[str, float]):
+    """What `mean_metrics` gives, read from the device when it is first looked at.
+
+    Whoever takes the optimizer's step before that has it launched while the GPU still computes gradients.
+
+    Args:
+        names: of the combined metrics.
+        values: float64 [names] on the device.
+    """
+
+    def __init__(self, names: Sequence[str], values: Tensor) -> None:
+        self._names = names
+        self._values = values
+
+    @cached_property
+    def _numbers(self) -> dict[str, float]:
+        return mean_metrics(dict(zip(self._names, self._values.tolist(), strict=True)))
+
+    def __getitem__(self, name: str) -> float:
+        return self._numbers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._numbers)
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def __repr__(self) -> str:
+        return repr(self._numbers)
+
+
+def reduce_metrics(per_micro_batch: list[dict[str, Tensor]], device: torch.device) -> Metrics:
+    """Metrics of all micro-batches on all ranks, on every rank. Without pipeline stages the host waits for nothing."""
     names = [sorted(per_micro_batch[0]) if per_micro_batch else []]
     if parallel_state.get_pipeline_model_parallel_world_size() > 1:
         distributed.broadcast_object_list(
@@ -77,13 +109,12 @@ def reduce_metrics(per_micro_batch: list[dict[str, Tensor]], device: torch.devic
         combined = combine_metrics(per_micro_batch)
         values = torch.stack([combined[name].double() for name in names[0]])
         group = parallel_state.get_data_parallel_group()
-        maxima = torch.tensor([is_maximum(name) for name in names[0]], device=device)
         largest = values.clone()
         distributed.all_reduce(largest, op=distributed.ReduceOp.MAX, group=group)
         distributed.all_reduce(values, group=group)
-        values = values.where(~maxima, largest)
+        values = torch.stack([(largest if is_maximum(name) else values)[index] for index, name in enumerate(names[0])])
     broadcast_from_last_stage(values)
-    return mean_metrics(dict(zip(names[0], values, strict=True)))
+    return Metrics(names[0], values)
 
 
 def broadcast_from_last_stage(values: Tensor) -> None:

@@ -212,7 +212,7 @@ def is_maximum(name: str) -> bool:
     return name.startswith("max_")
 
 
-def mean_metrics(metrics: Mapping[str, Tensor]) -> dict[str, float]:
+def mean_metrics(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
     """Combined metrics as numbers to log: weighted means of per-token values; losses and maxima as they are.
 
     For token-mean and seq-mean-token-mean the weights of a global batch sum to 1 and this changes nothing; for
