@@ -1,24 +1,29 @@
-"""Which attention kernel torch tries first. What each costs is measured on GPUs alone (docs/performance-log.md)."""
+"""Which attention kernel torch may take. What each costs is measured on GPUs alone (docs/performance-log.md)."""
+
+from contextlib import suppress
 
 import pytest
 import torch
-from mbridge_model.attention_kernels import attention_kernels
-from torch.nn.attention import SDPBackend, sdpa_kernel
-
-CUDNN, FLASH = SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION
+from mbridge_model.attention_kernels import cudnn_attention_first, no_cudnn_attention
+from torch.nn.attention import SDPBackend
 
 
-def order() -> list[int]:
-    return list(torch._C._get_sdp_priority_order())
+@pytest.mark.parametrize("before", [True, False])
+def test_without_cudnn(before: bool) -> None:
+    was = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before)
+    try:
+        with suppress(KeyError), no_cudnn_attention():
+            assert not torch.backends.cuda.cudnn_sdp_enabled()
+            raise KeyError
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was)
 
 
-@pytest.mark.parametrize(("plans", "first"), [(True, CUDNN), (False, FLASH)])
-def test_what_comes_first_whatever_torch_prefers(plans: bool, first: SDPBackend) -> None:
-    for preferred in ([CUDNN, FLASH], [FLASH, CUDNN]):  # as on Hopper and later, and before
-        with sdpa_kernel(preferred, set_priority=True):
-            before = order()
-            with attention_kernels(plans=plans):
-                assert order()[0] == int(first)
-                # Math can do everything, so nothing behind it is ever taken.
-                assert order().index(int(CUDNN)) < order().index(int(SDPBackend.MATH))
-            assert order() == before
+def test_cudnn_first() -> None:
+    before = torch._C._get_sdp_priority_order()
+    with cudnn_attention_first():
+        assert torch._C._get_sdp_priority_order()[0] == int(SDPBackend.CUDNN_ATTENTION)
+        assert torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch._C._get_sdp_priority_order() == before

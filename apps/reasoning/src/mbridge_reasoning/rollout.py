@@ -13,7 +13,7 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from mbridge_model.attention_kernels import attention_kernels
+from mbridge_model.attention_kernels import no_cudnn_attention
 from mbridge_train.copying import copy_tensors
 from mbridge_train.hf_files import from_directory
 from torch import Tensor
@@ -252,7 +252,7 @@ class TransformersRollout:
         alive = torch.arange(rows, device=self.device)
         cache = DynamicCache(config=self.model.config)
         for step in range(sampling.max_new_tokens):
-            with attention_kernels(plans=False):  # each token is another length
+            with no_cudnn_attention():  # each token is another length
                 logits = self.model(
                     input_ids=input_ids,
                     # Without padding no mask is needed, and attention takes its faster path.

@@ -5,24 +5,36 @@ time: nothing where all sequences have one length, more than half of a step wher
 in sampling, where each token makes the sequences longer, nearly all of the time.
 """
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_CUDNN_LAST = [
+_CUDNN_FIRST = [
+    SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.MATH,  # holds all scores in memory
+    SDPBackend.MATH,
 ]
 
 
-def attention_kernels(*, plans: bool) -> AbstractContextManager[Any]:
-    """Within it `scaled_dot_product_attention` takes the first of its kernels that can do what is asked.
+def cudnn_attention_first() -> AbstractContextManager[Any]:
+    """Within it `scaled_dot_product_attention` takes cuDNN's kernel if that can do what is asked."""
+    return sdpa_kernel(_CUDNN_FIRST, set_priority=True)
 
-    Args:
-        plans: cuDNN's is the first, else nearly the last.
+
+@contextmanager
+def no_cudnn_attention() -> Iterator[None]:
+    """Within it `scaled_dot_product_attention` does not take cuDNN's kernel.
+
+    The switch is torch's, of the process. To set an order of kernels would take twenty times as long, which is too long
+    for each layer of a short micro-batch.
     """
-    order = [SDPBackend.CUDNN_ATTENTION, *_CUDNN_LAST] if plans else _CUDNN_LAST  # repeated ones count once
-    return sdpa_kernel(order, set_priority=True)
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

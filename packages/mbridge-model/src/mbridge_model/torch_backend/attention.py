@@ -4,7 +4,8 @@ Packed sequences are attended to without a Python loop over them: on a GPU in ha
 flash kernel, elsewhere by padding sequences of similar length into one dense call (see `_length_buckets`).
 """
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -17,7 +18,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mbridge_model.attention_kernels import attention_kernels
+from mbridge_model.attention_kernels import cudnn_attention_first, no_cudnn_attention
 
 
 class TorchDotProductAttention(MegatronModule):
@@ -96,8 +97,7 @@ class TorchDotProductAttention(MegatronModule):
             allowed = banded if allowed is None else allowed & banded
         dropout = self.dropout if self.training else 0.0
         # Ranks hold different heads, so they must draw different dropout masks: Megatron's model-parallel stream.
-        kernels = attention_kernels(plans=_is_hopper_or_later(query) and cudnn_pays(query.shape[2]))
-        with kernels, get_cuda_rng_tracker().fork() if dropout else nullcontext():
+        with _kernels(query, has_mask=allowed is not None), get_cuda_rng_tracker().fork() if dropout else nullcontext():
             return scaled_dot_product_attention(
                 query,
                 key,
@@ -152,8 +152,13 @@ class TorchDotProductAttention(MegatronModule):
         return output
 
 
-def _is_hopper_or_later(tensor: Tensor) -> bool:
-    return tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) >= (9, 0)
+def _kernels(query: Tensor, *, has_mask: bool) -> AbstractContextManager[Any]:
+    """Where cuDNN's attention pays, before all others; else without it, but for a mask, which flash does not take."""
+    if not query.is_cuda or has_mask:
+        return nullcontext()
+    if torch.cuda.get_device_capability(query.device) >= (9, 0) and cudnn_pays(query.shape[2]):
+        return cudnn_attention_first()
+    return no_cudnn_attention()
 
 
 def cudnn_pays(length: int) -> bool:
