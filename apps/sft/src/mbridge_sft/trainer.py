@@ -66,12 +66,11 @@ class SFTTrainer:
         padding = self.engine.padding_share(samples)
         metrics = self.engine.forward_backward(samples, sft_loss)
         result = self.engine.step()
-        loss = metrics["loss"]
         seconds = time.perf_counter() - started
         tokens = sum(sample.length for sample in samples)
         images = sum(0 if encoded.vision is None else len(encoded.vision.grid_thw) for encoded in batch)
         return {
-            "train/loss": loss,
+            "train/loss": metrics["loss"],
             "train/grad_norm": result.grad_norm,
             "train/learning_rate": result.learning_rate,
             "train/skipped": float(not result.applied),

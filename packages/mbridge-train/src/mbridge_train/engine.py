@@ -118,7 +118,7 @@ class Engine:
 
         Returns:
             The loss's metrics over the global batch, as `losses.mean_metrics` gives them, on every rank. The first look
-            at them waits for the GPU, so it had better come after `step`.
+            at them waits for the GPU's gradients, which `step` does anyway: so it had better come after that.
 
         Raises:
             TrainError: the engine has no optimizer; the batch is empty; a sample exceeds the token budget; the weights

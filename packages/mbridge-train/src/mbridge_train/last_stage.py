@@ -5,6 +5,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from mbridge_model.transfer import to_device
 from megatron.core import parallel_state
 from torch import Tensor, distributed
 
@@ -65,9 +66,10 @@ def logprob_outputs(inputs: ModelInputs, logprobs: Tensor, entropy: Tensor | Non
 
 
 class Metrics(Mapping[str, float]):
-    """What `mean_metrics` gives, read from the device when it is first looked at.
+    """What `mean_metrics` gives, on its way from the device until it is first looked at.
 
-    Whoever takes the optimizer's step before that has it launched while the GPU still computes gradients.
+    Whoever takes the optimizer's step before that has it launched while the GPU still computes gradients. The copy is
+    issued at once: a later one would wait for that step, too.
 
     Args:
         names: of the combined metrics.
@@ -77,9 +79,15 @@ class Metrics(Mapping[str, float]):
     def __init__(self, names: Sequence[str], values: Tensor) -> None:
         self._names = names
         self._values = values
+        self._copied: torch.cuda.Event | None = None
+        if values.is_cuda:
+            self._values = torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+            self._copied = torch.cuda.current_stream(values.device).record_event()
 
     @cached_property
     def _numbers(self) -> dict[str, float]:
+        if self._copied is not None:
+            self._copied.synchronize()
         return mean_metrics(dict(zip(self._names, self._values.tolist(), strict=True)))
 
     def __getitem__(self, name: str) -> float:
@@ -109,10 +117,11 @@ def reduce_metrics(per_micro_batch: list[dict[str, Tensor]], device: torch.devic
         combined = combine_metrics(per_micro_batch)
         values = torch.stack([combined[name].double() for name in names[0]])
         group = parallel_state.get_data_parallel_group()
+        maxima = to_device(torch.tensor([is_maximum(name) for name in names[0]]), device)
         largest = values.clone()
         distributed.all_reduce(largest, op=distributed.ReduceOp.MAX, group=group)
         distributed.all_reduce(values, group=group)
-        values = torch.stack([(largest if is_maximum(name) else values)[index] for index, name in enumerate(names[0])])
+        values = values.where(~maxima, largest)
     broadcast_from_last_stage(values)
     return Metrics(names[0], values)
 
