@@ -6,7 +6,7 @@
 
 One process and one GPU, random bf16 weights of the geometry of Qwen2.5. "offload" moves weights, fp32 master weights
 and moments to host memory and back; "plain" is as many bytes in copies between one pinned and one device buffer of up
-to 1 GiB. "stream" copies the exported weights into another model's tensors: in this process, and through two buckets
+to 1 GiB. "stream" copies the exported weights into another model's tensors: in this process, and by `stream_weights`
 into those of another process on the same GPU; "plain" is as many bytes in copies between two device buffers. Medians of
 the rounds; the first turn, which makes the pinned memory or opens the handles, is a figure of its own. Extra memory is
 the peak of torch's allocator above what was there. The 7B model has the buffers of one that trains, but no optimizer,

@@ -15,6 +15,7 @@ from mbridge_model.directory import HFDirectory, open_directory
 from mbridge_model.families import GENERIC, Family, find_family
 from mbridge_model.fidelity import check_mrope, check_rotary, config_fields
 from mbridge_model.parallel import Parallel, initialize_parallel
+from mbridge_model.parts import join_blocks
 from mbridge_model.provider import Backend, configure_provider, resolve_backend
 from mbridge_model.vision import Freeze, VisionInputs
 
@@ -215,7 +216,7 @@ def export(model: list[nn.Module], handle: ModelHandle) -> Iterator[tuple[str, T
         ModelError: the memory of the weights has been freed.
     """
     for name, blocks in export_blocks(model, handle):
-        yield name, blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+        yield name, join_blocks(blocks)
 
 
 def export_blocks(model: list[nn.Module], handle: ModelHandle) -> Iterator[tuple[str, list[Tensor]]]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 
+import torch
 from torch import Tensor
 
 
@@ -27,6 +28,11 @@ def part_views(parameter: Tensor, parts: Iterable[str], *, queries: int, groups:
     # Megatron-Core keeps the queries of a group, its key and its value next to each other.
     grouped = parameter.unflatten(0, (groups, queries + 2, -1))
     return {"query": grouped[:, :queries].flatten(1, 2), "key": grouped[:, queries], "value": grouped[:, queries + 1]}
+
+
+def join_blocks(blocks: list[Tensor]) -> Tensor:
+    """The tensor whose rows they are, without a copy if there is one alone."""
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 class Parts:

@@ -25,7 +25,15 @@ import torch
 from torch import Tensor, distributed
 
 from mbridge_train.errors import TrainError
-from mbridge_train.weight_buckets import Elements, Piece, SharedMemory, Targets, fill_buckets, make_bucket_memory
+from mbridge_train.weight_buckets import (
+    BUCKETS,
+    Elements,
+    Piece,
+    SharedMemory,
+    Targets,
+    fill_buckets,
+    make_bucket_memory,
+)
 from mbridge_train.weights_in_place import WeightsInPlace
 
 if TYPE_CHECKING:
@@ -33,8 +41,6 @@ if TYPE_CHECKING:
 
 BUCKET_BYTES = 256 << 20
 TIMEOUT = 600.0
-UNDER_WAY = 2
-"""Messages that the receiver has not answered; no more, as there are two buckets."""
 
 
 def stream_weights(
@@ -42,13 +48,13 @@ def stream_weights(
 ) -> None:
     """Send all weights under their HuggingFace names. Collective over all ranks.
 
-    Beside the model this takes two buckets, on ranks with a connection, and what `export_weights` needs. The weights
-    must not change before it returns.
+    Beside the model this takes what `export_weights` needs and, on ranks with a connection whose weights cannot all be
+    read in place, two buckets. The weights must not change before it returns.
 
     Args:
         connection: this rank's end of a pipe whose other end is in `receive_weights`; None: it sends nothing.
         bucket_bytes: size of a bucket, the same or another on each rank.
-        timeout: longest wait for the receiver to take one bucket, in seconds.
+        timeout: longest wait for the receiver to take the pieces of one message, in seconds.
 
     Raises:
         TrainError: on every rank, where a receiver ended, failed or took too long.
@@ -80,7 +86,7 @@ def receive_weights(connection: Connection, targets: Mapping[str, Tensor], *, ti
     Args:
         connection: other end of that of `stream_weights`.
         targets: contiguous tensors to copy into, by HuggingFace name. Two names may share one tensor's memory.
-        timeout: longest wait for the next bucket, in seconds.
+        timeout: longest wait for the next message, in seconds.
 
     Returns:
         The names that came, each complete.
@@ -90,29 +96,33 @@ def receive_weights(connection: Connection, targets: Mapping[str, Tensor], *, ti
             The sender ended or took too long. Some of the targets are then overwritten.
     """
     loading = Targets(targets)
-    places: list[tuple[Elements, bool]] = []  # with whether it is a bucket, which the sender fills again
     try:
-        while (message := _receive(connection, timeout)) is not None:
-            pieces, number, place = message
-            if place is not None:
-                is_bucket = isinstance(place, SharedMemory)
-                places.append((Elements(place.data if is_bucket else place), is_bucket))
-            elements, is_bucket = places[number]
-            loading.load(pieces, elements)
-            if is_bucket:
-                _synchronize(elements.device)
-            connection.send("taken")
-        for elements, _ in places:
-            _synchronize(elements.device)
+        _load(connection, loading, timeout)
         names = loading.complete()
     except EOFError:
         raise TrainError("the process that sends the weights is gone: see what it printed") from None
     except TrainError as error:
         connection.send(("failed", str(error)))
         raise
-    del place, elements, places  # the sender wants to free them
     connection.send("done")
     return names
+
+
+def _load(connection: Connection, loading: Targets, timeout: float) -> None:
+    """Load all pieces; keeps none of the sender's memory, which wants to free it."""
+    places: list[tuple[Elements, bool]] = []  # with whether it is a bucket, which the sender fills again
+    while (message := _receive(connection, timeout)) is not None:
+        pieces, number, place = message
+        if place is not None:
+            is_bucket = isinstance(place, SharedMemory)
+            places.append((Elements(place.data if is_bucket else place), is_bucket))
+        elements, is_bucket = places[number]
+        loading.load(pieces, elements)
+        if is_bucket:
+            _synchronize(elements.device)
+        connection.send("taken")
+    for elements, _ in places:
+        _synchronize(elements.device)
 
 
 class _Sender:
@@ -147,7 +157,7 @@ class _Sender:
         number = self._numbers.setdefault(id(place), len(self._numbers))
         self._connection.send((pieces, number, place if is_new else None))
         self._under_way += 1
-        if self._under_way == UNDER_WAY:
+        if self._under_way == BUCKETS:  # the next one may have the memory of the oldest
             self._expect_taken()
 
     def _expect_taken(self) -> None:

@@ -8,6 +8,7 @@ in shared memory.
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
+from mbridge_model.parts import join_blocks
 from torch import Tensor, nn
 
 from mbridge_train.weight_buckets import Piece
@@ -44,7 +45,7 @@ class WeightsInPlace:
         for name, blocks in weights:
             start = self._start(blocks)
             if start is None:
-                yield name, blocks[0] if len(blocks) == 1 else torch.cat(blocks)
+                yield name, join_blocks(blocks)
                 continue
             pieces = found.setdefault(start, [])
             pieces += _pieces(name, blocks, start)
