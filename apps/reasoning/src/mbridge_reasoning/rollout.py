@@ -230,6 +230,7 @@ class TransformersRollout:
         return [completions[position] for position in range(len(prompts))]
 
     @torch.inference_mode()
+    @no_cudnn_attention()  # each token is another length
     def _generate_batch(
         self, prompts: list[Sequence[int]], uniforms: Tensor, sampling: SamplingParams
     ) -> list[Completion]:
@@ -252,16 +253,15 @@ class TransformersRollout:
         alive = torch.arange(rows, device=self.device)
         cache = DynamicCache(config=self.model.config)
         for step in range(sampling.max_new_tokens):
-            with no_cudnn_attention():  # each token is another length
-                logits = self.model(
-                    input_ids=input_ids,
-                    # Without padding no mask is needed, and attention takes its faster path.
-                    attention_mask=attention_mask if padded else None,
-                    position_ids=position_ids,
-                    past_key_values=cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                ).logits[:, -1]
+            logits = self.model(
+                input_ids=input_ids,
+                # Without padding no mask is needed, and attention takes its faster path.
+                attention_mask=attention_mask if padded else None,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            ).logits[:, -1]
             blocked = self.end_tokens if step < sampling.min_new_tokens else None
             chosen, chosen_logprobs = draw(logits, uniforms[alive, step], sampling, blocked)
             tokens[alive, step] = chosen
