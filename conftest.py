@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -11,6 +12,9 @@ from testing.gang import Gang, WorkerPool
 # Before anything imports torch, and for every process that a test starts: idle threads of one process that wait for
 # work take the cores from the others.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Without a GPU Triton's interpreter runs the kernels. Triton asks when it is imported.
+if not Path("/proc/driver/nvidia/version").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # The first process compiles our own sources for all others.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 

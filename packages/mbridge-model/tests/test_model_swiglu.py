@@ -16,8 +16,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 @pytest.fixture
 def swiglu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The module, in Megatron-Core's place for as long as the test runs."""
-    if DEVICE == "cpu":
-        monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(fused_bias_swiglu, "SwiGLUFunction", fused_bias_swiglu.SwiGLUFunction)
     from mbridge_model import swiglu
 

@@ -20,7 +20,11 @@ def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float, zero_centered: bool
     dtype = hidden.dtype
     if hidden.is_cuda and not zero_centered:
         # One kernel each way, which multiplies by the weight before it casts.
-        return nn.functional.rms_norm(hidden, weight.shape, weight, epsilon)
+        if torch._dynamo.config.disable:
+            return nn.functional.rms_norm(hidden, weight.shape, weight, epsilon)
+        from mbridge_model.torch_backend.rms_norm import RMSNorm
+
+        return RMSNorm.apply(hidden, weight, epsilon)
     normalised = hidden.float()
     normalised = normalised * torch.rsqrt(normalised.square().mean(-1, keepdim=True) + epsilon)
     if zero_centered:
