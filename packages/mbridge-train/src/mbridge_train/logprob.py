@@ -100,13 +100,11 @@ class _LogprobAndEntropy(torch.autograd.Function):
         maximum = torch.full((tokens,), -torch.inf, dtype=dtype, device=logits.device)
         # One row each, so that a single all-reduce sums all of them: sum exp, the target, and sum exp * shifted.
         sums = torch.zeros(3 if with_entropy else 2, tokens, dtype=dtype, device=logits.device)
-        if columns:
-            values_only = logits.detach()  # or a kernel of its own would be compiled for logits with gradients
-            for start, stop in _chunks(logits, columns):
-                found = _maximum_and_sums(values_only[start:stop, :columns], temperature, with_entropy)
-                maximum[start:stop] = found[0]
-                for row, values in zip((0, 2), found[1:], strict=False):
-                    sums[row, start:stop] = values
+        if tokens and columns:
+            found = _maximum_and_sums(logits.detach()[:, :columns], temperature, with_entropy)
+            maximum, sums[0] = found[:2]
+            if with_entropy:
+                sums[2] = found[2]
         if group is not None:
             maximum = _to_common_maximum(sums, maximum, group)
         if columns:
@@ -152,18 +150,21 @@ class _LogprobAndEntropy(torch.autograd.Function):
         return (grad_logits,) + (None,) * 8
 
 
-@compiled_on_gpu
-def _maximum_and_sums(logits: Tensor, temperature: float, with_entropy: bool) -> tuple[Tensor, ...]:
+def _maximum_and_sums(logits: Tensor, temperature: float, with_entropy: bool) -> list[Tensor]:
     """Of each row m = max x, sum exp(x - m), and with the entropy sum exp(x - m) (x - m)."""
-    # Without the entropy, torch makes one pass over the logits of this.
-    logits = logits.to(_compute_dtype(logits)) / temperature
-    maximum = logits.amax(dim=1, keepdim=True)
-    shifted = logits - maximum
-    if not with_entropy:
-        return maximum.squeeze(1), shifted.exp().sum(dim=1)
-    shifted = shifted.clamp(min=_LOG_FLOOR)
-    exponentials = shifted.exp()
-    return maximum.squeeze(1), exponentials.sum(dim=1), (exponentials * shifted).sum(dim=1)
+    if logits.is_cuda and logits.dtype != torch.float64 and not torch._dynamo.config.disable:
+        from mbridge_train.logit_kernels import maximum_and_sums
+
+        return list(maximum_and_sums(logits, temperature))[: 3 if with_entropy else 2]
+    chunks = []
+    for start, stop in _chunks(logits, logits.shape[1]):
+        x = logits[start:stop].to(_compute_dtype(logits)) / temperature
+        maximum = x.amax(dim=1, keepdim=True)
+        exponentials = (x - maximum).exp()
+        chunks.append([maximum.squeeze(1), exponentials.sum(dim=1)])
+        if with_entropy:
+            chunks[-1].append((exponentials * (x - maximum).clamp(min=_LOG_FLOOR)).sum(dim=1))
+    return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
 
 def _to_common_maximum(sums: Tensor, own: Tensor, group: dist.ProcessGroup) -> Tensor:
