@@ -24,6 +24,8 @@ class TorchLayerNormColumnParallelLinear(ColumnParallelLinear):
     With sequence parallelism the norm runs on this rank's slice of the sequence, before the all-gather.
     """
 
+    skip_bias_add: bool
+
     # The class name ends as Megatron-Bridge expects of a fused layer: the norm replicated, the rest column-parallel.
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **arguments: Any) -> None:
         super().__init__(input_size, output_size, config=config, **arguments)
@@ -41,6 +43,15 @@ class TorchLayerNormColumnParallelLinear(ColumnParallelLinear):
             self.config, input_, self.layer_norm_weight, self.layer_norm_bias, self.config.layernorm_epsilon
         )
         output: tuple[Tensor, Tensor | None] = super().forward(normalised, weight, runtime_gather_output)
+        return output
+
+    def without_bias(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same without the bias, and the bias, for a kernel that adds it."""
+        skips, self.skip_bias_add = self.skip_bias_add, True
+        try:
+            output: tuple[Tensor, Tensor | None] = self(input_)
+        finally:
+            self.skip_bias_add = skips
         return output
 
     def sharded_state_dict(

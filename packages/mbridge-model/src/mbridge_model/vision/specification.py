@@ -1,13 +1,12 @@
 """The language model's layers: those of the backend, with deepstack and with rotary angles taken as they are."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
-from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from mbridge_model.bridge import qwen_vl_parts
+from mbridge_model.self_attention import layer_specs
 from mbridge_model.vision.deepstack import DeepstackLayer
 
 
@@ -19,9 +18,8 @@ def language_layers(backend_spec: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def vision_language_layers(config: Any, vp_stage: int | None = None) -> Any:
-        takes_stage = "vp_stage" in inspect.signature(backend_spec).parameters
-        spec = backend_spec(config, vp_stage=vp_stage) if takes_stage else backend_spec(config)
-        for layer in [spec] if isinstance(spec, ModuleSpec) else spec.layer_specs:
+        spec, layers = layer_specs(backend_spec, config, vp_stage)
+        for layer in layers:
             if layer.module is not TransformerLayer:
                 raise ValueError(f"a layer of class {layer.module.__name__} cannot carry deepstack features")
             layer.module = DeepstackLayer
