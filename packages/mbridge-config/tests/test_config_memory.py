@@ -11,16 +11,18 @@ from mbridge_config.memory import GIB, Generation, MicroBatch, Recompute, StageM
 
 Facts = Callable[[str], HFFacts]
 
-# model, layers, packed, tokens, patches, measured peak in GiB: one H200, benchmarks/train_speed.py and, the last,
-# benchmarks/vlm_sft_speed.py; tokens and patches are those of the micro-batch that takes the most.
+# model, layers, packed, tokens, patches, measured peak in GiB: one H100, benchmarks/train_speed.py, and one H200 for
+# 32,768 tokens and, the last, benchmarks/vlm_sft_speed.py; tokens and patches are those of the micro-batch that takes
+# the most.
 MEASURED: list[tuple[str, str, bool, int, int, float]] = [
     ("qwen2.5-1.5b", "te", False, 16384, 0, 62.6),
     ("qwen2.5-1.5b", "te", False, 32768, 0, 98.7),
     ("qwen2.5-1.5b", "te", True, 16095, 0, 62.0),
-    ("qwen2.5-1.5b", "torch", False, 8192, 0, 45.2),
-    ("qwen2.5-1.5b", "torch", False, 16384, 0, 64.1),
-    ("qwen2.5-1.5b", "torch", False, 32768, 0, 101.7),
-    ("qwen2.5-1.5b", "torch", True, 16095, 0, 64.5),
+    ("qwen2.5-1.5b", "te", False, 20480, 0, 71.6),
+    ("qwen2.5-1.5b", "torch", False, 8192, 0, 44.4),
+    ("qwen2.5-1.5b", "torch", False, 16384, 0, 62.5),
+    ("qwen2.5-1.5b", "torch", False, 20480, 0, 71.5),
+    ("qwen2.5-1.5b", "torch", True, 16095, 0, 64.0),
     ("qwen2.5-vl-3b", "torch", True, 4012, 13500, 103.8),
 ]
 

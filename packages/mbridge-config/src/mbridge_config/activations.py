@@ -10,7 +10,8 @@ q and k the widths of all query and of all key heads, f that of the MLP:
     norm, each      2eh                   the same: its input, and its output, which the next linear needs
     norms of q, k   e(q + k)              eq, and packed e(q + 2k) for the fused projection, of which k is a view
     attention       e(2q + 2k)            packed: 4eq, k and v being repeated for each query head; without groups, and
-                                          where sequences are padded, 3e(q + k): v is a view of the fused projection
+                                          where sequences are padded, the same as Transformer Engine's if one kernel
+                                          splits the fused projection, else 3e(q + k), as v is a view of it
     its statistics  4 a head              the same
     SwiGLU          3ef                   the same: its input, and its output, which the next linear needs
 
@@ -116,6 +117,14 @@ def _attention(facts: HFFacts, kernels: Kernels) -> float:
         return statistics + e * (2 * query + 2 * key) + (e * (query + key) if has_norms else 0)
     # The queries of several groups are copied out of the fused projection; key and value are views of it.
     copied = e * query if 1 < facts.num_query_groups < facts.num_attention_heads else 0
-    if not kernels.packed or key == query:
+    if kernels.packed and key != query:
+        return statistics + 4 * e * query + (copied + e * (query + 2 * key) if has_norms else 0)
+    if has_norms or not _has_split_kernel(facts, kernels):
         return statistics + 3 * e * (query + key) + (copied if has_norms else 0)
-    return statistics + 4 * e * query + (copied + e * (query + 2 * key) if has_norms else 0)
+    return statistics + e * (2 * query + 2 * key)
+
+
+def _has_split_kernel(facts: HFFacts, kernels: Kernels) -> bool:
+    """Whether one kernel splits and rotates queries, keys and values (`RotarySelfAttention` of mbridge-model)."""
+    rotates_all = facts.rotary_fraction in (None, 1.0)
+    return facts.vision is None and rotates_all and kernels.tensor_parallel <= facts.num_query_groups
