@@ -1,5 +1,8 @@
 """Weight gradients that are added to an fp32 buffer, against the product in double precision."""
 
+import inspect
+import re
+
 import pytest
 import torch
 from mbridge_model import enable_cpu
@@ -7,6 +10,7 @@ from mbridge_model import enable_cpu
 enable_cpu()
 
 from mbridge_model.gradient_accumulation import accumulate_weight_gradient, embedding  # noqa: E402
+from megatron.core.tensor_parallel import layers  # noqa: E402
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -23,6 +27,10 @@ def test_adds_to_the_buffer(dtype: torch.dtype, tokens: int, device: str) -> Non
     # On a CPU the product of half-precision numbers is rounded once before it is added.
     tolerance = 2e-2 if dtype == torch.bfloat16 and device == "cpu" else 1e-5
     torch.testing.assert_close(buffer.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_megatron_asks_torch_for_nothing_else() -> None:
+    assert set(re.findall(r"\bF\.(\w+)", inspect.getsource(layers))) == {"embedding"}
 
 
 @pytest.mark.parametrize("is_tied", [False, True])

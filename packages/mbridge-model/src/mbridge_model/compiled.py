@@ -40,6 +40,11 @@ def compiled_on_gpu[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def runs_kernels(tensor: Tensor) -> bool:
+    """Whether Triton's kernels can take the tensor: on a GPU, unless compiling is switched off."""
+    return tensor.is_cuda and not torch._dynamo.config.disable
+
+
 def run_uncompiled_without_compiler() -> None:
     """Where Triton cannot build its launchers, switch compiling off, Megatron-Core's functions included, and say so.
 

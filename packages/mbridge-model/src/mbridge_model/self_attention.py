@@ -4,12 +4,12 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
+from mbridge_model.compiled import runs_kernels
 from mbridge_model.rotary import angles_of_tokens
 
 
@@ -81,10 +81,9 @@ class RotarySelfAttention(SelfAttention):
     def _kernel_serves(self, hidden: Tensor, angles: Any) -> bool:
         return (
             self._has_kernel
-            and hidden.is_cuda
+            and runs_kernels(hidden)
             and isinstance(angles, Tensor)
             and angles.shape[1:] == (1, 1, self.hidden_size_per_attention_head)
-            and not torch._dynamo.config.disable
         )
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from mbridge_model.compiled import compiled_on_gpu
+from mbridge_model.compiled import compiled_on_gpu, runs_kernels
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -152,7 +152,7 @@ class _LogprobAndEntropy(torch.autograd.Function):
 
 def _maximum_and_sums(logits: Tensor, temperature: float, with_entropy: bool) -> list[Tensor]:
     """Of each row m = max x, sum exp(x - m), and with the entropy sum exp(x - m) (x - m)."""
-    if logits.is_cuda and logits.dtype != torch.float64 and not torch._dynamo.config.disable:
+    if runs_kernels(logits) and logits.dtype != torch.float64:
         from mbridge_train.logit_kernels import maximum_and_sums
 
         return list(maximum_and_sums(logits, temperature))[: 3 if with_entropy else 2]

@@ -9,6 +9,8 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from mbridge_model.compiled import runs_kernels
+
 
 def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float, zero_centered: bool) -> Tensor:
     """Root mean square normalisation over the last dimension (Zhang & Sennrich 2019, eq. 4).
@@ -20,7 +22,7 @@ def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float, zero_centered: bool
     dtype = hidden.dtype
     if hidden.is_cuda and not zero_centered:
         # One kernel each way, which multiplies by the weight before it casts.
-        if torch._dynamo.config.disable:
+        if not runs_kernels(hidden):
             return nn.functional.rms_norm(hidden, weight.shape, weight, epsilon)
         from mbridge_model.torch_backend.rms_norm import RMSNorm
 
