@@ -90,7 +90,7 @@ def bytes_kept(torch: Any, facts: HFFacts, dtype: Any) -> float:
     class Norm(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, hidden: Any, scale: Any) -> Any:
-            ctx.save_for_backward(hidden, scale)
+            ctx.save_for_backward(hidden.contiguous(), scale)
             return torch.empty_like(hidden)
 
     class Rotate(torch.autograd.Function):

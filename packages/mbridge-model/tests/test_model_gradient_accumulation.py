@@ -2,14 +2,20 @@
 
 import inspect
 import re
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from mbridge_model import enable_cpu
+from mbridge_model import Parallel, enable_cpu, load
+
+from testing.gang import Gang
+from testing.tiny_models import make_model, make_vision_model
 
 enable_cpu()
 
 from mbridge_model.gradient_accumulation import accumulate_weight_gradient, embedding  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
 from megatron.core.tensor_parallel import layers  # noqa: E402
 
 
@@ -42,18 +48,36 @@ def test_embedding(is_tied: bool) -> None:
     expected = torch.zeros(5, 3).index_add_(0, tokens.flatten(), outer.flatten(0, 1))
     weight = torch.nn.Parameter(values)
     weight.main_grad = torch.ones(5, 3)  # type: ignore[attr-defined]
-    if is_tied:
-        weight.zero_out_wgrad = True  # type: ignore[attr-defined]
+    weight.accumulates_rows = is_tied  # type: ignore[attr-defined]
     with torch.no_grad():
-        assert torch.equal(embedding(tokens, weight), values[tokens])
-    assert getattr(weight, "zero_out_wgrad", True), "until it accumulates"
+        assert not embedding(tokens, weight).requires_grad
     output = embedding(tokens, weight)
     assert torch.equal(output, values[tokens])
     output.backward(outer)
     if is_tied:
         assert weight.grad is None
         torch.testing.assert_close(weight.main_grad, 1 + expected)
-        assert not weight.zero_out_wgrad
     else:
         torch.testing.assert_close(weight.grad, expected)
         assert torch.equal(weight.main_grad, torch.ones(5, 3))
+
+
+def which_are_marked(directory: Path, parallel: Parallel, overrides: dict[str, Any]) -> list[bool]:
+    """Runs in a worker: of each embedding of this rank, whether it accumulates."""
+    model, _ = load(directory, parallel, overrides)
+    parallel_state.destroy_model_parallel()
+    found = {name: parameter for chunk in model for name, parameter in chunk.named_parameters()}
+    return [hasattr(parameter, "accumulates_rows") for name, parameter in found.items() if "word_embeddings" in name]
+
+
+def test_marked_are_tied_ones_of_one_stage(gang2: Gang, tmp_path: Path) -> None:
+    for family, tied in (("qwen2", True), ("qwen2", False)):
+        make_model(family, tied, tmp_path / str(tied))
+    make_vision_model("qwen2_5_vl", True, tmp_path / "vision")
+    fused = {"gradient_accumulation_fusion": True}
+    assert gang2.run(which_are_marked, tmp_path / "True", Parallel(tensor=2), fused) == [[True], [True]]
+    assert gang2.run(which_are_marked, tmp_path / "vision", Parallel(), fused) == [[True], [True]]
+    assert gang2.run(which_are_marked, tmp_path / "True", Parallel(tensor=2), {}) == [[False], [False]]
+    assert gang2.run(which_are_marked, tmp_path / "False", Parallel(tensor=2), fused) == [[False], [False]]
+    first, last = gang2.run(which_are_marked, tmp_path / "True", Parallel(pipeline=2), fused)
+    assert not any(first + last)

@@ -77,7 +77,7 @@ def test_training_goes_on_under_another_layout(
             assert weights.keys() == loaded.keys()
             assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
             for (loss, norm, rate, _), (want_loss, want_norm, want_rate, _) in zip(record, expected, strict=True):
-                assert loss == pytest.approx(want_loss, abs=1e-6)
+                assert loss == pytest.approx(want_loss, rel=1e-6)
                 assert norm == pytest.approx(want_norm, rel=1e-4)
                 assert rate == want_rate
 

@@ -8,7 +8,7 @@ q and k the widths of all query and of all key heads, f that of the MLP:
 
     operation       Transformer Engine    plain torch
     norm, each      2eh                   the same: its input, and its output, which the next linear needs
-    norms of q, k   e(q + k)              eq, and packed e(q + 2k) for the fused projection, of which k is a view
+    norms of q, k   e(q + k)              the same: copies out of the fused projection
     attention       e(2q + 2k)            packed: 4eq, k and v being repeated for each query head; without groups, and
                                           where sequences are padded, the same as Transformer Engine's if one kernel
                                           splits the fused projection, else 3e(q + k), as v is a view of it
@@ -113,15 +113,12 @@ def _attention(facts: HFFacts, kernels: Kernels) -> float:
     query, key = facts.num_attention_heads * facts.head_dim, facts.num_query_groups * facts.head_dim
     statistics = 4.0 * facts.num_attention_heads
     has_norms = facts.qk_layernorm or facts.model_type in QK_LAYERNORM_FAMILIES
-    if kernels.backend == "te":
-        return statistics + e * (2 * query + 2 * key) + (e * (query + key) if has_norms else 0)
-    # The queries of several groups are copied out of the fused projection; key and value are views of it.
-    copied = e * query if 1 < facts.num_query_groups < facts.num_attention_heads else 0
-    if kernels.packed and key != query:
-        return statistics + 4 * e * query + (copied + e * (query + 2 * key) if has_norms else 0)
-    if has_norms or not _has_split_kernel(facts, kernels):
-        return statistics + 3 * e * (query + key) + (copied if has_norms else 0)
-    return statistics + e * (2 * query + 2 * key)
+    norms = e * (query + key) if has_norms else 0
+    if kernels.backend == "torch" and kernels.packed and key != query:
+        return statistics + norms + 4 * e * query
+    if kernels.backend == "torch" and (has_norms or not _has_split_kernel(facts, kernels)):
+        return statistics + norms + 3 * e * (query + key)
+    return statistics + norms + e * (2 * query + 2 * key)
 
 
 def _has_split_kernel(facts: HFFacts, kernels: Kernels) -> bool:

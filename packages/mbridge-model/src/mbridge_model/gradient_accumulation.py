@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from megatron.core.tensor_parallel import layers
-from torch import Tensor
+from megatron.core.utils import unwrap_model
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 
@@ -45,25 +46,40 @@ class AccumulatingEmbedding(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
         (tokens,) = ctx.saved_tensors
         rows = gradient.reshape(-1, gradient.shape[-1]).to(ctx.main_grad.dtype)
-        ctx.main_grad.index_put_((tokens.reshape(-1),), rows, accumulate=True)
+        # Not `index_put_`, which on a GPU takes equal tokens one after the other: those of padding, of images, and all
+        # that other tensor-parallel ranks have.
+        ctx.main_grad.index_add_(0, tokens.reshape(-1), rows)
         return None, None
 
 
 def embedding(tokens: Tensor, weight: Any) -> Tensor:
-    """torch's `embedding`, accumulating where the weight is tied to an output layer that accumulates, too.
+    """torch's `embedding`, accumulating where `mark_tied_embeddings` found the weight and it has a buffer."""
+    accumulates = getattr(weight, "accumulates_rows", False) and hasattr(weight, "main_grad")
+    if accumulates and weight.requires_grad and torch.is_grad_enabled():
+        return AccumulatingEmbedding.apply(tokens, weight)
+    return torch.nn.functional.embedding(tokens, weight)
 
-    That output layer then tells Megatron-Core's wrapper that the gradient is in the buffer, also for the embedding,
-    whose gradient is there by then: the wrapper's hook comes after both.
+
+def mark_tied_embeddings(model: list[nn.Module]) -> None:
+    """Let embeddings accumulate that are the weight of an output layer on this very stage, which accumulates, too.
+
+    That layer tells Megatron-Core's data-parallel wrapper that the gradient is in the buffer. The wrapper's hook comes
+    after both, so the embeddings' is there as well. Megatron-Core's own mark would make the layer give a gradient of
+    zeros, for the embeddings' to be added to.
     """
-    ties = getattr(weight, "zero_out_wgrad", None)  # Megatron-Core's mark of weights that one stage uses twice
-    if ties is None or not hasattr(weight, "main_grad") or not (weight.requires_grad and torch.is_grad_enabled()):
-        return torch.nn.functional.embedding(tokens, weight)
-    weight.zero_out_wgrad = False  # with it the output layer makes a gradient of zeros, for the embedding's to be added
-    return AccumulatingEmbedding.apply(tokens, weight)
+    for chunk in unwrap_model(model):
+        language = getattr(chunk, "language_model", chunk)
+        is_tied = getattr(language, "share_embeddings_and_output_weights", False)
+        if is_tied and language.pre_process and language.post_process and not language.config.mtp_num_layers:
+            weight = language.shared_embedding_or_output_weight()
+            weight.accumulates_rows, weight.zero_out_wgrad = True, False
 
 
 def install_gradient_accumulation() -> None:
-    """Serve what Megatron-Core would call of Apex, unless Apex is there, and of torch. Again: no change."""
+    """Put both into Megatron-Core: the product in Apex's place, unless Apex is there, the embedding in torch's.
+
+    Again: no change.
+    """
     layers.F = SimpleNamespace(embedding=embedding)  # of which it uses nothing else
     if not layers._grad_accum_fusion_available:
         layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(

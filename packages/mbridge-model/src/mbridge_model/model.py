@@ -126,6 +126,10 @@ def load(
         bind(provider, family.vision, resolved)
     model = bridge.build(provider)
     check_rotary(bridge.hf_config, model)
+    if provider.gradient_accumulation_fusion:
+        from mbridge_model.gradient_accumulation import mark_tied_embeddings
+
+        mark_tied_embeddings(model)
     if weights:
         bridge.check_coverage(model)
         bridge.load_weights(model)

@@ -91,8 +91,9 @@ def configure_provider(
         from mbridge_model.self_attention import rotary_layers
 
         changes.set("apply_rope_fusion", True, "Transformer Engine's kernel")
-        layers = rotary_layers(provider.transformer_layer_spec)
-        changes.set("transformer_layer_spec", layers, "queries, keys and values split and rotated by one kernel")
+        if hasattr(provider, "transformer_layer_spec"):  # not of hybrids with state-space layers
+            layers = rotary_layers(provider.transformer_layer_spec)
+            changes.set("transformer_layer_spec", layers, "queries, keys and values split and rotated by one kernel")
     # A weight outside Megatron's data-parallel wrapper has no buffer to add its gradient to: only training asks for it.
     changes.set("gradient_accumulation_fusion", False, "needs Megatron-Core's gradient buffers")
     if torch.cuda.is_available():

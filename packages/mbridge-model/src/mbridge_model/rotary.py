@@ -34,13 +34,13 @@ def rotate_packed(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *args: Any, **kw
     if kwargs.get("cp_group") is None or kwargs["cp_group"].size() > 1:
         return _rotate_packed_with_context_parallelism(t, cu_seqlens, freqs, *args, **kwargs)
     del kwargs["cp_group"]
-    return _rotate(t.unsqueeze(1), angles_of_tokens(cu_seqlens, freqs, len(t)), *args, **kwargs).squeeze(1)
+    if len(freqs) != len(t):  # Megatron-Core's rule, without asking the GPU for the last of `cu_seqlens`
+        freqs = gathered_angles(cu_seqlens, freqs, len(t))
+    return _rotate(t.unsqueeze(1), freqs, *args, **kwargs).squeeze(1)
 
 
-def angles_of_tokens(cu_seqlens: Tensor, freqs: Tensor, tokens: int) -> Tensor:
-    """[tokens, 1, 1, channels] from `freqs`, of each token or of each position, for the boundaries `cu_seqlens`."""
-    if len(freqs) == tokens:  # Megatron-Core's rule, without asking the GPU for the last of `cu_seqlens`
-        return freqs
+def gathered_angles(cu_seqlens: Tensor, freqs: Tensor, tokens: int) -> Tensor:
+    """Of each token [tokens, 1, 1, channels], from those of each position, for sequences with these boundaries."""
     known, gathered = _of_each_token.get(cu_seqlens, (None, None))
     if known is not freqs:
         gathered = freqs[packed_positions(cu_seqlens, tokens)]

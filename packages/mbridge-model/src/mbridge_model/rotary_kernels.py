@@ -128,6 +128,7 @@ class SplitAndRotate(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         angles = angles.contiguous()
         channels = angles.shape[-1]
+        assert len(angles) >= len(fused) and fused.shape[-1] == groups * (queries + 2) * channels  # no kernel asks
         query = fused.new_empty(*fused.shape[:2], groups * queries, channels)
         key, value = (fused.new_empty(*fused.shape[:2], groups, channels) for _ in range(2))
         first = (fused.contiguous(), fused if bias is None else bias)

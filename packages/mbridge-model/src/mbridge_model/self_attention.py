@@ -10,7 +10,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 
 from mbridge_model.compiled import runs_kernels
-from mbridge_model.rotary import angles_of_tokens
+from mbridge_model.rotary import gathered_angles
 
 
 class RotarySelfAttention(SelfAttention):
@@ -73,7 +73,7 @@ class RotarySelfAttention(SelfAttention):
         fused, bias = project(hidden_states)
         angles, boundaries = self._rotation
         if boundaries is not None:
-            angles = angles_of_tokens(boundaries, angles, len(fused))
+            angles = gathered_angles(boundaries, angles, len(fused))
         groups = self.num_query_groups_per_partition
         queries = self.num_attention_heads_per_partition // groups
         return SplitAndRotate.apply(fused, bias, angles, groups, queries, self._yarn_concentration_factor)
@@ -100,8 +100,9 @@ def rotary_layers(backend_spec: Callable[..., Any]) -> Callable[..., Any]:
     def layers_with_rotary_attention(config: Any, vp_stage: int | None = None) -> Any:
         spec, layers = layer_specs(backend_spec, config, vp_stage)
         for layer in layers:
-            attention = layer.submodules.self_attention
-            if attention.module is SelfAttention:
+            # Transformer Engine's own whole layers have no parts.
+            attention = getattr(layer.submodules, "self_attention", None)
+            if attention is not None and attention.module is SelfAttention:
                 attention.module = RotarySelfAttention
         return spec
 

@@ -41,12 +41,13 @@ def maximum_and_sums(logits: Tensor, temperature: float) -> Tensor:
     """Of each row m = max x, sum exp(x - m) and sum exp(x - m) (x - m), where x = logits / temperature.
 
     Args:
-        logits: [tokens, vocabulary] in float32 or half precision, with rows apart or not.
+        logits: [tokens, vocabulary] in float32 or half precision.
 
     Returns:
         float32 [3, tokens].
     """
-    assert logits.stride(1) == 1
+    if logits.stride(1) != 1:
+        logits = logits.contiguous()
     results = torch.empty(3, len(logits), dtype=torch.float32, device=logits.device)
     if len(logits):
         _reduce_row[(len(logits),)](

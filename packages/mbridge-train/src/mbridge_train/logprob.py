@@ -10,7 +10,7 @@ With x = logits / temperature, m = max x, S = sum exp(x - m) and p = exp(x - m) 
 No rank ever sees more than its own slice of the vocabulary: the forward pass is one max all-reduce and one sum
 all-reduce of two or three numbers a token, the backward pass is local. Logits are the largest tensor of a step, so
 they are kept in the precision they came in; higher-precision copies exist for a few tokens at a time, and the backward
-pass computes p anew instead of keeping it. On a GPU each pass is one kernel.
+pass computes p anew instead of keeping it. On a GPU each pass over a chunk is one kernel.
 """
 
 from typing import Any

@@ -88,6 +88,7 @@ class RMSNorm(torch.autograd.Function):
             width,
             ROWS=at_a_time,
             COLUMNS=columns,
+            num_warps=min(16, max(4, columns // 1024)),
         )
         return gradient, weight_sums.sum(0).to(weight.dtype), None
 
