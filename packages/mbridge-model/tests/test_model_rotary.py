@@ -52,6 +52,12 @@ def test_layers_share_the_angles_of_a_batch(group: distributed.ProcessGroup) -> 
     assert len(rotary._of_each_token) == count - 1, "the angles go with the batch"
 
 
+def test_a_loose_bound_of_lengths_is_no_angle_for_each_token() -> None:
+    freqs = torch.arange(8.0).view(8, 1, 1, 1)  # as many positions as tokens
+    gathered = rotary.gathered_angles(torch.tensor([0, 3, 8], dtype=torch.int32), freqs, 8)
+    assert gathered.flatten().tolist() == [0, 1, 2, 0, 1, 2, 3, 4]
+
+
 def test_positions_with_an_empty_sequence() -> None:
     cu_seqlens = torch.tensor([0, 3, 3, 5], dtype=torch.int32)
     assert rotary.packed_positions(cu_seqlens, 5).tolist() == [0, 1, 2, 0, 1]
