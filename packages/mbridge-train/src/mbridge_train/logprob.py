@@ -160,10 +160,11 @@ def _maximum_and_sums(logits: Tensor, temperature: float, with_entropy: bool) ->
     for start, stop in _chunks(logits, logits.shape[1]):
         x = logits[start:stop].to(_compute_dtype(logits)) / temperature
         maximum = x.amax(dim=1, keepdim=True)
-        exponentials = (x - maximum).exp()
+        shifted = x - maximum
+        exponentials = shifted.exp()
         chunks.append([maximum.squeeze(1), exponentials.sum(dim=1)])
         if with_entropy:
-            chunks[-1].append((exponentials * (x - maximum).clamp(min=_LOG_FLOOR)).sum(dim=1))
+            chunks[-1].append((exponentials * shifted.clamp(min=_LOG_FLOOR)).sum(dim=1))
     return [torch.cat(parts) for parts in zip(*chunks, strict=True)]
 
 
