@@ -43,6 +43,15 @@ def gang4(worker_pool: WorkerPool) -> Gang:
     return Gang(4, worker_pool)
 
 
+@pytest.fixture(scope="session")
+def tiny_vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Directory of a tiny random Qwen3-VL with its processor. Not to be changed."""
+    from mbridge_sft.quickstart.tiny import write_tiny_model
+
+    corpus = ["Which digit is this?\nChoose one:\n0\n1\n2", "What is in the image?"]
+    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model", corpus, seed=1)
+
+
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Say what runs together when tests run in several processes; skip what needs a GPU where there is none."""

@@ -39,7 +39,7 @@ def make_engine(name: str, directory: Path) -> Any:
     """
     from mbridge_model import load
     from mbridge_train import Engine, MicroBatching, OptimizerSettings, Sample, Schedule, aggregation_weights, sft_loss
-    from mbridge_train.optimizer import wrap_data_parallel
+    from mbridge_train.optim.optimizer import wrap_data_parallel
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     write_config(name, directory)
@@ -157,7 +157,7 @@ def receive(connection: Connection, rounds: int) -> None:
 
 
 def measure_stream(engine: Any, rounds: int, bucket_bytes: int) -> dict[str, Any]:
-    from mbridge_train.copying import copy_tensors
+    from mbridge_train.memory.copying import copy_tensors
     from mbridge_train.weight_stream import stream_weights
 
     device = engine.device

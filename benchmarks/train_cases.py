@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from mbridge_config import HFFacts
-from mbridge_config.flops import forward_flops
+from mbridge_config.plan.flops import forward_flops
 from one_side import Variant, read_settings, run_side
 from torch import Tensor
 from train_data import GEOMETRIES, Example, make_batches

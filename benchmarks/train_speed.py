@@ -16,10 +16,10 @@ clipping:
   ours-torch           the engine on plain torch layers, in a process that cannot import Transformer Engine
 
 A step is everything from samples in memory to updated weights. Times are medians (least, most) over the steps after
-warm-up; tokens are real ones, without padding. TFLOP/s count what the model needs (`mbridge_config.flops`), as a share
-of a matrix product's of 8192 x 8192 in the same process. The first losses of all sides must agree, or the command says
-so and fails. With --lengths mixed or grpo the engine packs to each --token-budget, and pads to each --micro-batch-size,
-as fsdp2 does with samples sorted by length; the minimal loop of megatron-te, which does neither, is left out.
+warm-up; tokens are real ones, without padding. TFLOP/s count what the model needs (`mbridge_config.plan.flops`), as a
+share of a matrix product's of 8192 x 8192 in the same process. The first losses of all sides must agree, or the command
+says so and fails. With --lengths mixed or grpo the engine packs to each --token-budget, and pads to each --micro-batch-
+size, as fsdp2 does with samples sorted by length; the minimal loop of megatron-te, which does neither, is left out.
 --forward-only measures log probabilities of all tokens without gradients; transformers then runs without sharding, with
 weights in the number format of the computation.
 

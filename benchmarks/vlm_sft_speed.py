@@ -8,15 +8,15 @@ Models have the real geometry and random weights, samples 1 to 3 images with sid
 tokens of text; the loss is the mean over all answer tokens of the global batch, the optimizer AdamW on fp32 master
 weights with clipping. Sides:
 
-  ours-torch, ours-te  the engine on plain torch layers or Transformer Engine's, packed to each --token-budget
-  fsdp2                transformers and torch's `fully_shard`, SDPA without cuDNN's kernels, fused AdamW, samples sorted
-                       by length and padded to the longest of each micro-batch, which are collated beforehand in pinned
-                       memory
+  ours-torch, ours-te  the engine on plain torch layers or Transformer Engine's, packed to each --token-budget   fsdp2
+transformers and torch's `fully_shard`, SDPA without cuDNN's kernels, fused AdamW, samples sorted
+by length and padded to the longest of each micro-batch, which are collated beforehand in pinned
+memory
 
 Each runs in a process of its own, one after the other, over the same global batches. A step is everything from samples
 in memory to updated weights; decoding of images is no part of it. Times are medians (least, most) over the steps after
-warm-up, tokens are real ones, without padding. TFLOP/s count what the model needs (`mbridge_config.flops`), as a share
-of a matrix product's of 8192 x 8192 in the same process. Without --same-weights the sides draw their own random
+warm-up, tokens are real ones, without padding. TFLOP/s count what the model needs (`mbridge_config.plan.flops`), as a
+share of a matrix product's of 8192 x 8192 in the same process. Without --same-weights the sides draw their own random
 weights, so that the losses agree only in size.
 
 Memory a parameter: ours 18 bytes (weight 2, gradient 4, master weight 4, moments 8), fsdp2 16 and copies in bf16 of

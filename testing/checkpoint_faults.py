@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from mbridge_ckpt import Layout, find_resume, model_file, open_checkpoint, optimizer_file
 
-WORKER = Path(__file__).parents[1] / "packages/mbridge-ckpt/tests/fault_worker.py"
+WORKER = Path(__file__).parents[1] / "packages/mbridge-ckpt/tests/store/fault_worker.py"
 
 
 class Worker:

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mbridge_config import key_table
-from mbridge_config.keys import Status
+from mbridge_config.schema.keys import Status
 
 # These declare, fill in and describe keys; none of them acts on a value.
 NOT_READERS = ("schema", "derive.py", "plan.py")

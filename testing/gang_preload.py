@@ -8,7 +8,7 @@ import torch
 # Megatron's import says a dozen times that Transformer Engine is not there; a failing case should stand out.
 warnings.filterwarnings("ignore", module=r"megatron\.")
 
-from mbridge_model.bridge import import_bridge  # noqa: E402
+from mbridge_model.bridge.bridge import import_bridge  # noqa: E402
 
 import_bridge()
 # Megatron-Core reads pickled tensors by a function of its own. Under torch's name for it, a test that gets a tensor

@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 from mbridge_config import HFFacts
-from mbridge_config.parameters import count_parameters
+from mbridge_config.plan.parameters import count_parameters
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 pytestmark = pytest.mark.benchmark

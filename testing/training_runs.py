@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from mbridge_model import Parallel
-from mbridge_train.batch import Sample, aggregation_weights
+from mbridge_train.engine.batch import Sample, aggregation_weights
 
 from testing.tiny_models import VOCAB_SIZE
 
@@ -68,10 +68,10 @@ def build(
 ) -> Any:
     """An engine of its own, whatever ran in this process before; parameters with `frozen` in their name stay."""
     from mbridge_model import load
-    from mbridge_train.engine import Engine, MicroBatching
-    from mbridge_train.optimizer import OptimizerSettings
-    from mbridge_train.processes import seed_all
-    from mbridge_train.schedule import Schedule
+    from mbridge_train.engine.engine import Engine, MicroBatching
+    from mbridge_train.optim.optimizer import OptimizerSettings
+    from mbridge_train.optim.schedule import Schedule
+    from mbridge_train.run.processes import seed_all
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
@@ -116,7 +116,7 @@ def leave() -> None:
 
 def train(engine: Any, first: int, last: int) -> list[tuple[float, float, float, bool]]:
     """Loss, gradient norm, learning rate, and whether the step was applied, of steps `first` to `last` - 1."""
-    from mbridge_train.losses import sft_loss
+    from mbridge_train.losses.policy import sft_loss
 
     record = []
     for step in range(first, last):
@@ -128,8 +128,8 @@ def train(engine: Any, first: int, last: int) -> list[tuple[float, float, float,
 
 def digests(engine: Any) -> dict[str, str]:
     """A hash of each weight, and of each tensor and number of the optimizer's state."""
-    from mbridge_train import optimizer_state
-    from mbridge_train.rank_state import model_state, parameter_names
+    from mbridge_train.checkpoint import optimizer_state
+    from mbridge_train.checkpoint.placement import model_state, parameter_names
 
     engine.synchronize_weights()
     found: dict[str, Any] = {f"model/{name}": value for name, value in model_state(engine).items()}

@@ -6,7 +6,7 @@ With `--check` nothing is written, and the exit code is 1 where a page is stale.
 import sys
 from pathlib import Path
 
-from mbridge_config.reference import PAGES
+from mbridge_config.cli.reference import PAGES
 
 DOCS = Path(__file__).parent.parent / "docs"
 

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from mbridge_ckpt import Layout, begin_save
-from mbridge_config.cli import main as init
+from mbridge_config.cli.main import main as init
 from mbridge_reasoning import cli
 
 from testing.app_runs import files

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from mbridge_reasoning.data import Problem
+from mbridge_reasoning.data.problems import Problem
 from mbridge_reasoning.experience import Answer, answer_metrics, make_samples, mismatch_metrics
-from mbridge_reasoning.reward import Score
-from mbridge_reasoning.rollout import Completion
+from mbridge_reasoning.rewards.pool import Score
+from mbridge_reasoning.rollout.transformers import Completion
 
 
 def answer(prompt: int, logprobs: list[float], score: Score | None = None, *, finished: bool = True) -> Answer:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from mbridge_ckpt import Layout, begin_save
 from mbridge_reasoning import cli
-from mbridge_reasoning.tiny import TinyGeometry, write_tiny_model
+from mbridge_reasoning.quickstart.tiny import TinyGeometry, write_tiny_model
 
 from testing.app_runs import tree
 

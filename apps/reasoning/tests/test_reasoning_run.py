@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from mbridge_config import HFFacts
-from mbridge_config.flops import forward_flops
+from mbridge_config.plan.flops import forward_flops
 from mbridge_reasoning.report import TIME_SPLIT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from mbridge_config.cli import main as init
+from mbridge_config.cli.main import main as init
 from mbridge_sft import cli
-from mbridge_sft.digits import write_digits
+from mbridge_sft.quickstart.digits import write_digits
 
 from testing.app_runs import files
 from testing.tiny_chat_model import write_chat_model

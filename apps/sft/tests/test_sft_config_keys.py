@@ -1,7 +1,7 @@
 """A key that the schema calls honoured is read by some code, so that no setting is silently without effect."""
 
 from mbridge_config import SFTConfig
-from mbridge_config.keys import Status
+from mbridge_config.schema.keys import Status
 
 from testing.config_keys import unread_keys
 

@@ -6,12 +6,12 @@ import pickle
 
 import pytest
 import torch
-from mbridge_sft.encode import Encoded
 from mbridge_sft.evaluation import SHOWN, Question, QuestionEncoder, evaluate
-from mbridge_sft.examples import Example, ImageReference, Message
 from mbridge_sft.report import LONGEST_TEXT, example_grid
 from mbridge_sft.samples import training_samples
-from mbridge_train.batch import Sample
+from mbridge_train.data.encode import Encoded
+from mbridge_train.data.examples import Example, ImageReference, Message
+from mbridge_train.engine.batch import Sample
 from PIL import Image
 
 

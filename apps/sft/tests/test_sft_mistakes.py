@@ -23,9 +23,9 @@ ROW = {"question": "Which?", "choices": ["1", "2"], "correct_answer": 0, "image"
 
 
 @pytest.fixture
-def place(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def place(tmp_path: Path, tiny_vision_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A directory of a user: `model`, `train/a.parquet`, `chats.jsonl`, an earlier run; it is the working directory."""
-    shutil.copytree(tiny_model, tmp_path / "model")
+    shutil.copytree(tiny_vision_model, tmp_path / "model")
     (tmp_path / "train").mkdir()
     pq.write_table(pa.Table.from_pylist([ROW] * 3), tmp_path / "train" / "a.parquet")
     (tmp_path / "chats.jsonl").write_text("{}\n")

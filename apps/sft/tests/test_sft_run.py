@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from mbridge_config import HFFacts
-from mbridge_config.flops import forward_flops
-from mbridge_sft.data import read_examples
-from mbridge_sft.encode import Encoder
-from mbridge_sft.loader import EncodedBatches
+from mbridge_config.plan.flops import forward_flops
+from mbridge_train.data.encode import Encoder
+from mbridge_train.data.loader import EncodedBatches
+from mbridge_train.data.rows import read_examples
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from testing.app_runs import assert_same_state, execute, leaves, metrics, saved

@@ -10,7 +10,7 @@ from pathlib import Path
 RUN = """
 import contextlib, io, sys, time
 start = time.process_time()
-from mbridge_config.cli import main
+from mbridge_config.cli.main import main
 with contextlib.redirect_stdout(io.StringIO()):
     code = main(sys.argv[1:])
 print(code, time.process_time() - start, *sorted({name.partition(".")[0] for name in sys.modules}))

@@ -29,7 +29,7 @@ print(*sorted({name.partition(".")[0] for name in set(sys.modules) - before} - s
 def test_checking_imports_no_torch(yaml: Path, run_python: RunPython) -> None:
     output = run_python(f"""
 import sys
-from mbridge_config.cli import main
+from mbridge_config.cli.main import main
 main(["check", "run", "--config-path", {str(yaml)!r}, "--world-size", "2"])
 assert not {HEAVY!r} & set(sys.modules), {HEAVY!r} & set(sys.modules)
 siblings = {{name for name in sys.modules if name.startswith("mbridge_")}}

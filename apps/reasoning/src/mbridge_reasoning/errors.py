@@ -7,10 +7,6 @@ class ReasoningError(Exception):
     exit_code = 2
 
 
-class DataError(ReasoningError):
-    """Problems cannot be read, made or used."""
-
-
 class RolloutError(ReasoningError):
     """Answers cannot be sampled with these weights or settings."""
 

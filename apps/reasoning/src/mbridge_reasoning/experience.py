@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from mbridge_train.batch import Aggregation, Sample, aggregation_weights
+from mbridge_train.engine.batch import Aggregation, Sample, aggregation_weights
 from torch import Tensor
 
-from mbridge_reasoning.data import Problem
-from mbridge_reasoning.reward import Score
-from mbridge_reasoning.rollout import Completion
+from mbridge_reasoning.data.problems import Problem
+from mbridge_reasoning.rewards.pool import Score
+from mbridge_reasoning.rollout.transformers import Completion
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

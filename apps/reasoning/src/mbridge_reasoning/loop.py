@@ -14,25 +14,25 @@ from mbridge_config import (
     take_free_name,
     tokenizer_directory,
 )
-from mbridge_train.from_config import DTYPES, build_engine, save_settings
-from mbridge_train.hf_files import from_directory
-from mbridge_train.output import RunOutput
-from mbridge_train.processes import broadcast, join, leave, seed_all
-from mbridge_train.reference import Snapshot
-from mbridge_train.resume import find_checkpoint, restore, say_if_finished
-from mbridge_train.saving import RunSaver, is_due
-from mbridge_train.throughput import Throughput
+from mbridge_train.checkpoint.resume import find_checkpoint, restore, say_if_finished
+from mbridge_train.checkpoint.runs import RunSaver, is_due
+from mbridge_train.data.errors import DataError
+from mbridge_train.engine.build import DTYPES, build_engine, save_settings
+from mbridge_train.engine.throughput import Throughput
+from mbridge_train.memory.weight_swap import Snapshot
+from mbridge_train.run.hf_files import from_directory
+from mbridge_train.run.output import RunOutput
+from mbridge_train.run.processes import broadcast, join, leave, seed_all
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mbridge_reasoning.data import Problem, tokenize_problems
-from mbridge_reasoning.errors import DataError
-from mbridge_reasoning.quickstart import prepare_quickstart
+from mbridge_reasoning.data.order import ProblemSampler
+from mbridge_reasoning.data.problems import Problem, tokenize_problems
+from mbridge_reasoning.data.tasks import make_problems
+from mbridge_reasoning.quickstart.quickstart import prepare_quickstart
 from mbridge_reasoning.report import DISPLAY
-from mbridge_reasoning.reward import RewardPool
-from mbridge_reasoning.rollout import TransformersRollout, end_token_ids
-from mbridge_reasoning.sampler import ProblemSampler
+from mbridge_reasoning.rewards.pool import RewardPool
+from mbridge_reasoning.rollout.transformers import TransformersRollout, end_token_ids
 from mbridge_reasoning.start import read_data_files
-from mbridge_reasoning.tasks import make_problems
 from mbridge_reasoning.trainer import GRPOTrainer
 
 

@@ -1,7 +1,7 @@
 """What is shown of a reasoning run: figures on the terminal, curves in the report."""
 
-from mbridge_train.output import THROUGHPUT_CHARTS, Display
-from mbridge_train.report import Chart
+from mbridge_train.run.output import THROUGHPUT_CHARTS, Display
+from mbridge_train.run.report import Chart
 
 FIGURES = {
     "train/accuracy": "accuracy",

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mbridge_config import ReasoningConfig, refuse_existing_run, refuse_short_run, refuse_unwritable_directory
 
-from mbridge_reasoning.data import Problem, read_problems
+from mbridge_reasoning.data.problems import Problem, read_problems
 
 
 def check_start(config: ReasoningConfig) -> None:

@@ -11,21 +11,21 @@ from functools import partial
 
 import torch
 from mbridge_config import ReasoningConfig
-from mbridge_train.advantages import grpo_advantages
-from mbridge_train.batch import Sample
-from mbridge_train.engine import Engine
-from mbridge_train.losses import policy_loss
-from mbridge_train.offload import KeptPart, Part
-from mbridge_train.reference import Snapshot
-from mbridge_train.throughput import Throughput
+from mbridge_train.engine.batch import Sample
+from mbridge_train.engine.engine import Engine
+from mbridge_train.engine.throughput import Throughput
+from mbridge_train.losses.advantages import grpo_advantages
+from mbridge_train.losses.policy import policy_loss
+from mbridge_train.memory.offload import KeptPart, Part
+from mbridge_train.memory.weight_swap import Snapshot
 from torch import Tensor, distributed
 from torch.profiler import record_function
 from transformers import PreTrainedTokenizerBase
 
-from mbridge_reasoning.data import Problem
+from mbridge_reasoning.data.problems import Problem
 from mbridge_reasoning.experience import Answer, answer_metrics, make_samples, mismatch_metrics
-from mbridge_reasoning.reward import RewardPool
-from mbridge_reasoning.rollout import RolloutEngine, SamplingParams
+from mbridge_reasoning.rewards.pool import RewardPool
+from mbridge_reasoning.rollout.transformers import RolloutEngine, SamplingParams
 
 # Sets the random streams of validation apart from those of training steps, which count up from the seed.
 _VALIDATION_STREAM = 2**40

@@ -3,7 +3,7 @@
 import sys
 
 from mbridge_config import SFTConfig
-from mbridge_train.application import Application, run_application
+from mbridge_train.run.application import Application, run_application
 
 
 def main() -> int:

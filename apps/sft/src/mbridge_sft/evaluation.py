@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from mbridge_train.batch import Sample
+from mbridge_train.data.encode import Encoded
+from mbridge_train.data.examples import Example
+from mbridge_train.engine.batch import Sample
 from torch import Tensor
 
-from mbridge_sft.encode import Encoded
-from mbridge_sft.examples import Example
 from mbridge_sft.samples import scoring_samples
 
 SHOWN = 24

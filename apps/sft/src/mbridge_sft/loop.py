@@ -15,21 +15,21 @@ from mbridge_config import (
     tokenizer_directory,
 )
 from mbridge_model import Freeze
-from mbridge_train.checkpoint import load_model
-from mbridge_train.engine import Engine
-from mbridge_train.from_config import build_engine, save_settings
-from mbridge_train.output import RunOutput
-from mbridge_train.processes import broadcast, join, leave, seed_all
-from mbridge_train.resume import find_checkpoint, restore, say_if_finished
-from mbridge_train.saving import RunSaver, is_due
-from mbridge_train.throughput import Throughput
+from mbridge_train.checkpoint.resume import find_checkpoint, restore, say_if_finished
+from mbridge_train.checkpoint.runs import RunSaver, is_due
+from mbridge_train.checkpoint.save import load_model
+from mbridge_train.data.encode import Encoder
+from mbridge_train.data.errors import DataError
+from mbridge_train.data.examples import Examples
+from mbridge_train.data.images import PixelLimits
+from mbridge_train.engine.build import build_engine, save_settings
+from mbridge_train.engine.engine import Engine
+from mbridge_train.engine.throughput import Throughput
+from mbridge_train.run.output import RunOutput
+from mbridge_train.run.processes import broadcast, join, leave, seed_all
 from megatron.core import parallel_state
 
-from mbridge_sft.encode import Encoder
-from mbridge_sft.errors import DataError
-from mbridge_sft.examples import Examples
-from mbridge_sft.images import PixelLimits
-from mbridge_sft.quickstart import prepare_quickstart
+from mbridge_sft.quickstart.quickstart import prepare_quickstart
 from mbridge_sft.report import DISPLAY, example_grid
 from mbridge_sft.start import read_data
 from mbridge_sft.trainer import SFTTrainer

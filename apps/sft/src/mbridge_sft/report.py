@@ -5,13 +5,13 @@ import html
 import io
 from collections.abc import Sequence
 
-from mbridge_train.output import THROUGHPUT_CHARTS, Display
-from mbridge_train.report import Chart
+from mbridge_train.data.errors import RowError
+from mbridge_train.data.examples import ImageReference
+from mbridge_train.data.images import decode
+from mbridge_train.run.output import THROUGHPUT_CHARTS, Display
+from mbridge_train.run.report import Chart
 
-from mbridge_sft.errors import RowError
 from mbridge_sft.evaluation import Prediction
-from mbridge_sft.examples import ImageReference
-from mbridge_sft.images import decode
 
 LONGEST_TEXT = 300
 """Characters of a question or answer that the grid shows."""

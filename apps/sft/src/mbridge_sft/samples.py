@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 
 import torch
-from mbridge_train.batch import Sample, aggregation_weights
-
-from mbridge_sft.encode import Encoded
+from mbridge_train.data.encode import Encoded
+from mbridge_train.engine.batch import Sample, aggregation_weights
 
 
 def training_samples(batch: Sequence[Encoded]) -> list[Sample]:

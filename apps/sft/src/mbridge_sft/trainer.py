@@ -4,14 +4,14 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from mbridge_config import SFTConfig
-from mbridge_train.engine import Engine
-from mbridge_train.losses import sft_loss
-from mbridge_train.throughput import Throughput
+from mbridge_train.data.encode import Encoded, Encoder
+from mbridge_train.data.examples import Examples
+from mbridge_train.data.loader import EncodedBatches
+from mbridge_train.engine.engine import Engine
+from mbridge_train.engine.throughput import Throughput
+from mbridge_train.losses.policy import sft_loss
 
-from mbridge_sft.encode import Encoded, Encoder
 from mbridge_sft.evaluation import Evaluation, QuestionEncoder, evaluate
-from mbridge_sft.examples import Examples
-from mbridge_sft.loader import EncodedBatches
 from mbridge_sft.samples import training_samples
 
 

@@ -3,9 +3,8 @@
 Importing this does not import torch; writing or reading a tensor does.
 """
 
-from mbridge_ckpt.assemble import WholeModel
-from mbridge_ckpt.async_save import AsyncSaver
-from mbridge_ckpt.checkpoint import Checkpoint, PassedOver, Resume, find_resume, hold, list_checkpoints, open_checkpoint
+from mbridge_ckpt.background.pending_save import SnapshotSave
+from mbridge_ckpt.background.saver import AsyncSaver
 from mbridge_ckpt.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -16,11 +15,25 @@ from mbridge_ckpt.errors import (
     SaverBusyError,
     UnsafeCheckpointError,
 )
-from mbridge_ckpt.hf_export import write_hf
-from mbridge_ckpt.hf_offline import ExportReport, export_hf
-from mbridge_ckpt.hf_recipe import RECIPE_FILE, HfRecipe, HfTensor
-from mbridge_ckpt.import_megatron import import_megatron
-from mbridge_ckpt.layout import (
+from mbridge_ckpt.formats.torch_files import load_torch
+from mbridge_ckpt.huggingface.export import write_hf
+from mbridge_ckpt.huggingface.offline import ExportReport, export_hf
+from mbridge_ckpt.huggingface.recipe import RECIPE_FILE, HfRecipe, HfTensor
+from mbridge_ckpt.megatron_lm.importer import import_megatron
+from mbridge_ckpt.megatron_lm.tree import find_iteration
+from mbridge_ckpt.reshard.assemble import WholeModel
+from mbridge_ckpt.reshard.placement import ParameterPlacement, place_parameter
+from mbridge_ckpt.reshard.reshard import reshard
+from mbridge_ckpt.store.checkpoint import (
+    Checkpoint,
+    PassedOver,
+    Resume,
+    find_resume,
+    hold,
+    list_checkpoints,
+    open_checkpoint,
+)
+from mbridge_ckpt.store.layout import (
     HF_DIRECTORY,
     MANIFEST_FILE,
     Layout,
@@ -29,17 +42,12 @@ from mbridge_ckpt.layout import (
     mp_rank_directory,
     optimizer_file,
 )
-from mbridge_ckpt.manifest import FileRecord, Manifest, TensorRecord
-from mbridge_ckpt.megatron_tree import find_iteration
-from mbridge_ckpt.placement import ParameterPlacement, place_parameter
-from mbridge_ckpt.reshard import reshard
-from mbridge_ckpt.retention import PruneReport, Retention, prune
-from mbridge_ckpt.snapshot import SnapshotSave
-from mbridge_ckpt.state import capture_random_state, restore_random_state
-from mbridge_ckpt.torch_files import load_torch
-from mbridge_ckpt.transaction import Save, begin_save
-from mbridge_ckpt.verify import Problem, VerifyReport, verify
-from mbridge_ckpt.writing import CheckpointWriter
+from mbridge_ckpt.store.manifest import FileRecord, Manifest, TensorRecord
+from mbridge_ckpt.store.retention import PruneReport, Retention, prune
+from mbridge_ckpt.store.state import capture_random_state, restore_random_state
+from mbridge_ckpt.store.transaction import Save, begin_save
+from mbridge_ckpt.store.verify import Problem, VerifyReport, verify
+from mbridge_ckpt.store.writing import CheckpointWriter
 
 __all__ = [
     "HF_DIRECTORY",

@@ -9,17 +9,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from mbridge_config.directories import TOKENIZER_KEY, hf_directory, hf_key, tokenizer_directory
-from mbridge_config.hf_facts import HFFacts
-from mbridge_config.made_models import made_model_facts
-from mbridge_config.paths import is_there
-from mbridge_config.plan import ParallelPlan, expected_world_size, make_plan
+from mbridge_config.facts.directories import TOKENIZER_KEY, hf_directory, hf_key, tokenizer_directory
+from mbridge_config.facts.made_models import made_model_facts
+from mbridge_config.facts.model import HFFacts
+from mbridge_config.facts.tokenizer import tokenizer_size
+from mbridge_config.load.paths import is_there
+from mbridge_config.plan.plan import ParallelPlan, expected_world_size, make_plan
 from mbridge_config.problems import ConfigError, Problem, Severity, ordered, render
 from mbridge_config.rules import REASONING, SFT, Context, Rule
 from mbridge_config.rules.schedule import over_the_run
-from mbridge_config.runs import RunConfig
+from mbridge_config.run.kinds import RunConfig
 from mbridge_config.schema.sft import SFTConfig
-from mbridge_config.tokenizer_facts import tokenizer_size
 
 _Read = TypeVar("_Read")
 

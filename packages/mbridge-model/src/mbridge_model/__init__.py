@@ -8,10 +8,10 @@ save_hf(model, handle, "out")
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mbridge_model.cpu import enable_cpu
     from mbridge_model.errors import ModelError
     from mbridge_model.model import ModelHandle, export, export_blocks, export_recipe, forward, load
     from mbridge_model.parallel import Parallel
+    from mbridge_model.patches.cpu import enable_cpu
     from mbridge_model.save import save_hf
     from mbridge_model.vision.freeze import Freeze
     from mbridge_model.vision.inputs import VisionInputs
@@ -42,7 +42,7 @@ _HOME = {
     "MropeSettings": "vision.positions",
     "Parallel": "parallel",
     "VisionInputs": "vision.inputs",
-    "enable_cpu": "cpu",
+    "enable_cpu": "patches.cpu",
     "export": "model",
     "export_blocks": "model",
     "export_recipe": "model",

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mbridge_model.bridge import Bridge, import_bridge
+from mbridge_model.bridge.bridge import Bridge, import_bridge
+from mbridge_model.bridge.checks import check_mrope, check_rotary, config_fields
+from mbridge_model.bridge.hf_views import join_blocks
+from mbridge_model.bridge.provider import Backend, configure_provider, resolve_backend
 from mbridge_model.directory import HFDirectory, open_directory
 from mbridge_model.families import GENERIC, Family, find_family
-from mbridge_model.fidelity import check_mrope, check_rotary, config_fields
 from mbridge_model.parallel import Parallel, initialize_parallel
-from mbridge_model.parts import join_blocks
-from mbridge_model.provider import Backend, configure_provider, resolve_backend
 from mbridge_model.vision import Freeze, VisionInputs
 
 logger = logging.getLogger("mbridge_model")
@@ -127,7 +127,7 @@ def load(
     model = bridge.build(provider)
     check_rotary(bridge.hf_config, model)
     if provider.gradient_accumulation_fusion:
-        from mbridge_model.gradient_accumulation import mark_tied_embeddings
+        from mbridge_model.patches.gradient_accumulation import mark_tied_embeddings
 
         mark_tied_embeddings(model)
     if weights:

@@ -8,17 +8,17 @@ engine.step()
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mbridge_train.advantages import grpo_advantages
-    from mbridge_train.batch import Sample, aggregation_weights
-    from mbridge_train.checkpoint import load_checkpoint, load_model, save_checkpoint
-    from mbridge_train.engine import Engine, MicroBatching
+    from mbridge_train.checkpoint.save import load_checkpoint, load_model, save_checkpoint
+    from mbridge_train.engine.batch import Sample, aggregation_weights
+    from mbridge_train.engine.build import build_engine
+    from mbridge_train.engine.engine import Engine, MicroBatching
     from mbridge_train.errors import TrainError
-    from mbridge_train.from_config import build_engine
-    from mbridge_train.losses import LossInputs, LossOutputs, policy_loss, sft_loss
-    from mbridge_train.metrics import MetricsWriter
-    from mbridge_train.optimizer import OptimizerSettings, StepResult
-    from mbridge_train.reference import Snapshot
-    from mbridge_train.schedule import Schedule
+    from mbridge_train.losses.advantages import grpo_advantages
+    from mbridge_train.losses.policy import LossInputs, LossOutputs, policy_loss, sft_loss
+    from mbridge_train.memory.weight_swap import Snapshot
+    from mbridge_train.optim.optimizer import OptimizerSettings, StepResult
+    from mbridge_train.optim.schedule import Schedule
+    from mbridge_train.run.metrics import MetricsWriter
     from mbridge_train.weight_stream import receive_weights, stream_weights
 
 __all__ = [
@@ -47,26 +47,26 @@ __all__ = [
 
 # Importing Megatron takes seconds, so a name's module is imported when the name is first used.
 _HOME = {
-    "Engine": "engine",
-    "LossInputs": "losses",
-    "LossOutputs": "losses",
-    "MetricsWriter": "metrics",
-    "MicroBatching": "engine",
-    "OptimizerSettings": "optimizer",
-    "Sample": "batch",
-    "Schedule": "schedule",
-    "Snapshot": "reference",
-    "StepResult": "optimizer",
+    "Engine": "engine.engine",
+    "LossInputs": "losses.policy",
+    "LossOutputs": "losses.policy",
+    "MetricsWriter": "run.metrics",
+    "MicroBatching": "engine.engine",
+    "OptimizerSettings": "optim.optimizer",
+    "Sample": "engine.batch",
+    "Schedule": "optim.schedule",
+    "Snapshot": "memory.weight_swap",
+    "StepResult": "optim.optimizer",
     "TrainError": "errors",
-    "aggregation_weights": "batch",
-    "build_engine": "from_config",
-    "grpo_advantages": "advantages",
-    "load_checkpoint": "checkpoint",
-    "load_model": "checkpoint",
-    "policy_loss": "losses",
+    "aggregation_weights": "engine.batch",
+    "build_engine": "engine.build",
+    "grpo_advantages": "losses.advantages",
+    "load_checkpoint": "checkpoint.save",
+    "load_model": "checkpoint.save",
+    "policy_loss": "losses.policy",
     "receive_weights": "weight_stream",
-    "save_checkpoint": "checkpoint",
-    "sft_loss": "losses",
+    "save_checkpoint": "checkpoint.save",
+    "sft_loss": "losses.policy",
     "stream_weights": "weight_stream",
 }
 

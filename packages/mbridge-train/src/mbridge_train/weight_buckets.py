@@ -22,8 +22,8 @@ import torch
 import torch.multiprocessing  # with it, a GPU's tensors go through a connection, as CUDA IPC handles
 from torch import Tensor
 
-from mbridge_train.copying import copy_tensors
 from mbridge_train.errors import TrainError
+from mbridge_train.memory.copying import copy_tensors
 
 BUCKETS = 2
 ALIGNMENT = 64  # bytes; a multiple of every dtype's size

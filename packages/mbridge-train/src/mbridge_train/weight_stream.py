@@ -37,7 +37,7 @@ from mbridge_train.weight_buckets import (
 from mbridge_train.weights_in_place import WeightsInPlace
 
 if TYPE_CHECKING:
-    from mbridge_train.engine import Engine
+    from mbridge_train.engine.engine import Engine
 
 BUCKET_BYTES = 256 << 20
 TIMEOUT = 600.0

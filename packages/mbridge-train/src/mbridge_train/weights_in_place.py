@@ -8,7 +8,7 @@ in shared memory.
 from collections.abc import Callable, Iterable, Iterator
 
 import torch
-from mbridge_model.parts import join_blocks
+from mbridge_model.bridge.hf_views import join_blocks
 from torch import Tensor, nn
 
 from mbridge_train.weight_buckets import Piece

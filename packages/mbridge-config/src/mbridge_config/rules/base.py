@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from mbridge_config.hf_facts import HFFacts
-from mbridge_config.keys import get
+from mbridge_config.facts.model import HFFacts
 from mbridge_config.problems import Problem, Severity, json_ready
+from mbridge_config.schema.keys import get
 
 
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
+from mbridge_config.plan.stages import planned_sizes
 from mbridge_config.problems import Severity
 from mbridge_config.rules.base import Context, Finding, rule
 from mbridge_config.rules.parallel import FIRST_STAGE, LAST_STAGE, PP
-from mbridge_config.stages import planned_sizes
 
 PRECISION = "actor.model.precision"
 GRANULARITY = "actor.model.recompute_granularity"

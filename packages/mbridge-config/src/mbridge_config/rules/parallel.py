@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable
 
-from mbridge_config.hf_facts import HFFacts
+from mbridge_config.facts.model import HFFacts
+from mbridge_config.plan.stages import planned_sizes, stage_sizes
 from mbridge_config.problems import Severity
 from mbridge_config.rules.base import Context, Finding, rule
 from mbridge_config.schema.model import ModelConfig
-from mbridge_config.stages import planned_sizes, stage_sizes
 
 TP = "actor.model.tensor_model_parallel_size"
 PP = "actor.model.pipeline_model_parallel_size"

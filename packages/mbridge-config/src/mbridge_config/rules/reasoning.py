@@ -2,15 +2,15 @@
 
 from collections.abc import Iterable
 
-from mbridge_config.directories import hf_key
-from mbridge_config.keys import get
-from mbridge_config.paths import is_directory, is_file, same_place, user_path
+from mbridge_config.facts.directories import hf_key
+from mbridge_config.load.paths import is_directory, is_file, same_place, user_path
 from mbridge_config.problems import Severity
 from mbridge_config.rules.base import Context, Finding, rule
 from mbridge_config.rules.batches import GLOBAL
 from mbridge_config.rules.lengths import SEQUENCE
 from mbridge_config.rules.run import TRAIN, VALIDATION
 from mbridge_config.rules.start import CHECKPOINT, RESUME, USE_HF
+from mbridge_config.schema.keys import get
 
 KL = "algorithm.kl_beta"
 ROLLOUT_MODEL = "rollout.model.model_path"

@@ -3,8 +3,8 @@
 from collections.abc import Iterable
 
 from mbridge_config.rules.base import Context, Finding, rule
-from mbridge_config.run_length import LENGTH_KEYS, longest_run
-from mbridge_config.schedule_lengths import decay_steps, warmup_steps
+from mbridge_config.run.length import LENGTH_KEYS, longest_run
+from mbridge_config.run.schedule_lengths import decay_steps, warmup_steps
 from mbridge_config.schema.optimizer import LrScheduleConfig
 
 STYLE = "actor.lr_sched.lr_decay_style"

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from mbridge_config.paths import files_in, is_directory, is_there, user_path
+from mbridge_config.load.paths import files_in, is_directory, is_there, user_path
 from mbridge_config.problems import Severity
 from mbridge_config.rules.base import Context, Finding, rule
 from mbridge_config.rules.run import TRAIN, VALIDATION

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from mbridge_config.directories import SFT_KEY, hf_key
+from mbridge_config.facts.directories import SFT_KEY, hf_key
 from mbridge_config.rules.base import Context, Finding, rule
 from mbridge_config.rules.parallel import QWEN3_VL, TP, tensor_sizes, tower_sizes
 

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from mbridge_config.keys import alias, key, no_effect, section
+from mbridge_config.schema.keys import alias, key, no_effect, section
 from mbridge_config.schema.megatron import MegatronConfig
 from mbridge_config.schema.model import ModelConfig
 from mbridge_config.schema.optimizer import LrScheduleConfig, OptimizerConfig

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from mbridge_config.keys import alias, key, no_effect, section
+from mbridge_config.schema.keys import alias, key, no_effect, section
 
 _LOGPROBS = "log-probabilities use the micro-batches of training"
 _GENERATION = "generation batches are set by rollout.max_running_requests"

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from mbridge_config.keys import key, no_effect
+from mbridge_config.schema.keys import key, no_effect
 
 _PLACEMENT = "every rank trains, generates and scores; components are not placed on GPUs of their own"
 _PROFILING = "actor.megatron.use_profiler records what a run does"

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from mbridge_config.keys import key, no_effect, section
+from mbridge_config.schema.keys import key, no_effect, section
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

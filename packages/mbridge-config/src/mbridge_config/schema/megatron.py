@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from mbridge_config.keys import alias, key, no_effect, section
+from mbridge_config.schema.keys import alias, key, no_effect, section
 from mbridge_config.schema.profiler import ProfilerConfig
 
 _NO_CONVERSION = "nothing is converted beforehand; the HuggingFace weights are loaded straight into the model"

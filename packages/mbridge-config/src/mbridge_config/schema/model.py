@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from mbridge_config.keys import Status, alias, key, no_effect
+from mbridge_config.schema.keys import Status, alias, key, no_effect
 
 PRECISION_SPELLINGS = {
     "32": "fp32",

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from mbridge_config.keys import key, no_effect
+from mbridge_config.schema.keys import key, no_effect
 
 _STAYS = "optimizer state stays where it is in this version"
 _SCHEDULE = "a resumed run follows the schedule of its config"

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from mbridge_config.keys import key
+from mbridge_config.schema.keys import key
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -3,13 +3,13 @@
 import dataclasses
 from typing import Any
 
-from mbridge_config.hf_facts import MOST_LAYERS
-from mbridge_config.keys import key, no_effect, section
-from mbridge_config.origin import Origin
+from mbridge_config.facts.model import MOST_LAYERS
+from mbridge_config.load.origin import Origin
 from mbridge_config.schema.actor import ActorConfig
 from mbridge_config.schema.algorithm import AlgorithmConfig
 from mbridge_config.schema.cluster import ClusterConfig, LauncherConfig
 from mbridge_config.schema.data import DataConfig
+from mbridge_config.schema.keys import key, no_effect, section
 from mbridge_config.schema.rollout import RewardConfig, RolloutConfig
 from mbridge_config.schema.runner import RunnerConfig
 

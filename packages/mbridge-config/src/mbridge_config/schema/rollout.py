@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any, Literal
 
-from mbridge_config.keys import alias, key, no_effect, section
+from mbridge_config.schema.keys import alias, key, no_effect, section
 
 _ENGINE = "belongs to a serving engine; answers are generated with transformers"
 _GROUPS = "ranks are not split into named groups"

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from mbridge_config.keys import key, no_effect, section
+from mbridge_config.schema.keys import key, no_effect, section
 
 OTHER_TASKS = {
     "embodied": "embodied agents are not trained by mbridge",

@@ -3,11 +3,11 @@
 import dataclasses
 from typing import Any, Literal
 
-from mbridge_config.hf_facts import MOST_LAYERS
-from mbridge_config.keys import key, no_effect, section
-from mbridge_config.origin import Origin
+from mbridge_config.facts.model import MOST_LAYERS
+from mbridge_config.load.origin import Origin
 from mbridge_config.schema.actor import ActorConfig, TokenizerConfig
 from mbridge_config.schema.cluster import ClusterConfig, LauncherConfig
+from mbridge_config.schema.keys import key, no_effect, section
 from mbridge_config.schema.model import ModelConfig
 from mbridge_config.schema.runner import OTHER_TASKS, RunnerConfig
 from mbridge_config.schema.sft_data import SFTDataConfig

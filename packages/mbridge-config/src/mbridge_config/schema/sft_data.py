@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from mbridge_config.keys import alias, key, no_effect
+from mbridge_config.schema.keys import alias, key, no_effect
 
 _TEMPLATE = "prompts always go through the model's own chat template"
 

@@ -18,7 +18,7 @@ from megatron.core.transformer.utils import is_layer_window_attention
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mbridge_model.attention_kernels import cudnn_attention_first, no_cudnn_attention
+from mbridge_model.kernels.attention import cudnn_attention_first, no_cudnn_attention
 
 
 class TorchDotProductAttention(MegatronModule):

@@ -9,7 +9,7 @@ import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from mbridge_model.compiled import runs_kernels
+from mbridge_model.kernels.compiled import runs_kernels
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float, zero_centered: bool) -> Tensor:
@@ -24,7 +24,7 @@ def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float, zero_centered: bool
         # One kernel each way, which multiplies by the weight before it casts.
         if not runs_kernels(hidden):
             return nn.functional.rms_norm(hidden, weight.shape, weight, epsilon)
-        from mbridge_model.torch_backend.rms_norm import RMSNorm
+        from mbridge_model.kernels.rms_norm import RMSNorm
 
         return RMSNorm.apply(hidden, weight, epsilon)
     normalised = hidden.float()

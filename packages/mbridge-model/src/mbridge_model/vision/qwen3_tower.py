@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mbridge_model.bridge import qwen_vl_parts
+from mbridge_model.bridge.bridge import qwen_vl_parts
 from mbridge_model.errors import ModelError
 from mbridge_model.vision.packing import pack_frames
 

@@ -1,0 +1,120 @@
+"""The model of the quickstart: a tiny random one, taught by SFT to be right some of the time.
+
+GRPO can only strengthen what is sampled now and then. The warm-up runs through the same engine as GRPO, and what it
+leaves is an ordinary HuggingFace directory, from which the run then starts like from any other.
+"""
+
+import dataclasses
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from mbridge_config import ReasoningConfig, hf_directory
+from mbridge_config.schema.actor import ActorConfig
+from mbridge_model import save_hf
+from mbridge_train.engine.batch import Sample, aggregation_weights
+from mbridge_train.engine.build import build_engine
+from mbridge_train.losses.policy import sft_loss
+from mbridge_train.run.output import RunOutput
+from mbridge_train.run.processes import broadcast
+from torch import distributed
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from mbridge_reasoning.data.order import ProblemSampler
+from mbridge_reasoning.data.problems import Problem, tokenize_problems
+from mbridge_reasoning.quickstart.tiny import TinyGeometry, write_tiny_model
+from mbridge_reasoning.quickstart.warmup import warmup_answers
+
+
+def prepare_quickstart(config: ReasoningConfig, problems: Sequence[Problem], output: RunOutput) -> None:
+    """Make the model directory if it is not there yet. Collective over all ranks.
+
+    Args:
+        config: with `quickstart.enabled`.
+        problems: to train on; the warm-up sees their solutions.
+        output: for a line of progress now and then.
+    """
+    target = hf_directory(config)
+    if broadcast((target / "config.json").is_file()):
+        output.message(f"using the tiny model that an earlier run made in {target}")
+        return
+    made = config.quickstart
+    output.message(
+        f"making a tiny model and teaching it {config.data.reasoning_gym.task}: {made.warmup_steps} SFT steps"
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".untrained-", dir=target.parent) as directory:
+        untrained = Path(broadcast(directory))  # every rank reads rank 0's
+        if distributed.get_rank() == 0:
+            geometry = TinyGeometry(
+                **{field.name: getattr(made, field.name) for field in dataclasses.fields(TinyGeometry)}
+            )
+            texts = [_text(problem.prompt) for problem in problems]
+            write_tiny_model(untrained, texts, seed=config.actor.seed, geometry=geometry)
+        distributed.barrier()
+        engine = build_engine(warmup_actor(config), config.runner, untrained, optimizer_steps=made.warmup_steps)
+        tokenizer = AutoTokenizer.from_pretrained(untrained)
+        tokenized = tokenize_problems(
+            problems,
+            tokenizer,
+            max_prompt_length=config.data.max_prompt_length,
+            apply_chat_template=config.data.apply_chat_template,
+            filter_long=config.data.filter_prompt_by_length,
+        )
+        order = ProblemSampler(len(tokenized), batch_size=made.warmup_batch_size, seed=config.data.seed)
+        for step in range(1, made.warmup_steps + 1):
+            chosen = [tokenized[index] for index in order.next_batch()]
+            answers = warmup_answers(
+                chosen,
+                step=step,
+                steps=made.warmup_steps,
+                short_steps=made.warmup_short_steps,
+                short_share=made.warmup_short_share,
+                seed=config.actor.seed,
+            )
+            metrics = engine.forward_backward(_batch(chosen, answers, tokenizer), sft_loss)
+            engine.step()
+            if step % 50 == 0 or step == made.warmup_steps:
+                output.message(f"warm-up step {step}/{made.warmup_steps}  loss {metrics['loss']:.4f}")
+        engine.synchronize_weights()
+        save_hf(engine.model, engine.handle, target)
+        engine.close()
+
+
+def warmup_actor(config: ReasoningConfig) -> ActorConfig:
+    """`config.actor` with the schedule of the warm-up, to which the lengths of the run's own do not fit."""
+    made, schedule = config.quickstart, config.actor.lr_sched
+    return dataclasses.replace(
+        config.actor,
+        optim=dataclasses.replace(config.actor.optim, lr=made.warmup_lr),
+        lr_sched=dataclasses.replace(
+            schedule,
+            max_lr=made.warmup_lr,
+            min_lr=0.0,
+            lr_decay_style="linear",
+            lr_decay_iters=None,
+            lr_warmup_init=min(schedule.lr_warmup_init, made.warmup_lr),
+            lr_warmup_iters=min(20, made.warmup_steps // 2),
+            lr_warmup_fraction=None,
+        ),
+    )
+
+
+def _batch(problems: Sequence[Problem], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+    """Each prompt with the answer to teach; only the answer and its end token are trained."""
+    answer_tokens = [
+        [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for answer in answers
+    ]
+    tokens = [
+        torch.tensor([*problem.prompt_tokens, *answer]) for problem, answer in zip(problems, answer_tokens, strict=True)
+    ]
+    masks = [
+        torch.arange(len(row)) >= len(problem.prompt_tokens) for problem, row in zip(problems, tokens, strict=True)
+    ]
+    weights = aggregation_weights(masks, "token-mean")
+    return [Sample(tokens=row, weights=weight) for row, weight in zip(tokens, weights, strict=True)]
+
+
+def _text(prompt: str | list[dict[str, str]]) -> str:
+    return prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)

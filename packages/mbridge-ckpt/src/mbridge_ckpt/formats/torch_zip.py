@@ -1,0 +1,183 @@
+"""Write a torch.save file tensor by tensor, in one pass, with no more memory than one tensor.
+
+torch.save wants every tensor in memory, and a GPU's on the host with its whole storage. This writes the same format
+(a zip of stored entries: data.pkl, then the bytes of each storage, 64-byte aligned so that they can be mapped) but asks
+for each tensor only when its turn has come. torch.load reads it with `weights_only=True`.
+"""
+
+import io
+import pickle
+import struct
+import sys
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING, Any, Protocol
+
+from mbridge_ckpt.formats.torch_inspect import DTYPE_BYTES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+ALIGNMENT = 64
+WIDE_FROM = 0xFFFFFFFF  # sizes and offsets from here on need the 64-bit fields
+_FULL_32 = 0xFFFFFFFF
+_FULL_16 = 0xFFFF
+_STORAGE_CLASSES = {
+    "float64": "DoubleStorage", "float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage",
+    "int64": "LongStorage", "int32": "IntStorage", "int16": "ShortStorage", "int8": "CharStorage",
+    "uint8": "ByteStorage", "bool": "BoolStorage",
+}  # fmt: skip
+
+
+class Writer(Protocol):
+    """Where the bytes go; written strictly forward."""
+
+    def write(self, data: bytes | memoryview, /) -> int: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LazyTensor:
+    """A tensor to be made when it is written: `read()` must give this shape and dtype ("float32"), on any device."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: "Callable[[], Tensor]"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Storage:
+    key: str
+    dtype: str
+    elements: int
+
+
+def host_tensor(tensor: "Tensor") -> "Tensor":
+    """`tensor` detached, contiguous and on the CPU; not a copy if it is all that already."""
+    return tensor.detach().cpu().contiguous()
+
+
+def tensor_bytes(tensor: "Tensor") -> memoryview:
+    """The bytes of a contiguous CPU tensor, in its own memory."""
+    import torch
+
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+
+
+def write_torch_zip(out: Writer, value: Any, to_host: "Callable[[Tensor], Tensor]" = host_tensor) -> None:
+    """Write `value`: plain containers with torch tensors and LazyTensors as leaves (checked by the caller).
+
+    `to_host` gives the contiguous CPU tensor whose bytes are then handed to `out`.
+    """
+    pickled = io.BytesIO()
+    pickler = _Pickler(pickled)
+    pickler.dump(value)
+    archive = _Archive(out)
+    archive.add("data.pkl", pickled.getvalue())
+    archive.add(".format_version", b"1")
+    archive.add(".storage_alignment", str(ALIGNMENT).encode())
+    archive.add("byteorder", sys.byteorder.encode())
+    for key, tensor in enumerate(pickler.tensors):
+        size = prod(tensor.shape) * DTYPE_BYTES[tensor.dtype if isinstance(tensor, LazyTensor) else _dtype_name(tensor)]
+        archive.add_storage(f"data/{key}", size, tensor_bytes(to_host(_real(tensor))))
+    archive.add("version", b"3\n")
+    archive.finish()
+
+
+def _dtype_name(tensor: "Tensor") -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _real(tensor: "Tensor | LazyTensor") -> "Tensor":
+    if not isinstance(tensor, LazyTensor):
+        return tensor
+    real = tensor.read()
+    if (tuple(real.shape), _dtype_name(real)) != (tensor.shape, tensor.dtype):
+        raise ValueError(f"announced {tensor.dtype}{list(tensor.shape)}, got {_dtype_name(real)}{list(real.shape)}")
+    return real
+
+
+class _Pickler(pickle.Pickler):
+    """Pickles each tensor as torch does: a call that rebuilds it from a storage kept outside of the pickle."""
+
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream, protocol=2)  # the one that weights_only reads
+        self.tensors: list[Tensor | LazyTensor] = []
+
+    def persistent_id(self, value: Any) -> Any:
+        if not isinstance(value, _Storage):
+            return None
+        import torch
+
+        if value.dtype in _STORAGE_CLASSES:
+            return "storage", getattr(torch, _STORAGE_CLASSES[value.dtype]), value.key, "cpu", value.elements
+        return "storage", torch.UntypedStorage, value.key, "cpu", value.elements * DTYPE_BYTES[value.dtype]
+
+    def reducer_override(self, value: Any) -> Any:
+        import torch
+
+        if not isinstance(value, (torch.Tensor, LazyTensor)):
+            return NotImplemented
+        dtype = value.dtype if isinstance(value, LazyTensor) else _dtype_name(value)
+        shape = tuple(value.shape)
+        stride = tuple(prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
+        storage = _Storage(str(len(self.tensors)), dtype, prod(shape))
+        self.tensors.append(value)
+        arguments: tuple[Any, ...] = (storage, 0, shape, stride, False, OrderedDict())
+        if dtype in _STORAGE_CLASSES:
+            return torch._utils._rebuild_tensor_v2, arguments
+        return torch._utils._rebuild_tensor_v3, (*arguments, getattr(torch, dtype))
+
+
+class _Archive:
+    """A zip archive of stored entries (PKWARE APPNOTE 6.3, with its 64-bit extensions where sizes need them)."""
+
+    def __init__(self, out: Writer) -> None:
+        self._out = out
+        self._position = 0
+        self._directory: list[bytes] = []
+
+    def add(self, name: str, data: bytes) -> None:
+        """A small entry, with its CRC-32 so that tools which scan pickles in zips accept it."""
+        self._begin(name, len(data), zlib.crc32(data))
+        self._write(data)
+
+    def add_storage(self, name: str, size: int, data: memoryview) -> None:
+        """Bytes of a storage. No CRC-32: it would cost more than the writing, and the manifest has a checksum."""
+        self._begin(name, size, 0)
+        if data.nbytes != size:
+            raise ValueError(f"{name}: announced {size} bytes, got {data.nbytes}")
+        self._write(data)
+
+    def _begin(self, name: str, size: int, crc: int) -> None:
+        encoded = f"archive/{name}".encode()
+        offset = self._position
+        large, far = size >= WIDE_FROM, offset >= WIDE_FROM
+        extra = struct.pack("<HHQQ", 1, 16, size, size) if large else b""
+        padding = -(offset + 30 + len(encoded) + len(extra) + 4) % ALIGNMENT
+        extra += struct.pack("<2sH", b"FB", padding) + b"Z" * padding
+        sizes = [_FULL_32, _FULL_32] if large else [size, size]
+        header = struct.pack("<4s5H3I2H", b"PK\3\4", 45, 0, 0, 0, 0, crc, *sizes, len(encoded), len(extra))
+        self._write(header + encoded + extra)
+        wide = [size, size] * large + [offset] * far
+        extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
+        fields = (45, 45, 0, 0, 0, 0, crc, *sizes, len(encoded), len(extra), 0, 0, 0, 0, _FULL_32 if far else offset)
+        self._directory.append(struct.pack("<4s6H3I5H2I", b"PK\1\2", *fields) + encoded + extra)
+
+    def finish(self) -> None:
+        """The central directory, which readers start from."""
+        begin, count = self._position, len(self._directory)
+        self._write(b"".join(self._directory))
+        size = self._position - begin
+        wide = begin + size >= WIDE_FROM or count >= _FULL_16
+        if wide:
+            end = struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, size, begin)
+            self._write(end + struct.pack("<4sIQI", b"PK\6\7", 0, begin + size, 1))
+        numbers = (_FULL_16, _FULL_16, _FULL_32, _FULL_32) if wide else (count, count, size, begin)
+        self._write(struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, *numbers, 0))
+
+    def _write(self, data: bytes | memoryview) -> None:
+        self._out.write(data)
+        self._position += memoryview(data).nbytes

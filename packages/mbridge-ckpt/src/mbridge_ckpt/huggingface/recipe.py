@@ -1,0 +1,196 @@
+"""How HuggingFace tensors come out of Megatron's parameters: a recipe, saved with a checkpoint whose export is skipped.
+
+A JSON file in the checkpoint, `actor/hf_recipe.json`, with which `export_hf` builds the HuggingFace weights later and
+without Megatron:
+
+    {"format": "mbridge-hf-recipe", "format_version": 1, "source": "/models/qwen", "tensors": [
+      {"name": "lm_head.weight", "parameter": "output_layer.weight", "rows": 151936},
+      {"name": "model.layers.0.self_attn.k_proj.weight", "part": "key", "heads": 28, "groups": 4, "head_dim": 128,
+       "parameter": "decoder.layers.0.self_attention.linear_qkv.weight", "dtype": "bfloat16"}, …]}
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, LayoutError
+from mbridge_ckpt.formats.safetensors_header import DTYPES
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from mbridge_ckpt.store.checkpoint import Checkpoint
+
+RECIPE_FILE = "actor/hf_recipe.json"
+FORMAT, FORMAT_VERSION = "mbridge-hf-recipe", 1
+Part = Literal["whole", "query", "key", "value", "gate", "up"]
+_ATTENTION = ("query", "key", "value")
+_DTYPES = frozenset(dtype for dtype, _ in DTYPES.values())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HfTensor:
+    """One HuggingFace tensor, and the part of a parameter of the whole model that it is.
+
+    Attributes:
+        name: its HuggingFace name.
+        parameter: the parameter's global name (see `ParameterPlacement`).
+        part: "whole"; "query", "key" or "value": the rows of one of them in a fused weight or bias, in which Megatron
+            puts for each of `groups` query groups its heads / groups query heads, its key head, its value head, each
+            of `head_dim` rows; "gate" or "up": the first or second half of the rows of a gated `linear_fc1`.
+        heads, groups, head_dim: of the attention; given with its parts and with no other.
+        rows: first rows that are kept of "whole": the real tokens of a padded vocabulary. None: all.
+        dtype: what the tensor is converted to, "bfloat16" for example. None: as it is stored.
+    """
+
+    name: str
+    parameter: str
+    part: Part = "whole"
+    heads: int | None = None
+    groups: int | None = None
+    head_dim: int | None = None
+    rows: int | None = None
+    dtype: str | None = None
+
+    def __post_init__(self) -> None:
+        sizes = (self.heads, self.groups, self.head_dim)
+        if self.part not in get_args(Part):
+            raise LayoutError(f"{self.name}: part {self.part!r} is none of {', '.join(get_args(Part))}")
+        if (self.part in _ATTENTION) != all(_is_positive(size) for size in sizes) or (
+            self.part not in _ATTENTION and sizes != (None, None, None)
+        ):
+            raise LayoutError(
+                f"{self.name}: heads, groups, head_dim are {sizes} with part {self.part!r}; give positive numbers with"
+                " query, key and value, and none with others"
+            )
+        if self.heads is not None and self.groups is not None and self.heads % self.groups:
+            raise LayoutError(f"{self.name}: {self.heads} heads cannot be divided into {self.groups} groups")
+        if self.rows is not None and (self.part != "whole" or not _is_positive(self.rows)):
+            raise LayoutError(
+                f"{self.name}: rows {self.rows!r} with part {self.part!r}; a positive number with 'whole'"
+            )
+        if self.dtype is not None and self.dtype not in _DTYPES:
+            raise LayoutError(f"{self.name}: dtype {self.dtype!r} is unknown to safetensors")
+
+    def shape(self, parameter: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of this tensor, made of a parameter of that shape; raises LayoutError if it cannot be made of it."""
+        if self.part == "whole" and self.rows is None:
+            return parameter
+        if not parameter:
+            raise LayoutError(f"{self.name}: {self.parameter} is a scalar and has no part {self.part!r}")
+        rows, rest = parameter[0], parameter[1:]
+        if self.rows is not None:
+            if rows < self.rows:
+                raise LayoutError(f"{self.name}: {self.parameter} has {rows} rows, the recipe takes {self.rows}")
+            return (self.rows, *rest)
+        if self.part in ("gate", "up"):
+            if rows % 2:
+                raise LayoutError(f"{self.name}: {self.parameter} has {rows} rows, which is no gate and up projection")
+            return (rows // 2, *rest)
+        heads, groups, head_dim = self._attention()
+        if rows != (heads + 2 * groups) * head_dim:
+            raise LayoutError(
+                f"{self.name}: {self.parameter} has {rows} rows; {heads} heads in {groups} groups of head_dim"
+                f" {head_dim} have {(heads + 2 * groups) * head_dim}"
+            )
+        return ((heads if self.part == "query" else groups) * head_dim, *rest)
+
+    def take(self, parameter: "Tensor") -> "Tensor":
+        """This tensor out of the whole parameter; may be a view of it."""
+        import torch
+
+        shape = self.shape(tuple(parameter.shape))
+        if self.rows is not None:
+            parameter = parameter[: self.rows]
+        elif self.part in ("gate", "up"):
+            parameter = parameter.chunk(2)[0 if self.part == "gate" else 1]
+        elif self.part != "whole":
+            heads, groups, head_dim = self._attention()
+            grouped = parameter.unflatten(0, (groups, heads // groups + 2, head_dim))
+            queries = heads // groups
+            begin, end = {"query": (0, queries), "key": (queries, queries + 1)}.get(self.part, (-1, None))
+            parameter = grouped[:, begin:end].reshape(shape)
+        return parameter if self.dtype is None else parameter.to(getattr(torch, self.dtype))
+
+    def _attention(self) -> tuple[int, int, int]:
+        assert self.heads is not None and self.groups is not None and self.head_dim is not None
+        return self.heads, self.groups, self.head_dim
+
+    def to_json(self) -> dict[str, Any]:
+        """Only what differs from the defaults."""
+        defaults = {field.name: field.default for field in fields(self)}
+        return {key: value for key, value in asdict(self).items() if value != defaults[key]}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HfRecipe:
+    """Every tensor of the export in its order, and the HuggingFace directory that the other files come from."""
+
+    tensors: tuple[HfTensor, ...]
+    source: str | None = None
+
+    def __post_init__(self) -> None:
+        names = Counter(tensor.name for tensor in self.tensors)
+        if not names:
+            raise LayoutError("recipe: it has no tensors")
+        name, count = names.most_common(1)[0]
+        if count > 1:
+            raise LayoutError(f"recipe: {name} comes {count} times")
+
+    def to_bytes(self) -> bytes:
+        """JSON text for `RECIPE_FILE`; write it with `Save.write_bytes`."""
+        tensors = [tensor.to_json() for tensor in self.tensors]
+        value = {"format": FORMAT, "format_version": FORMAT_VERSION, "source": self.source, "tensors": tensors}
+        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "HfRecipe":
+        """Parse and check untrusted text; raises CorruptCheckpointError naming the tensor and key, and CheckpointError
+        for a format of a later version.
+        """
+        try:
+            value = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise CorruptCheckpointError(f"not JSON: {error}") from None
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            raise CorruptCheckpointError(f'no "format": "{FORMAT}" in it')
+        if value.get("format_version") != FORMAT_VERSION:
+            raise CheckpointError(
+                f"format version {value.get('format_version')!r}, this program reads {FORMAT_VERSION}; install a later"
+                " mbridge-ckpt"
+            )
+        source, tensors = value.get("source"), value.get("tensors")
+        if not isinstance(tensors, list) or not isinstance(source, (str, type(None))):
+            raise CorruptCheckpointError("tensors is no list, or source no text")
+        try:
+            return cls(tensors=tuple(_parse(tensors)), source=source)
+        except LayoutError as error:
+            raise CorruptCheckpointError(str(error)) from None
+
+
+def read_recipe(checkpoint: "Checkpoint") -> HfRecipe:
+    """The recipe of a checkpoint that has one; raises CheckpointError's classes, naming the file."""
+    path = checkpoint.verified(RECIPE_FILE)
+    try:
+        return HfRecipe.from_bytes(path.read_bytes())
+    except CheckpointError as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+def _parse(values: list[Any]) -> Iterator[HfTensor]:
+    types: dict[str, tuple[type, ...]] = {"name": (str,), "parameter": (str,), "part": (str,), "dtype": (str,)}
+    types |= dict.fromkeys(("heads", "groups", "head_dim", "rows"), (int,))
+    for value in values:
+        if not isinstance(value, dict):
+            raise CorruptCheckpointError(f"tensors: expected objects, found {type(value).__name__}")
+        wrong = [key for key, item in value.items() if type(item) not in types.get(key, ())]
+        wrong += [key for key in ("name", "parameter") if key not in value]
+        if wrong:
+            raise CorruptCheckpointError(f"tensor {value.get('name')!r}: bad, missing or unknown keys {sorted(wrong)}")
+        yield HfTensor(**value)
+
+
+def _is_positive(value: object) -> bool:
+    return type(value) is int and value > 0

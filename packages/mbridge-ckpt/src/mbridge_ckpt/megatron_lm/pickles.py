@@ -1,0 +1,89 @@
+"""Open the files of a Megatron-LM checkpoint: torch.save files whose pickles name a few classes of Megatron and NumPy.
+
+Such a file holds, beside tensors and plain containers, the run's arguments (an argparse.Namespace with enumerations),
+NumPy's random state, Transformer Engine's byte streams, and tensors with attributes. Each of these names is listed here
+with an inert stand-in; any other name is refused. Nothing named in a file is ever imported or called.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from mbridge_ckpt.errors import UnsafeCheckpointError
+from mbridge_ckpt.formats.torch_inspect import StandIns, StoredTensor
+from mbridge_ckpt.formats.torch_reader import TorchFileReader
+
+
+class Arguments:
+    """Stand-in for an argparse.Namespace: an object whose attributes are the arguments of the run."""
+
+
+class _Opaque:
+    """Stand-in for an object that is not needed: takes any arguments and any state, and keeps neither."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def __setstate__(self, _: Any) -> None:
+        pass
+
+
+class _Typed:
+    """Stand-in for torch's call that rebuilds a tensor with Python attributes: the tensor without them."""
+
+    __slots__ = ()
+
+    def __call__(self, function: Any, _type: Any, arguments: Any, _state: Any) -> Any:
+        return function(*arguments)
+
+
+class _Parameter:
+    """Stand-in for torch's call that rebuilds a Parameter: its tensor."""
+
+    __slots__ = ()
+
+    def __call__(self, tensor: Any, *_: Any) -> StoredTensor:
+        if not isinstance(tensor, StoredTensor):
+            raise UnsafeCheckpointError("its pickle makes a parameter of something that is no tensor")
+        return tensor
+
+
+def _fresh(kind: type) -> Any:
+    """A maker of new subclasses: a pickle may set attributes of the class that it is given."""
+    return lambda: type(kind.__name__, (kind,), {})
+
+
+_OPAQUE = (
+    "_codecs.encode", "_io.BytesIO", "io.BytesIO", "numpy.ndarray", "numpy.dtype", "numpy.dtypes.UInt32DType",
+    "numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct", "numpy.core.multiarray.scalar",
+    "numpy._core.multiarray.scalar", "pathlib.PosixPath", "pathlib._local.PosixPath", "signal.Signals", "torch.device",
+    "torch.Tensor", "torch.nn.parameter.Parameter", "torch._C.Generator", "types.SimpleNamespace",
+    "megatron.core.enums.ModelType", "megatron.model.enums.ModelType", "megatron.legacy.model.enums.ModelType",
+    "megatron.core.optimizer.OptimizerConfig", "megatron.core.optimizer.optimizer_config.OptimizerConfig",
+    "megatron.core.rerun_state_machine.RerunDiagnostic", "megatron.core.rerun_state_machine.RerunMode",
+    "megatron.core.rerun_state_machine.RerunState", "megatron.core.transformer.enums.AttnBackend",
+    "megatron.core.transformer.enums.AttnMaskType", "megatron.core.transformer.enums.CudaGraphModule",
+    "megatron.core.transformer.enums.CudaGraphScope", "megatron.core.transformer.enums.InferenceCudaGraphScope",
+)  # fmt: skip
+
+_STAND_INS: StandIns = {
+    ("argparse", "Namespace"): _fresh(Arguments),
+    ("torch._tensor", "_rebuild_from_type_v2"): _Typed,
+    ("torch._utils", "_rebuild_parameter"): _Parameter,
+    ("torch._utils", "_rebuild_parameter_with_state"): _Parameter,
+    **{(name.rpartition(".")[0], name.rpartition(".")[2]): _fresh(_Opaque) for name in _OPAQUE},
+}
+
+
+def open_megatron_file(path: Path) -> TorchFileReader:
+    """Open `model_optim_rng.pt` or `distrib_optim.pt`; no tensor is read.
+
+    Raises CorruptCheckpointError or UnsafeCheckpointError (see `inspect_torch_file`), naming `path`; the latter also
+    for a class that is not in the list above.
+    """
+    return TorchFileReader(path, _STAND_INS)
+
+
+def argument(arguments: Any, name: str, kind: type) -> Any:
+    """An argument of the run if it is there and of this type, else None."""
+    value = getattr(arguments, "__dict__", {}).get(name) if isinstance(arguments, Arguments) else None
+    return value if type(value) is kind else None

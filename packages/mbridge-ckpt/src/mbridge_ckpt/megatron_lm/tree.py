@@ -1,0 +1,233 @@
+"""Read the directory tree that Megatron-LM writes with `--ckpt-format torch`, and find out what layout wrote it.
+
+SRC/latest_checkpointed_iteration.txt names SRC/iter_NNNNNNN or SRC/release; below lies mp_rank_TT[_PPP][_EEE] for each
+tensor, pipeline and expert rank, with model_optim_rng.pt and, of the distributed optimizer, distrib_optim.pt. A stage
+here is a model chunk: with virtual pipelining (`model0`, `model1`, …) there are several on each pipeline rank, and the
+whole model's layers go through chunk 0 of all pipeline ranks, then chunk 1 of all.
+"""
+
+import re
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from mbridge_ckpt.errors import CorruptCheckpointError, IncompleteCheckpointError, LayoutError
+from mbridge_ckpt.formats.torch_inspect import StoredTensor
+from mbridge_ckpt.formats.torch_reader import TorchFileReader
+from mbridge_ckpt.megatron_lm.names import EMBEDDING, NamedParameter, parse_name
+from mbridge_ckpt.megatron_lm.pickles import argument, open_megatron_file
+
+TRACKER, MODEL_FILE, OPTIMIZER_FILE = "latest_checkpointed_iteration.txt", "model_optim_rng.pt", "distrib_optim.pt"
+_RANK = re.compile(r"mp_rank_([0-9]{2,})(?:_([0-9]{3,}))?(?:_([0-9]{3,}))?")
+_ITERATION = re.compile(r"iter_([0-9]{7,})")
+
+Rank = tuple[int, int, int]
+"""Tensor, pipeline and expert rank."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelStage:
+    """A piece of the model between two cuts of pipelining: the key of its weights in the files of a pipeline rank, its
+    parameters in the order of the file (the same on each tensor and expert rank), and its first layer's global number.
+    """
+
+    pipeline_rank: int
+    key: str
+    parameters: tuple[NamedParameter, ...]
+    layer_offset: int
+
+
+class MegatronTree:
+    """An open tree; a context manager. Only directories and pickles are read, tensors when they are asked for.
+
+    Attributes:
+        directory: the iteration's.
+        iteration: its number; 0 for a release without one.
+        tensor, pipeline, virtual_pipeline, expert: sizes of the layout.
+        stages: in the model's order; there are `pipeline * virtual_pipeline`.
+        arguments: the run's, see `argument`.
+
+    Raises:
+        IncompleteCheckpointError: no such tree, or a rank's file is missing.
+        CorruptCheckpointError, UnsafeCheckpointError: of a file.
+        LayoutError: an unknown parameter, or ranks that do not fit together.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        self.directory = find_iteration(Path(source))
+        self._open = ExitStack()
+        self._readers: dict[Path, TorchFileReader] = {}
+        try:
+            self._paths = self._ranks()
+            self.tensor, self.pipeline, self.expert = (1 + max(rank[i] for rank in self._paths) for i in range(3))
+            self._check_ranks()
+            first = self.content((0, 0, 0))
+            self.arguments: Any = first.get("args")
+            self.iteration = self._iteration(first.get("iteration"))
+            self.virtual_pipeline = max(1, sum(re.fullmatch(r"model[0-9]+", str(key)) is not None for key in first))
+            self.stages = self._stages()
+            self._check_arguments()
+        except BaseException:
+            self._open.close()
+            raise
+
+    def path(self, rank: Rank, file: str = MODEL_FILE) -> Path:
+        """A file of a rank."""
+        return self._paths[rank] / file
+
+    def reader(self, path: Path) -> TorchFileReader:
+        """The open file."""
+        if path not in self._readers:
+            if path.exists() and not path.is_file():  # a pipe would be waited for without end
+                raise CorruptCheckpointError(f"{path}: is no regular file; copy the tree again")
+            try:
+                self._readers[path] = self._open.enter_context(open_megatron_file(path))
+            except FileNotFoundError:
+                raise IncompleteCheckpointError(f"{path}: the file is missing; copy the whole tree") from None
+        return self._readers[path]
+
+    def content(self, rank: Rank, file: str = MODEL_FILE) -> dict[str, Any]:
+        """What a rank's file holds, with a StoredTensor in place of each tensor."""
+        path = self.path(rank, file)
+        value = self.reader(path).value
+        if not isinstance(value, dict):
+            raise CorruptCheckpointError(f"{path}: holds a {type(value).__name__}, not a dict of Megatron-LM")
+        return value
+
+    def weights(self, stage: ModelStage, tensor_rank: int, expert_rank: int = 0) -> dict[str, StoredTensor]:
+        """Parameters and buffers of a stage by their names in the file."""
+        return self._weights((tensor_rank, stage.pipeline_rank, expert_rank), stage.key)
+
+    def read(self, stage: ModelStage, name: str, tensor_rank: int, expert_rank: int = 0) -> Any:
+        """A tensor of `weights`, on the CPU."""
+        reader = self.reader(self.path((tensor_rank, stage.pipeline_rank, expert_rank)))
+        return reader.read(self.weights(stage, tensor_rank, expert_rank)[name])
+
+    def _ranks(self) -> dict[Rank, Path]:
+        """Rank directories. Of two numbers the second is a pipeline rank, unless the first file holds a whole model."""
+        found = {}
+        names = [(match, path) for path in sorted(self.directory.iterdir()) if (match := _RANK.fullmatch(path.name))]
+        if not names:
+            hint = "; torch_dist directories are another format" if (self.directory / ".metadata").exists() else ""
+            raise IncompleteCheckpointError(
+                f"{self.directory} has no mp_rank_TT directories; give a tree of Megatron-LM's torch format{hint}"
+            )
+        kinds = {tuple(group is not None for group in match.groups()) for match, _ in names}
+        if len(kinds) > 1:
+            raise LayoutError(f"{self.directory} mixes mp_rank_TT, mp_rank_TT_PPP and mp_rank_TT_PPP_EEE directories")
+        expert_second = kinds == {(True, True, False)} and self._holds_whole_model(names[0][1])
+        for match, path in names:
+            numbers = [int(group or 0) for group in match.groups()]
+            found[(numbers[0], 0, numbers[1]) if expert_second else (numbers[0], numbers[1], numbers[2])] = path
+        return found
+
+    def _holds_whole_model(self, path: Path) -> bool:
+        value = self.reader(path / MODEL_FILE).value
+        model = value.get("model") if isinstance(value, dict) else None
+        return isinstance(model, dict) and EMBEDDING in model and any("decoder.final_" in str(name) for name in model)
+
+    def _check_ranks(self) -> None:
+        sizes = (self.tensor, self.pipeline, self.expert)
+        for rank in ((t, p, e) for t in range(sizes[0]) for p in range(sizes[1]) for e in range(sizes[2])):
+            if rank not in self._paths:
+                raise IncompleteCheckpointError(
+                    f"{self.directory} has no directory of tensor rank {rank[0]}, pipeline rank {rank[1]}, expert rank"
+                    f" {rank[2]}; copy the whole tree (an expert-tensor size other than the tensor size is not read)"
+                )
+
+    def _iteration(self, stored: Any) -> int:
+        number = stored if type(stored) is int and stored >= 0 else None
+        match = _ITERATION.fullmatch(self.directory.name)
+        if match and number is not None and int(match[1]) != number:
+            raise CorruptCheckpointError(f"{self.path((0, 0, 0))}: iteration {number} in {self.directory.name}")
+        return int(match[1]) if match else number or 0
+
+    def _weights(self, rank: Rank, key: str) -> dict[str, StoredTensor]:
+        model = self.content(rank).get(key)
+        where = f"{self.path(rank)}: {key!r}"
+        if not isinstance(model, dict):
+            raise CorruptCheckpointError(f"{where} is not there, or no dict of parameters")
+        tensors = {}
+        for name, tensor in model.items():
+            if str(name).endswith("_extra_state"):
+                continue  # Transformer Engine's scales of fp8
+            if not isinstance(tensor, StoredTensor):
+                raise LayoutError(
+                    f"{where}: {name} is a {type(tensor).__name__}, not a tensor; only models of Megatron-Core are"
+                    " read (convert those of --use-legacy-models with Megatron-LM's tools first)"
+                )
+            tensors[str(name)] = tensor
+        return tensors
+
+    def _stages(self) -> tuple[ModelStage, ...]:
+        stages, offset = [], 0
+        keys = [f"model{chunk}" for chunk in range(self.virtual_pipeline)] if self.virtual_pipeline > 1 else ["model"]
+        if self.virtual_pipeline == 1 and "model0" in self.content((0, 0, 0)):
+            keys = ["model0"]
+        for key in keys:
+            for pipeline_rank in range(self.pipeline):
+                parameters = tuple(
+                    self._parse(name, self.path((0, pipeline_rank, 0)))
+                    for name in self._weights((0, pipeline_rank, 0), key)
+                )
+                layers = sorted({parameter.layer for parameter in parameters if parameter.layer is not None})
+                if layers != list(range(len(layers))):
+                    raise LayoutError(f"{self.path((0, pipeline_rank, 0))}: {key!r} has layers {layers}, with gaps")
+                stages.append(ModelStage(pipeline_rank, key, parameters, offset))
+                offset += len(layers)
+        self.layers = offset
+        return tuple(stages)
+
+    def _parse(self, name: str, path: Path) -> NamedParameter:
+        parameter = parse_name(name)
+        if parameter is None:
+            raise LayoutError(
+                f"{path}: {name} is no known parameter of Megatron-Core's GPT models, so it is unknown how tensor"
+                " parallelism cuts it; models with other parts cannot be imported"
+            )
+        return parameter
+
+    def _check_arguments(self) -> None:
+        sizes = {
+            "tensor_model_parallel_size": self.tensor,
+            "pipeline_model_parallel_size": self.pipeline,
+            "expert_model_parallel_size": self.expert,
+            "num_layers": self.layers,
+        }
+        for name, found in sizes.items():
+            said = argument(self.arguments, name, int)
+            if said is not None and said != found:
+                raise IncompleteCheckpointError(
+                    f"{self.directory}: the run had {name}={said}, the tree holds {found}; copy the whole tree"
+                )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._open.close()
+
+
+def find_iteration(source: Path) -> Path:
+    """The iteration's directory that the tracker file in `source` names; `source` itself without such a file."""
+    if not source.is_dir():
+        raise IncompleteCheckpointError(f"{source} is not a directory; give a checkpoint tree of Megatron-LM")
+    tracker = source / TRACKER
+    if not tracker.is_file():
+        return source
+    try:
+        text = tracker.read_bytes()[:100].decode().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CorruptCheckpointError(f"{tracker}: cannot be read: {error}") from None
+    if text != "release" and not re.fullmatch(r"[0-9]{1,18}", text):
+        raise CorruptCheckpointError(f"{tracker}: {text!r} is neither a number nor 'release'")
+    directory = source / (text if text == "release" else f"iter_{int(text):07d}")
+    if not directory.is_dir():
+        raise IncompleteCheckpointError(
+            f"{directory}, which {TRACKER} names, is not there; give another one of {source}"
+        )
+    return directory

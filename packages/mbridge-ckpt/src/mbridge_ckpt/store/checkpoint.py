@@ -1,0 +1,180 @@
+"""Reading: open a committed checkpoint, load its files with their checksums checked, find the one to resume from."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fcntl import LOCK_SH, flock
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, IncompleteCheckpointError
+from mbridge_ckpt.formats.torch_files import load_torch, load_torch_hashed
+from mbridge_ckpt.store.layout import MANIFEST_FILE, Layout, rank_state_file, step_of
+from mbridge_ckpt.store.manifest import FileRecord, Manifest, read_manifest
+from mbridge_ckpt.store.publish import find_leftovers
+from mbridge_ckpt.store.ranks import Ranks
+from mbridge_ckpt.store.state import unwrap_rank_state
+from mbridge_ckpt.store.verify import check_file, load_checked, verify
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A committed checkpoint, made by `open_checkpoint`; only its manifest has been read.
+
+    The `load_*` methods raise IncompleteCheckpointError (no such file), CorruptCheckpointError (size, checksum,
+    content) or UnsafeCheckpointError (would run code, lies outside), naming the file.
+    """
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def step(self) -> int:
+        return self.manifest.step
+
+    @property
+    def layout(self) -> Layout:
+        return self.manifest.layout
+
+    @property
+    def metadata(self) -> dict[str, Any]:
+        return self.manifest.metadata
+
+    def has(self, path: str) -> bool:
+        """Whether the checkpoint was committed with this file."""
+        return any(record.path == path for record in self.manifest.files)
+
+    def verified(self, path: str) -> Path:
+        """Absolute path of a file after its size and checksum were found right, which reads it once."""
+        return check_file(self.path, self._record(path))
+
+    def load_torch(self, path: str, *, map_location: Any = "cpu", mmap: bool = False) -> Any:
+        """Content of a torch.save file, see `load_torch`; read once, for the content and for its checksum."""
+        if mmap:
+            return load_torch(self.verified(path), map_location=map_location, mmap=True)
+        return load_checked(self.path, self._record(path), lambda file: load_torch_hashed(file, map_location))
+
+    def load_json(self, path: str) -> Any:
+        """Content of a JSON file."""
+        file = self.verified(path)
+        try:
+            return json.loads(file.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise CorruptCheckpointError(f"{file}: not JSON: {error}") from None
+
+    def _record(self, path: str) -> FileRecord:
+        try:
+            return self.manifest.file(path)
+        except IncompleteCheckpointError as error:
+            raise IncompleteCheckpointError(f"{self.path}: {error}") from None
+
+    def load_rank_state(self, rank: int) -> dict[str, Any] | None:
+        """What rank `rank` stored with `Save.write_rank_state`; None if the writing job had no such rank."""
+        path = rank_state_file(rank)
+        if not self.has(path):
+            return None
+        return unwrap_rank_state(self.load_torch(path), rank, self.path / path)
+
+
+@dataclass(frozen=True, slots=True)
+class PassedOver:
+    """A directory that `find_resume` did not take, and why."""
+
+    path: Path
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Resume:
+    """What `find_resume` found: the checkpoint (None if there is none), and what it passed over, newest first."""
+
+    checkpoint: Checkpoint | None
+    passed_over: tuple[PassedOver, ...]
+
+
+@contextmanager
+def hold(checkpoint: Checkpoint) -> Iterator[None]:
+    """Keep `prune`, of this or any other process, from removing `checkpoint` as long as the block runs.
+
+    A shared lock on its manifest; it ends with the process too. Where the file system has no locks it has no effect.
+    """
+    descriptor = os.open(checkpoint.path / MANIFEST_FILE, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):
+            flock(descriptor, LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Open `…/global_step_N`, or `…/latest`, or a checkpoints directory with a `latest` in it.
+
+    Raises IncompleteCheckpointError when there is no committed checkpoint, CorruptCheckpointError when its manifest
+    is damaged; the message names the path.
+    """
+    root = Path(path)
+    if not root.is_dir():
+        raise IncompleteCheckpointError(f"{root} is not a directory; give a global_step_N directory")
+    if step_of(root.resolve().name) is None and (root / "latest").is_dir():
+        root = root / "latest"
+    try:
+        root = root.resolve(strict=True)
+    except (OSError, RuntimeError) as error:
+        raise IncompleteCheckpointError(f"{root}: {error}") from None
+    return Checkpoint(root, read_manifest(root))
+
+
+def list_checkpoints(directory: str | Path) -> list[Path]:
+    """Directories named `global_step_N` in a checkpoints directory, largest step first; nothing in them is read."""
+    root = Path(directory)
+    if not root.is_dir():
+        return []
+    steps = [(step, path) for path in root.iterdir() if (step := step_of(path.name)) is not None and path.is_dir()]
+    return [path for _, path in sorted(steps, reverse=True)]
+
+
+def newest_first(directory: str | Path) -> list[Path]:
+    """What `list_checkpoints` finds as it was committed, the last one first; before them what has no manifest to read.
+
+    A run that went back to an earlier step leaves later steps of an abandoned branch behind: its own are newer.
+    """
+    order: dict[Path, tuple[str, int]] = {}
+    unreadable = []
+    for path in list_checkpoints(directory):
+        try:
+            order[path] = read_manifest(path).commit_order
+        except CheckpointError:
+            unreadable.append(path)
+    return unreadable + sorted(order, key=order.__getitem__, reverse=True)
+
+
+def find_resume(directory: str | Path, *, group: "ProcessGroup | None" = None) -> Resume:
+    """The last committed checkpoint in `directory` whose every file needed to resume has its checksum.
+
+    Collective over `group` (see `begin_save`): each rank reads a share of the files, all get the same answer. Faults
+    of a HuggingFace export do not count. Directories that were not taken come with the reason.
+    """
+    ranks = Ranks(group)
+    root = Path(directory)
+    candidates: list[Path] = ranks.from_first(newest_first(root) if ranks.rank == 0 else None)
+    leftovers = ranks.from_first(find_leftovers(root) if ranks.rank == 0 and root.is_dir() else [])
+    passed_over = [
+        PassedOver(item.path, f"an unfinished save or removal ({item.kind}); `mbridge-ckpt prune` sees to it")
+        for item in leftovers
+    ]
+    for path in candidates:
+        try:
+            report = verify(path, only_needed_to_resume=True, group=group)
+        except CheckpointError as error:
+            passed_over.append(PassedOver(path, str(error)))
+            continue
+        if report.resumable:
+            return Resume(open_checkpoint(path), tuple(passed_over))
+        passed_over.append(PassedOver(path, "; ".join(problem.message for problem in report.problems)))
+    return Resume(None, tuple(passed_over))

@@ -1,0 +1,216 @@
+"""manifest.json: what a committed checkpoint holds. Its presence under a final name is what "committed" means."""
+
+import json
+import re
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, IncompleteCheckpointError
+from mbridge_ckpt.reshard.placement import ParameterPlacement
+from mbridge_ckpt.store.durable import hash_bytes
+from mbridge_ckpt.store.layout import HF_DIRECTORY, MANIFEST_FILE, Layout, relative_path
+
+FORMAT = "mbridge-checkpoint"
+FORMAT_VERSION = 1
+MAXIMUM_MANIFEST_BYTES = 1 << 30
+_DIGEST = re.compile(r"[0-9a-f]{32}")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """A tensor in a file: the keys that lead to it joined by "/", its shape and dtype ("float32")."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FileRecord:
+    """One file: path relative to the checkpoint, size, XXH3-128 in hexadecimal, and what it holds."""
+
+    path: str
+    bytes: int
+    xxh3_128: str
+    tensors: tuple[TensorRecord, ...] = ()
+    placements: tuple[ParameterPlacement, ...] = ()
+
+    @property
+    def needed_to_resume(self) -> bool:
+        """False for the HuggingFace export, which may be deleted without harm to a resumed run."""
+        return not self.path.startswith(HF_DIRECTORY + "/")
+
+    def to_json(self) -> dict[str, Any]:
+        value: dict[str, Any] = {"path": self.path, "bytes": self.bytes, "xxh3_128": self.xxh3_128}
+        if self.tensors:
+            value["tensors"] = [[tensor.name, list(tensor.shape), tensor.dtype] for tensor in self.tensors]
+        if self.placements:
+            value["placements"] = [placement.to_json() for placement in self.placements]
+        return value
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """A whole checkpoint. `metadata` is the writer's own (metrics, names); `writer` holds versions.
+
+    `created` is when it was committed, in ISO 8601 and UTC; later than that of the checkpoint committed before it.
+    """
+
+    step: int
+    created: str
+    layout: Layout
+    writer: dict[str, str]
+    files: tuple[FileRecord, ...]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def commit_order(self) -> tuple[str, int]:
+        """Sorts checkpoints as they were committed: a run that went back has older ones of later steps."""
+        return self.created, self.step
+
+    @property
+    def total_bytes(self) -> int:
+        """Size of all files, the manifest not counted."""
+        return sum(record.bytes for record in self.files)
+
+    def file(self, path: str) -> FileRecord:
+        """Record of `path`; raises IncompleteCheckpointError if the checkpoint was written without it."""
+        for record in self.files:
+            if record.path == path:
+                return record
+        raise IncompleteCheckpointError(
+            f"{path} is not part of this checkpoint; it holds {len(self.files)} other files"
+        )
+
+    def to_bytes(self) -> bytes:
+        """JSON text ending in a checksum of itself, so that a flipped bit in the manifest shows too."""
+        body = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "step": self.step,
+            "created": self.created,
+            "layout": self.layout.to_json(),
+            "writer": self.writer,
+            "metadata": self.metadata,
+            "files": [record.to_json() for record in self.files],
+        }
+        return _dump({**body, "manifest_xxh3_128": hash_bytes(_dump(body))})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> "Manifest":
+        """Parse and check; raises CorruptCheckpointError, and CheckpointError for a format of a later version."""
+        try:
+            value = json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_number, parse_float=_number)
+        except (ValueError, RecursionError) as error:
+            raise CorruptCheckpointError(f"not JSON: {error}") from None
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            raise CorruptCheckpointError(f'no "format": "{FORMAT}" in it')
+        version = value.get("format_version")
+        if version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"format version {version!r}, this program reads version {FORMAT_VERSION}; install a later mbridge-ckpt"
+            )
+        digest = value.pop("manifest_xxh3_128", None)
+        # Hashing a re-serialisation works because it is how the writer made the text: same keys, order and spacing.
+        if digest != hash_bytes(_dump(value)):
+            raise CorruptCheckpointError("its checksum does not fit its content; the manifest was damaged or edited")
+        return cls(
+            step=_typed(value, "step", int),
+            created=_typed(value, "created", str),
+            layout=Layout.from_json(value.get("layout")),
+            writer=_typed(value, "writer", dict),
+            metadata=_typed(value, "metadata", dict),
+            files=_files(_typed(value, "files", list)),
+        )
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Manifest of a checkpoint directory; reads no other file. Errors name the file."""
+    path = directory / MANIFEST_FILE
+    try:
+        if path.is_symlink():
+            raise CorruptCheckpointError("it is a symlink; a manifest is a regular file")
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CorruptCheckpointError("it is no regular file")
+        if path.stat().st_size > MAXIMUM_MANIFEST_BYTES:
+            raise CorruptCheckpointError(f"larger than {MAXIMUM_MANIFEST_BYTES} bytes")
+        return Manifest.from_bytes(path.read_bytes())
+    except FileNotFoundError:
+        raise IncompleteCheckpointError(
+            f"{directory} has no {MANIFEST_FILE}: its save never finished, or it is no checkpoint of this program"
+        ) from None
+    except OSError as error:
+        raise IncompleteCheckpointError(f"{path}: cannot be read: {error}") from None
+    except CheckpointError as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+def _files(values: list[Any]) -> tuple[FileRecord, ...]:
+    records = tuple(_file(value) for value in values)
+    paths = [record.path for record in records]
+    if len(set(paths)) != len(paths):
+        raise CorruptCheckpointError("files: a path is listed twice")
+    return records
+
+
+def _file(value: Any) -> FileRecord:
+    if not isinstance(value, dict):
+        raise CorruptCheckpointError("files: expected objects")
+    path, size, digest = _typed(value, "path", str), _typed(value, "bytes", int), _typed(value, "xxh3_128", str)
+    try:
+        relative_path(path)
+    except ValueError as error:
+        raise CorruptCheckpointError(f"files: {error}") from None
+    if size < 0 or not _DIGEST.fullmatch(digest):
+        raise CorruptCheckpointError(f"files: {path}: bytes {size} or checksum {digest!r} is malformed")
+    return FileRecord(
+        path=path,
+        bytes=size,
+        xxh3_128=digest,
+        tensors=tuple(_tensors(path, value.get("tensors", []))),
+        placements=tuple(ParameterPlacement.from_json(item) for item in _list(path, value.get("placements", []))),
+    )
+
+
+def _tensors(path: str, values: Any) -> Iterable[TensorRecord]:
+    for item in _list(path, values):
+        match item:
+            case [str(name), list(shape), str(dtype)] if all(type(size) is int and size >= 0 for size in shape):
+                yield TensorRecord(name, tuple(shape), dtype)
+            case _:
+                raise CorruptCheckpointError(f"files: {path}: malformed tensor record {item!r}")
+
+
+def _list(path: str, value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise CorruptCheckpointError(f"files: {path}: expected a list, found {type(value).__name__}")
+    return value
+
+
+def _typed[T](value: dict[str, Any], key: str, kind: type[T]) -> T:
+    found = value.get(key)
+    if type(found) is not kind:
+        raise CorruptCheckpointError(f"{key}: expected {kind.__name__}, found {type(found).__name__}")
+    return found
+
+
+def _dump(value: Any) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise ValueError("an object has the same key twice")
+    return value
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if not isfinite(value):  # NaN, Infinity, 1e999
+        raise ValueError(f"{text} is no finite number")
+    return value

@@ -1,0 +1,79 @@
+"""A directory that appears whole under its name or not at all, for what is no checkpoint."""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from mbridge_ckpt.errors import CheckpointError
+from mbridge_ckpt.store.durable import HashingFile, fsync_path, fsync_tree_directories
+from mbridge_ckpt.store.layout import inside, refuse_inside_checkpoint
+from mbridge_ckpt.store.transaction import FileStream
+from mbridge_ckpt.store.writing import SaveStream
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class NewDirectory:
+    """Files go into a hidden directory beside `final`, which `commit` renames; without it the block's end removes it.
+
+    Raises CheckpointError if `final` exists, since nothing is overwritten, or lies in a checkpoint.
+    """
+
+    def __init__(self, final: Path) -> None:
+        self.final = Path(os.path.abspath(final))
+        self.path = self.final.with_name(f".{self.final.name}.writing-{uuid.uuid4().hex[:12]}")
+        self._refuse_existing()
+        refuse_inside_checkpoint(self.final)
+        self.path.mkdir(parents=True)
+
+    @contextmanager
+    def stream(self, path: str) -> Iterator[SaveStream]:
+        """A new file, on the disk when the block ends."""
+        target = inside(self.path, path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file = HashingFile(target)
+        try:
+            yield FileStream(file)
+            file.close()
+        finally:
+            file.abandon()
+
+    def rename(self, old: str, new: str) -> None:
+        """Give a file another name."""
+        os.rename(inside(self.path, old), inside(self.path, new))
+
+    def host_copy(self, tensor: "Tensor") -> "Tensor":
+        """A copy in ordinary memory."""
+        return tensor.detach().to("cpu", copy=True).contiguous()
+
+    def write_json(self, path: str, value: Any) -> None:
+        """A new file of JSON text."""
+        with self.stream(path) as stream:
+            stream.write(json.dumps(value, indent=2, allow_nan=False).encode() + b"\n")
+
+    def commit(self) -> Path:
+        """Give the directory its name; returns it."""
+        fsync_tree_directories(self.path)
+        self._refuse_existing()
+        os.rename(self.path, self.final)
+        fsync_path(self.final.parent)
+        return self.final
+
+    def _refuse_existing(self) -> None:
+        if os.path.lexists(self.final):
+            raise CheckpointError(f"{self.final} exists; nothing is overwritten, give another directory")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)

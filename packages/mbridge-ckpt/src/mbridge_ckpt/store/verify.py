@@ -1,0 +1,219 @@
+"""Does a checkpoint on the disk equal what was committed? By sizes and headers in a moment, by checksums in full."""
+
+import os
+import stat
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, IncompleteCheckpointError
+from mbridge_ckpt.formats.safetensors_header import read_safetensors_header, read_safetensors_index
+from mbridge_ckpt.formats.torch_inspect import inspect_torch_file
+from mbridge_ckpt.store.durable import hash_file
+from mbridge_ckpt.store.layout import HF_DIRECTORY, MANIFEST_FILE, inside
+from mbridge_ckpt.store.manifest import FileRecord, TensorRecord, read_manifest
+from mbridge_ckpt.store.ranks import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """A file that is not what was committed. `needed_to_resume` is False for the HuggingFace export."""
+
+    path: str
+    message: str
+    needed_to_resume: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifyReport:
+    """Outcome of `verify`. `contents` says whether checksums were compared; `notes` are no faults."""
+
+    path: Path
+    step: int
+    contents: bool
+    files: int
+    bytes: int
+    problems: tuple[Problem, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    @property
+    def resumable(self) -> bool:
+        return not any(problem.needed_to_resume for problem in self.problems)
+
+
+def verify(
+    path: str | Path,
+    *,
+    contents: bool = True,
+    only_needed_to_resume: bool = False,
+    group: "ProcessGroup | None" = None,
+    progress: Callable[[int], None] | None = None,
+) -> VerifyReport:
+    """Check every file of the checkpoint directory `path` against its manifest.
+
+    `contents=False` compares sizes, headers and tensor lists, without reading tensors. In a distributed job every rank
+    calls this; each checks a share of the files and all get the whole report. `progress` is called with the bytes of
+    each file done. Raises CheckpointError if there is no readable manifest.
+    """
+    root = Path(path)
+    ranks = Ranks(group)
+    # One rank reads the manifest, so that all see the same one, or the same error.
+    step, records, notes, error = ranks.from_first(_plan(root, only_needed_to_resume) if ranks.rank == 0 else None)
+    if error is not None:
+        raise error
+    problems = []
+    for record in _share(records, ranks.rank, ranks.size):
+        try:
+            check_file(root, record, contents=contents)
+        except CheckpointError as error:
+            problems.append(Problem(record.path, str(error), record.needed_to_resume))
+        if progress is not None:
+            progress(record.bytes)
+    everywhere = [problem for part in ranks.gather(problems) for problem in part]
+    return VerifyReport(
+        path=root,
+        step=step,
+        contents=contents,
+        files=len(records),
+        bytes=sum(record.bytes for record in records),
+        problems=tuple(sorted(everywhere, key=lambda problem: problem.path)),
+        notes=notes,
+    )
+
+
+def require_whole(
+    path: Path, *, only_needed_to_resume: bool = False, progress: Callable[[int], None] | None = None
+) -> None:
+    """Raise CorruptCheckpointError for the first file of a checkpoint that `verify` finds a fault in."""
+    report = verify(path, only_needed_to_resume=only_needed_to_resume, progress=progress)
+    if report.problems:
+        raise CorruptCheckpointError(report.problems[0].message)
+
+
+def check_file(root: Path, record: FileRecord, *, contents: bool = True) -> Path:
+    """Compare one file with its record; returns its path. Errors (CheckpointError's classes) name the file.
+
+    Sizes always; with `contents` the checksum, without it the headers and tensor lists.
+    """
+    path = inside(root, record.path)
+    with _named_errors(path, record):
+        _check_size(path, record)
+        if contents:
+            _check_digest(path, record, hash_file(path)[1])
+        else:
+            _check_header(path, record)
+    return path
+
+
+def load_checked[T](root: Path, record: FileRecord, load: Callable[[Path], tuple[T, str]]) -> T:
+    """What `load` makes of a file, if the checksum that it gives too is right; raises as `check_file` does."""
+    path = inside(root, record.path)
+    with _named_errors(path, record):
+        _check_size(path, record)
+        try:
+            value, digest = load(path)
+        except CheckpointError:
+            _check_digest(path, record, hash_file(path)[1])  # a changed file may be anything: say that it changed
+            raise
+        _check_digest(path, record, digest)
+        return value
+
+
+@contextmanager
+def _named_errors(path: Path, record: FileRecord) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise IncompleteCheckpointError(
+            f"{path}: the file is missing; it was committed with {record.bytes} bytes"
+        ) from None
+    except OSError as error:
+        raise CorruptCheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _check_size(path: Path, record: FileRecord) -> None:
+    status = path.stat()
+    size = status.st_size
+    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+        raise CorruptCheckpointError(f"{path}: is no regular file; put the file that was written in its place")
+    if size != record.bytes:
+        raise CorruptCheckpointError(
+            f"{path}: {size} bytes, {record.bytes} were written; use another checkpoint, or copy this one again"
+        )
+
+
+def _check_digest(path: Path, record: FileRecord, digest: str) -> None:
+    if digest != record.xxh3_128:
+        raise CorruptCheckpointError(
+            f"{path}: its content changed since it was written (checksum {digest}, written {record.xxh3_128}); "
+            "use another checkpoint, or copy this one again"
+        )
+
+
+def _check_header(path: Path, record: FileRecord) -> None:
+    found: tuple[TensorRecord, ...]
+    if path.suffix == ".pt":
+        found = inspect_torch_file(path)
+    elif path.suffix == ".safetensors":
+        found = read_safetensors_header(path)
+    else:
+        if path.name.endswith(".safetensors.index.json"):
+            read_safetensors_index(path)
+        return
+    if record.tensors and sorted(found, key=_name) != sorted(record.tensors, key=_name):
+        raise CorruptCheckpointError(f"{path}: holds other tensors than were written")
+
+
+def _name(tensor: TensorRecord) -> str:
+    return tensor.name
+
+
+def _plan(
+    root: Path, only_needed_to_resume: bool
+) -> tuple[int, list[FileRecord], tuple[str, ...], CheckpointError | None]:
+    """Step, files to check, notes, and the error that stands in the way of all three."""
+    try:
+        manifest = read_manifest(root)
+    except CheckpointError as error:
+        return -1, [], (), error
+    notes = []
+    records = list(manifest.files)
+    export = [record for record in records if not record.needed_to_resume]
+    if export and not any(os.path.lexists(root / record.path) for record in export):
+        notes.append(f"{HF_DIRECTORY} was written with this checkpoint and is gone; resuming does not need it")
+        records = [record for record in records if record.needed_to_resume]
+    if only_needed_to_resume:
+        records = [record for record in records if record.needed_to_resume]
+    known = {record.path for record in manifest.files} | {MANIFEST_FILE}
+    for extra in files_below(root):
+        if extra not in known:
+            notes.append(f"{extra} is not part of the checkpoint")
+    return manifest.step, records, tuple(notes), None
+
+
+def files_below(root: Path) -> Iterable[str]:
+    """Paths of all files and links under `root`, relative to it, in a fixed order."""
+    for directory, directories, files in sorted(os.walk(root)):
+        links = [name for name in directories if os.path.islink(os.path.join(directory, name))]
+        for name in sorted(files + links):
+            yield str((Path(directory) / name).relative_to(root))
+
+
+def _share(records: list[FileRecord], rank: int, size: int) -> list[FileRecord]:
+    """This rank's files, largest first to the rank with least so far; the same split is computed on every rank."""
+    loads = [0] * size
+    shares: list[list[FileRecord]] = [[] for _ in range(size)]
+    for record in sorted(records, key=lambda item: (-item.bytes, item.path)):
+        target = loads.index(min(loads))
+        shares[target].append(record)
+        loads[target] += record.bytes
+    return shares[rank]

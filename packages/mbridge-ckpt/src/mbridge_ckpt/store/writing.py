@@ -1,0 +1,113 @@
+"""What goes into a save, whichever way it reaches the disk: at once (`Save`) or in the background (`SnapshotSave`)."""
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from mbridge_ckpt.errors import CheckpointError
+from mbridge_ckpt.formats.torch_files import write_torch_file
+from mbridge_ckpt.reshard.placement import ParameterPlacement
+from mbridge_ckpt.store.layout import MANIFEST_FILE, TRACKER_FILE, Layout, rank_state_file
+from mbridge_ckpt.store.manifest import TensorRecord
+from mbridge_ckpt.store.publish import WRITER_FILE
+from mbridge_ckpt.store.ranks import Ranks
+from mbridge_ckpt.store.state import wrap_rank_state
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_RESERVED = (MANIFEST_FILE, WRITER_FILE, TRACKER_FILE)
+
+
+class SaveStream(ABC):
+    """One file being written. Set `tensors` and `placements` to have them in the manifest."""
+
+    def __init__(self) -> None:
+        self.tensors: tuple[TensorRecord, ...] = ()
+        self.placements: tuple[ParameterPlacement, ...] = ()
+
+    @abstractmethod
+    def write(self, data: bytes | memoryview, /) -> int:
+        """Write all of `data`; returns the number of bytes."""
+
+
+class CheckpointWriter(ABC):
+    """A save in progress. A context manager whose block ends with `commit`."""
+
+    def __init__(self, step: int, layout: Layout, ranks: Ranks) -> None:
+        self.step = step
+        self.layout = layout
+        self._ranks = ranks
+        self._names: set[str] = set()
+        self._open = True
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the first rank of the save, the one that writes what exists once."""
+        return self._ranks.rank == 0
+
+    def write_torch(self, path: str, value: Any, *, placements: Sequence[ParameterPlacement] = ()) -> None:
+        """torch.save `value` (see `write_torch_file` for what it may hold); `placements` describe its parameters."""
+        with self.stream(path) as stream:
+            stream.tensors = write_torch_file(stream, value, self.to_host)
+            stream.placements = tuple(placements)
+
+    def write_json(self, path: str, value: Any) -> None:
+        """Write `value` as JSON text; ValueError for NaN and infinities, TypeError for what JSON does not know."""
+        self.write_bytes(path, json.dumps(value, indent=2, allow_nan=False).encode() + b"\n")
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Write `data` as it is."""
+        with self.stream(path) as stream:
+            stream.write(data)
+
+    def write_rank_state(self, state: dict[str, Any]) -> None:
+        """Store what this rank of the job needs to go on (random state, data position, loop); one call a rank."""
+        rank = self._ranks.global_rank
+        self.write_torch(rank_state_file(rank), wrap_rank_state(rank, state))
+
+    @abstractmethod
+    def stream(self, path: str) -> AbstractContextManager[SaveStream]:
+        """A new file to write piece by piece."""
+
+    @abstractmethod
+    def rename(self, old: str, new: str) -> None:
+        """Give a file that this rank wrote in this save another name."""
+
+    @abstractmethod
+    def to_host(self, tensor: "Tensor") -> "Tensor":
+        """`tensor` detached, contiguous and on the CPU, to be written to a stream before anything else changes it."""
+
+    @abstractmethod
+    def host_copy(self, tensor: "Tensor") -> "Tensor":
+        """As `to_host`, but a copy that stays as it is whatever becomes of `tensor`."""
+
+    @abstractmethod
+    def commit(self, metadata: dict[str, Any] | None = None, *, writer: dict[str, str] | None = None) -> Path:
+        """Make the save a checkpoint; returns the directory it has then.
+
+        `metadata` is a JSON object (retention by metric reads `metadata["metrics"]`), `writer` versions to record
+        beside our own; both are taken from the group's first rank.
+        """
+
+    def _claim(self, path: str) -> None:
+        """Take the name of a new file; raises if it cannot be had."""
+        if not self._open:
+            raise RuntimeError(f"{path}: the save is over, nothing more can be written")
+        if path in _RESERVED or path in self._names:
+            raise CheckpointError(
+                f"{path}: this name is reserved or was written before in the same save; choose another"
+            )
+        self._names.add(path)
+
+    def __enter__(self) -> Self:
+        return self
+
+    @abstractmethod
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None: ...

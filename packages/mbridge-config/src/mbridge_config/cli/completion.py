@@ -1,0 +1,161 @@
+"""Shell completion of config names, keys and values, by Hydra's protocol.
+
+`eval "$(mbridge-config -sc install=bash)"`, and the same for each app, after which the shell asks
+`mbridge-config -sc query=bash` with the line so far in COMP_LINE. Hydra's plugins know how a shell is told; what comes
+next is worked out here from the schema, without Hydra, which would take most of a second for each answer.
+"""
+
+import os
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from mbridge_config.load.catalog import (
+    config_directory,
+    config_names,
+    find_config,
+    find_installed_config,
+    given_directory,
+    installed_directories,
+)
+from mbridge_config.load.paths import is_directory
+from mbridge_config.problems import ConfigError, Problem
+from mbridge_config.run.kinds import SCHEMAS, schema_of
+from mbridge_config.schema.keys import Status, describe_type, known_keys, known_sections
+
+FLAGS = ("-sc", "--shell-completion")
+_NAME_FLAGS = ("--config-name", "-cn")
+_PATH_FLAGS = ("--config-path", "-cp")
+_VALUED_FLAGS = (*_NAME_FLAGS, *_PATH_FLAGS, "--world-size", "--memory", "--gpus")
+Complete = Callable[[Sequence[str], str], Iterable[str]]
+
+
+def answer(words: Sequence[str], complete: Complete) -> bool:
+    """Whether `words` ask for shell completion, which is then answered on standard output.
+
+    `complete(before, word)` gives what the last word `word` may become after the words `before`. Raises `ConfigError`
+    for a request that is none.
+    """
+    if not words or words[0] not in FLAGS:
+        return False
+    action, _, shell = words[1].partition("=") if len(words) == 2 else ("", "", "")
+    if action == "query":
+        line = os.environ.get("COMP_LINE", "")
+        point = os.environ.get("COMP_POINT", "")
+        line = line[: int(point)] if point.isdecimal() else line
+        *before, word = [*line.split(), *([""] if line[-1:] in ("", " ") else [])]
+        fitting = sorted({text for text in complete(before[1:], word) if text.startswith(word)})
+        print(("\n" if shell == "fish" else " ").join(fitting))
+        return True
+    if action not in ("install", "uninstall"):
+        raise _wrong(" ".join(words))
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.completion_plugin import CompletionPlugin
+
+    for plugin in Plugins.instance().discover(CompletionPlugin):
+        if plugin.provides() == shell:  # type: ignore[attr-defined]
+            getattr(plugin(None), action)()  # type: ignore[call-arg]
+            return True
+    raise _wrong(" ".join(words))
+
+
+def how(program: str) -> str:
+    """How a shell is told to complete the command lines of `program`."""
+    return f'shell completion:\n  eval "$({program} -sc install=bash)"'
+
+
+def _wrong(request: str) -> ConfigError:
+    fix = "write -sc install=SHELL or -sc uninstall=SHELL, with bash, zsh or fish"
+    return ConfigError(Problem(id="usage", key=None, value=request, reason=f"{request!r} is not known", fix=fix))
+
+
+def complete_app(package: str, default_config: str | None) -> Complete:
+    """What comes next on the command line of the app with the import name `package`."""
+
+    def complete(before: Sequence[str], word: str) -> Iterable[str]:
+        path = _after(before, _PATH_FLAGS)
+        try:
+            directory = given_directory(path) if path else config_directory(package)
+        except ConfigError:
+            return
+        if before and before[-1] in _NAME_FLAGS:
+            yield from config_names(directory)
+        elif word.startswith("-"):
+            yield from ("--config-name", "--config-path", "--help")
+        else:
+            name = _after(before, _NAME_FLAGS) or default_config or ""
+            yield from _overrides(_schemas(lambda: find_config(name, [directory])[0]), word)
+
+    return complete
+
+
+def complete_config(*flags: str) -> Complete:
+    """What comes next behind a command that takes the name of a config, overrides and these flags."""
+
+    def complete(before: Sequence[str], word: str) -> Iterable[str]:
+        path = _after(before, _PATH_FLAGS)
+        values = {place + 1 for place, text in enumerate(before) if text in _VALUED_FLAGS}
+        given = [text for place, text in enumerate(before) if place not in values and not text.startswith("-")]
+        name = next((text for text in given if "=" not in text), None)
+        if word.startswith("-"):
+            yield from (*flags, "--config-path", "--help")
+        elif name is not None:
+            directories = [given_directory(path)] if path and is_directory(path) else None
+            yield from _overrides(_schemas(lambda: _file(name, directories)), word)
+        elif path:
+            yield from config_names(Path(path))
+        else:
+            for app, directory in installed_directories().items():
+                yield from (f"{app}/{known}" for known in config_names(directory))
+
+    return complete
+
+
+def _file(name: str, directories: Sequence[Path] | None) -> Path:
+    return (find_installed_config(name) if directories is None else find_config(name, directories))[0]
+
+
+def _after(words: Sequence[str], flags: Sequence[str]) -> str | None:
+    return next((words[place + 1] for place, text in enumerate(words[:-1]) if text in flags), None)
+
+
+def _schemas(find: Callable[[], Path]) -> list[type]:
+    """The schema of the file that `find` returns; all of them where its own cannot be told."""
+    import yaml
+
+    try:
+        tree = yaml.safe_load(find().read_text(encoding="utf-8"))
+    except (ConfigError, OSError, ValueError, yaml.YAMLError):
+        tree = None
+    if not isinstance(tree, dict):
+        return list(SCHEMAS.values())
+    runner = tree.get("runner")
+    if "defaults" in tree and not (isinstance(runner, dict) and "task_type" in runner):
+        return list(SCHEMAS.values())  # a file of the list may say it
+    return [schema_of(tree)]
+
+
+def _overrides(schemas: Sequence[type], word: str) -> Iterable[str]:
+    """Keys one level at a time, `actor.` before `actor.optim.`; behind `key=` the values that it takes."""
+    sign = word[: len(word) - len(word.lstrip("+~"))]
+    key, equals, _ = word[len(sign) :].partition("=")
+    for schema in schemas:
+        keys = known_keys(schema)
+        if equals:
+            yield from (f"{sign}{key}={value}" for value in (_values(keys[key].type) if key in keys else ()))
+            continue
+        level = key.count(".")
+        for name in known_sections(schema):
+            if name.count(".") == level:
+                yield f"{sign}{name}."
+        for name, info in keys.items():
+            if name.count(".") == level and info.spec.status is not Status.NO_EFFECT:
+                yield f"{sign}{name}" if sign == "~" else f"{sign}{name}="
+
+
+def _values(hint: Any) -> list[str]:
+    parts = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
+    listed = [part for part in parts if part in (bool, type(None)) or typing.get_origin(part) is typing.Literal]
+    return [word for part in listed for word in describe_type(part).split(" | ")]

@@ -1,0 +1,86 @@
+"""The command line that all apps share: `--config-name`, `--config-path`, `key=value`."""
+
+import argparse
+import dataclasses
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from mbridge_config.cli.completion import answer, complete_app, how
+from mbridge_config.load.catalog import config_directory, config_names
+from mbridge_config.problems import ConfigError, Problem
+
+
+@dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
+class Arguments:
+    """What `compose` takes: `compose(**dataclasses.asdict(arguments), package_config=...)`."""
+
+    config_name: str
+    config_path: Path | None
+    overrides: tuple[str, ...]
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are `ConfigError`."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise the error."""
+        raise _usage(message, f"see `{self.prog} --help`")
+
+
+def parse_arguments(
+    argv: Sequence[str] | None = None, *, program: str, package_config: str, default_config: str | None = None
+) -> Arguments:
+    """The arguments of an app; `argv` is `sys.argv[1:]` if None.
+
+    `package_config` is the import name of the app, whose configs `--help` lists; `default_config` is the name
+    used without `--config-name`. `--help`, and `-sc` for shell completion, print and exit with 0. Raises `ConfigError`
+    for wrong arguments.
+    """
+    parser = argument_parser(program, f"configs of {program}:\n{_listing(package_config)}\n\n{how(program)}")
+    parser.add_argument("--config-name", "-cn", default=default_config, metavar="NAME", help=_default(default_config))
+    words = list(sys.argv[1:] if argv is None else argv)
+    if answer(words, complete_app(package_config, default_config)):
+        raise SystemExit(0)
+    found = parser.parse_intermixed_args(words)
+    if found.config_name is None:
+        raise _usage("no config is named", f"add --config-name NAME; `{program} --help` lists the names")
+    return Arguments(config_name=found.config_name, config_path=found.config_path, overrides=tuple(found.overrides))
+
+
+def argument_parser(program: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser with `--config-path` and `key=value`, whose errors are `ConfigError`."""
+    parser = Parser(prog=program, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key; ~key puts its default back")
+    parser.add_argument(
+        "--config-path", "-cp", type=Path, metavar="DIR", help="directory of configs, in place of the app's own"
+    )
+    return parser
+
+
+def _default(name: str | None) -> str:
+    return "name of the config" if name is None else f"name of the config; without it, {name}"
+
+
+def _listing(package: str) -> str:
+    try:
+        return "\n".join(f"  {name}" for name in config_names(config_directory(package)))
+    except ConfigError:
+        return "  none found"
+
+
+def _usage(reason: str, fix: str) -> ConfigError:
+    return ConfigError(Problem(id="usage", key=None, value=None, reason=reason, fix=fix))
+
+
+def memory_size(text: str) -> float:
+    """A `--memory` in GiB; raises `argparse.ArgumentTypeError`."""
+    try:
+        size = float(text)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no size of a GPU's memory in GiB, such as 80")
+    return size

@@ -1,0 +1,111 @@
+"""Hydra YAML and `key=value` arguments into a typed config.
+
+    config = compose("qwen2.5-1.5b-grpo-megatron", package_config="mbridge_reasoning")
+
+Hydra makes one tree of the file, its defaults list and the arguments. The schema's defaults are laid under it,
+so that interpolations may refer to keys that no file sets. Then each interpolation is resolved by itself and the
+tree is converted, so that all mistakes are found at once.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, overload
+
+from mbridge_config.load.catalog import config_directory, find_config, find_installed_config, given_directory
+from mbridge_config.load.convert import convert
+from mbridge_config.load.derive import derive
+from mbridge_config.load.origin import Origin
+from mbridge_config.load.resolve import resolve
+from mbridge_config.problems import ConfigError, Severity
+from mbridge_config.run.kinds import RunConfig, schema_of
+from mbridge_config.schema.keys import default_of, hints, is_section, spec_of
+
+Schema = TypeVar("Schema")
+
+
+@overload
+def compose(
+    config_name: str,
+    config_path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    package_config: str | None = None,
+    schema: type[Schema],
+    strict: bool = True,
+) -> Schema: ...
+
+
+@overload
+def compose(
+    config_name: str,
+    config_path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    package_config: str | None = None,
+    schema: None = None,
+    strict: bool = True,
+) -> RunConfig: ...
+
+
+def compose(
+    config_name: str,
+    config_path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    package_config: str | None = None,
+    schema: type[Any] | None = None,
+    strict: bool = True,
+) -> Any:
+    """The config `config_name` with `overrides` (`key=value`, `+key=value`, `++key=value`, `~key`).
+
+    The name is looked up in `config_path`; without one, in the configs of the app with the import name
+    `package_config`; without both, in those of all installed apps (`sft/quickstart` is that of the app sft). `schema`
+    is `ReasoningConfig` or `SFTConfig`; without it `runner.task_type` decides. Raises `ConfigError` with everything
+    that is wrong in names, syntax, keys and types; with `strict=False` mistakes in keys and types are left in
+    `config.origin.problems`, for `check` to report them together with its own.
+    """
+    from mbridge_config.load.hydra_tree import hydra_tree  # YAML and Hydra take most of a second to import
+
+    file, directory = _find(config_name, config_path, package_config)
+    tree, places = hydra_tree(file, directory, overrides)
+    origin = Origin(name=config_name, file=str(file), places=places)
+    return from_tree(tree, origin, schema or schema_of(tree), strict=strict)
+
+
+def from_tree(tree: Mapping[Any, Any], origin: Origin, schema: type[Schema], *, strict: bool = True) -> Schema:
+    """A config of the kind `schema` from a plain tree with unresolved interpolations. Raises as `compose` does."""
+    complete = resolve(laid_over(tree, defaults_tree(schema)), origin)
+    config = convert(schema, complete, origin)
+    config.origin = origin
+    derive(config)
+    if strict and any(problem.severity is Severity.ERROR for problem in origin.problems):
+        raise ConfigError(origin.problems)
+    return config
+
+
+def _find(name: str, config_path: str | Path | None, package_config: str | None) -> tuple[Path, Path]:
+    if config_path is not None:
+        return find_config(name, [given_directory(config_path)])
+    if package_config is not None:
+        return find_config(name, [config_directory(package_config)])
+    return find_installed_config(name)
+
+
+def defaults_tree(schema: type) -> dict[str, Any]:
+    """The defaults of a section as a plain tree."""
+    tree: dict[str, Any] = {}
+    for field in dataclasses.fields(schema):
+        if spec_of(field) is not None:
+            hint = hints(schema)[field.name]
+            tree[field.name] = defaults_tree(hint) if is_section(hint) else default_of(field)
+    return tree
+
+
+def laid_over(tree: Mapping[Any, Any], under: Mapping[Any, Any]) -> dict[Any, Any]:
+    """`tree` with what it lacks taken from `under`; sections are merged, everything else is replaced."""
+    merged = dict(under)
+    for name, value in tree.items():
+        below = under.get(name)
+        merged[name] = laid_over(value, below) if isinstance(value, Mapping) and isinstance(below, Mapping) else value
+    return merged

@@ -1,0 +1,205 @@
+"""Plain values of a YAML tree into the typed sections of the schema, finding every mistake on the way."""
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from mbridge_config.load.origin import Origin
+from mbridge_config.problems import Problem, Severity, json_ready
+from mbridge_config.schema.keys import (
+    KeySpec,
+    Status,
+    default_of,
+    describe_type,
+    hints,
+    is_section,
+    known_keys,
+    known_sections,
+    spec_of,
+)
+
+
+class Unfit(Exception):
+    """A value that does not fit its key: reason and fix."""
+
+    def __init__(self, reason: str, fix: str, identity: str = "wrong-type"):
+        super().__init__(reason)
+        self.reason, self.fix, self.identity = reason, fix, identity
+
+
+_LARGEST = 2**63 - 1  # what torch and files hold
+
+
+def convert(kind: type, tree: Mapping[Any, Any], origin: Origin) -> Any:
+    """An instance of the section `kind` with the values of `tree`.
+
+    Keys that are missing, or whose value does not fit, get their default. What was wrong is added to
+    `origin.problems`, and the key to `origin.failed`.
+    """
+    return _Converter(kind, origin).section(kind, tree, "")
+
+
+class _Converter:
+    def __init__(self, root: type, origin: Origin):
+        self.root, self.origin = root, origin
+
+    def section(self, kind: type, tree: Any, prefix: str) -> Any:
+        if not isinstance(tree, Mapping):
+            name = prefix.rstrip(".")
+            if tree is not None:
+                self.report("wrong-type", name, tree, "a section of keys is expected", f"write keys under {name}")
+                self.origin.failed.update(path for path in known_keys(self.root) if path.startswith(prefix))
+            return kind()
+        fields = {field.name: field for field in dataclasses.fields(kind) if spec_of(field) is not None}
+        values: dict[str, Any] = {}
+        for name, raw in tree.items():
+            path = f"{prefix}{name}"
+            field = fields.get(name) if isinstance(name, str) else None
+            if field is None:
+                self.unknown(path, raw)
+            elif is_section(hints(kind)[field.name]):
+                values[field.name] = self.section(hints(kind)[field.name], raw, f"{path}.")
+            elif path not in self.origin.failed:
+                values[field.name] = self.leaf(field, hints(kind)[field.name], raw, path)
+        return kind(**values)
+
+    def leaf(self, field: "dataclasses.Field[Any]", hint: Any, raw: Any, path: str) -> Any:
+        spec = spec_of(field)
+        assert spec is not None
+        try:
+            if (refusal := spec.refused.get(str(raw))) is not None:
+                raise Unfit(refusal, f"use {_allowed(hint, spec, raw)}", "refused-value")
+            value = fit(raw, hint, spec)
+            check_range(value, spec)
+        except Unfit as unfit:
+            self.origin.failed.add(path)
+            self.report(unfit.identity, path, raw, unfit.reason, unfit.fix)
+            return default_of(field)
+        if spec.status is Status.NO_EFFECT and self.origin.was_set(path) and value not in (None, {}):
+            self.report("no-effect", path, value, spec.why or "not used", "remove the key", Severity.NOTE)
+        return value
+
+    def unknown(self, path: str, raw: Any) -> None:
+        nearest = nearest_key(self.root, path)
+        fix = f"did you mean {nearest}?" if nearest else "remove it; docs/configuration.md has all keys"
+        self.report("unknown-key", path, raw, "there is no such key", fix)
+
+    def report(
+        self, identity: str, path: str, value: Any, reason: str, fix: str, severity: Severity = Severity.ERROR
+    ) -> None:
+        self.origin.problems.append(
+            Problem(
+                id=identity,
+                key=path,
+                value=json_ready(value),
+                reason=reason,
+                fix=fix,
+                severity=severity,
+                where=self.origin.where(path),
+            )
+        )
+
+
+def nearest_key(root: type, path: str) -> str | None:
+    """The full name of the known key or section that `path` may mean: a sibling if one's name is alike, else any."""
+    candidates = [*known_keys(root), *known_sections(root)]
+    parent, _, leaf = path.rpartition(".")
+    by_leaf: dict[str, list[str]] = {}
+    for candidate in candidates:
+        by_leaf.setdefault(candidate.rpartition(".")[2], []).append(candidate)
+    siblings = [name for name, paths in by_leaf.items() if any(p.rpartition(".")[0] == parent for p in paths)]
+    if close := difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.7):
+        return f"{parent}.{close[0]}" if parent else close[0]
+    close = [leaf] if leaf in by_leaf else difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8)
+    return difflib.get_close_matches(path, by_leaf[close[0]], n=1, cutoff=0.0)[0] if close else None
+
+
+def fit(raw: Any, hint: Any, spec: KeySpec) -> Any:
+    """`raw` as a value of the type `hint`; raises `Unfit`."""
+    if hint is Any:
+        return raw
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if raw is None and type(None) in parts:
+            return None
+        failures = []
+        for part in parts:
+            if part is not type(None):
+                try:
+                    return fit(raw, part, spec)
+                except Unfit as unfit:
+                    failures.append(unfit)
+        raise failures[0] if len(failures) == 1 else _expected(hint)
+    if raw is None:
+        raise Unfit(f"null is not allowed, {describe_type(hint)} is", "give a value, or remove the key")
+    if origin is typing.Literal:
+        return _choice(raw, parts, spec)
+    if origin is list:
+        items = [raw] if isinstance(raw, str) else raw
+        if not isinstance(items, list):
+            raise _expected(hint)
+        return [fit(item, parts[0], spec) for item in items]
+    if origin is dict:
+        if not isinstance(raw, dict):
+            raise Unfit("a section of keys is expected", "write keys under it")
+        return raw
+    return _scalar(raw, hint)
+
+
+def _scalar(raw: Any, hint: Any) -> Any:
+    if hint is bool and isinstance(raw, bool):
+        return raw
+    if hint is str and isinstance(raw, str | int | float) and not isinstance(raw, bool):
+        return str(raw)
+    if hint in (int, float) and isinstance(raw, int | float) and not isinstance(raw, bool):
+        if isinstance(raw, float) and not math.isfinite(raw):
+            raise Unfit("a finite number is expected", "give a finite number", "out-of-range")
+        if (hint is int or isinstance(raw, int)) and abs(raw) > _LARGEST:
+            raise Unfit("the number is too large", "give a smaller number", "out-of-range")
+        if hint is float:
+            return float(raw)
+        if raw == int(raw):
+            return int(raw)
+    raise _expected(hint)
+
+
+def _choice(raw: Any, choices: tuple[Any, ...], spec: KeySpec) -> Any:
+    text = str(raw).lower()
+    for spelling, choice in [*((str(choice), choice) for choice in choices), *spec.spellings.items()]:
+        if spelling.lower() == text:
+            return choice
+    names = [str(choice) for choice in choices]
+    close = difflib.get_close_matches(text, [*names, *spec.spellings], n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    raise Unfit("not one of the values this key takes", f"{hint}use one of {', '.join(names)}", "wrong-value")
+
+
+def _expected(hint: Any) -> Unfit:
+    expected = describe_type(hint)
+    article = {"integer": "an ", "number": "a "}.get(expected.partition(" ")[0], "")
+    return Unfit(f"the type does not fit, {expected} is expected", f"write {article}{expected}, without quotes")
+
+
+def _allowed(hint: Any, spec: KeySpec, raw: Any) -> str:
+    if typing.get_origin(hint) is typing.Literal:
+        return " or ".join(str(choice) for choice in typing.get_args(hint))
+    return "false" if raw is True else "another value"
+
+
+def check_range(value: Any, spec: KeySpec) -> None:
+    """Raise `Unfit` for a number outside the range of its key."""
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, bool) or not isinstance(number, int | float):
+            continue
+        if spec.minimum is not None and number < spec.minimum:
+            raise Unfit(f"less than {spec.minimum:g}", f"use {spec.minimum:g} or more", "out-of-range")
+        if spec.above is not None and number <= spec.above:
+            raise Unfit(f"not above {spec.above:g}", f"use more than {spec.above:g}", "out-of-range")
+        if spec.maximum is not None and number > spec.maximum:
+            raise Unfit(f"more than {spec.maximum:g}", f"use {spec.maximum:g} or less", "out-of-range")
+        if spec.below is not None and number >= spec.below:
+            raise Unfit(f"not below {spec.below:g}", f"use less than {spec.below:g}", "out-of-range")

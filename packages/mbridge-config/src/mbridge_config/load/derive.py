@@ -1,0 +1,114 @@
+"""After conversion: other spellings are moved to their key, and what was left null gets its value."""
+
+from typing import Any
+
+from mbridge_config.load.convert import Unfit, check_range, fit
+from mbridge_config.load.origin import Origin
+from mbridge_config.problems import Problem, Where
+from mbridge_config.schema.actor import ActorConfig
+from mbridge_config.schema.algorithm import AlgorithmConfig
+from mbridge_config.schema.data import DataConfig
+from mbridge_config.schema.keys import get, known_keys, put
+from mbridge_config.schema.reasoning import ReasoningConfig
+from mbridge_config.schema.runner import RunnerConfig
+from mbridge_config.schema.sft import SFTConfig
+
+
+def derive(config: Any) -> None:
+    """Move aliases and fill null keys of `config` in place; conflicts go to `config.origin.problems`."""
+    move_aliases(config, config.origin)
+    if isinstance(config, SFTConfig):
+        derive_sft(config)
+    derive_runner(config.runner)
+    derive_actor(config.actor, config.runner)
+    if isinstance(config, ReasoningConfig):
+        derive_algorithm(config.algorithm, config.runner, config.data)
+        minibatches_set = config.origin.was_set("algorithm.n_minibatches")
+        derive_batches(config.actor, config.algorithm, config.data, minibatches_set=minibatches_set)
+
+
+def move_aliases(config: Any, origin: Origin) -> None:
+    """Give each key the value of its other spelling, where only that one was set, or set on the command line."""
+    schema: type = type(config)
+    keys = known_keys(schema)
+    for path, info in keys.items():
+        target = info.spec.alias_of
+        if target is None or (raw := get(config, path)) is None:
+            continue
+        where, place = origin.places.get(path), origin.places.get(target)
+        if _is_argument(place) and not _is_argument(where):  # the command line wins over files
+            put(config, path, None)
+            continue
+        try:
+            value = fit(not raw if info.spec.inverted else raw, keys[target].type, keys[target].spec)
+            check_range(value, keys[target].spec)
+        except Unfit as unfit:
+            origin.failed.add(target)
+            origin.problems.append(
+                Problem(id=unfit.identity, key=path, value=raw, reason=unfit.reason, fix=unfit.fix, where=where)
+            )
+            continue
+        wins = place is None or (_is_argument(where) and not _is_argument(place))
+        if not wins and get(config, target) not in (None, value):
+            reason = f"another spelling of {target}, which is {get(config, target)} at {place}"
+            origin.problems.append(
+                Problem(id="alias-conflict", key=path, value=raw, reason=reason, fix=f"remove {path}", where=where)
+            )
+            continue
+        put(config, target, value)
+        if where is not None:
+            origin.places[target] = where
+
+
+def _is_argument(place: Where | None) -> bool:
+    return place is not None and place.argument is not None
+
+
+def derive_runner(runner: RunnerConfig) -> None:
+    """Directory and name of the logs, and the token budget of a dynamic batch."""
+    runner.max_tokens_per_mbs = runner.max_tokens_per_mbs or runner.seq_length
+    runner.logger.experiment_name = runner.logger.experiment_name or runner.experiment_name
+    runner.logger.log_path = runner.logger.log_path or f"{runner.output_dir}/{runner.experiment_name}"
+
+
+def derive_actor(actor: ActorConfig, runner: RunnerConfig) -> None:
+    """Lengths, number formats, learning rates."""
+    model, optim, schedule = actor.model, actor.optim, actor.lr_sched
+    model.seq_length = model.seq_length or runner.seq_length
+    optim.bf16 = model.precision == "bf16" if optim.bf16 is None else optim.bf16
+    optim.fp16 = model.precision == "fp16" if optim.fp16 is None else optim.fp16
+    schedule.max_lr = optim.lr if schedule.max_lr is None else schedule.max_lr
+    schedule.min_lr = optim.min_lr if schedule.min_lr is None else schedule.min_lr
+    if schedule.start_weight_decay is None:
+        schedule.start_weight_decay = optim.weight_decay
+    if schedule.end_weight_decay is None:
+        schedule.end_weight_decay = schedule.start_weight_decay
+
+
+def derive_algorithm(algorithm: AlgorithmConfig, runner: RunnerConfig, data: DataConfig) -> None:
+    """Clip ranges and the longest answer."""
+    if algorithm.clip_ratio_low is None:
+        algorithm.clip_ratio_low = algorithm.ratio_clip_eps
+    if algorithm.clip_ratio_high is None:
+        algorithm.clip_ratio_high = algorithm.ratio_clip_eps
+    sampling = algorithm.sampling_params
+    if sampling.max_new_tokens is None:
+        sampling.max_new_tokens = max(1, runner.seq_length - data.max_prompt_length)
+
+
+def derive_batches(actor: ActorConfig, algorithm: AlgorithmConfig, data: DataConfig, *, minibatches_set: bool) -> None:
+    """Each of the global batch and the number of minibatches from the other: equal shares of the step's answers."""
+    answers = data.rollout_batch_size * algorithm.group_size
+    if actor.global_batch_size is None:
+        actor.global_batch_size = max(1, answers // algorithm.n_minibatches)
+    elif not minibatches_set:
+        algorithm.n_minibatches = max(1, answers // actor.global_batch_size)
+
+
+def derive_sft(config: SFTConfig) -> None:
+    """The longest sequence under either of its names, the size of an evaluation batch, and the tokenizer's place."""
+    actor, runner = config.actor, config.runner
+    if actor.model.seq_length is not None and not config.origin.was_set("runner.seq_length"):
+        runner.seq_length = actor.model.seq_length
+    actor.eval_batch_size = actor.eval_batch_size or actor.global_batch_size
+    actor.tokenizer.tokenizer_model = actor.tokenizer.tokenizer_model or actor.model.model_path

@@ -1,0 +1,138 @@
+"""One plain tree of a YAML file, its defaults list and the command line's arguments, made by Hydra."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mbridge_config.load.paths import is_directory, is_file
+from mbridge_config.load.resolvers import register
+from mbridge_config.load.sources import places_of, yaml_error
+from mbridge_config.problems import ConfigError, Problem, Where, shown
+
+
+def hydra_tree(file: Path, directory: Path, overrides: Sequence[str]) -> tuple[dict[Any, Any], dict[str, Where]]:
+    """The tree of `file` under the config directory `directory`, and the place where each of its keys was set.
+
+    Interpolations are left as they are. Defaults are looked up beside `file`, then in `directory`. Raises
+    `ConfigError`.
+    """
+    from hydra import compose, initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    register()
+    folders = [file.parent] if file.parent == directory else [file.parent, directory]
+    own_places = places_of(file)
+    arguments = [_argument(override, folders) for override in overrides]
+    # asking Hydra again for the files it used costs as much as composing: only where there may be others
+    has_defaults = "defaults" in own_places or any(not argument.startswith("++") for argument in arguments)
+    if len(folders) > 1 and "hydra.searchpath" not in own_places:
+        arguments.append(f"hydra.searchpath=[{_quoted(f'file://{directory}')}]")
+    name = file.name.removesuffix(".yaml")
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(file.parent)):
+            tree = OmegaConf.to_container(compose(name, overrides=arguments), resolve=False)
+            defaults: list[Any] = []
+            if has_defaults:
+                loader = GlobalHydra.instance().config_loader()
+                defaults = loader.compute_defaults_list(name, arguments, RunMode.RUN).defaults
+    except yaml.MarkedYAMLError as error:
+        raise yaml_error(error, shown(file)) from error
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
+        raise _failed(
+            error, Where(file=shown(file)) if "defaults" not in own_places else own_places["defaults"], overrides
+        ) from error
+    assert isinstance(tree, dict)
+    places: dict[str, Where] = {} if defaults else own_places
+    for default in defaults:
+        files = [folder / f"{default.config_path}.yaml" for folder in folders]
+        if part := next((part for part in files if is_file(part)), None):
+            places |= own_places if part == file else places_of(part, default.package or "")
+    for override in overrides:
+        if not override.startswith("~"):
+            key, place = override.partition("=")[0].lstrip("+"), Where(argument=override)
+            places[key] = place
+            while key := key.rpartition(".")[0]:
+                places.setdefault(key, place)  # a section that no file has
+    # what an argument deleted or replaced is no longer set
+    places = {key: place for key, place in places.items() if _has(tree, key)}
+    _complete(tree, places, Where(file=shown(file)), "")
+    return tree, places
+
+
+def _argument(override: str, folders: Sequence[Path]) -> str:
+    """`override` so that Hydra sets the key whether or not a file has it: the schema knows what there is."""
+    key = override.partition("=")[0].lstrip("+")
+    is_group = "@" in key or "/" in key or any(is_directory(folder / key) for folder in folders if key)
+    if override.startswith("~") or is_group or key.startswith("hydra."):
+        return override
+    if "=" not in override:
+        raise ConfigError(
+            Problem(
+                id="override-syntax",
+                key=None,
+                value=override,
+                reason=f"{override!r} is not a key=value argument",
+                fix="write key=value; the config is named with --config-name",
+                where=Where(argument=override),
+            )
+        )
+    return f"++{override.lstrip('+')}"
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _has(tree: Any, path: str) -> bool:
+    for name in path.split("."):
+        if not isinstance(tree, Mapping) or name not in tree:
+            return False
+        tree = tree[name]
+    return True
+
+
+def _complete(tree: Mapping[Any, Any], places: dict[str, Where], around: Where, prefix: str) -> None:
+    """Give each key of `tree` that has no place yet that of the section around it."""
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        places.setdefault(path, around)
+        if isinstance(value, Mapping):
+            _complete(value, places, places[path], f"{path}.")
+
+
+def _failed(error: Exception, where: Where, overrides: Sequence[str]) -> ConfigError:
+    """Hydra's error as a problem, with the argument it is about if there is one, else with the place `where`."""
+    from hydra.errors import OverrideParseException
+
+    text = str(error).partition("Config search path:")[0]  # the directories are known
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [type(error).__name__]
+    argument = next((override for override in overrides if override.lstrip("+") in str(error)), None)
+    if isinstance(error, OverrideParseException) or argument is not None:
+        shown_argument = argument or difflib.get_close_matches(str(error), overrides, n=1, cutoff=0.0)[0]
+        return ConfigError(
+            Problem(
+                id="override-syntax",
+                key=None,
+                value=shown_argument,
+                reason=f"the argument cannot be used: {lines[0]}",
+                fix="write key=value, and put quotes around a value with commas, brackets or blanks: key='\"a, b\"'",
+                where=Where(argument=shown_argument),
+            )
+        )
+    return ConfigError(
+        Problem(
+            id="compose-failed",
+            key=None,
+            value=None,
+            reason=f"the config cannot be put together: {' '.join(lines[:3])}",
+            fix="mend the file or its defaults list",
+            where=where,
+        )
+    )

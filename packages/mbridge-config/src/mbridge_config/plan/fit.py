@@ -1,0 +1,127 @@
+"""`mbridge-config fit NAME [key=value ...] --gpus N --memory GIB`: layouts that fit the GPUs, best first, and why.
+
+Best is what communicates least: the smallest tensor parallelism, then the smallest pipeline; then micro-batches large
+enough to keep a GPU busy, then least recomputation. Of layouts with the same two sizes the best is shown.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from mbridge_config.check import Report
+from mbridge_config.plan.layouts import ENOUGH_TOKENS, Layout, layouts
+from mbridge_config.plan.memory import GIB, USABLE
+from mbridge_config.plan.text import gib
+from mbridge_config.problems import short
+from mbridge_config.run.kinds import RunConfig
+
+SHOWN = 5
+_LESS_OF = {
+    "weights": "more GPUs, so that more of them share each layer",
+    "gradients": "more GPUs, so that more of them share each layer",
+    "optimizer": "more GPUs, over which the distributed optimizer divides it",
+    "activations": "a smaller runner.seq_length",
+    "logits": "a smaller runner.seq_length",
+    "working": "a smaller runner.seq_length",
+    "rollout weights": "a smaller model, since each rank generates with all of it",
+    "generation": "a smaller rollout.max_running_requests",
+}
+
+
+@dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
+class Fit:
+    """What `fit` found: layouts that fit, best first; where there are none, the one that takes the least memory.
+
+    `memory` is that of a GPU, in bytes.
+    """
+
+    gpus: int
+    memory: float
+    fitting: tuple[Layout, ...]
+    least: Layout | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same as plain JSON-ready values."""
+        return {
+            "gpus": self.gpus,
+            "memory_gib": self.memory / GIB,
+            "usable_share": USABLE,
+            "fitting": [_layout_as_dict(layout) for layout in self.fitting],
+            "least": None if self.least is None else _layout_as_dict(self.least),
+        }
+
+    def __str__(self) -> str:
+        if self.fitting:
+            blocks = [
+                f"{number}. {title(layout)}\n"
+                + "".join(f"   {reason}\n" for reason in reasons(layout))
+                + f"   {as_arguments(layout.changes) or 'as it is'}\n"
+                for number, layout in enumerate(self.fitting[:SHOWN], 1)
+            ]
+            more = len(self.fitting) - SHOWN
+            return "\n".join(blocks) + (f"\n{more} more with --json\n" if more > 0 else "")
+        if self.least is None:
+            return f"no layout on {self.gpus} GPUs passes the rules; `mbridge-config check` says which fail\n"
+        stage = self.least.plan.peak
+        assert stage is not None
+        return (
+            f"nothing fits {self.gpus} GPUs of {self.memory / GIB:g} GiB ({USABLE:.0%} of which may be planned). "
+            f"The least is {gib(self.least.peak)} a rank: {title(self.least)}\n"
+            f"the largest term is {stage.largest}, {gib(stage.terms[stage.largest])}; what would help: "
+            f"{_LESS_OF[stage.largest]}\n"
+        )
+
+
+def fit(config: RunConfig, report: Report, gpus: int, memory_gib: float) -> Fit:
+    """Propose layouts of `config` on `gpus` GPUs of `memory_gib` GiB; `report` is that of `check` on it.
+
+    Raises `ConfigError` where the model is not known or not counted.
+    """
+    memory = memory_gib * GIB
+    everything = layouts(config, report, gpus)
+    best: dict[tuple[int, int], Layout] = {}
+    for layout in everything:
+        if layout.peak <= USABLE * memory:
+            best.setdefault((layout.plan.tensor_parallel, layout.plan.pipeline_parallel), layout)
+    least = None if best else min(everything, key=lambda layout: layout.peak, default=None)
+    return Fit(gpus=gpus, memory=memory, fitting=tuple(best.values()), least=least)
+
+
+def title(layout: Layout) -> str:
+    """The layout in a line."""
+    plan = layout.plan
+    return f"tensor {plan.tensor_parallel} x pipeline {plan.pipeline_parallel} x data {plan.data_parallel}"
+
+
+def reasons(layout: Layout) -> list[str]:
+    """Why the layout stands where it does, and how much it takes."""
+    plan, stage = layout.plan, layout.plan.peak
+    assert stage is not None
+    tensor = "whole layers on each GPU: no communication inside them"
+    if plan.tensor_parallel > 1:
+        tensor = f"each layer shared by {plan.tensor_parallel} GPUs, which communicate in it"
+    pipeline = "no pipeline"
+    if plan.pipeline_parallel > 1:
+        pipeline = f"{plan.pipeline_parallel} stages, which wait {plan.pipeline_bubble:.1%} of a step"
+    micro = f"micro-batches of up to {layout.tokens:,} tokens"
+    if layout.is_short:
+        micro += f", fewer than the {ENOUGH_TOKENS:,} that keep a GPU busy"
+    again = plan.recompute
+    if layout.recomputed:
+        again += f": about {layout.recomputed / 3:.0%} more computation"  # a forward pass is a third of a step
+    memory = f"about {gib(stage.peak)} a rank, most of it {stage.largest} ({gib(stage.terms[stage.largest])})"
+    return [f"{tensor}; {pipeline}", f"{micro}; {again}", memory]
+
+
+def as_arguments(values: Mapping[str, Any]) -> str:
+    """`values` as the command line takes them."""
+    return " ".join(f"{key}={short(value)}" for key, value in values.items())
+
+
+def _layout_as_dict(layout: Layout) -> dict[str, Any]:
+    return {
+        "values": dict(layout.values),
+        "changes": dict(layout.changes),
+        "reasons": reasons(layout),
+        "plan": layout.plan.as_dict(),
+    }

@@ -1,0 +1,146 @@
+"""The parallel plan of a run: how ranks, layers and sequences are shared, and what a rank holds. No torch."""
+
+import contextlib
+import dataclasses
+from typing import Any
+
+from mbridge_config.facts.model import HFFacts
+from mbridge_config.plan.memory import StageMemory, estimate_memory
+from mbridge_config.plan.parameters import can_count, count_active_parameters, count_parameters, count_vision_parameters
+from mbridge_config.plan.stages import Stage, make_stages, planned_sizes
+from mbridge_config.plan.text import plan_text
+from mbridge_config.plan.training_setup import training_setup
+from mbridge_config.schema.sft import SFTConfig
+
+
+@dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
+class ParallelPlan:
+    """Ranks are numbered with tensor parallelism fastest, then data, then pipeline, as Megatron-Core does.
+
+    Sizes of memory are in bytes. What depends on the model is None or empty where that is not known, and parameters
+    and memory also where its architecture is not.
+    """
+
+    world_size: int
+    tensor_parallel: int
+    pipeline_parallel: int
+    data_parallel: int
+    context_parallel: int
+    expert_parallel: int
+    layers_per_stage: tuple[int, ...] | None
+    stages: tuple[Stage, ...]
+    parameters: int | None
+    active_parameters: int | None  # without the experts that one token is not sent to
+    vision_parameters: int | None
+    sequences_per_step: int
+    optimizer_steps_per_step: int
+    global_batch_size: int
+    micro_batch_size: int
+    micro_batches: int | None  # of one data-parallel rank in one optimizer step; None: by tokens
+    micro_batches_of_longest: int  # the same if all sequences are as long as allowed
+    max_tokens_per_micro_batch: int
+    max_patches_per_micro_batch: int  # of images, if each token is one's; what the memory is estimated for
+    max_tokens_per_step: int
+    pipeline_bubble: float  # with micro_batches_of_longest, if all stages take equally long
+    precision: str
+    backend: str
+    recompute: str
+    memory: tuple[StageMemory, ...]
+
+    @property
+    def peak(self) -> StageMemory | None:
+        """The stage that takes the most memory."""
+        return max(self.memory, key=lambda stage: stage.peak, default=None)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it as plain JSON-ready values, with the sums."""
+        values = dataclasses.asdict(self)
+        for stage, found in zip(values["memory"], self.memory, strict=True):
+            stage |= {"peak": found.peak, "largest": found.largest}
+        return values
+
+    def __str__(self) -> str:
+        return plan_text(self)
+
+
+def pipeline_bubble(stages: int, micro_batches: int) -> float:
+    """Share of a step in which a stage waits, (p - 1) / (m + p - 1) for p stages and m micro-batches.
+
+    All stages are taken to be equally long: that is what sizes of their own are for, beside embedding and output layer.
+
+    Filling and draining the pipeline take p - 1 times the time of a micro-batch beside the m that are needed
+    (Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM",
+    section 2.2.1, which gives it as a share of the ideal time, (p - 1) / m).
+    """
+    return (stages - 1) / (micro_batches + stages - 1)
+
+
+def expected_world_size(config: Any) -> int | None:
+    """Ranks that the config itself asks for; None where that depends on the host."""
+    processes = config.launcher.nproc_per_node
+    return None if processes is None else processes * config.cluster.num_nodes
+
+
+def make_plan(config: Any, facts: HFFacts | None, world_size: int) -> ParallelPlan | None:
+    """The plan of `config` on `world_size` ranks; None where layers, ranks or batches cannot be shared evenly."""
+    actor, model, runner = config.actor, config.actor.model, config.runner
+    tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
+    sizes = None if facts is None else planned_sizes(model, facts)
+    if world_size % (tensor * pipeline) or (facts is not None and sizes is None):
+        return None
+    data = world_size // (tensor * pipeline)
+    sequences = actor.global_batch_size
+    if not isinstance(config, SFTConfig):
+        sequences = config.data.rollout_batch_size * config.algorithm.group_size
+    dynamic = runner.enable_dynamic_batch_size
+    if sequences % actor.global_batch_size or (
+        not dynamic and actor.global_batch_size % (data * actor.micro_batch_size)
+    ):
+        return None
+    together = max(1, runner.max_tokens_per_mbs // runner.seq_length) if dynamic else actor.micro_batch_size
+    micro_batches = -(-actor.global_batch_size // (data * together))
+    known = facts if facts is not None and can_count(facts) else None
+    memory: tuple[StageMemory, ...] = ()
+    patches = 0
+    if known and sizes is not None:
+        setup = training_setup(config, known, sizes, data, world_size, micro_batches)
+        patches = setup.micro_batch.patches
+        with contextlib.suppress(OverflowError):  # a length beyond all reason
+            memory = estimate_memory(setup)
+    return ParallelPlan(
+        world_size=world_size,
+        tensor_parallel=tensor,
+        pipeline_parallel=pipeline,
+        data_parallel=data,
+        context_parallel=model.context_parallel_size,
+        expert_parallel=model.expert_model_parallel_size,
+        layers_per_stage=sizes,
+        stages=make_stages(sizes, facts) if sizes is not None and facts is not None else (),
+        parameters=count_parameters(known) if known else None,
+        active_parameters=count_active_parameters(known) if known else None,
+        vision_parameters=count_vision_parameters(known) if known else None,
+        sequences_per_step=sequences,
+        optimizer_steps_per_step=sequences // actor.global_batch_size,
+        global_batch_size=actor.global_batch_size,
+        micro_batch_size=actor.micro_batch_size,
+        micro_batches=None if dynamic else micro_batches,
+        micro_batches_of_longest=micro_batches,
+        max_tokens_per_micro_batch=runner.max_tokens_per_mbs if dynamic else runner.seq_length * actor.micro_batch_size,
+        max_patches_per_micro_batch=patches,
+        max_tokens_per_step=sequences * runner.seq_length,
+        pipeline_bubble=pipeline_bubble(pipeline, micro_batches),
+        precision=model.precision,
+        backend=model.backend,
+        recompute=describe_recompute(model),
+        memory=memory,
+    )
+
+
+def describe_recompute(model: Any) -> str:
+    """What is recomputed in the backward pass, in words."""
+    number = model.recompute_num_layers or 1
+    if model.recompute_granularity == "full" and model.recompute_method == "block":
+        return f"the first {number} layer{'s' if number > 1 else ''} of each stage recomputed"
+    if model.recompute_granularity == "full":
+        return "all layers recomputed" + (f", {number} at a time" if number > 1 else "")
+    return "attention recomputed" if model.recompute_granularity == "selective" else "nothing recomputed"

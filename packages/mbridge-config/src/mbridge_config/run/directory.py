@@ -1,0 +1,70 @@
+"""Where a run writes, and whether it may."""
+
+import tempfile
+from pathlib import Path
+
+from mbridge_config.load.paths import is_there, user_path
+from mbridge_config.problems import ConfigError, Problem
+from mbridge_config.run.kinds import RunConfig
+
+
+def run_directory(config: RunConfig) -> Path:
+    """Where everything that the run writes goes."""
+    return user_path(config.runner.output_dir) / config.runner.experiment_name
+
+
+def checkpoint_directory(config: RunConfig) -> Path:
+    """Where the checkpoints of the run are: `global_step_<n>` directories."""
+    return run_directory(config) / "checkpoints"
+
+
+def take_free_name(config: RunConfig) -> None:
+    """Give a second quickstart a name of its own in `config`, so that the README's command works twice."""
+    runner = config.runner
+    if not config.quickstart.enabled or runner.resume_dir is not None:
+        return
+    name, number = runner.experiment_name, 1
+    while is_there(checkpoint_directory(config)):
+        number += 1
+        runner.experiment_name = f"{name}-{number}"
+
+
+def refuse_existing_run(config: RunConfig) -> None:
+    """Raise `ConfigError` where an earlier run's checkpoints would be mixed with those of a new one.
+
+    A quickstart takes a new name by itself.
+    """
+    if config.runner.resume_dir is not None or config.quickstart.enabled:
+        return
+    directory = run_directory(config)
+    if any(checkpoint_directory(config).glob("global_step_*")):
+        raise ConfigError(
+            Problem(
+                id="run-exists",
+                key="runner.experiment_name",
+                value=config.runner.experiment_name,
+                reason=f"{directory} holds the checkpoints of an earlier run, which a new one would mix with",
+                fix="continue that run with runner.resume_dir=auto, or give this one another runner.experiment_name",
+            )
+        )
+
+
+def refuse_unwritable_directory(config: RunConfig) -> None:
+    """Raise `ConfigError` where the run could not write; nothing is left behind.
+
+    Tried with a file that has no name; permissions alone do not say it (root, read-only and network systems).
+    """
+    directory = run_directory(config).absolute()
+    existing = next(place for place in (directory, *directory.parents) if is_there(place))
+    try:
+        tempfile.TemporaryFile(dir=existing).close()
+    except OSError as error:
+        raise ConfigError(
+            Problem(
+                id="output-directory",
+                key="runner.output_dir",
+                value=str(directory.parent),
+                reason=f"nothing can be written in {existing}: {error.strerror}",
+                fix="give a directory that you may write to",
+            )
+        ) from None

@@ -1,0 +1,319 @@
+"""The only module that imports megatron.bridge.
+
+Upstream has announced that Megatron-Bridge moves into Megatron-LM, so what we use of it is kept in one place: open a
+HuggingFace directory, get its Megatron provider, load weights, stream them back. The import takes seconds and
+happens when a model is built, not before.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mbridge_model.bridge.hf_views import Parts
+from mbridge_model.bridge.slices import SlicedReader
+from mbridge_model.bridge.tasks import has_vocabulary, hf_names, pad_vocabulary, task_parts
+from mbridge_model.errors import ModelError
+from mbridge_model.patches.cpu import allow_missing_transformer_engine, enable_cpu
+from mbridge_model.patches.quiet import quiet
+
+INSTALL_LINE = "pip install --no-deps megatron-bridge==0.6.2"
+
+
+def import_bridge() -> Any:
+    """Import megatron.bridge where no GPU and no Transformer Engine need be, and return its `AutoBridge` class.
+
+    Raises:
+        ModelError: megatron-bridge is not installed; the message has the line that installs it.
+    """
+    enable_cpu()
+    allow_missing_transformer_engine()
+    try:
+        with quiet():
+            from mbridge_model.patches.rotary import install_rotary
+
+            install_rotary()
+            from megatron.bridge import AutoBridge
+    except ModuleNotFoundError as error:
+        if error.name and error.name.startswith("megatron.bridge"):
+            raise ModelError(f"megatron-bridge is not installed; run: {INSTALL_LINE}") from None
+        raise
+    return AutoBridge
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QwenVLParts:
+    """What `mbridge_model.vision` puts together, of Megatron-Bridge's Qwen3-VL.
+
+    Attributes:
+        attention: self-attention that takes a rotary angle for each token, packed or not.
+        rotary: the language model's interleaved rotary embedding.
+        vision_model: the vision tower, and the next two what it is built from.
+        vision_config: makes the tower's configuration from transformers' and the provider.
+        merger_submodules: norm and linear layers of a merger.
+    """
+
+    attention: type
+    rotary: Callable[..., torch.nn.Module]
+    vision_model: Callable[..., torch.nn.Module]
+    vision_config: Callable[..., Any]
+    merger_submodules: Callable[..., Any]
+
+
+@cache
+def qwen_vl_parts() -> QwenVLParts:
+    """Import them."""
+    import_bridge()
+    from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.attention import Qwen3VLSelfAttention
+    from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope import Qwen3VLMultimodalRotaryEmbedding
+    from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.transformer_config import get_vision_model_config
+    from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.utils import PatchMergerSubmodules
+    from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.vision_model import Qwen3VLVisionModel
+
+    return QwenVLParts(
+        attention=Qwen3VLSelfAttention,
+        rotary=Qwen3VLMultimodalRotaryEmbedding,
+        vision_model=Qwen3VLVisionModel,
+        vision_config=get_vision_model_config,
+        merger_submodules=PatchMergerSubmodules,
+    )
+
+
+class Bridge:
+    """One HuggingFace directory as Megatron-Bridge sees it.
+
+    Args:
+        path: a directory that `open_directory` has checked.
+        trust_remote_code: let transformers run Python files that lie in the directory.
+
+    Raises:
+        ModelError: Megatron-Bridge has no conversion for the architecture, or cannot read the directory.
+    """
+
+    def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
+        self.path = path
+        self._tasks: tuple[list[torch.nn.Module], list[Any]] = [], []
+        self._parts: dict[str, Parts] = {}
+        auto_bridge = import_bridge()
+        try:
+            with quiet():
+                self._bridge = auto_bridge.from_hf_pretrained(str(path), trust_remote_code=trust_remote_code)
+        except ValueError as error:
+            first_line = str(error).strip().splitlines()[0]
+            raise ModelError(f"Megatron-Bridge cannot convert {path}: {first_line}") from error
+
+    def provider(self) -> Any:
+        """A fresh provider (a Megatron `TransformerConfig` that builds the model), without weights.
+
+        Raises:
+            ModelError: config.json has a setting that Megatron-Bridge does not know.
+        """
+        try:
+            with quiet():
+                return self._bridge.to_megatron_provider(load_weights=False)
+        except (ValueError, NotImplementedError) as error:
+            raise ModelError(f"Megatron-Bridge cannot convert {self.path}: {error}") from error
+
+    def build(self, provider: Any) -> list[torch.nn.Module]:
+        """The model chunks of this rank, not yet wrapped for data parallelism; half precision is wrapped.
+
+        Raises:
+            ModelError: Megatron-Core or the backend cannot build it.
+        """
+        try:
+            with quiet():
+                model: list[torch.nn.Module] = provider.provide_distributed_model(wrap_with_ddp=False)
+        except (AssertionError, ValueError, NotImplementedError) as error:
+            raise ModelError(f"the model of {self.path} cannot be built: {error}") from error
+        return model
+
+    @property
+    def hf_config(self) -> Any:
+        """The transformers configuration object of the directory."""
+        return self._bridge.hf_pretrained.config
+
+    def load_weights(self, model: list[torch.nn.Module]) -> None:
+        """Copy the directory's weights into the model, in place. Collective over all ranks.
+
+        Raises:
+            ModelError: a tensor has another shape than the model's, as after an override of the geometry.
+        """
+        try:
+            with quiet():
+                model_bridge = self._bridge._model_bridge
+                # Not those that an export uses: loading marks them on the stages that own a tensor alone, after which
+                # the stages would not agree on what to send.
+                left = self._load_shares(model_bridge, self._bridge.get_conversion_tasks(model))
+                pad_vocabulary(model_bridge, left)
+                model_bridge.build_conversion_tasks = lambda *_: left
+                try:
+                    model_bridge.load_weights_hf_to_megatron(self._bridge.hf_pretrained, model)
+                finally:
+                    del model_bridge.build_conversion_tasks
+        except (AssertionError, RuntimeError, ValueError) as error:
+            raise ModelError(
+                f"the weights of {self.path} do not fit the model: {error}; leave out overrides of sizes, which come "
+                "from config.json, and check that config.json belongs to these weights"
+            ) from error
+
+    def _load_shares(self, model_bridge: Any, tasks: list[Any]) -> list[Any]:
+        """Fill what this rank can read its own share of, without the other ranks; returns the tasks that are left."""
+        if not type(model_bridge).maybe_modify_loaded_hf_weight.__qualname__.startswith("MegatronModelBridge."):
+            return tasks  # this family changes tensors as they are read
+        source = self._bridge.hf_pretrained.state.source
+        reader: SlicedReader | None = None
+        left = []
+        for task in tasks:
+            is_filled = False
+            if task is not None and task.megatron_module is not None:
+                mapping, parts, config = task.mapping, task_parts(task), task.megatron_module.config
+                if parts is not None and not mapping.is_expert:
+                    reader = reader or SlicedReader(
+                        self.path, source.key_to_filename_map, mapping.tp_rank, mapping.tp_size
+                    )
+                    is_filled = reader.fill(
+                        task.param_weight.detach(),
+                        parts,
+                        queries=config.num_attention_heads // config.num_query_groups,
+                        groups=config.num_query_groups,
+                        pads_rows=has_vocabulary(task),
+                    )
+            if not is_filled:
+                left.append(task)
+        return left
+
+    def stream_blocks(self, model: list[torch.nn.Module], vocab_size: int) -> Iterator[tuple[str, list[torch.Tensor]]]:
+        """Yield (HuggingFace name, blocks of rows of the whole tensor) on every rank. Collective: all must iterate.
+
+        Tensors with a row per token are cut to `vocab_size` rows, which Megatron-Bridge leaves padded. Where this rank
+        has the whole model, most blocks are views of parameters, and Megatron-Bridge converts the others.
+
+        Raises:
+            ModelError: the memory of the weights has been freed.
+        """
+        from megatron.core import parallel_state
+
+        tasks = self._conversion_tasks(model)
+        for task in tasks:
+            weight = None if task is None else task.param_weight
+            if weight is not None and weight.numel() and not weight.untyped_storage().nbytes():
+                raise ModelError(
+                    f"the memory of {task.global_param_name} has been freed (offloaded): bring the weights back first"
+                )
+        left = tasks
+        if parallel_state.get_model_parallel_group().size() == 1 and not self._changes_exported_weights():
+            left = []
+            for task in tasks:
+                parts = self._parts_of(task, vocab_size)
+                if parts is None:
+                    left.append(task)
+                else:
+                    yield from parts
+        if not left:
+            return
+        vocabulary = {"lm_head.weight"}.union(*(hf_names(task) for task in tasks if has_vocabulary(task)))
+        converted = self._bridge.export_hf_weights(model, cpu=False, show_progress=False, conversion_tasks=left)
+        for name, tensor in converted:
+            yield name, [tensor[:vocab_size] if name in vocabulary else tensor]
+
+    def _parts_of(self, task: Any, vocab_size: int) -> Parts | None:
+        """Views of a parameter that this rank has whole; None if Megatron-Bridge must convert it."""
+        if task is None or task.megatron_module is None:
+            return None
+        known = self._parts.get(task.global_param_name)
+        if known is None or not known.are_of(task.param_weight):
+            names, config = task_parts(task), task.megatron_module.config
+            if names is None or task.mapping.is_expert:
+                return None
+            known = self._parts[task.global_param_name] = Parts(
+                task.param_weight,
+                names,
+                heads=config.num_attention_heads,
+                groups=config.num_query_groups,
+                rows=vocab_size if has_vocabulary(task) else None,
+            )
+        return known
+
+    def _conversion_tasks(self, model: list[torch.nn.Module]) -> list[Any]:
+        """What Megatron-Bridge knows of each parameter; found once, as it takes longer than copying a small model."""
+        known, tasks = self._tasks
+        if len(known) != len(model) or any(one is not other for one, other in zip(known, model, strict=True)):
+            with quiet():
+                tasks = self._bridge.get_conversion_tasks(model)
+            self._tasks = list(model), tasks
+            self._parts = {}
+        return tasks
+
+    def _changes_exported_weights(self) -> bool:
+        """Whether this family's HuggingFace tensors are more than parts of parameters."""
+        function = type(self._bridge._model_bridge).maybe_modify_converted_hf_weight
+        return not function.__qualname__.startswith("MegatronModelBridge.")
+
+    def recipe(self, model: list[torch.nn.Module], provider: Any, vocab_size: int) -> list[dict[str, Any]] | None:
+        """What `mbridge_model.export_recipe` returns. Collective over all ranks."""
+        entries: list[dict[str, Any]] = []
+        for task in self._conversion_tasks(model):
+            if task is None:
+                continue
+            parts = task_parts(task)
+            if parts is None:
+                return None
+            for part, name in parts.items():
+                entry = {"name": name, "parameter": task.global_param_name, "part": part}
+                if part in ("query", "key", "value"):
+                    entry |= {"heads": provider.num_attention_heads, "groups": provider.num_query_groups}
+                    entry |= {"head_dim": provider.kv_channels}
+                elif has_vocabulary(task):
+                    entry["rows"] = vocab_size
+                entries.append(entry)
+        return entries
+
+    def check_coverage(self, model: list[torch.nn.Module]) -> None:
+        """Check that each weight of the directory has a place in the model, and each parameter a weight.
+
+        Megatron-Bridge only warns of either, and would train with a randomly initialised or a lost tensor.
+        Collective over all ranks, so that all of them raise.
+
+        Raises:
+            ModelError: naming the first tensors that have no counterpart.
+        """
+        from megatron.core.utils import get_model_config
+
+        tied = get_model_config(model[0]).share_embeddings_and_output_weights
+
+        expected: set[str] = set()
+        tasks = self._conversion_tasks(model)
+        for task in tasks:
+            if task is not None:
+                expected.update(hf_names(task))
+        present = set(self._bridge.hf_pretrained.state.source.get_all_keys())
+        missing = sorted(expected - present)
+        ignored = {"lm_head.weight"} if tied else set()
+        unused = sorted(name for name in present - expected - ignored if not name.endswith("rotary_emb.inv_freq"))
+        if missing:
+            raise ModelError(
+                f"the checkpoint lacks {len(missing)} tensor(s) that the model needs, first {missing[0]!r}; "
+                "is the download complete, and does config.json belong to these weights?"
+            )
+        if unused:
+            raise ModelError(
+                f"{len(unused)} tensor(s) of the checkpoint have no place in the Megatron model, first {unused[0]!r}; "
+                "training without them would change the model. Megatron-Bridge does not know this variant"
+            )
+        filled = {id(task.param_weight) for task in tasks if task is not None}
+        empty = [
+            name
+            for chunk in model
+            for name, parameter in chunk.named_parameters()
+            if id(parameter) not in filled and not (tied and "output_layer" in name)
+        ]
+        empty_by_rank: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(empty_by_rank, empty)
+        if names := sorted({name for names in empty_by_rank for name in names}):
+            raise ModelError(
+                f"{len(names)} parameter(s) of the Megatron model get no weight from the checkpoint, first "
+                f"{names[0]!r}; an override, or a setting in config.json, asks for more than this architecture has"
+            )

@@ -1,0 +1,103 @@
+"""Reading only the rows and columns of a weight that a rank holds, straight into the parameter.
+
+Megatron-Bridge makes copies of a tensor in host memory on its way, and under tensor parallelism lets the first rank
+read and convert whole tensors and scatter them, while the others wait. Where a parameter is a plain part of HuggingFace
+tensors (see `export_recipe`), each rank can copy its own share out of the safetensors file, which is mapped.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from mbridge_model.bridge.hf_views import part_views
+
+
+class SlicedReader:
+    """Slices of the tensors of a safetensors directory, as one tensor-parallel rank needs them.
+
+    Args:
+        path: directory of the files.
+        files: file name of each tensor.
+        rank, size: of tensor parallelism.
+    """
+
+    def __init__(self, path: Path, files: Mapping[str, str], rank: int, size: int) -> None:
+        self._path = path
+        self._files = files
+        self._rank = rank
+        self._size = size
+        self._open: dict[str, Any] = {}
+
+    def fill(self, parameter: Tensor, parts: Mapping[str, str], *, queries: int, groups: int, pads_rows: bool) -> bool:
+        """Copy this rank's share of one Megatron parameter out of the mapped files, with nothing in between.
+
+        Args:
+            parameter: this rank's share.
+            parts: name of each part, as `export_recipe` calls them, and of its HuggingFace tensor.
+            queries, groups: query heads in a group, and groups, of the whole model.
+            pads_rows: the tensor has a row a token, and the ranks together may have more rows, which are zeros.
+
+        Returns:
+            False, and nothing is copied, if the parameter is not cut in a way that is known here.
+
+        Raises:
+            ValueError: the shares of the tensors do not make up the parameter.
+        """
+        if "query" in parts and groups % self._size:
+            return False  # ranks share groups
+        if "whole" in parts:
+            share = self._whole(parts["whole"], parameter.shape, pads_rows)
+            if share is None:
+                return False
+            if pads_rows:
+                parameter[len(share) :] = 0
+                parameter = parameter[: len(share)]
+            shares = {"whole": share}
+        else:
+            shares = {part: self._rows(name) for part, name in parts.items()}
+        own = groups // self._size
+        try:
+            places = part_views(parameter, parts, queries=queries, groups=own)
+            if "query" in parts:
+                shares = {part: share.unflatten(0, (own, -1)) for part, share in shares.items()}
+        except RuntimeError:  # rows that cannot be divided so
+            places = {}
+        if any(part not in places or places[part].shape != share.shape for part, share in shares.items()):
+            raise ValueError(
+                f"{' and '.join(parts.values())} have shares of {[tuple(share.shape) for share in shares.values()]} "
+                f"for this rank, whose parameter has {tuple(parameter.shape)}"
+            )
+        for part, share in shares.items():
+            places[part].copy_(share)
+        return True
+
+    def _whole(self, name: str, shape: torch.Size, pads_rows: bool) -> Tensor | None:
+        """Rows or columns of a tensor; of one with a row a token those that are there."""
+        whole = torch.Size(self._slice(name).get_shape())
+        if pads_rows:
+            begin, end = (min(rank * shape[0], whole[0]) for rank in (self._rank, self._rank + 1))
+            rows: Tensor = self._slice(name)[begin:end]
+            return rows
+        if whole == shape:
+            return self._slice(name)[:]
+        # A parallel layer cuts one dimension evenly; which one shows in the shapes.
+        cut = [dimension for dimension, (a, b) in enumerate(zip(whole, shape, strict=True)) if a != b]
+        if len(whole) != len(shape) or len(cut) != 1 or whole[cut[0]] != shape[cut[0]] * self._size:
+            return None
+        begin, end = (part * shape[cut[0]] for part in (self._rank, self._rank + 1))
+        return self._slice(name)[begin:end] if cut[0] == 0 else self._slice(name)[:, begin:end]
+
+    def _rows(self, name: str) -> Tensor:
+        rows = self._slice(name).get_shape()[0]
+        begin, end = (part * rows // self._size for part in (self._rank, self._rank + 1))
+        return self._slice(name)[begin:end]
+
+    def _slice(self, name: str) -> Any:
+        file = self._files[name]
+        if file not in self._open:
+            self._open[file] = safe_open(self._path / file, framework="pt", device="cpu")
+        return self._open[file].get_slice(name)

@@ -1,0 +1,116 @@
+"""Self-attention whose queries, keys and values come out of the fused projection split and rotated by one kernel."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.attention import SelfAttention
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import Tensor
+
+from mbridge_model.kernels.compiled import runs_kernels
+from mbridge_model.patches.rotary import gathered_angles
+
+
+class RotarySelfAttention(SelfAttention):
+    """Megatron-Core's self-attention, on GPUs with the kernel; where that does not serve, as it is.
+
+    The kernel does not serve: a norm of queries and keys between the split and the rotation, rotation of some channels
+    alone or of neighbouring ones, gates, fewer groups of heads than tensor-parallel ranks, context parallelism,
+    inference with a cache, and a machine without a C compiler.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.config
+        self._has_kernel = not (
+            self.q_layernorm is not None
+            or self.k_layernorm is not None
+            or config.rotary_interleaved
+            or config.no_rope_freq
+            or config.attention_output_gate
+            or config.fused_single_qkv_rope
+            or config.test_mode
+            or self.pg_collection.cp.size() > 1
+            or self.num_query_groups_per_partition * self.world_size != config.num_query_groups
+        )
+        self._rotation: tuple[Tensor, Tensor | None] | None = None
+        """While `forward` runs: the angles, and the boundaries of packed sequences."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        *,
+        rotary_pos_emb: Any = None,
+        packed_seq_params: PackedSeqParams | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As Megatron-Core's. `rotary_pos_emb`: float32 [positions, 1, 1, channels]."""
+        if self._kernel_serves(hidden_states, rotary_pos_emb) and kwargs.get("inference_context") is None:
+            self._rotation, rotary_pos_emb = (rotary_pos_emb, _boundaries(packed_seq_params)), None
+        try:
+            output: tuple[Tensor, Tensor | None] = super().forward(
+                hidden_states,
+                attention_mask,
+                rotary_pos_emb=rotary_pos_emb,
+                packed_seq_params=packed_seq_params,
+                **kwargs,
+            )
+        finally:
+            self._rotation = None
+        return output
+
+    def get_query_key_value_tensors(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Queries, keys and values, [sequence, batch, heads, channels] each; rotated where the kernel serves."""
+        if self._rotation is None:
+            return super().get_query_key_value_tensors(hidden_states, *args, **kwargs)
+        from mbridge_model.kernels.rotary import SplitAndRotate
+
+        # Transformer Engine's layer adds its bias within the matrix product.
+        project: Any = getattr(self.linear_qkv, "without_bias", self.linear_qkv)
+        fused, bias = project(hidden_states)
+        angles, boundaries = self._rotation
+        if boundaries is not None:
+            angles = gathered_angles(boundaries, angles, len(fused))
+        groups = self.num_query_groups_per_partition
+        queries = self.num_attention_heads_per_partition // groups
+        return SplitAndRotate.apply(fused, bias, angles, groups, queries, self._yarn_concentration_factor)
+
+    def _kernel_serves(self, hidden: Tensor, angles: Any) -> bool:
+        return (
+            self._has_kernel
+            and runs_kernels(hidden)
+            and isinstance(angles, Tensor)
+            and angles.shape[1:] == (1, 1, self.hidden_size_per_attention_head)
+        )
+
+
+def _boundaries(packing: PackedSeqParams | None) -> Tensor | None:
+    """Of the slots that packed sequences have, padding included."""
+    if packing is None or packing.qkv_format != "thd":
+        return None
+    return packing.cu_seqlens_q if packing.cu_seqlens_q_padded is None else packing.cu_seqlens_q_padded
+
+
+def rotary_layers(backend_spec: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a provider's `transformer_layer_spec`: this attention in the place of Megatron-Core's."""
+
+    def layers_with_rotary_attention(config: Any, vp_stage: int | None = None) -> Any:
+        spec, layers = layer_specs(backend_spec, config, vp_stage)
+        for layer in layers:
+            # Transformer Engine's own whole layers have no parts.
+            attention = getattr(layer.submodules, "self_attention", None)
+            if attention is not None and attention.module is SelfAttention:
+                attention.module = RotarySelfAttention
+        return spec
+
+    return layers_with_rotary_attention
+
+
+def layer_specs(backend_spec: Callable[..., Any], config: Any, vp_stage: int | None) -> tuple[Any, list[ModuleSpec]]:
+    """What a provider's `transformer_layer_spec` gives for a stage, and the specifications of layers in it."""
+    takes_stage = "vp_stage" in inspect.signature(backend_spec).parameters
+    spec = backend_spec(config, vp_stage=vp_stage) if takes_stage else backend_spec(config)
+    return spec, [spec] if isinstance(spec, ModuleSpec) else spec.layer_specs

@@ -1,0 +1,148 @@
+"""The checkpoints of a run: when and in what form they are written, and which of them stay on the disk."""
+
+import logging
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from mbridge_ckpt import AsyncSaver, Checkpoint, Retention, SaverBusyError, prune
+
+from mbridge_train.checkpoint.save import save_checkpoint
+from mbridge_train.engine.engine import Engine
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class SaveSettings:
+    """How a run saves.
+
+    Attributes:
+        interval: steps between saves; at most 0: only the last step is saved.
+        hf_export_every: the HuggingFace copy goes with every n-th save and with the last; 0: with none.
+        max_shard_size: of the HuggingFace copy, such as "5GB".
+        file_format: of the Megatron files, see `save_checkpoint`.
+        retention: which checkpoints stay.
+        in_background: training goes on while a process beside each rank writes; see `mbridge_ckpt.AsyncSaver`.
+        when_busy: a save that comes while the last one is being written waits for it, or is left out; the last save
+            of a run always waits.
+    """
+
+    interval: int = -1
+    hf_export_every: int = 1
+    max_shard_size: str = "5GB"
+    file_format: Literal["torch", "torch_dist"] = "torch"
+    retention: Retention = field(default_factory=Retention)
+    in_background: bool = False
+    when_busy: Literal["wait", "refuse"] = "wait"
+
+
+def is_due(step: int, interval: int) -> bool:
+    """Whether what happens every `interval` steps (at most 0: never) happens after `step`."""
+    return interval > 0 and step % interval == 0
+
+
+class RunSaver:
+    """Saves an engine when it is due and removes what is not to be kept. Every method is collective over all ranks.
+
+    A context manager: its end waits for a save in the background.
+
+    Args:
+        engine: with an optimizer.
+        directory: `<output_dir>/<experiment_name>/checkpoints`.
+        settings: how to save.
+        resumed_from: never removed, so that the run can be started from it again.
+    """
+
+    def __init__(
+        self, engine: Engine, directory: Path, settings: SaveSettings, *, resumed_from: Checkpoint | None = None
+    ) -> None:
+        self.engine = engine
+        self.directory = directory
+        self.settings = settings
+        self._protected = [] if resumed_from is None else [resumed_from.path]
+        self._is_warned = False
+        self._background = AsyncSaver(when_busy=settings.when_busy) if settings.in_background else None
+
+    def is_due(self, step: int, *, last: bool) -> bool:
+        """Whether step `step` ends with a checkpoint; the `last` one of a run always does."""
+        return last or is_due(step, self.settings.interval)
+
+    def save(self, step: int, *, last: bool, loop_state: dict[str, Any], metrics: dict[str, float]) -> Path | None:
+        """Write `global_step_<step>` and return it; None if `when_busy` left it out.
+
+        Args:
+            loop_state, metrics: see `save_checkpoint`; metrics that are not a finite number are left out.
+
+        Raises:
+            mbridge_ckpt.SaveError: on every rank, if one rank could not write; nothing is then left half written. In
+                the background: also if the last save failed.
+        """
+        if last:
+            self.check(wait=True)
+        self._look_for_metric(metrics)
+        try:
+            path = save_checkpoint(
+                self.engine,
+                self.directory,
+                step=step,
+                loop_state=loop_state,
+                metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
+                export_hf=self._exports(step, last),
+                max_shard_size=self.settings.max_shard_size,
+                file_format=self.settings.file_format,
+                saver=self._background,
+            )
+        except SaverBusyError as error:
+            logger.warning("%s", error)
+            return None
+        if self._background is None:
+            self._prune()
+        return path
+
+    def check(self, *, wait: bool = False) -> None:
+        """Notice that a save in the background has ended, or wait for it; once a step.
+
+        Raises:
+            mbridge_ckpt.SaveError: it failed.
+        """
+        if self._background is None:
+            return
+        if (self._background.wait() if wait else self._background.check()) is not None:
+            self._prune()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._background is not None:
+            self._background.__exit__(kind, error, traceback)
+            if error is None:
+                self._prune()
+
+    def _look_for_metric(self, metrics: dict[str, float]) -> None:
+        """Say so once where the checkpoints that are to be kept cannot be told from the others."""
+        wanted = self.settings.retention.metric
+        if wanted is None or wanted in metrics or self._is_warned or torch.distributed.get_rank():
+            return
+        self._is_warned = True
+        logger.warning(
+            "runner.checkpoint.keep_best_metric=%s is not measured with this checkpoint, which cannot be one of the "
+            "best; measured are %s",
+            wanted,
+            ", ".join(sorted(metrics)),
+        )
+
+    def _prune(self) -> None:
+        if torch.distributed.get_rank() == 0:
+            prune(self.directory, self.settings.retention, protect=self._protected)
+
+    def _exports(self, step: int, last: bool) -> bool:
+        every, interval = self.settings.hf_export_every, self.settings.interval
+        # Counted by the step, so that a resumed run goes on with the same ones.
+        return every > 0 and (last or (step // interval) % every == 0)

@@ -1,0 +1,234 @@
+"""Questions with images, choices and the right one, in parquet files with the columns of the Robo2VLM-1 data set.
+
+The question and, where there are any, the choices, one a line, are the user's turn, after the images. Files are read
+by row groups, of which a few small ones are kept: HuggingFace writes 100 rows a group where there are images.
+"""
+
+import ast
+import json
+import re
+import reprlib
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mbridge_train.data.errors import DataError, RowError
+from mbridge_train.data.examples import Example, ImageReference, Message
+
+KEPT_BYTES = 64 * 2**20
+"""Row groups that each process keeps of a file, uncompressed. A larger group is read up to the row, and not kept."""
+
+LONGEST_CHOICES = 100_000
+"""Characters of a list of choices that is written as text."""
+
+CHOICES = "choices"
+"""The column of choices where no other is named; it may be missing."""
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+class ParquetFile:
+    """A `.parquet` file of questions. Rows count from 0.
+
+    Args:
+        path: the file.
+        prompt_key, choice_key, answer_key: columns of the question, the choices and the right one. Without the column
+            of choices, the answer is a text of its own.
+        image_keys: columns of images, None for those named image, or image and a number.
+        answer_format: the model is to answer the text of the right choice, or its letter.
+
+    Raises:
+        DataError: it cannot be read, has no rows, or lacks one of the columns.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        prompt_key: str = "question",
+        choice_key: str = CHOICES,
+        answer_key: str = "correct_answer",
+        image_keys: tuple[str, ...] | None = None,
+        answer_format: Literal["text", "letter"] = "text",
+    ) -> None:
+        self._path = path
+        self._prompt_key, self._choice_key, self._answer_key = prompt_key, choice_key, answer_key
+        self._answer_format = answer_format
+        self._open()
+        names = self._file.schema_arrow.names
+        self._image_keys = image_keys = self._find_images() if image_keys is None else image_keys
+        self._has_choices = choice_key in names
+        for setting, key in [
+            ("prompt_key", prompt_key),
+            ("answer_key", answer_key),
+            *(("image_keys", key) for key in image_keys),
+        ]:
+            if key not in names:
+                raise DataError(f"{path} has no column {key!r}, only {', '.join(names)}: correct data.{setting}")
+        if choice_key != CHOICES and not self._has_choices:
+            raise DataError(
+                f"{path} has no column {choice_key!r}, only {', '.join(names)}: correct data.choice_key, or leave it "
+                f"at {CHOICES!r}, which a file without choices need not have"
+            )
+        metadata = self._file.metadata
+        # Of each row group, the row behind its last.
+        self._ends = list(accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)))
+        if not len(self):
+            raise DataError(f"{path} has no rows: give a file with at least one, or take it out")
+
+    def _find_images(self) -> tuple[str, ...]:
+        schema = self._file.schema_arrow
+        found = sorted((name for name in schema.names if re.fullmatch(r"image_?\d*", name)), key=_natural)
+        others = [field.name for field in schema if _may_be_image(field.type)]
+        if others and not found:  # a model that is to see images must not be trained without them by a name alone
+            raise DataError(
+                f"{self._path} has no column named image, or image and a number, but bytes in {', '.join(others)}: "
+                f"set data.image_keys=[{others[0]}], or data.image_keys=[] to use none"
+            )
+        return tuple(found)
+
+    def _open(self) -> None:
+        try:
+            self._file = pq.ParquetFile(self._path, memory_map=True)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{self._path} cannot be read as parquet: {error}") from None
+        self._kept: dict[int, pa.Table] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_file", "_kept")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._open()
+
+    def __len__(self) -> int:
+        return self._ends[-1] if self._ends else 0
+
+    def source(self, index: int) -> str:
+        """File and row."""
+        return f"{self._path} row {index}"
+
+    def __getitem__(self, index: int) -> Example:
+        source = self.source(index)
+        row = self._row(index)
+        question = row[self._prompt_key]
+        if not isinstance(question, str) or not question.strip():
+            raise RowError(f"{source}: {self._prompt_key!r} is {reprlib.repr(question)}, not a question")
+        images = [
+            _image(value, f"{source}, column {key!r}")
+            for key in self._image_keys
+            for value in (row[key] if isinstance(row[key], list) else [row[key]])
+            if value is not None
+        ]
+        if self._image_keys and not images:
+            raise RowError(f"{source}: no image in {', '.join(self._image_keys)}")
+        answer = row[self._answer_key]
+        choices = row[self._choice_key] if self._has_choices else None
+        texts: tuple[str, ...] | None = None
+        if choices is None:
+            if not isinstance(answer, str):
+                raise RowError(
+                    f"{source}: {self._answer_key!r} is {reprlib.repr(answer)} where no choices are: write text"
+                )
+        else:
+            texts = _choices(choices, f"{source}, column {self._choice_key!r}")
+            right = _right(answer, texts, f"{source}, column {self._answer_key!r}")
+            lines = list(texts)
+            if self._answer_format == "letter":
+                lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False)]
+                texts = tuple(LETTERS[: len(texts)])
+            question = "\n".join([question, "Choose one:", *lines])
+            answer = texts[right]
+        user = Message(role="user", parts=(*images, question))
+        return Example(messages=(user,), answer=answer, choices=texts, source=source)
+
+    def _row(self, index: int) -> dict[str, Any]:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        group = bisect_right(self._ends, index)
+        index -= self._ends[group - 1] if group else 0
+        columns = [self._prompt_key, self._answer_key, *self._image_keys]
+        columns += [self._choice_key] if self._has_choices else []
+        try:
+            if group not in self._kept:
+                if self._file.metadata.row_group(group).total_byte_size > KEPT_BYTES:
+                    return self._stream(group, index, columns)
+                table = self._file.read_row_group(group, columns=columns)
+                while self._kept and sum(kept.nbytes for kept in self._kept.values()) + table.nbytes > KEPT_BYTES:
+                    del self._kept[next(iter(self._kept))]
+                self._kept[group] = table
+            return dict(self._kept[group].slice(index, 1).to_pylist()[0])
+        except (OSError, pa.ArrowException) as error:
+            raise RowError(f"{self._path} row group {group} cannot be read: {error}") from None
+
+    def _stream(self, group: int, index: int, columns: list[str]) -> dict[str, Any]:
+        for batch in self._file.iter_batches(batch_size=16, row_groups=[group], columns=columns, use_threads=False):
+            if index < len(batch):
+                return dict(batch.slice(index, 1).to_pylist()[0])
+            index -= len(batch)
+        raise RowError(f"{self._path} row group {group} has fewer rows than its footer says")
+
+
+def _may_be_image(kind: pa.DataType) -> bool:
+    if pa.types.is_struct(kind):
+        return any(field.name == "bytes" for field in kind)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _may_be_image(kind.value_type)
+    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
+
+
+def _natural(name: str) -> tuple[int, str]:
+    """image, image_0, image_2, image_10."""
+    return (int("".join(filter(str.isdigit, name)) or -1), name)
+
+
+def _image(value: Any, where: str) -> ImageReference:
+    if isinstance(value, dict):
+        value = value.get("bytes")
+    if isinstance(value, bytes) and value:
+        return ImageReference(data=value)
+    raise RowError(f"{where}: no bytes of an image; save the data set with its images embedded")
+
+
+def _choices(value: Any, where: str) -> tuple[str, ...]:
+    if isinstance(value, str):
+        text = value
+        if len(text) > LONGEST_CHOICES:
+            raise RowError(f"{where}: {len(text)} characters, more than {LONGEST_CHOICES}")
+        try:
+            value = json.loads(text)
+        except (ValueError, RecursionError):
+            try:
+                value = ast.literal_eval(text)
+            except (ValueError, SyntaxError, MemoryError, RecursionError):
+                raise RowError(f"{where}: {text[:60]!r} is no list; write one such as ['Yes', 'No']") from None
+    valid = isinstance(value, list | tuple) and all(
+        isinstance(item, str | int | float) and not isinstance(item, bool) for item in value
+    )
+    if not valid or not 2 <= len(value) <= len(LETTERS):
+        raise RowError(f"{where}: {str(value)[:60]!r} is no list of 2 to {len(LETTERS)} texts")
+    return tuple(map(str, value))
+
+
+def _right(answer: Any, choices: tuple[str, ...], where: str) -> int:
+    """Index of the right choice: an integer is the index itself; text is a choice, a letter, or an index."""
+    right = -1
+    if isinstance(answer, int | float) and not isinstance(answer, bool) and answer == answer // 1:
+        right = int(answer)  # pandas makes floats of integers where a row has none
+    elif isinstance(answer, str):
+        text = answer.strip()
+        if text in choices:
+            right = choices.index(text)
+        elif len(text) == 1 and text.upper() in LETTERS:
+            right = LETTERS.index(text.upper())
+        elif text.isdecimal():
+            right = int(text)
+    if not 0 <= right < len(choices):
+        raise RowError(
+            f"{where}: {reprlib.repr(answer)} is none of the {len(choices)} choices, nor the index or letter of one"
+        )
+    return right

@@ -1,0 +1,365 @@
+"""The training engine: forward and backward over a global batch, the optimizer step, log probabilities.
+
+Everything takes a *global batch*, the same list of samples on every rank. The engine plans which data-parallel rank
+runs which samples in which micro-batch, runs Megatron-Core's pipeline schedule over them, and returns results for the
+whole batch on every rank. Because the loss is a weighted sum over the global batch (see `batch`), its value and the
+gradient are the same under every layout, micro-batching and packing.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from mbridge_model import ModelHandle, export, export_blocks, forward
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.utils import get_model_config
+from torch import Tensor, distributed, nn
+from torch.profiler import record_function
+
+from mbridge_train.engine.batch import Sample
+from mbridge_train.engine.collate import (
+    ModelInputs,
+    Plan,
+    collate_dense,
+    collate_packed,
+    padding_share,
+    plan_micro_batches,
+)
+from mbridge_train.engine.heads import (
+    LossFunction,
+    Outputs,
+    broadcast_from_last_stage,
+    logprob_outputs,
+    logprobs_and_entropies,
+    loss_outputs,
+    reduce_metrics,
+)
+from mbridge_train.errors import TrainError
+from mbridge_train.memory.offload import KEPT, PARTS, KeptPart, Offload, Part
+from mbridge_train.optim.optimizer import Optimizer, OptimizerSettings, StepResult, wrap_data_parallel
+
+PLANNED_LENGTHS = 128
+"""Multiple to which rows are padded for Transformer Engine: cuDNN takes a sixth of a second to plan its attention for a
+length that it has not seen."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatching:
+    """How a rank's share of the global batch is cut. Exactly one of the two sizes is given.
+
+    Attributes:
+        micro_batch_size: samples in a micro-batch.
+        token_budget: most tokens in a micro-batch; samples are then packed end to end.
+        packed: pack the samples of a fixed-size micro-batch too, instead of padding them to the longest.
+    """
+
+    micro_batch_size: int | None = None
+    token_budget: int | None = None
+    packed: bool = False
+
+    def __post_init__(self) -> None:
+        if (self.micro_batch_size is None) == (self.token_budget is None):
+            raise TrainError("give exactly one of micro_batch_size and token_budget (max_tokens_per_mbs)")
+
+
+class Engine:
+    """A Megatron model with what trains it.
+
+    Args:
+        model: the chunks that `mbridge_model.load` returned, loaded with the override `calculate_per_token_loss`.
+        handle: as it returned it.
+        micro_batching: for training and log probabilities alike.
+        optimizer: None makes an engine that only evaluates.
+
+    Raises:
+        TrainError: the model adds a loss of its routers.
+    """
+
+    def __init__(
+        self,
+        model: list[nn.Module],
+        handle: ModelHandle,
+        *,
+        micro_batching: MicroBatching,
+        optimizer: OptimizerSettings | None = None,
+    ) -> None:
+        self.handle = handle
+        self.micro_batching = micro_batching
+        self.device = next(model[0].parameters()).device
+        self.config = get_model_config(model[0])
+        self.data_parallel_rank = parallel_state.get_data_parallel_rank()
+        self.data_parallel_size = parallel_state.get_data_parallel_world_size()
+        self.is_last_stage = parallel_state.is_pipeline_last_stage()
+        self.optimizer: Optimizer | None = None
+        self.model: list[Any] = model
+        if optimizer is not None:
+            self.model = list(wrap_data_parallel(model, optimizer))
+            self.optimizer = Optimizer(self.model, optimizer)
+            self._set_schedule_hooks(optimizer)
+        self.memory = Offload(self.model, self.optimizer, self.device)
+
+    @record_function("forward_backward")
+    def forward_backward(
+        self,
+        batch: list[Sample],
+        loss: LossFunction,
+        *,
+        temperature: float = 1.0,
+        with_entropy: bool = False,
+    ) -> Mapping[str, float]:
+        """Fill the gradient buffers with the gradient of `loss` over the global batch. Collective over all ranks.
+
+        Gradients of an earlier call are forgotten. `step` applies what is there.
+
+        Args:
+            batch: the global batch, the same on every rank.
+            loss: maps the tokens of one micro-batch to a weighted sum and metrics (see `losses`).
+            temperature: divides the logits.
+            with_entropy: give the loss the entropy of each position's distribution.
+
+        Returns:
+            The loss's metrics over the global batch, as `losses.mean_metrics` gives them, on every rank. The first look
+            at them waits for the GPU's gradients, which `step` does anyway: so it had better come after that.
+
+        Raises:
+            TrainError: the engine has no optimizer; the batch is empty; a sample exceeds the token budget; the weights
+                are offloaded.
+        """
+        if self.optimizer is None:
+            raise TrainError("this engine was built without an optimizer and cannot train")
+        self.memory.require("weights")
+        self.memory.onload("gradients")
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        return self._run_loss(batch, loss, temperature=temperature, with_entropy=with_entropy, forward_only=False)
+
+    def evaluate(self, batch: list[Sample], loss: LossFunction, *, temperature: float = 1.0) -> Mapping[str, float]:
+        """The metrics of `forward_backward`, without gradients. Collective over all ranks."""
+        return self._run_loss(batch, loss, temperature=temperature, with_entropy=False, forward_only=True)
+
+    @record_function("optimizer_step")
+    def step(self) -> StepResult:
+        """Apply the gradients. Collective over all ranks."""
+        if self.optimizer is None:
+            raise TrainError("this engine was built without an optimizer and cannot train")
+        self.memory.require(*PARTS)
+        return self.optimizer.step()
+
+    @record_function("logprobs")
+    def logprobs(self, batch: list[Sample], *, temperature: float = 1.0) -> list[Tensor]:
+        """Log probability of each token given those before it. Collective over all ranks.
+
+        Args:
+            batch: the global batch, the same on every rank; only `tokens` are read.
+            temperature: divides the logits.
+
+        Returns:
+            One float32 tensor [length] on the CPU per sample, in the batch's order, on every rank; entry 0 is 0.
+        """
+        plan = self._plan(batch)
+        per_micro_batch = self._run(
+            plan, batch, logprob_outputs, temperature=temperature, with_entropy=False, forward_only=True
+        )
+        lengths = [sample.length for sample in batch]
+        starts = [0]
+        for length in lengths:
+            starts.append(starts[-1] + length)
+        # Each sample is filled in on one data-parallel rank, so a sum over ranks puts the batch together.
+        values = torch.zeros(starts[-1], device=self.device)
+        if self.is_last_stage:
+            for micro_batch, results in zip(plan[self.data_parallel_rank], per_micro_batch, strict=True):
+                for index, result in zip(micro_batch, results["per_sample"], strict=True):
+                    values[starts[index] : starts[index + 1]] = result
+            distributed.all_reduce(values, group=parallel_state.get_data_parallel_group())
+        broadcast_from_last_stage(values)
+        return list(values.cpu().split(lengths))
+
+    def padding_share(self, batch: list[Sample]) -> float:
+        """Share of the token places that hold padding where `batch` is run, over all ranks."""
+        return padding_share(
+            self._plan(batch),
+            [sample.length for sample in batch],
+            packed=self._is_packed,
+            pad_each_to_multiple=self._length_multiple,
+        )
+
+    def export_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Stream the weights under their HuggingFace names. Collective: every rank iterates to the end."""
+        self.synchronize_weights()
+        return export(self.model, self.handle)
+
+    def export_blocks(self) -> Iterator[tuple[str, list[Tensor]]]:
+        """The same, each tensor as blocks of its rows (`mbridge_model.export_blocks`)."""
+        self.synchronize_weights()
+        return export_blocks(self.model, self.handle)
+
+    def synchronize_weights(self) -> None:
+        """Finish a parameter gather that overlaps with the next forward pass, so that the weights can be read."""
+        self.memory.require("weights")
+        if self.optimizer is not None and self.optimizer.settings.overlap_param_gather:
+            for chunk in self.model:
+                chunk.start_param_sync(force_sync=True)
+
+    def offload(self, *parts: Part) -> None:
+        """Free the device's memory of `parts` until `onload`; of "gradients" until `forward_backward`, which forgets
+        them anyway. What `export_weights` yielded may be views of the weights and must not be used any longer.
+
+        Another process gets the freed memory after `torch.cuda.empty_cache()`.
+
+        Raises:
+            TrainError: there is not enough host memory.
+        """
+        if "weights" in parts and "weights" not in self.memory.away:
+            self.synchronize_weights()
+        for part in parts:
+            self.memory.offload(part)
+
+    def onload(self, *parts: KeptPart) -> None:
+        """Bring `parts`, or both without a name, back bit for bit. What needs them may be called at once."""
+        for part in parts or KEPT:
+            self.memory.onload(part)
+
+    def close(self) -> None:
+        """Make the engine unusable and its memory and process groups free to go, with the last reference to it.
+
+        Megatron-Core's gradient hooks hold the model in cycles through autograd's C++ nodes, which Python's garbage
+        collector does not see: without this, a process keeps every engine that it has ever had.
+        """
+        for chunk in self.model:
+            if isinstance(chunk, DistributedDataParallel):
+                chunk.grad_accs.clear()
+        self.config.grad_scale_func = self.config.finalize_model_grads_func = self.config.no_sync_func = None
+
+    def _set_schedule_hooks(self, settings: OptimizerSettings) -> None:
+        assert self.optimizer is not None
+        self.config.grad_scale_func = self.optimizer.megatron.scale_loss
+        self.config.finalize_model_grads_func = _finalize_summed_gradients
+        no_sync = [chunk.no_sync for chunk in self.model]
+        if settings.overlap_grad_reduce:
+            self.config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
+
+    def _plan(self, batch: list[Sample]) -> Plan:
+        return plan_micro_batches(
+            [sample.length for sample in batch],
+            self.data_parallel_size,
+            micro_batch_size=self.micro_batching.micro_batch_size,
+            token_budget=self.micro_batching.token_budget,
+            pad_each_to_multiple=self._length_multiple,
+        )
+
+    @property
+    def _is_packed(self) -> bool:
+        return self.micro_batching.packed or self.micro_batching.token_budget is not None
+
+    @property
+    def _length_multiple(self) -> int:
+        # Sequence parallelism divides the sequence evenly over the tensor-parallel ranks.
+        ranks: int = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        if self.handle.backend == "te" and not self._is_packed:
+            return math.lcm(ranks, PLANNED_LENGTHS)
+        return ranks
+
+    def _collate(self, samples: list[Sample]) -> ModelInputs:
+        if self._is_packed:
+            return collate_packed(samples, pad_each_to_multiple=self._length_multiple)
+        return collate_dense(samples, pad_to_multiple=self._length_multiple)
+
+    def _run_loss(
+        self, batch: list[Sample], loss: LossFunction, *, temperature: float, with_entropy: bool, forward_only: bool
+    ) -> Mapping[str, float]:
+        per_micro_batch = self._run(
+            self._plan(batch),
+            batch,
+            partial(loss_outputs, loss),
+            temperature=temperature,
+            with_entropy=with_entropy,
+            forward_only=forward_only,
+        )
+        return reduce_metrics(per_micro_batch, self.device)
+
+    def _run(
+        self,
+        plan: Plan,
+        batch: list[Sample],
+        outputs: Outputs,
+        *,
+        temperature: float,
+        with_entropy: bool,
+        forward_only: bool,
+    ) -> list[dict[str, Any]]:
+        """Run the pipeline schedule over this rank's micro-batches.
+
+        `outputs` maps a micro-batch, its log probabilities and entropies to a loss and a dictionary; the dictionaries
+        of all micro-batches are returned, on the last stage. On the other stages the list is empty.
+        """
+        self.memory.require("weights")
+        micro_batches = plan[self.data_parallel_rank]
+        for chunk in self.model:
+            chunk.train(not forward_only)
+
+        def forward_step(iterator: Iterator[ModelInputs], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
+            inputs = next(iterator)
+            if not parallel_state.is_pipeline_first_stage():
+                inputs.vision = None  # pixels are read there alone
+            inputs = inputs.to(self.device)
+            output = forward(
+                model,
+                tokens=inputs.tokens,
+                position_ids=inputs.position_ids,
+                packed_seq_params=_packed_seq_params(inputs),
+                vision=inputs.vision,
+                head=partial(logprobs_and_entropies, inputs, self.handle.vocab_size, temperature, with_entropy),
+            )
+            return output, partial(_loss_and_results, inputs, outputs)
+
+        # Collated one at a time, when the schedule asks.
+        iterators = [
+            (self._collate([batch[index] for index in micro_batch]) for micro_batch in micro_batches)
+            for _ in self.model
+        ]
+        with torch.set_grad_enabled(not forward_only):
+            return get_forward_backward_func()(
+                forward_step_func=forward_step,
+                data_iterator=iterators,
+                model=self.model,
+                num_microbatches=len(micro_batches),
+                # Stages exchange the real shapes (variable_seq_lengths), so these two are placeholders.
+                seq_length=1,
+                micro_batch_size=1,
+                forward_only=forward_only,
+            )
+
+
+def _loss_and_results(
+    inputs: ModelInputs, outputs: Outputs, logprobs_and_entropies: tuple[Tensor, Tensor | None]
+) -> tuple[Tensor, Tensor, dict[str, Any]]:
+    """What the schedule asks of the last stage: a loss, a number of tokens, and results."""
+    loss, results = outputs(inputs, *logprobs_and_entropies)
+    # The number is for Megatron-Core's own normalisation, which is switched off (see below).
+    return loss, torch.zeros((), dtype=torch.int, device=loss.device), results
+
+
+def _finalize_summed_gradients(model: list[nn.Module], num_tokens: Tensor | None, **arguments: Any) -> None:
+    """Reduce gradients over all groups without dividing by a token count: the loss weights hold it already."""
+    finalize_model_grads(model, None, **arguments)
+
+
+def _packed_seq_params(inputs: ModelInputs) -> PackedSeqParams | None:
+    if inputs.cu_seqlens is None:
+        return None
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=inputs.cu_seqlens,
+        cu_seqlens_kv=inputs.cu_seqlens,
+        cu_seqlens_q_padded=inputs.cu_seqlens_padded,
+        cu_seqlens_kv_padded=inputs.cu_seqlens_padded,
+        max_seqlen_q=inputs.max_seqlen,
+        max_seqlen_kv=inputs.max_seqlen,
+    )

@@ -1,0 +1,78 @@
+"""How much of a GPU's arithmetic a training step uses: operations a second, and their share of the GPU's peak.
+
+Operations are those that the model needs (`mbridge_config.plan.flops`), so recomputation and padding make the figures
+smaller, as they should: this is model FLOP utilisation (MFU; Chowdhery et al. 2022, "PaLM", appendix B).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from mbridge_config import HFFacts
+from mbridge_config.plan.flops import PARTS, forward_flops
+from mbridge_config.schema.model import ModelConfig
+from torch import distributed
+
+from mbridge_train.engine.batch import Sample
+
+# Part of the name that `torch.cuda.get_device_name` gives, and dense bf16 and fp16 TFLOP/s with fp32 accumulation by
+# the maker's data sheet. The first that fits counts.
+_PEAKS = (
+    ("B200", 2250.0),
+    ("H200 NVL", 835.0),
+    ("H200", 989.0),
+    ("GH200", 989.0),
+    ("H100 NVL", 835.0),
+    ("H100 PCIe", 756.0),
+    ("H100", 989.0),
+    ("H800 PCIe", 756.0),
+    ("H800", 989.0),
+    ("H20", 148.0),
+    ("A100", 312.0),
+    ("A800", 312.0),
+    ("A30", 165.0),
+    ("A40", 149.7),
+    ("A10", 125.0),
+    ("L40S", 362.0),
+    ("L40", 181.0),
+    ("L4", 121.0),
+)
+
+
+def peak_tflops(device_name: str) -> float | None:
+    """Dense bf16 TFLOP/s of the GPU of that name; None where it is not known, and for a part of a GPU (MIG)."""
+    words = f" {device_name} ".replace("-", " ")
+    if " MIG " in words:
+        return None
+    return next((peak for name, peak in _PEAKS if f" {name} " in words), None)
+
+
+class Throughput:
+    """Turns what a step trained, and how long it took, into metrics.
+
+    Args:
+        facts: geometry of the model.
+        model: the config's section; its precision, and what of the model is frozen.
+    """
+
+    def __init__(self, facts: HFFacts, model: ModelConfig) -> None:
+        self.facts = facts
+        self.frozen = [part for part in PARTS if getattr(model, f"freeze_{part}", False)]
+        self.peak = None
+        if torch.cuda.is_available() and model.precision != "fp32":
+            self.peak = peak_tflops(torch.cuda.get_device_name())
+
+    def metrics(self, batch: Sequence[Sample], seconds: float) -> dict[str, float]:
+        """Of forward and backward passes over `batch`, the whole of it over all ranks, in `seconds`.
+
+        Lengths are read on the host alone, so nothing waits for a GPU.
+
+        Returns:
+            `tflops_per_second` of one GPU, and `mfu`, its share of the peak, where that is known; nothing for a model
+            whose operations are not counted.
+        """
+        images = [grid for sample in batch if sample.vision is not None for grid in sample.vision.grid_thw.tolist()]
+        work = forward_flops(self.facts, [sample.length for sample in batch], images)
+        if work is None:
+            return {}
+        rate = work.training(self.frozen) / seconds / distributed.get_world_size() / 1e12
+        return {"tflops_per_second": rate} | ({} if self.peak is None else {"mfu": rate / self.peak})

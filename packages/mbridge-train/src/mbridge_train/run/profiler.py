@@ -1,0 +1,85 @@
+"""Traces of chosen steps, made by torch's profiler.
+
+Each rank writes a file a step, for Perfetto or Chrome, and in a directory for TensorBoard's plugin. In it, the ranges
+`step <n>`, those of the app's phases and those of the engine (`forward_backward`, `optimizer_step`, `logprobs`) stand
+over the operators and kernels.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from mbridge_config.run.profiled_steps import is_recorded, is_warmup
+from mbridge_config.schema.profiler import ProfilerConfig
+from torch import distributed
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from mbridge_train.errors import TrainError
+
+_ACTIVITIES = {"cpu": ProfilerActivity.CPU, "cuda": ProfilerActivity.CUDA}
+
+
+class StepProfiler:
+    """Records steps as `settings` say.
+
+    Args:
+        settings: None: nothing is recorded.
+        directory: where the traces go if `settings` do not say.
+
+    Raises:
+        TrainError: only GPU activities are to be recorded, and there is no GPU.
+    """
+
+    def __init__(self, settings: ProfilerConfig | None, directory: Path) -> None:
+        self.settings = settings
+        if settings is None:
+            return
+        self.directory = Path(settings.output_dir).expanduser() if settings.output_dir else directory
+        names = [name for name in settings.activities if name != "cuda" or torch.cuda.is_available()]
+        if not names:
+            raise TrainError(
+                "actor.megatron.profiler.activities=[cuda] has nothing to record: torch sees no GPU; add cpu"
+            )
+        self.activities = [_ACTIVITIES[name] for name in names]
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Record what runs inside, if the step `number` is to be recorded; a step that fails leaves no trace."""
+        settings = self.settings
+        if settings is None or not (is_recorded(settings, number) or is_warmup(settings, number)):
+            yield
+            return
+        with (
+            profile(
+                activities=self.activities,
+                record_shapes=settings.record_shapes,
+                profile_memory=settings.profile_memory,
+                with_stack=settings.with_stack,
+                with_flops=settings.with_flops,
+                with_modules=settings.with_modules,
+                acc_events=True,  # else torch warns that a second cycle would lose the first one's; there is none
+            ) as recorded,
+            record_function(f"step {number}"),
+        ):
+            yield
+        if is_recorded(settings, number):
+            self._write(recorded, number)
+
+    def _write(self, recorded: profile, number: int) -> None:
+        """The trace, which can be written once only."""
+        assert self.settings is not None
+        rank = distributed.get_rank()
+        files = []
+        if self.settings.export_chrome_trace:
+            prefix = self.settings.chrome_filename_prefix
+            files.append(self.directory / f"{prefix}_rank{rank}_step{number}.json.gz")
+        if self.settings.export_tensorboard:
+            # The plugin reads worker and span out of the name.
+            files.append(self.directory / "tensorboard" / f"rank{rank}.{number}.pt.trace.json.gz")
+        for file in files:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        recorded.export_chrome_trace(str(files[0]))
+        for file in files[1:]:
+            shutil.copyfile(files[0], file)

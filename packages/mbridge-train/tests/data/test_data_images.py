@@ -1,0 +1,128 @@
+"""Images of any format, depth and orientation become upright RGB; what is none is named."""
+
+import http.server
+import io
+import threading
+
+import numpy
+import pytest
+from mbridge_train.data.errors import RowError
+from mbridge_train.data.examples import ImageReference
+from mbridge_train.data.images import decode
+from PIL import Image
+
+RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+
+
+def save(image, format="PNG", **options):
+    file = io.BytesIO()
+    image.save(file, format=format, **options)
+    return file.getvalue()
+
+
+def pixels(data):
+    image = decode(ImageReference(data=data), "here")
+    assert image.mode == "RGB"
+    return numpy.asarray(image)
+
+
+def two_pixels(mode="RGB", first=RED, second=BLUE):
+    image = Image.new(mode, (2, 1))
+    image.putpixel((0, 0), first)
+    image.putpixel((1, 0), second)
+    return image
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (save(two_pixels()), [RED, BLUE]),
+        (save(two_pixels(), "BMP"), [RED, BLUE]),
+        (save(two_pixels(), "WEBP", lossless=True), [RED, BLUE]),
+        (save(two_pixels().convert("P", palette=Image.Palette.ADAPTIVE), "GIF"), [RED, BLUE]),
+        (save(two_pixels("L", 7, 200)), [(7, 7, 7), (200, 200, 200)]),
+        (save(two_pixels("1", 0, 1)), [(0, 0, 0), WHITE]),
+        (save(two_pixels("RGBA", (*RED, 255), (0, 0, 0, 0))), [RED, WHITE]),
+        (save(two_pixels("LA", (9, 255), (9, 0))), [(9, 9, 9), WHITE]),
+        (save(two_pixels().convert("P", palette=Image.Palette.ADAPTIVE), transparency=0), None),
+        (save(Image.fromarray(numpy.array([[256 * 7, 65535]], dtype=numpy.uint16))), [(7, 7, 7), WHITE]),
+        (save(Image.fromarray(numpy.array([[256 * 7, 65535]], dtype=numpy.int32)), "TIFF"), [(7, 7, 7), WHITE]),
+        (save(two_pixels("CMYK", (0, 255, 255, 0), (0, 0, 0, 0)), "TIFF"), [RED, WHITE]),
+    ],
+)
+def test_every_mode_becomes_rgb(data, expected):
+    if expected is None:  # one of the two colours of the palette is transparent: which one is the encoder's choice
+        assert sorted([tuple(pixel) for pixel in pixels(data)[0].tolist()])[-1] == WHITE
+    else:
+        assert [tuple(pixel) for pixel in pixels(data)[0].tolist()] == expected
+
+
+def test_orientation_of_a_camera():
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held so that the picture has to be turned right
+    turned = pixels(save(two_pixels(), exif=exif))
+    assert turned.shape == (2, 1, 3)
+    assert [tuple(pixel[0]) for pixel in turned.tolist()] == [RED, BLUE]
+
+
+GOOD = save(Image.effect_noise((64, 64), 50), "JPEG")
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"", "no image format that is read here"),
+        (b"GIF89a", "here: the image of 6 bytes cannot be decoded"),
+        (GOOD[: len(GOOD) // 2], "cannot be decoded: .*truncated"),
+        (save(Image.effect_noise((64, 64), 50))[:-2000], "cannot be decoded: .*truncated"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image format that is read here"),
+        (save(Image.fromarray(numpy.ones((2, 2), dtype=numpy.float32)), "TIFF"), "floating-point numbers"),
+        (save(Image.new("1", (12_000, 12_000))), r"12000 x 12000 pixels, more than 134217728"),
+        (save(Image.new("1", (20_000, 20_000))), r"400000000 pixels. exceeds limit"),
+    ],
+)
+def test_what_cannot_be_decoded_is_named(data, message):
+    with pytest.raises(RowError, match=message):
+        decode(ImageReference(data=data), "here")
+
+
+def test_limit_on_pixels_counts_before_unpacking():
+    with pytest.raises(RowError, match=r"64 x 64 pixels, more than 4095; .*data.oversized=resize"):
+        decode(ImageReference(data=GOOD), "here", most_pixels=4095)
+    assert decode(ImageReference(data=GOOD), "here", most_pixels=4096).size == (64, 64)
+
+
+def test_files(tmp_path):
+    path = tmp_path / "a.png"
+    path.write_bytes(save(two_pixels()))
+    assert decode(ImageReference(location=str(path)), "here").size == (2, 1)
+    with pytest.raises(RowError, match=r"here: the image .*/b.png cannot be read: No such file or directory"):
+        decode(ImageReference(location=str(tmp_path / "b.png")), "here")
+    with pytest.raises(RowError, match="cannot be read: Is a directory"):
+        decode(ImageReference(location=str(tmp_path)), "here")
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if self.path == "/a.png" else 404)
+        self.end_headers()
+        self.wfile.write(save(two_pixels()))
+
+    def log_message(self, *_):
+        pass
+
+
+def test_urls():
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        assert decode(ImageReference(location=f"{address}/a.png"), "here").size == (2, 1)
+        with pytest.raises(RowError, match=r"here: the image http.*/b.png cannot be read: .*404"):
+            decode(ImageReference(location=f"{address}/b.png"), "here")
+        server.shutdown()
+
+
+def test_the_file_of_a_broken_image_is_named(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"GIF89a")
+    with pytest.raises(RowError, match=r"here: the image .*/a\.png of 6 bytes cannot be decoded"):
+        decode(ImageReference(location=str(tmp_path / "a.png")), "here")
