@@ -15,8 +15,8 @@ def bytes_read(directory: Path, parallel: Parallel) -> tuple[int, int, int]:
     """(bytes of slices, bytes of whole tensors, bytes of the rank's parameters without padding of the vocabulary)."""
     import safetensors
     from mbridge_model import load
-    from mbridge_model.bridge.bridge import import_bridge
     from mbridge_model.bridge import slices
+    from mbridge_model.bridge.bridge import import_bridge
 
     import_bridge()  # it makes the next line possible without a GPU
     from megatron.bridge.models.hf_pretrained import state
