@@ -13,8 +13,9 @@ def run(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_import_is_cheap() -> None:
     program = """
-import sys
+import pkgutil, sys
 import mbridge_model
+assert not {module.name for module in pkgutil.iter_modules(mbridge_model.__path__)} & set(mbridge_model.__all__)
 assert set(mbridge_model.__all__) == set(dir(mbridge_model)), dir(mbridge_model)
 heavy = {"torch", "megatron", "transformers", "safetensors"} & set(sys.modules)
 assert not heavy, heavy

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mbridge_model.errors import ModelError
-    from mbridge_model.model import ModelHandle, export, export_blocks, export_recipe, forward, load
+    from mbridge_model.exporting import export, export_blocks, export_recipe, save_hf
+    from mbridge_model.forward_pass import forward
+    from mbridge_model.loading import ModelHandle, load
     from mbridge_model.parallel import Parallel
     from mbridge_model.patches.cpu import enable_cpu
-    from mbridge_model.save import save_hf
     from mbridge_model.vision.freeze import Freeze
     from mbridge_model.vision.inputs import VisionInputs
     from mbridge_model.vision.positions import MropeSettings, mrope_position_ids
@@ -34,22 +35,23 @@ __all__ = [
     "save_hf",
 ]
 
-# Importing Megatron takes seconds, so a name's module is imported when the name is first used.
+# Importing Megatron takes seconds, so a name's module is imported when the name is first used. No module is called like
+# a function of the API: importing it would replace the function in this namespace.
 _HOME = {
     "Freeze": "vision.freeze",
     "ModelError": "errors",
-    "ModelHandle": "model",
+    "ModelHandle": "loading",
     "MropeSettings": "vision.positions",
     "Parallel": "parallel",
     "VisionInputs": "vision.inputs",
     "enable_cpu": "patches.cpu",
-    "export": "model",
-    "export_blocks": "model",
-    "export_recipe": "model",
-    "forward": "model",
-    "load": "model",
+    "export": "exporting",
+    "export_blocks": "exporting",
+    "export_recipe": "exporting",
+    "forward": "forward_pass",
+    "load": "loading",
     "mrope_position_ids": "vision.positions",
-    "save_hf": "save",
+    "save_hf": "exporting",
 }
 
 

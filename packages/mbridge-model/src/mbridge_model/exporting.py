@@ -1,4 +1,4 @@
-"""Write a Megatron model as a HuggingFace directory."""
+"""From a Megatron model to HuggingFace tensors, and to a HuggingFace directory."""
 
 import json
 import os
@@ -6,16 +6,61 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
+from mbridge_model.bridge.hf_views import join_blocks
 from mbridge_model.errors import ModelError
-from mbridge_model.model import ModelHandle, export
+from mbridge_model.loading import ModelHandle
 
 # Everything else in a HuggingFace directory (config, tokenizer, chat template, custom code) is carried over as it is.
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
+
+
+def export(model: list[nn.Module], handle: ModelHandle) -> Iterator[tuple[str, Tensor]]:
+    """Stream the weights under their HuggingFace names, gathered from all ranks, one tensor at a time.
+
+    Collective: every rank must run the iterator to its end, and every rank gets every tensor, on the model's device
+    and in its dtype. At most one HuggingFace tensor and the shards it is made from exist beside the model. Padding
+    rows of the vocabulary are cut off; tied embeddings come once, as they lie in the source directory. A tensor may be
+    a view of a parameter, which changes with it: copy what is kept.
+
+    Args:
+        model: the chunks that `load` returned, bare or wrapped (data parallel, half precision).
+        handle: as `load` returned it.
+
+    Raises:
+        ModelError: the memory of the weights has been freed.
+    """
+    for name, blocks in export_blocks(model, handle):
+        yield name, join_blocks(blocks)
+
+
+def export_blocks(model: list[nn.Module], handle: ModelHandle) -> Iterator[tuple[str, list[Tensor]]]:
+    """The same, each tensor as blocks of its rows, in order.
+
+    Without model parallelism these are views of parameters but for what Megatron-Bridge must convert, even of a fused
+    attention, which has queries, keys and values of a group next to each other: a block for each group.
+    """
+    with torch.no_grad():
+        yield from handle.bridge.stream_blocks(model, handle.vocab_size)
+
+
+def export_recipe(model: list[nn.Module], handle: ModelHandle) -> list[dict[str, Any]] | None:
+    """How each HuggingFace tensor is a part of one Megatron parameter, for exporting without Megatron later.
+
+    Collective over all ranks. Each entry has `name` (HuggingFace), `parameter` (Megatron's, layers numbered over the
+    whole model) and `part`: "whole"; "query", "key" or "value" of a fused weight or bias, with `heads`, `groups` and
+    `head_dim`; "gate" or "up" of a gated `linear_fc1`. `rows` are the real tokens of a padded vocabulary.
+
+    Returns:
+        None for a model with a tensor that is not such a part (a permuted or computed one).
+    """
+    return handle.bridge.recipe(model, handle.provider, handle.vocab_size)
 
 
 def save_hf(
