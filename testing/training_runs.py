@@ -133,7 +133,7 @@ def digests(engine: Any) -> dict[str, str]:
 
     engine.synchronize_weights()
     found: dict[str, Any] = {f"model/{name}": value for name, value in model_state(engine).items()}
-    state = optimizer_state.collect(engine.optimizer, parameter_names(engine)) or {}
+    state = optimizer_state.collect(engine.optimizer, parameter_names(engine), engine.layout) or {}
     for key, value in state.items():
         found |= {f"{key}/{name}": item for name, item in value.items()} if isinstance(value, dict) else {key: value}
     return {name: _digest(value) for name, value in found.items()}

@@ -27,7 +27,6 @@ from mbridge_train.engine.engine import Engine
 from mbridge_train.engine.throughput import Throughput
 from mbridge_train.run.output import RunOutput
 from mbridge_train.run.processes import broadcast, join, leave, seed_all
-from megatron.core import parallel_state
 
 from mbridge_sft.quickstart.quickstart import prepare_quickstart
 from mbridge_sft.report import DISPLAY, example_grid
@@ -135,7 +134,9 @@ def _evaluated(trainer: SFTTrainer, examples: Examples, output: RunOutput) -> di
 
 def _trainer(config: SFTConfig, engine: Engine, output: RunOutput) -> SFTTrainer:
     throughput = Throughput(HFFacts.load(hf_directory(config)), config.actor.model)
-    return SFTTrainer(config, engine=engine, encoder=_encoder(config), throughput=throughput, say=output.message)
+    return SFTTrainer(
+        config, engine=engine, encoder=_encoder(config, engine), throughput=throughput, say=output.message
+    )
 
 
 def _engine(config: SFTConfig, *, optimizer_steps: int | None) -> Engine:
@@ -150,13 +151,13 @@ def _engine(config: SFTConfig, *, optimizer_steps: int | None) -> Engine:
     )
 
 
-def _encoder(config: SFTConfig) -> Encoder:
+def _encoder(config: SFTConfig, engine: Engine) -> Encoder:
     data = config.data
     return Encoder(
         tokenizer_directory(config),
         max_length=config.runner.seq_length,
         train_on=data.train_on,
-        keep_images=parallel_state.is_pipeline_first_stage(),
+        keep_images=engine.layout.is_first_stage,
         limits=PixelLimits(min_pixels=data.min_pixels, max_pixels=data.max_pixels, oversized=data.oversized),
         trust_remote_code=config.actor.tokenizer.trust_remote_code,
     )

@@ -169,7 +169,7 @@ def states_by_name(directory: Path) -> Any:
         for optimizer in (PLAIN, SHARDED | {"bucket_size": 5000}):
             engine = build(directory, Parallel(), optimizer | {"clip_grad": 0.0})
             train(engine, 0, STOP)
-            states.append(optimizer_state.collect(engine.optimizer, parameter_names(engine)))
+            states.append(optimizer_state.collect(engine.optimizer, parameter_names(engine), engine.layout))
         return states
     finally:
         leave()

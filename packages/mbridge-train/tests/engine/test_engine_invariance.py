@@ -102,7 +102,7 @@ def measure(
             "norm": engine.step().grad_norm,
             "recompute": (engine.config.recompute_granularity, engine.config.recompute_method),
             "layers": len(engine.model[0].module.decoder.layers),
-            "micro_batches": [len(samples) for samples in engine._plan(batch)[engine.data_parallel_rank]],
+            "micro_batches": [len(samples) for samples in engine._plan(batch)[engine.layout.data.rank]],
         }
     finally:
         parallel_state.destroy_model_parallel()

@@ -68,7 +68,7 @@ def expected_bytes(engine: Any, optimizer: dict[str, Any], *, has_moments: bool)
     trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
     number_bytes = parameters[0].element_size()
     state = (4 if number_bytes == 2 else 0) + (8 if has_moments else 0)
-    shares = engine.data_parallel_size if optimizer["use_distributed_optimizer"] else 1
+    shares = engine.layout.data.size if optimizer["use_distributed_optimizer"] else 1
     # A rank's share of the flat buffer is of equal length, but the last one has less of it filled.
     own_state = 0.9 * state * trained / shares if shares > 1 else state * trained
     return int(number_bytes * sum(parameter.numel() for parameter in parameters) + 4 * trained + own_state)

@@ -11,22 +11,23 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
+from mbridge_train.layout import RankLayout
 from mbridge_train.optim.optimizer import Optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "fp32_param"
 
 
-def collect(optimizer: Optimizer, names: dict[nn.Parameter, str]) -> dict[str, Any] | None:
+def collect(optimizer: Optimizer, names: dict[nn.Parameter, str], layout: RankLayout) -> dict[str, Any] | None:
     """Gather the state on data-parallel rank 0. Collective over the data-parallel group.
 
     Args:
         optimizer: after at least zero steps; before the first one the moments are zeros.
         names: each trainable parameter of this rank, and its name.
+        layout: the engine's.
 
     Returns:
         On data-parallel rank 0: {"fp32_param" | "exp_avg" | "exp_avg_sq": {name: float32 CPU tensor in the
@@ -43,14 +44,14 @@ def collect(optimizer: Optimizer, names: dict[nn.Parameter, str]) -> dict[str, A
             for parameter, slot in _slots(part, gathered):
                 for key, flat_key in _flat_keys():
                     state[key][names[parameter]] = slot(flat_key).view(parameter.shape).clone()
-        elif parallel_state.get_data_parallel_rank() == 0:
+        elif layout.data.is_first:
             _ensure_moments(part)
             for parameter, name in names.items():
                 master = getattr(parameter, "main_param", parameter)
                 state[MASTER][name] = master.detach().float().cpu()
                 for key in MOMENTS:
                     state[key][name] = part.optimizer.state[master][key].float().cpu()
-    if parallel_state.get_data_parallel_rank() != 0:
+    if not layout.data.is_first:
         return None
     return state | facts(optimizer)
 
@@ -67,12 +68,14 @@ def facts(optimizer: Optimizer) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def restore(optimizer: Optimizer, names: dict[nn.Parameter, str], state: dict[str, Any] | None) -> None:
+def restore(
+    optimizer: Optimizer, names: dict[nn.Parameter, str], layout: RankLayout, state: dict[str, Any] | None
+) -> None:
     """Put a state of `collect` back; the model's weights must be loaded already. Collective over data-parallel ranks.
 
     Args:
         optimizer: freshly built, or in use.
-        names: as in `collect`.
+        names, layout: as in `collect`.
         state: on data-parallel rank 0; ignored on the others.
     """
     # The small facts are needed on every data-parallel rank, the tensors are scattered by Megatron-Core.
@@ -81,7 +84,7 @@ def restore(optimizer: Optimizer, names: dict[nn.Parameter, str], state: dict[st
         if state is None
         else {key: value for key, value in state.items() if not isinstance(value, dict) or key == "grad_scaler"}
     ]
-    group = parallel_state.get_data_parallel_group_gloo()
+    group = layout.data_gloo
     torch.distributed.broadcast_object_list(shared_facts, src=torch.distributed.get_global_rank(group, 0), group=group)
     shared = shared_facts[0]
     assert shared is not None

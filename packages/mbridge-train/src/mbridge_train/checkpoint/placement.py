@@ -1,32 +1,24 @@
 """What one rank of a run holds: its place among the ranks, its tensors by name, and where they stand in the model."""
 
 from mbridge_ckpt import Layout, ParameterPlacement, place_parameter
-from megatron.core import parallel_state
 from torch import Tensor, nn
 
 from mbridge_train.engine.engine import Engine
 
 
-def current_layout() -> Layout:
+def current_layout(engine: Engine) -> Layout:
     """Sizes of the process groups of this run."""
-    return Layout(
-        tensor=parallel_state.get_tensor_model_parallel_world_size(),
-        pipeline=parallel_state.get_pipeline_model_parallel_world_size(),
-        data=parallel_state.get_data_parallel_world_size(),
-    )
+    return engine.layout.checkpoint
 
 
-def model_parallel_ranks() -> dict[str, int]:
+def model_parallel_ranks(engine: Engine) -> dict[str, int]:
     """This rank's place, as the functions of `mbridge_ckpt` that name files take it."""
-    return {
-        "tensor_rank": parallel_state.get_tensor_model_parallel_rank(),
-        "pipeline_rank": parallel_state.get_pipeline_model_parallel_rank(),
-    }
+    return {"tensor_rank": engine.layout.tensor.rank, "pipeline_rank": engine.layout.pipeline.rank}
 
 
-def is_first_data_rank() -> bool:
+def is_first_data_rank(engine: Engine) -> bool:
     """Whether this is the data-parallel rank that writes what all of them hold alike."""
-    return bool(parallel_state.get_data_parallel_rank() == 0)
+    return engine.layout.data.is_first
 
 
 def model_state(engine: Engine) -> dict[str, Tensor]:
@@ -72,7 +64,4 @@ def placements(engine: Engine) -> list[ParameterPlacement]:
 
 def unwrapped(engine: Engine) -> nn.Module:
     """The bare Megatron model of this rank, inside data-parallel and half-precision wrappers."""
-    module = engine.model[0]
-    while hasattr(module, "module"):
-        module = module.module
-    return module
+    return engine.chunks[0]

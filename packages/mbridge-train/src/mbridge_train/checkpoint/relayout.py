@@ -38,7 +38,9 @@ def read_model(engine: Engine, whole: WholeModel) -> dict[str, Tensor]:
             f"{whole.checkpoint.path}: {unplaced[0]!r} is a buffer of the model, for which a checkpoint does not say "
             f"how the layout cut it; resume with {_sizes(whole.checkpoint)}"
         )
-    return dict(_pieces(whole, MODEL, placed, {name: tensor.shape[0] for name, tensor in own.items() if tensor.dim()}))
+    return dict(
+        _pieces(engine, whole, MODEL, placed, {name: tensor.shape[0] for name, tensor in own.items() if tensor.dim()})
+    )
 
 
 def read_optimizer(engine: Engine, whole: WholeModel) -> dict[str, Any]:
@@ -48,13 +50,13 @@ def read_optimizer(engine: Engine, whole: WholeModel) -> dict[str, Any]:
     rows = {name: tensor.shape[0] for name, tensor in model_state(engine).items() if tensor.dim()}
     first = optimizer_file(whole.checkpoint.step, whole.checkpoint.layout, tensor_rank=0)
     facts = {key: value for key, value in whole.load(first).items() if key not in (MASTER, *MOMENTS)}
-    return {key: dict(_pieces(whole, key, placed, rows)) for key in (MASTER, *MOMENTS)} | facts
+    return {key: dict(_pieces(engine, whole, key, placed, rows)) for key in (MASTER, *MOMENTS)} | facts
 
 
 def _pieces(
-    whole: WholeModel, kind: str, placed: list[ParameterPlacement], rows: dict[str, int]
+    engine: Engine, whole: WholeModel, kind: str, placed: list[ParameterPlacement], rows: dict[str, int]
 ) -> Iterator[tuple[str, Tensor]]:
-    size, rank = current_layout().tensor, model_parallel_ranks()["tensor_rank"]
+    size, rank = current_layout(engine).tensor, model_parallel_ranks(engine)["tensor_rank"]
     for placement in placed:
         padded = rows[placement.name] * size if placement.vocabulary_rows is not None else None
         yield placement.name, whole.read(kind, _stored_name(whole, placement), rank=rank, size=size, rows=padded)
@@ -85,7 +87,7 @@ def _check_same_model(engine: Engine, whole: WholeModel, placed: list[ParameterP
         if placement.vocabulary_rows is not None:
             continue
         try:
-            shape, _ = whole.shape(MODEL, _stored_name(whole, placement), size=current_layout().tensor)
+            shape, _ = whole.shape(MODEL, _stored_name(whole, placement), size=current_layout(engine).tensor)
         except LayoutError as error:
             raise TrainError(str(error)) from None
         if shape != tuple(own[placement.name].shape):

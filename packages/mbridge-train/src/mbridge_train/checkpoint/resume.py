@@ -47,8 +47,8 @@ def restore(engine: Engine, checkpoint: Checkpoint, keys: Iterable[str], say: Ca
     Raises:
         TrainError: it has no such state, being of another kind of run, or imported. And what `load_checkpoint` raises.
     """
-    if checkpoint.layout != current_layout():
-        say(f"{checkpoint.path} was written with {checkpoint.layout}; this run has {current_layout()}")
+    if checkpoint.layout != current_layout(engine):
+        say(f"{checkpoint.path} was written with {checkpoint.layout}; this run has {current_layout(engine)}")
     state = load_checkpoint(engine, checkpoint)
     if missing := [key for key in keys if key not in state]:
         raise TrainError(

@@ -86,15 +86,17 @@ def save_checkpoint(
     """
     with onloaded(engine):
         engine.synchronize_weights()
-        layout = current_layout()
-        ranks = model_parallel_ranks()
-        state = optimizer_state.collect(engine.optimizer, parameter_names(engine)) if engine.optimizer else None
+        layout = current_layout(engine)
+        ranks = model_parallel_ranks(engine)
+        state = None
+        if engine.optimizer is not None:
+            state = optimizer_state.collect(engine.optimizer, parameter_names(engine), engine.layout)
         recipe = _recipe(engine) if file_format == "torch" else None
         begin = begin_save if saver is None else saver.begin_save
         with begin(directory, step=step, layout=layout) as save:
             if isinstance(save, Save) and file_format == "torch_dist":
                 torch_dist.write(engine, save, iteration_directory(step), state)
-            elif is_first_data_rank():
+            elif is_first_data_rank(engine):
                 content = {"model": model_state(engine), "iteration": step, "layout": layout.to_json()}
                 save.write_torch(model_file(step, layout, **ranks), content, placements=placements(engine))
                 if state is not None:
@@ -136,8 +138,8 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint | Path) -> dict[str, 
         load_model(engine, checkpoint)
         if engine.optimizer is not None:
             state = _read_optimizer(engine, checkpoint)
-            optimizer_state.restore(engine.optimizer, parameter_names(engine), state)
-    if checkpoint.layout == current_layout():
+            optimizer_state.restore(engine.optimizer, parameter_names(engine), engine.layout, state)
+    if checkpoint.layout == current_layout(engine):
         own = checkpoint.load_rank_state(torch.distributed.get_rank())
         if own is not None:
             restore_random_state(own["random"])
@@ -198,7 +200,7 @@ def _read_model(engine: Engine, checkpoint: Checkpoint) -> dict[str, Tensor]:
     if not _reads_only_own_file(engine, checkpoint):
         with WholeModel(checkpoint) as whole:
             return relayout.read_model(engine, whole)
-    path = model_file(checkpoint.step, checkpoint.layout, **model_parallel_ranks())
+    path = model_file(checkpoint.step, checkpoint.layout, **model_parallel_ranks(engine))
     saved: dict[str, Tensor] = checkpoint.load_torch(path, mmap=True)["model"]
     own = model_state(engine)
     wrong = sorted(set(saved) ^ set(own)) or [name for name in own if own[name].shape != saved[name].shape]
@@ -214,12 +216,12 @@ def _read_optimizer(engine: Engine, checkpoint: Checkpoint) -> dict[str, Any] | 
     """The state of this model-parallel rank, on data-parallel rank 0."""
     if torch_dist.is_torch_dist(_iteration(checkpoint)):
         return torch_dist.read_optimizer(engine, _iteration(checkpoint))
-    if not is_first_data_rank():
+    if not is_first_data_rank(engine):
         return None
     if not _reads_only_own_file(engine, checkpoint):
         with WholeModel(checkpoint) as whole:
             return relayout.read_optimizer(engine, whole)
-    path = optimizer_file(checkpoint.step, checkpoint.layout, **model_parallel_ranks())
+    path = optimizer_file(checkpoint.step, checkpoint.layout, **model_parallel_ranks(engine))
     state: dict[str, Any] = checkpoint.load_torch(path, mmap=True)
     return state
 
@@ -227,11 +229,11 @@ def _read_optimizer(engine: Engine, checkpoint: Checkpoint) -> dict[str, Any] | 
 def _reads_only_own_file(engine: Engine, checkpoint: Checkpoint) -> bool:
     """Whether this rank finds what it needs in the one file of its model-parallel rank, whose checksum it compares."""
     # Data-parallel ranks have the same weights, and the optimizer's state is stored whole, so their number is free.
-    layout = current_layout()
+    layout = current_layout(engine)
     if replace(checkpoint.layout, data=layout.data) != layout or torch_dist.is_torch_dist(_iteration(checkpoint)):
         return False
     # With the same sizes, layers may still be cut elsewhere: the first stage of a vision-language model may have more.
-    path = model_file(checkpoint.step, checkpoint.layout, **model_parallel_ranks())
+    path = model_file(checkpoint.step, checkpoint.layout, **model_parallel_ranks(engine))
     stored = {placement.name: placement.global_name for placement in checkpoint.manifest.file(path).placements}
     return stored == {placement.name: placement.global_name for placement in placements(engine)}
 

@@ -90,7 +90,7 @@ def read_model(engine: Engine, directory: Path) -> dict[str, Tensor]:
 def read_optimizer(engine: Engine, directory: Path) -> dict[str, Any] | None:
     """State of this rank's optimizer as `optimizer_state.collect` gives it. Collective; raises as `read_model`."""
     content: dict[str, Any] = {}
-    if is_first_data_rank():
+    if is_first_data_rank(engine):
         names = parameter_names(engine)
         empty = {name: torch.empty(parameter.shape) for parameter, name in names.items()}
         content["optimizer"] = _sharded_optimizer(engine, dict.fromkeys((MASTER, *MOMENTS), empty))
@@ -101,7 +101,7 @@ def read_optimizer(engine: Engine, directory: Path) -> dict[str, Any] | None:
             f"{directory} was not written by this product, so only its weights can be taken; start from it with "
             "actor.megatron.use_hf_ckpt=false and actor.model.megatron_checkpoint"
         )
-    if not is_first_data_rank():
+    if not is_first_data_rank(engine):
         return None
     state: dict[str, Any] = loaded["optimizer"]
     return state | loaded[_FACTS]

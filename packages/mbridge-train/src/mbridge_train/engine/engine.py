@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from mbridge_model import ModelHandle, export, export_blocks, forward
-from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -41,6 +40,7 @@ from mbridge_train.engine.heads import (
     reduce_metrics,
 )
 from mbridge_train.errors import TrainError
+from mbridge_train.layout import RankLayout
 from mbridge_train.memory.offload import KEPT, PARTS, KeptPart, Offload, Part
 from mbridge_train.optim.optimizer import Optimizer, OptimizerSettings, StepResult, wrap_data_parallel
 
@@ -93,9 +93,7 @@ class Engine:
         self.micro_batching = micro_batching
         self.device = next(model[0].parameters()).device
         self.config = get_model_config(model[0])
-        self.data_parallel_rank = parallel_state.get_data_parallel_rank()
-        self.data_parallel_size = parallel_state.get_data_parallel_world_size()
-        self.is_last_stage = parallel_state.is_pipeline_last_stage()
+        self.layout = RankLayout.of_model(self.config, chunks=len(model))
         self.optimizer: Optimizer | None = None
         self.model: list[Any] = model
         if optimizer is not None:
@@ -103,6 +101,14 @@ class Engine:
             self.optimizer = Optimizer(self.model, optimizer)
             self._set_schedule_hooks(optimizer)
         self.memory = Offload(self.model, self.optimizer, self.device)
+
+    @property
+    def chunks(self) -> list[nn.Module]:
+        """The bare Megatron modules of this rank, inside data-parallel and half-precision wrappers.
+
+        One for each virtual pipeline stage, in their order; a single one without interleaving.
+        """
+        return [_unwrap(chunk) for chunk in self.model]
 
     @record_function("forward_backward")
     def forward_backward(
@@ -173,12 +179,12 @@ class Engine:
             starts.append(starts[-1] + length)
         # Each sample is filled in on one data-parallel rank, so a sum over ranks puts the batch together.
         values = torch.zeros(starts[-1], device=self.device)
-        if self.is_last_stage:
-            for micro_batch, results in zip(plan[self.data_parallel_rank], per_micro_batch, strict=True):
+        if self.layout.is_last_stage:
+            for micro_batch, results in zip(plan[self.layout.data.rank], per_micro_batch, strict=True):
                 for index, result in zip(micro_batch, results["per_sample"], strict=True):
                     values[starts[index] : starts[index + 1]] = result
-            distributed.all_reduce(values, group=parallel_state.get_data_parallel_group())
-        broadcast_from_last_stage(values)
+            distributed.all_reduce(values, group=self.layout.data_context.group)
+        broadcast_from_last_stage(values, self.layout)
         return list(values.cpu().split(lengths))
 
     def padding_share(self, batch: list[Sample]) -> float:
@@ -248,7 +254,7 @@ class Engine:
     def _plan(self, batch: list[Sample]) -> Plan:
         return plan_micro_batches(
             [sample.length for sample in batch],
-            self.data_parallel_size,
+            self.layout.data.size,
             micro_batch_size=self.micro_batching.micro_batch_size,
             token_budget=self.micro_batching.token_budget,
             pad_each_to_multiple=self._length_multiple,
@@ -261,7 +267,7 @@ class Engine:
     @property
     def _length_multiple(self) -> int:
         # Sequence parallelism divides the sequence evenly over the tensor-parallel ranks.
-        ranks: int = self.config.tensor_model_parallel_size if self.config.sequence_parallel else 1
+        ranks = self.layout.tensor.size if self.layout.sequence else 1
         if self.handle.backend == "te" and not self._is_packed:
             return math.lcm(ranks, PLANNED_LENGTHS)
         return ranks
@@ -282,7 +288,7 @@ class Engine:
             with_entropy=with_entropy,
             forward_only=forward_only,
         )
-        return reduce_metrics(per_micro_batch, self.device)
+        return reduce_metrics(per_micro_batch, self.layout, self.device)
 
     def _run(
         self,
@@ -300,13 +306,13 @@ class Engine:
         of all micro-batches are returned, on the last stage. On the other stages the list is empty.
         """
         self.memory.require("weights")
-        micro_batches = plan[self.data_parallel_rank]
+        micro_batches = plan[self.layout.data.rank]
         for chunk in self.model:
             chunk.train(not forward_only)
 
         def forward_step(iterator: Iterator[ModelInputs], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             inputs = next(iterator)
-            if not parallel_state.is_pipeline_first_stage():
+            if not self.layout.is_first_stage:
                 inputs.vision = None  # pixels are read there alone
             inputs = inputs.to(self.device)
             output = forward(
@@ -315,7 +321,9 @@ class Engine:
                 position_ids=inputs.position_ids,
                 packed_seq_params=_packed_seq_params(inputs),
                 vision=inputs.vision,
-                head=partial(logprobs_and_entropies, inputs, self.handle.vocab_size, temperature, with_entropy),
+                head=partial(
+                    logprobs_and_entropies, inputs, self.layout, self.handle.vocab_size, temperature, with_entropy
+                ),
             )
             return output, partial(_loss_and_results, inputs, outputs)
 
@@ -335,6 +343,12 @@ class Engine:
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
+
+
+def _unwrap(module: nn.Module) -> nn.Module:
+    while isinstance(inner := getattr(module, "module", None), nn.Module):
+        module = inner
+    return module
 
 
 def _loss_and_results(

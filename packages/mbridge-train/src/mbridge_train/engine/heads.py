@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from mbridge_model.transfer import to_device
-from megatron.core import parallel_state
 from torch import Tensor, distributed
 
 from mbridge_train.engine.collate import ModelInputs
+from mbridge_train.layout import RankLayout
 from mbridge_train.losses.logprob import vocab_parallel_logprob_and_entropy
 from mbridge_train.losses.policy import LossInputs, LossOutputs, combine_metrics, is_maximum, mean_metrics
 
@@ -19,7 +19,12 @@ Outputs = Callable[[ModelInputs, Tensor, Tensor | None], tuple[Tensor, dict[str,
 
 
 def logprobs_and_entropies(
-    inputs: ModelInputs, vocab_size: int, temperature: float, with_entropy: bool, logits: Tensor
+    inputs: ModelInputs,
+    layout: RankLayout,
+    vocab_size: int,
+    temperature: float,
+    with_entropy: bool,
+    logits: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
     """Each [batch * sequence]; `logits` are [sequence, batch, padded vocabulary / TP], and their gradient overwrites
     them."""
@@ -27,8 +32,8 @@ def logprobs_and_entropies(
     values = vocab_parallel_logprob_and_entropy(
         logits.flatten(0, 1),
         inputs.targets.t().reshape(-1),
-        group=parallel_state.get_tensor_model_parallel_group(),
-        vocab_start=parallel_state.get_tensor_model_parallel_rank() * vocab,
+        group=layout.tensor.group,
+        vocab_start=layout.tensor.rank * vocab,
         vocab_size=vocab_size,
         temperature=temperature,
         with_entropy=with_entropy,
@@ -103,34 +108,26 @@ class Metrics(Mapping[str, float]):
         return repr(self._numbers)
 
 
-def reduce_metrics(per_micro_batch: list[dict[str, Tensor]], device: torch.device) -> Metrics:
+def reduce_metrics(per_micro_batch: list[dict[str, Tensor]], layout: RankLayout, device: torch.device) -> Metrics:
     """Metrics of all micro-batches on all ranks, on every rank. Without pipeline stages the host waits for nothing."""
     names = [sorted(per_micro_batch[0]) if per_micro_batch else []]
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        distributed.broadcast_object_list(
-            names,
-            src=parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
-        )
+    if layout.pipeline.size > 1:
+        distributed.broadcast_object_list(names, src=layout.pipeline.last_rank, group=layout.pipeline.group)
     values = torch.zeros(len(names[0]), device=device, dtype=torch.float64)
-    if parallel_state.is_pipeline_last_stage():
+    if layout.is_last_stage:
         combined = combine_metrics(per_micro_batch)
         values = torch.stack([combined[name].double() for name in names[0]])
-        group = parallel_state.get_data_parallel_group()
+        group = layout.data_context.group
         maxima = to_device(torch.tensor([is_maximum(name) for name in names[0]]), device)
         largest = values.clone()
         distributed.all_reduce(largest, op=distributed.ReduceOp.MAX, group=group)
         distributed.all_reduce(values, group=group)
         values = values.where(~maxima, largest)
-    broadcast_from_last_stage(values)
+    broadcast_from_last_stage(values, layout)
     return Metrics(names[0], values)
 
 
-def broadcast_from_last_stage(values: Tensor) -> None:
-    """Over the pipeline stages, in place."""
-    if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-        distributed.broadcast(
-            values,
-            src=parallel_state.get_pipeline_model_parallel_last_rank(),
-            group=parallel_state.get_pipeline_model_parallel_group(),
-        )
+def broadcast_from_last_stage(values: Tensor, layout: RankLayout) -> None:
+    """Broadcast `values` over the pipeline stages, in place."""
+    if layout.pipeline.size > 1:
+        distributed.broadcast(values, src=layout.pipeline.last_rank, group=layout.pipeline.group)
