@@ -22,6 +22,7 @@ from mbridge_train.data.encode import Encoder
 from mbridge_train.data.errors import DataError
 from mbridge_train.data.examples import Examples
 from mbridge_train.data.images import PixelLimits
+from mbridge_train.data.order import require_same_data
 from mbridge_train.engine.build import build_engine, save_settings
 from mbridge_train.engine.engine import Engine
 from mbridge_train.engine.throughput import Throughput
@@ -69,7 +70,7 @@ def _train(config: SFTConfig, command: list[str]) -> None:
     first, bad_rows = 0, ()
     if resume is not None:
         state = restore(engine, resume, ("step", "data", "bad_rows"), output.message)
-        _check_same_data(state["data"], data_state)
+        require_same_data(state["data"], data_state)
         first, bad_rows = state["step"], state["bad_rows"]
         say_if_finished(length, step=first, say=output.message)
     trainer = _trainer(config, engine, output)
@@ -172,13 +173,3 @@ def _data_state(config: SFTConfig, training: Examples) -> dict[str, Any]:
         "data.shuffle": data.shuffle,
         "actor.global_batch_size": config.actor.global_batch_size,
     }
-
-
-def _check_same_data(saved: dict[str, Any], own: dict[str, Any]) -> None:
-    for name, value in own.items():
-        if saved[name] != value:
-            what = "the number of rows to train on" if name == "rows" else name
-            raise DataError(
-                f"cannot go on with the data: {what} was {saved[name]} when the checkpoint was saved and is {value} "
-                "now; use the data and settings of the first run, or start a new run from its HuggingFace copy"
-            )

@@ -34,7 +34,7 @@ def test_turns_and_blank_lines(tmp_path):
     assert examples[0].messages == (Message(role="user", parts=("Hi",)),)
     assert [message.role for message in examples[1].messages] == ["system", "user", "assistant", "user"]
     assert (examples[0].answer, examples[1].answer) == ("Hello", "")
-    assert examples[1].source == f"{tmp_path}/a.jsonl line 4"
+    assert examples[1].source == f"{tmp_path}/a.jsonl:4"
     assert examples[1].choices is None
 
 
@@ -71,7 +71,7 @@ def test_paths_stay_in_the_image_root(tmp_path, path):
     row = with_part({"type": "image", "image": path})
     root = tmp_path / "images"
     with pytest.raises(
-        RowError, match=rf"line 1, message 1: the image '{path}' is outside {root}; set data.image_root"
+        RowError, match=rf"a.jsonl:1, message 1: the image '{path}' is outside {root}; set data.image_root"
     ):
         chat(tmp_path / "a.jsonl", row, image_root=root)[0]
     everything = chat(tmp_path / "a.jsonl", row, image_root="/")[0]
@@ -91,10 +91,14 @@ def test_urls_only_where_allowed(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("{", r"line 1: not JSON"),
-        ("[" * 100_000, r"line 1: not JSON"),
-        ("[]", r"line 1: no list 'messages'"),
-        ({"messages": []}, r"line 1: the last two of the roles \(none\) must be user and assistant"),
+        (
+            "{",
+            r"not JSON: Expecting property name .* column 2; each line .* one JSON object: .* starts '{'",
+        ),
+        ("[" * 100_000, r"JSON nested too deep to read"),
+        ("[]", r"a JSON array, not an object"),
+        ({"messages": {}}, r"no list 'messages'"),
+        ({"messages": []}, r"the last two of the roles \(none\) must be user and assistant"),
         ({"messages": [USER]}, r"the last two of the roles user must be"),
         ({"messages": [ANSWER, ANSWER]}, r"the last two of the roles assistant, assistant must be"),
         ({"messages": [{"role": "robot", "content": ""}, ANSWER]}, r"message 1: role 'robot' is none of system, user"),
@@ -111,7 +115,7 @@ def test_urls_only_where_allowed(tmp_path):
     ],
 )
 def test_bad_rows_are_named(tmp_path, row, message):
-    with pytest.raises(RowError, match=rf"a\.jsonl line 1.*{message.removeprefix('line 1')}"):
+    with pytest.raises(RowError, match=rf"a\.jsonl:1.*{message}"):
         chat(tmp_path / "a.jsonl", row)[0]
 
 
@@ -123,11 +127,11 @@ def test_an_empty_file_is_an_error(tmp_path):
 @pytest.mark.parametrize(
     ("row", "message", "key"),
     [
-        ({"videos": ["a.mp4"]}, {}, "line 1: 'videos' is not read"),
-        ({"tools": [{"type": "function"}]}, {}, "line 1: 'tools' is not read"),
-        ({}, {"tool_calls": [{"id": "1"}]}, "line 1, message 2: 'tool_calls' is not read"),
-        ({}, {"reasoning_content": "So"}, "line 1, message 2: 'reasoning_content' is not read"),
-        ({}, {"weight": 0}, "line 1, message 2: the weight 0 is not read"),
+        ({"videos": ["a.mp4"]}, {}, "a.jsonl:1: 'videos' is not read"),
+        ({"tools": [{"type": "function"}]}, {}, "a.jsonl:1: 'tools' is not read"),
+        ({}, {"tool_calls": [{"id": "1"}]}, "a.jsonl:1, message 2: 'tool_calls' is not read"),
+        ({}, {"reasoning_content": "So"}, "a.jsonl:1, message 2: 'reasoning_content' is not read"),
+        ({}, {"weight": 0}, "a.jsonl:1, message 2: the weight 0 is not read"),
     ],
 )
 def test_what_would_be_lost_is_refused(tmp_path, row, message, key):
@@ -148,6 +152,6 @@ def test_images_beside_the_messages_are_not_passed_over(tmp_path):
         {"messages": [{"role": "user", "content": "<image>What?"}, ANSWER], "images": ["a.png"]},
         {"messages": [USER, ANSWER], "images": []},
     )
-    with pytest.raises(RowError, match=r"line 1: images beside 'messages' are not read; name each in its place"):
+    with pytest.raises(RowError, match=r"a.jsonl:1: images beside 'messages' are not read; name each in its place"):
         examples[0]
     assert examples[1].answer == "Hello"

@@ -48,17 +48,6 @@ def take(batches, count):
     return [batch for _, batch in zip(range(count), batches, strict=False)]
 
 
-def test_order_has_every_row_once_an_epoch():
-    order = RowOrder(size=10, batch_size=4, seed=3)
-    stream = [row for step in range(5) for row in order.rows(step)]
-    assert sorted(stream[:10]) == sorted(stream[10:]) == list(range(10))
-    assert stream[:10] != stream[10:]
-    assert stream != [row for step in range(5) for row in RowOrder(size=10, batch_size=4, seed=4).rows(step)]
-    assert [order.epoch(step) for step in range(5)] == [0, 0, 0, 1, 1]
-    in_order = RowOrder(size=10, batch_size=4, seed=None, epochs=1)
-    assert [in_order.rows(step) for step in range(4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9], []]
-
-
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_batches_do_not_depend_on_workers(tmp_path, workers):
     examples = rows(tmp_path, range(10))
@@ -92,7 +81,7 @@ def test_bad_rows_are_left_out_counted_once_and_survive_a_resume(tmp_path, worke
     order = RowOrder(size=8, batch_size=3, seed=5)
     assert whole == [[row for row in order.rows(step) if row not in (2, 5)] for step in range(8)]
     assert batches.bad_rows == (2, 5)
-    assert sorted(messages) == [f"left out {tmp_path}/a.jsonl line {row + 1}: bad" for row in (2, 5)]
+    assert sorted(messages) == [f"left out {tmp_path}/a.jsonl:{row + 1}: bad" for row in (2, 5)]
     # What is counted is what the batches so far hold, however far ahead the workers are.
     met = {row for row in order.rows(0) if row in (2, 5)}
     first = EncodedBatches(examples, number, **settings, max_bad_rows=2)
@@ -101,20 +90,20 @@ def test_bad_rows_are_left_out_counted_once_and_survive_a_resume(tmp_path, worke
     resumed = EncodedBatches(examples, number, **settings, max_bad_rows=2, bad_rows=first.bad_rows, first_step=1)
     assert take(resumed, 7) == whole[1:]
     assert resumed.bad_rows == (2, 5)
-    with pytest.raises(DataError, match=r"line \d: bad\nMore bad rows than data.max_bad_rows=1 \(2 bad rows so far\)"):
+    with pytest.raises(DataError, match=r":\d: bad\nMore bad rows than data.max_bad_rows=1 \(2 bad rows so far\)"):
         take(EncodedBatches(examples, number, **settings, max_bad_rows=1), 8)
-    with pytest.raises(DataError, match=r"line \d: bad\nMore bad rows than data.max_bad_rows=0$"):
+    with pytest.raises(DataError, match=r"a.jsonl:\d: bad\nMore bad rows than data.max_bad_rows=0$"):
         take(EncodedBatches(examples, number, **settings), 8)
 
 
 def test_long_rows_are_bad_unless_they_may_be_left_out(tmp_path):
     examples = rows(tmp_path, [0, "long", 2])
-    with pytest.raises(DataError, match=r"line 2: too long\nMore bad rows than"):
+    with pytest.raises(DataError, match=r"a.jsonl:2: too long\nMore bad rows than"):
         take(EncodedBatches(examples, number, batch_size=3, seed=None), 1)
     batches = EncodedBatches(examples, number, batch_size=3, seed=None, skip_long=True)
     assert take(batches, 2) == [[0, 2], [0, 2]]
-    assert (batches.bad_rows, batches.long_rows) == ((), 1)
-    with pytest.raises(DataError, match=r"no row of batch 1 can be used, the last of them .*a.jsonl line 2"):
+    assert batches.bad_rows == ()
+    with pytest.raises(DataError, match=r"no row of batch 1 can be used, the last of them .*a.jsonl:2"):
         take(EncodedBatches(examples, number, batch_size=1, seed=None, skip_long=True), 2)
     # An evaluation goes on without such a batch, as nothing depends on its number.
     settings = {"seed": None, "skip_long": True, "epochs": 1}
@@ -129,14 +118,14 @@ def test_a_worker_that_dies_names_the_row(tmp_path, workers):
     batches = EncodedBatches(examples, number, batch_size=2, seed=None, workers=workers)
     iterator = iter(batches)
     assert next(iterator) == [0, 1]
-    with pytest.raises(DataError, match=r"a.jsonl line 3: the process that decoded this row ended by signal 9"):
+    with pytest.raises(DataError, match=r"a.jsonl:3: the process that decoded this row ended by signal 9"):
         next(iterator)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_any_other_error_names_the_row(tmp_path, workers):
     batches = EncodedBatches(rows(tmp_path, [0, "bug"]), number, batch_size=2, seed=None, workers=workers)
-    with pytest.raises(DataError, match=r"line 2: cannot be encoded: KeyError: 'a mistake in the code'"):
+    with pytest.raises(DataError, match=r"a.jsonl:2: cannot be encoded: KeyError: 'a mistake in the code'"):
         take(batches, 1)
 
 

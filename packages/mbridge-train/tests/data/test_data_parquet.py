@@ -140,7 +140,7 @@ def test_files_and_directories_as_one_sequence(tmp_path):
     examples = read_examples([tmp_path, tmp_path / "b.parquet"])
     questions = [examples[index].messages[0].text.partition("\n")[0] for index in range(len(examples))]
     assert questions == ["a0", "a1", "a2", "b0", "b1", "c0", "b0", "b1"]
-    assert [examples.source(index).rpartition("/")[2] for index in (3, 5)] == ["b.parquet row 0", "c.jsonl line 1"]
+    assert [examples.source(index).rpartition("/")[2] for index in (3, 5)] == ["b.parquet row 0", "c.jsonl:1"]
 
 
 def test_readable_rows(tmp_path):

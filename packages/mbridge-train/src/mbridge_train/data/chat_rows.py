@@ -12,13 +12,13 @@ import base64
 import binascii
 import json
 import os.path
-from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from mbridge_train.data.errors import DataError, RowError
+from mbridge_train.data.errors import RowError
 from mbridge_train.data.examples import Example, ImageReference, Message, Role
+from mbridge_train.data.json_records import JsonRecords
 
 
 class ChatFile:
@@ -34,42 +34,21 @@ class ChatFile:
     """
 
     def __init__(self, path: Path, *, image_root: Path | None, allow_urls: bool) -> None:
-        self._path = path
+        self._records = JsonRecords(path)
         self._root = os.path.abspath(image_root or path.parent)
         self._allow_urls = allow_urls
-        self._offsets = array("Q")
-        self._lines = array("Q")
-        offset = 0
-        try:
-            with path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
-                    if not line.isspace():
-                        self._offsets.append(offset)
-                        self._lines.append(number)
-                    offset += len(line)
-        except OSError as error:
-            raise DataError(f"{path} cannot be read: {error.strerror}") from None
-        if not self._offsets:
-            raise DataError(f"{path} holds no examples: give a file with at least one line, or take it out")
 
     def __len__(self) -> int:
-        return len(self._offsets)
+        return len(self._records)
 
     def source(self, index: int) -> str:
-        """File and line."""
-        return f"{self._path} line {self._lines[index]}"
+        """Return file and line, as `path:line`."""
+        return self._records.source(index)
 
     def __getitem__(self, index: int) -> Example:
         source = self.source(index)
-        try:
-            with self._path.open("rb") as file:
-                file.seek(self._offsets[index])
-                row = json.loads(file.readline())
-        except OSError as error:
-            raise DataError(f"{self._path} cannot be read any more: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise RowError(f"{source}: not JSON ({error}); each line of a .jsonl file is one JSON object") from None
-        if not isinstance(row, dict) or not isinstance(row.get("messages"), list):
+        row = self._records[index]
+        if not isinstance(row.get("messages"), list):
             raise RowError(f'{source}: no list \'messages\'; write {{"messages": [{{"role": …, "content": …}}, …]}}')
         if row.get("images") or row.get("image"):
             raise RowError(

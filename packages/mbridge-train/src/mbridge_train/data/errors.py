@@ -1,4 +1,6 @@
-"""What can be wrong with data: each message says what, where (file and row), and what to change."""
+"""What can be wrong with data. Each message says what, where (file and row), and what to change."""
+
+from pathlib import Path
 
 from mbridge_train.errors import TrainError
 
@@ -8,8 +10,13 @@ class DataError(TrainError):
 
 
 class RowError(DataError):
-    """One row cannot be used: the loader skips up to `data.max_bad_rows` of them."""
+    """One row cannot be used. The loader leaves out up to `data.max_bad_rows` of them."""
 
 
 class LongRowError(RowError):
     """One row has more tokens than a sequence may have."""
+
+
+def missing_file(path: Path) -> DataError:
+    """Return the error for a data file or directory that does not exist."""
+    return DataError(f"{path} does not exist (from {Path.cwd()}): correct data.train_data_paths or data.val_data_paths")

@@ -71,11 +71,6 @@ class EncodedBatches[T]:
         """Indices of the bad rows of all batches so far, to be kept with a checkpoint."""
         return tuple(sorted(self._bad))
 
-    @property
-    def long_rows(self) -> int:
-        """Rows left out because they are too long, in the batches of this loader."""
-        return len(self._long)
-
     def __iter__(self) -> Iterator[list[T]]:
         if not self._workers:
             yield from self._batches(lambda rows: (encode_row(self._examples, self._encode, row) for row in rows))

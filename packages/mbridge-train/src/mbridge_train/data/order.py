@@ -1,23 +1,30 @@
-"""Which rows a batch holds, as arithmetic: a run resumes at any step, and nothing is replayed."""
+"""The rows of each batch, computed from the step's number: a run resumes at any step without replaying earlier ones."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy
+
+from mbridge_train.data.errors import DataError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowOrder:
-    """Each epoch has every row once, in an order that depends on `(seed, epoch)` alone.
+    """An order in which every epoch has each row once. The order of an epoch depends on `(seed, epoch)` alone.
 
-    A batch goes over the end of an epoch into the next one, so all have the same size, but for the last of a finite
-    number of epochs.
+    A batch that reaches the end of an epoch goes on with the next one, so all batches have the same size, except the
+    last one of a finite number of epochs.
 
     Attributes:
-        size: rows of the data.
-        batch_size: rows of a batch.
-        seed: None: rows in the order of the files.
-        epochs: passes over the rows; None: without end.
+        size: number of rows of the data.
+        batch_size: number of rows of a batch.
+        seed: None keeps the rows in the order of the data.
+        epochs: number of passes over the rows; None: no end.
+
+    Raises:
+        ValueError: `size` or `batch_size` is less than 1.
     """
 
     size: int
@@ -25,16 +32,16 @@ class RowOrder:
     seed: int | None
     epochs: int | None = None
 
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.batch_size < 1:
+            raise ValueError(f"{self.size} rows in batches of {self.batch_size}: both must be at least 1")
+
     def rows(self, step: int) -> list[int]:
-        """Indices of the rows of batch `step`, from 0; none behind the last epoch."""
+        """Return the indices of the rows of batch `step`, which counts from 0; none after the last epoch."""
         first, end = step * self.batch_size, (step + 1) * self.batch_size
         if self.epochs is not None:
             end = min(end, self.epochs * self.size)
         return [self._row(ordinal) for ordinal in range(first, end)]
-
-    def epoch(self, step: int) -> int:
-        """The epoch of the first row of batch `step`, from 0."""
-        return step * self.batch_size // self.size
 
     def _row(self, ordinal: int) -> int:
         epoch, position = divmod(ordinal, self.size)
@@ -44,3 +51,23 @@ class RowOrder:
 @lru_cache(maxsize=2)
 def _permutation(size: int, seed: int, epoch: int) -> "numpy.typing.NDArray[numpy.int64]":
     return numpy.random.default_rng([seed, epoch]).permutation(size)
+
+
+def require_same_data(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Check that a resumed run goes on with the rows and the order that it began with.
+
+    Args:
+        saved: what decides which rows a step has, as the checkpoint has it: keys of the config with their values, and
+            `rows`, the number of rows.
+        current: the same of this run.
+
+    Raises:
+        DataError: a value of `current` differs.
+    """
+    for name, value in current.items():
+        if saved.get(name) != value:
+            what = "the number of rows to train on" if name == "rows" else name
+            raise DataError(
+                f"cannot go on with the data: {what} was {saved.get(name)} when the checkpoint was saved and is "
+                f"{value} now; use the data and settings of the first run, or start a new run from its HuggingFace copy"
+            )

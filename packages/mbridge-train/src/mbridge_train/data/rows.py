@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from mbridge_train.data.chat_rows import ChatFile
-from mbridge_train.data.errors import DataError
+from mbridge_train.data.errors import DataError, missing_file
 from mbridge_train.data.examples import Example, Examples
 from mbridge_train.data.parquet import ParquetFile
 
@@ -76,9 +76,7 @@ def _files(path: Path) -> list[Path]:
             raise DataError(f"{path} holds no .parquet and no .jsonl file: name the directory that has them itself")
         return files
     if not path.exists():
-        raise DataError(
-            f"{path} does not exist (from {Path.cwd()}): correct data.train_data_paths or data.val_data_paths"
-        )
+        raise missing_file(path)
     if path.suffix not in _OPEN:
         raise DataError(f"{path} is neither .parquet nor .jsonl: give one of these, named so")
     return [path]
