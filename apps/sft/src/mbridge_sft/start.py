@@ -6,7 +6,7 @@ No torch here: a mistake is said at once, not after the seconds that importing M
 from pathlib import Path
 
 from mbridge_config import SFTConfig, refuse_existing_run, refuse_short_run, refuse_unwritable_directory
-from mbridge_config.schema.sft_data import SFTDataConfig
+from mbridge_config.schema.sft import SFTDataConfig
 from mbridge_train.data.examples import Examples
 from mbridge_train.data.rows import ReadSettings, read_examples
 

@@ -1,11 +1,11 @@
 """Schema, defaults and rules of mbridge runs, checked before anything is loaded. Imports no torch."""
 
 from mbridge_config.check import Report, check, refuse_short_run
+from mbridge_config.cli.arguments import Arguments, parse_arguments
 from mbridge_config.facts.directories import hf_directory, tokenizer_directory
 from mbridge_config.facts.model import HFFacts
-from mbridge_config.load.arguments import Arguments, parse_arguments
 from mbridge_config.load.compose import compose
-from mbridge_config.load.plain import plain
+from mbridge_config.load.values import plain
 from mbridge_config.plan.plan import ParallelPlan, make_plan
 from mbridge_config.problems import ConfigError, Problem, Severity
 from mbridge_config.run.directory import (
@@ -15,9 +15,9 @@ from mbridge_config.run.directory import (
     run_directory,
     take_free_name,
 )
-from mbridge_config.run.kinds import RunConfig
-from mbridge_config.run.length import RunLength, longest_run, run_length
+from mbridge_config.run.steps import RunLength, longest_run, run_length
 from mbridge_config.schema.keys import KeyInfo, Status, key_table
+from mbridge_config.schema.kinds import RunConfig
 from mbridge_config.schema.reasoning import ReasoningConfig
 from mbridge_config.schema.sft import SFTConfig
 

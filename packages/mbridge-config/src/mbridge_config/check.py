@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from mbridge_config.facts.directories import TOKENIZER_KEY, hf_directory, hf_key, tokenizer_directory
-from mbridge_config.facts.made_models import made_model_facts
 from mbridge_config.facts.model import HFFacts
+from mbridge_config.facts.quickstart import made_model_facts
 from mbridge_config.facts.tokenizer import tokenizer_size
-from mbridge_config.load.paths import is_there
+from mbridge_config.paths import is_there
 from mbridge_config.plan.plan import ParallelPlan, expected_world_size, make_plan
 from mbridge_config.problems import ConfigError, Problem, Severity, ordered, render
 from mbridge_config.rules import REASONING, SFT, Context, Rule
-from mbridge_config.rules.schedule import over_the_run
-from mbridge_config.run.kinds import RunConfig
+from mbridge_config.rules.optimizer import over_the_run
+from mbridge_config.schema.kinds import RunConfig
 from mbridge_config.schema.sft import SFTConfig
 
 _Read = TypeVar("_Read")
@@ -54,7 +54,7 @@ def check(config: RunConfig, world_size: int | None = None) -> Report:
     Rules on ranks need `world_size`; without it they use launcher.nproc_per_node x cluster.num_nodes, and are
     skipped where that is not set either. Reads config.json and tokenizer files; raises nothing.
     """
-    problems = list(config.origin.problems)
+    problems = list(config.provenance.problems)
     world_size = expected_world_size(config) if world_size is None else world_size
     facts = _read(config, hf_key(config), hf_directory, _model_facts(config), problems)
     size = None
@@ -97,13 +97,13 @@ def _read(
     problems: list[Problem],
 ) -> _Read | None:
     """What `read` finds in the directory that `key` names; its problems get the key and the place of the key."""
-    if key in config.origin.failed:
+    if key in config.provenance.failed:
         return None
     try:
         return read(locate(config))
     except ConfigError as error:
         for problem in error.problems:
-            where = problem.where or config.origin.where(key)
+            where = problem.where or config.provenance.where(key)
             problems.append(dataclasses.replace(problem, key=key, where=where))
         return None
 

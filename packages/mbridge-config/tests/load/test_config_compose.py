@@ -41,7 +41,7 @@ def test_mbridge_switch_of_the_command_line(composed: Composed) -> None:
 def test_deleting_a_key_restores_its_default(composed: Composed) -> None:
     config = composed("~algorithm.group_size")
     assert config.algorithm.group_size == 8
-    assert not config.origin.was_set("algorithm.group_size")
+    assert not config.provenance.was_set("algorithm.group_size")
 
 
 @pytest.mark.parametrize(
@@ -104,14 +104,14 @@ def test_a_section_that_is_none_is_one_mistake(yaml: Path) -> None:
 
 
 def test_place_of_a_section_that_an_argument_makes(yaml: Path) -> None:
-    (problem,) = compose("run", yaml, ["+bar.baz.qux=2"], strict=False).origin.problems
+    (problem,) = compose("run", yaml, ["+bar.baz.qux=2"], strict=False).provenance.problems
     assert problem.key == "bar" and str(problem.where) == "command line: +bar.baz.qux=2"
 
 
 def test_each_wrong_interpolation_is_told(yaml: Path) -> None:
     """Of a chain the end alone; of two that are wrong by themselves both."""
     wrong = ["actor.seed=${nothing.here}", "runner.max_epochs=${nothing.here}", "runner.max_steps=${actor.seed}"]
-    problems = compose("run", yaml, wrong, strict=False).origin.problems
+    problems = compose("run", yaml, wrong, strict=False).provenance.problems
     assert {problem.key for problem in problems} == {"actor.seed", "runner.max_epochs"}
 
 
@@ -239,7 +239,7 @@ def test_interpolation_of_a_default(composed: Composed) -> None:
 
 
 def test_places(composed: Composed, yaml: Path) -> None:
-    origin = composed("algorithm.group_size=2").origin
+    origin = composed("algorithm.group_size=2").provenance
     file = yaml / "run.yaml"
     line = file.read_text().splitlines().index("    tokenizer_model: " + str(yaml.parent / "model")) + 1
     assert str(origin.where("actor.tokenizer.tokenizer_model")).endswith(f"run.yaml:{line}")
@@ -258,11 +258,11 @@ def test_defaults_list_in_nested_folders(yaml: Path) -> None:
     )
     config = compose("nested", yaml, strict=False)
     assert (config.runner.max_steps, config.runner.seq_length, config.actor.optim.lr) == (7, 64, 0.5)
-    (problem,) = config.origin.problems
+    (problem,) = config.provenance.problems
     assert problem.key == "actor.optim.bogus"
     assert str(problem.where).endswith("optimizer/fast.yaml:3"), problem.where
-    assert str(config.origin.where("runner.max_steps")).endswith("math/base.yaml:2")
-    assert str(config.origin.where("runner.seq_length")).endswith("math/nested.yaml:11")
+    assert str(config.provenance.where("runner.max_steps")).endswith("math/base.yaml:2")
+    assert str(config.provenance.where("runner.seq_length")).endswith("math/nested.yaml:11")
 
 
 def test_names(yaml: Path) -> None:
@@ -318,4 +318,4 @@ def test_config_travels_to_other_processes(composed: Composed) -> None:
     config = composed()
     copy = pickle.loads(pickle.dumps(config))
     assert copy == config
-    assert copy.origin.places == config.origin.places
+    assert copy.provenance.places == config.provenance.places

@@ -15,8 +15,8 @@ from yaml import safe_dump as dump
 from mbridge_config import ConfigError, HFFacts, ReasoningConfig, RunConfig, check, compose, key_table
 from mbridge_config.cli.main import COMMANDS, main
 from mbridge_config.load.compose import from_tree
-from mbridge_config.load.origin import Origin
-from mbridge_config.run.kinds import SCHEMAS
+from mbridge_config.schema.kinds import SCHEMAS
+from mbridge_config.schema.provenance import Provenance
 
 TABLES = {schema: {info.path: info for info in key_table(schema)} for schema in SCHEMAS.values()}
 KEYS = sorted({path for table in TABLES.values() for path in table})
@@ -83,7 +83,7 @@ def tree_of(assignments: list[tuple[str, Any]]) -> dict[Any, Any]:
 @relaxed(70)
 @given(settings_of_many)
 def test_trees(schema: type[RunConfig], assignments: list[tuple[str, Any]]) -> None:
-    config = from_tree(tree_of(assignments), Origin(), schema, strict=False)
+    config = from_tree(tree_of(assignments), Provenance(), schema, strict=False)
     report = check(config, world_size=4)
     str(report)
     json.dumps([problem.as_dict() for problem in report.problems])
@@ -175,7 +175,7 @@ def test_model_directories(model: Path, geometry: dict[str, Any], data: st.DataO
                 "megatron": {"ckpt_convertor": {"hf_model_path": str(model)}},
             }
         },
-        Origin(),
+        Provenance(),
         ReasoningConfig,
         strict=False,
     )

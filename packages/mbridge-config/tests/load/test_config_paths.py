@@ -11,7 +11,7 @@ from yaml import safe_load as load
 
 from mbridge_config import check, compose
 from mbridge_config.cli.main import main
-from mbridge_config.load.paths import fault, files_in, same_place, user_path
+from mbridge_config.paths import fault, files_in, same_place, user_path
 
 HF = "actor.megatron.ckpt_convertor.hf_model_path"
 KEYS = {

@@ -13,8 +13,8 @@ import pytest
 
 from mbridge_config import Problem, ReasoningConfig, Report, RunConfig, SFTConfig, check, compose
 from mbridge_config.load.compose import from_tree
-from mbridge_config.load.origin import Origin
 from mbridge_config.schema.keys import Status, get, known_keys
+from mbridge_config.schema.provenance import Provenance
 from mbridge_config.schema.runner import OTHER_TASKS
 
 CONFIGS = Path(__file__).parents[1] / "rlinf_style"
@@ -83,7 +83,7 @@ def test_each_key_is_honoured_or_named(name: str) -> None:
     for problem in report.problems:
         named.setdefault(problem.key, []).append(problem)
     for path, info in keys.items():
-        if info.spec.status is not Status.NO_EFFECT or not config.origin.was_set(path):
+        if info.spec.status is not Status.NO_EFFECT or not config.provenance.was_set(path):
             continue
         notes = [problem for problem in named.get(path, []) if problem.id == "no-effect"]
         assert len(notes) == (get(config, path) not in (None, {})), f"{path}: said once, unless it is empty"
@@ -151,7 +151,7 @@ def test_what_this_version_has_not_is_refused() -> None:
 
 @pytest.mark.parametrize("task", [*OTHER_TASKS, "seach"])
 def test_other_tasks(task: str) -> None:
-    origin = Origin()
+    origin = Provenance()
     from_tree({"runner": {"task_type": task}}, origin, ReasoningConfig, strict=False)
     (problem,) = origin.problems
     assert (problem.id, problem.reason) == (

@@ -8,7 +8,7 @@ import pytest
 
 from mbridge_config import ReasoningConfig, Report, Severity
 from mbridge_config.rules import REASONING
-from mbridge_config.run.profiled_steps import is_recorded, is_warmup
+from mbridge_config.run.steps import is_recorded, is_warmup
 
 Checked = Callable[..., Report]
 

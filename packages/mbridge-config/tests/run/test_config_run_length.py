@@ -7,7 +7,7 @@ import pytest
 from mbridge_config import ReasoningConfig, SFTConfig, longest_run, run_length
 from mbridge_config.load.catalog import installed_directories
 from mbridge_config.load.compose import compose, from_tree
-from mbridge_config.load.origin import Origin
+from mbridge_config.schema.provenance import Provenance
 
 CASES = [
     # max_steps, max_epochs, rows, steps in batches of 4
@@ -24,11 +24,11 @@ CASES = [
 
 
 def reasoning(**tree: Any) -> ReasoningConfig:
-    return from_tree(tree, Origin(), ReasoningConfig)
+    return from_tree(tree, Provenance(), ReasoningConfig)
 
 
 def sft(**tree: Any) -> SFTConfig:
-    return from_tree(tree, Origin(), SFTConfig)
+    return from_tree(tree, Provenance(), SFTConfig)
 
 
 @pytest.mark.parametrize(("max_steps", "max_epochs", "rows", "steps"), CASES)

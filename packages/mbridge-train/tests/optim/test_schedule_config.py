@@ -8,7 +8,7 @@ import pytest
 import torch
 from mbridge_config import ReasoningConfig, RunConfig, SFTConfig, check, longest_run
 from mbridge_config.load.compose import from_tree
-from mbridge_config.load.origin import Origin
+from mbridge_config.schema.provenance import Provenance
 from mbridge_train.engine.build import optimizer_settings
 from mbridge_train.errors import TrainError
 from mbridge_train.losses.policy import LossInputs, policy_loss
@@ -45,7 +45,7 @@ def test_schedules(run: str) -> None:
     schema, tree = RUNS[run]
     counts = {True: 0, False: 0}
     for schedule in schedules():
-        config = from_tree(tree | {"actor": {"lr_sched": schedule}}, Origin(), schema)
+        config = from_tree(tree | {"actor": {"lr_sched": schedule}}, Provenance(), schema)
         refused = [problem for problem in check(config).errors if str(problem.key).startswith("actor.lr_sched")]
         length = longest_run(config)
         assert length is not None
@@ -68,7 +68,7 @@ def test_schedules(run: str) -> None:
 def test_clip_ranges(low: float | None, high: float | None, both: float, dual: float | None) -> None:
     """The same of the policy loss."""
     given = {"clip_ratio_low": low, "clip_ratio_high": high, "ratio_clip_eps": both, "clip_ratio_c": dual}
-    config = from_tree({"algorithm": given}, Origin(), ReasoningConfig, strict=False)
+    config = from_tree({"algorithm": given}, Provenance(), ReasoningConfig, strict=False)
     refused = [problem for problem in check(config).errors if "clip" in str(problem.key)]
     # As the trainer hands them on; a value out of range is not in the config any more.
     values: list[Any] = [config.algorithm.clip_ratio_low if low is None else low]

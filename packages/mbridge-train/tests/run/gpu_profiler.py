@@ -13,8 +13,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+from mbridge_config.schema.megatron import ProfilerConfig
 from mbridge_config.schema.model import ModelConfig
-from mbridge_config.schema.profiler import ProfilerConfig
 from mbridge_train.engine.throughput import Throughput
 from mbridge_train.run.processes import join, leave
 from mbridge_train.run.profiler import StepProfiler

@@ -6,11 +6,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from mbridge_config.cli.arguments import Parser
 from mbridge_config.cli.init_templates import DIGITS, FILES, GYM, PAIRS, REASONING, SFT
 from mbridge_config.facts.model import HFFacts
-from mbridge_config.load.arguments import Parser
 from mbridge_config.load.catalog import SUFFIX
-from mbridge_config.load.paths import is_file, user_path
+from mbridge_config.paths import is_file, user_path
 from mbridge_config.plan.parameters import count_parameters
 from mbridge_config.problems import ConfigError, Problem, shown
 

@@ -13,9 +13,9 @@ import typing
 from collections.abc import Sequence
 from typing import Any
 
-from mbridge_config.load.arguments import Parser
-from mbridge_config.run.kinds import SCHEMAS
+from mbridge_config.cli.arguments import Parser
 from mbridge_config.schema.keys import KeySpec, Status, default_of, hints, is_section, spec_of
+from mbridge_config.schema.kinds import SCHEMAS
 
 OPEN = r"\$\{.+\}|^\?\?\?$"
 """Text that stands for a value of any type."""

@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from mbridge_config.rules.explanations import explanations
-from mbridge_config.run.kinds import SCHEMAS
 from mbridge_config.schema.keys import KeyInfo, KeySpec, Status, hints, is_section, key_table, spec_of
+from mbridge_config.schema.kinds import SCHEMAS
 
 CONFIGURATION = """\
 # Configuration

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mbridge_config.load.paths import user_path
+from mbridge_config.paths import user_path
 from mbridge_config.problems import ConfigError, Problem
 from mbridge_config.schema.keys import get
 
@@ -46,5 +46,5 @@ def tokenizer_directory(config: Any) -> Path:
 
 
 def _empty(config: Any, identity: str, key: str, reason: str, fix: str) -> Problem:
-    where = config.origin.where(key) if config.origin.was_set(key) else None
+    where = config.provenance.where(key) if config.provenance.was_set(key) else None
     return Problem(id=identity, key=key, value=get(config, key), reason=reason, fix=fix, where=where)

@@ -8,17 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from mbridge_config.facts.vision import VisionFacts, vision_facts
-from mbridge_config.load.paths import is_directory, is_file, is_there, user_path
+from mbridge_config.paths import is_directory, is_file, is_there, user_path
 from mbridge_config.problems import ConfigError, Problem, Where, shown
+from mbridge_config.schema.model import MOST_LAYERS
 
 # config.json leaves this out where it is the family's default, which is true only for these
 _TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3", "gemma3_text", "gpt2")
 # families whose Megatron model always has these, whatever their config.json says
 QKV_BIAS_FAMILIES = ("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text")
 QK_LAYERNORM_FAMILIES = ("qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_text", "qwen3_vl_moe", "qwen3_vl_moe_text")
-
-MOST_LAYERS = 10_000
-"""A larger number is a mistake, which shall cost neither minutes nor memory."""
 
 _NESTED = ("text_config", "llm_config", "language_config")  # where vision-language models keep their text model
 

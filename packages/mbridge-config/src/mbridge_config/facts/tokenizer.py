@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mbridge_config.facts.model import existing_directory, read_json_object
-from mbridge_config.load.paths import is_file
+from mbridge_config.paths import is_file
 from mbridge_config.problems import ConfigError, Problem
 
 _FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "tokenizer_config.json")

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Iterable
 from pathlib import Path
 
-from mbridge_config.load.paths import is_directory, is_file, is_there
+from mbridge_config.paths import is_directory, is_file, is_there
 from mbridge_config.problems import ConfigError, Problem
 
 ENTRY_POINTS = "mbridge.configs"

@@ -14,12 +14,12 @@ from typing import Any, TypeVar, overload
 
 from mbridge_config.load.catalog import config_directory, find_config, find_installed_config, given_directory
 from mbridge_config.load.convert import convert
-from mbridge_config.load.derive import derive
-from mbridge_config.load.origin import Origin
-from mbridge_config.load.resolve import resolve
+from mbridge_config.load.defaults import fill_defaults
+from mbridge_config.load.interpolations import resolve_interpolations
 from mbridge_config.problems import ConfigError, Severity
-from mbridge_config.run.kinds import RunConfig, schema_of
 from mbridge_config.schema.keys import default_of, hints, is_section, spec_of
+from mbridge_config.schema.kinds import RunConfig, schema_of
+from mbridge_config.schema.provenance import Provenance
 
 Schema = TypeVar("Schema")
 
@@ -63,24 +63,24 @@ def compose(
     `package_config`; without both, in those of all installed apps (`sft/quickstart` is that of the app sft). `schema`
     is `ReasoningConfig` or `SFTConfig`; without it `runner.task_type` decides. Raises `ConfigError` with everything
     that is wrong in names, syntax, keys and types; with `strict=False` mistakes in keys and types are left in
-    `config.origin.problems`, for `check` to report them together with its own.
+    `config.provenance.problems`, for `check` to report them together with its own.
     """
     from mbridge_config.load.hydra_tree import hydra_tree  # YAML and Hydra take most of a second to import
 
     file, directory = _find(config_name, config_path, package_config)
     tree, places = hydra_tree(file, directory, overrides)
-    origin = Origin(name=config_name, file=str(file), places=places)
-    return from_tree(tree, origin, schema or schema_of(tree), strict=strict)
+    provenance = Provenance(name=config_name, file=str(file), places=places)
+    return from_tree(tree, provenance, schema or schema_of(tree), strict=strict)
 
 
-def from_tree(tree: Mapping[Any, Any], origin: Origin, schema: type[Schema], *, strict: bool = True) -> Schema:
+def from_tree(tree: Mapping[Any, Any], provenance: Provenance, schema: type[Schema], *, strict: bool = True) -> Schema:
     """A config of the kind `schema` from a plain tree with unresolved interpolations. Raises as `compose` does."""
-    complete = resolve(laid_over(tree, defaults_tree(schema)), origin)
-    config = convert(schema, complete, origin)
-    config.origin = origin
-    derive(config)
-    if strict and any(problem.severity is Severity.ERROR for problem in origin.problems):
-        raise ConfigError(origin.problems)
+    complete = resolve_interpolations(laid_over(tree, defaults_tree(schema)), provenance)
+    config = convert(schema, complete, provenance)
+    config.provenance = provenance
+    fill_defaults(config)
+    if strict and any(problem.severity is Severity.ERROR for problem in provenance.problems):
+        raise ConfigError(provenance.problems)
     return config
 
 

@@ -8,7 +8,6 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from mbridge_config.load.origin import Origin
 from mbridge_config.problems import Problem, Severity, json_ready
 from mbridge_config.schema.keys import (
     KeySpec,
@@ -21,6 +20,7 @@ from mbridge_config.schema.keys import (
     known_sections,
     spec_of,
 )
+from mbridge_config.schema.provenance import Provenance
 
 
 class Unfit(Exception):
@@ -34,25 +34,25 @@ class Unfit(Exception):
 _LARGEST = 2**63 - 1  # what torch and files hold
 
 
-def convert(kind: type, tree: Mapping[Any, Any], origin: Origin) -> Any:
+def convert(kind: type, tree: Mapping[Any, Any], provenance: Provenance) -> Any:
     """An instance of the section `kind` with the values of `tree`.
 
     Keys that are missing, or whose value does not fit, get their default. What was wrong is added to
     `origin.problems`, and the key to `origin.failed`.
     """
-    return _Converter(kind, origin).section(kind, tree, "")
+    return _Converter(kind, provenance).section(kind, tree, "")
 
 
 class _Converter:
-    def __init__(self, root: type, origin: Origin):
-        self.root, self.origin = root, origin
+    def __init__(self, root: type, provenance: Provenance):
+        self.root, self.provenance = root, provenance
 
     def section(self, kind: type, tree: Any, prefix: str) -> Any:
         if not isinstance(tree, Mapping):
             name = prefix.rstrip(".")
             if tree is not None:
                 self.report("wrong-type", name, tree, "a section of keys is expected", f"write keys under {name}")
-                self.origin.failed.update(path for path in known_keys(self.root) if path.startswith(prefix))
+                self.provenance.failed.update(path for path in known_keys(self.root) if path.startswith(prefix))
             return kind()
         fields = {field.name: field for field in dataclasses.fields(kind) if spec_of(field) is not None}
         values: dict[str, Any] = {}
@@ -63,7 +63,7 @@ class _Converter:
                 self.unknown(path, raw)
             elif is_section(hints(kind)[field.name]):
                 values[field.name] = self.section(hints(kind)[field.name], raw, f"{path}.")
-            elif path not in self.origin.failed:
+            elif path not in self.provenance.failed:
                 values[field.name] = self.leaf(field, hints(kind)[field.name], raw, path)
         return kind(**values)
 
@@ -76,10 +76,10 @@ class _Converter:
             value = fit(raw, hint, spec)
             check_range(value, spec)
         except Unfit as unfit:
-            self.origin.failed.add(path)
+            self.provenance.failed.add(path)
             self.report(unfit.identity, path, raw, unfit.reason, unfit.fix)
             return default_of(field)
-        if spec.status is Status.NO_EFFECT and self.origin.was_set(path) and value not in (None, {}):
+        if spec.status is Status.NO_EFFECT and self.provenance.was_set(path) and value not in (None, {}):
             self.report("no-effect", path, value, spec.why or "not used", "remove the key", Severity.NOTE)
         return value
 
@@ -91,7 +91,7 @@ class _Converter:
     def report(
         self, identity: str, path: str, value: Any, reason: str, fix: str, severity: Severity = Severity.ERROR
     ) -> None:
-        self.origin.problems.append(
+        self.provenance.problems.append(
             Problem(
                 id=identity,
                 key=path,
@@ -99,7 +99,7 @@ class _Converter:
                 reason=reason,
                 fix=fix,
                 severity=severity,
-                where=self.origin.where(path),
+                where=self.provenance.where(path),
             )
         )
 

@@ -36,6 +36,11 @@ _CHUNK_LOGITS = 2**28
 """The loss works on so many logits at a time, in a kernel that keeps nothing but a copy of them."""
 
 
+def gib(size: float) -> str:
+    """Bytes as GiB, or as MiB where that is less than a tenth of one."""
+    return f"{size / GIB:,.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.1f} MiB"
+
+
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
 class MicroBatch:
     """The largest micro-batch of one rank: tokens, padding included, and patches of images."""

@@ -1,18 +1,20 @@
-"""All rules, by the kind of run they are for."""
+"""Refuse what cannot run: one small function for each mistake, whose docstring is its cause and fix.
+
+In: a config, and the facts of its model as far as they are known. Out: the rules of each kind of run.
+Uses: `compat`, `facts`, `paths`, `plan`, `problems`, `run`, `schema`.
+"""
 
 from mbridge_config.rules import (
     batches,
     geometry,
-    lengths,
     optimizer,
     parallel,
+    precision,
     profiler,
     reasoning,
     run,
-    schedule,
     sft,
     start,
-    vision,
 )
 from mbridge_config.rules.base import Context, Finding, Rule, rule
 
@@ -21,15 +23,14 @@ _BOTH: tuple[Rule, ...] = (
     *geometry.RULES,
     *parallel.RULES,
     *batches.RULES,
-    *lengths.RULES,
+    *precision.RULES,
     *optimizer.RULES,
-    *schedule.RULES,
     *run.RULES,
     *profiler.RULES,
 )
 
 REASONING: tuple[Rule, ...] = (*_BOTH, *reasoning.RULES)
 
-SFT: tuple[Rule, ...] = (*_BOTH, *vision.RULES, *sft.RULES)
+SFT: tuple[Rule, ...] = (*_BOTH, *sft.RULES)
 
 __all__ = ["REASONING", "SFT", "Context", "Finding", "Rule", "rule"]

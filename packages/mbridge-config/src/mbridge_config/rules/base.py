@@ -73,8 +73,8 @@ class Rule:
 
     def problems(self, context: Context) -> Iterable[Problem]:
         """The findings as problems; none if a key that the rule reads could not be used."""
-        origin = context.config.origin
-        if any(key in origin.failed for key in self.reads):
+        provenance = context.config.provenance
+        if any(key in provenance.failed for key in self.reads):
             return
         for finding in self.check(context):
             yield Problem(
@@ -84,7 +84,7 @@ class Rule:
                 reason=finding.reason,
                 fix=finding.fix,
                 severity=finding.severity,
-                where=origin.where(finding.key) if origin.was_set(finding.key) else None,
+                where=provenance.where(finding.key) if provenance.was_set(finding.key) else None,
             )
 
 

@@ -1,99 +1,20 @@
-"""Number formats, recomputation, optimizer and learning rate."""
+"""The optimizer and its learning rate."""
 
 from collections.abc import Iterable
 
-from mbridge_config.plan.stages import planned_sizes
 from mbridge_config.problems import Severity
 from mbridge_config.rules.base import Context, Finding, rule
-from mbridge_config.rules.parallel import FIRST_STAGE, LAST_STAGE, PP
+from mbridge_config.run.steps import LENGTH_KEYS, decay_steps, longest_run, warmup_steps
+from mbridge_config.schema.optimizer import LrScheduleConfig
 
-PRECISION = "actor.model.precision"
-GRANULARITY = "actor.model.recompute_granularity"
-METHOD = "actor.model.recompute_method"
-RECOMPUTED = "actor.model.recompute_num_layers"
 OPTIM = "actor.optim."
 SCHEDULE = "actor.lr_sched."
-
-
-@rule("precision-conflict", PRECISION, f"{OPTIM}bf16", f"{OPTIM}fp16")
-def precision(context: Context) -> Iterable[Finding]:
-    """The optimizer's number format is not that of the model.
-
-    Fix: remove `actor.optim.bf16` and `actor.optim.fp16`; they follow `actor.model.precision`.
-    """
-    actor = context.config.actor
-    for name in ("bf16", "fp16"):
-        value, expected = getattr(actor.optim, name), actor.model.precision == name
-        if value != expected:
-            spelled = str(expected).lower()
-            reason = f"{PRECISION} is {actor.model.precision}"
-            yield Finding(f"{OPTIM}{name}", reason, f"set {OPTIM}{name}={spelled}, remove it, or change {PRECISION}")
-
-
-@rule("loss-scale-without-fp16", PRECISION, f"{OPTIM}loss_scale")
-def loss_scale(context: Context) -> Iterable[Finding]:
-    """A loss scale is set, which only fp16 uses.
-
-    Fix: remove the key.
-    """
-    actor = context.config.actor
-    if actor.optim.loss_scale is not None and actor.model.precision != "fp16":
-        reason = f"only fp16 scales the loss, and {PRECISION} is {actor.model.precision}"
-        yield Finding(f"{OPTIM}loss_scale", reason, "remove it", Severity.WARNING)
-
-
-@rule("loss-scale-range", f"{OPTIM}initial_loss_scale", f"{OPTIM}min_loss_scale")
-def loss_scale_range(context: Context) -> Iterable[Finding]:
-    """The loss scale would start below its lowest value.
-
-    Fix: raise `actor.optim.initial_loss_scale`, or lower `actor.optim.min_loss_scale`.
-    """
-    optim = context.config.actor.optim
-    if optim.initial_loss_scale < optim.min_loss_scale:
-        reason = f"below min_loss_scale {optim.min_loss_scale:g}"
-        yield Finding(f"{OPTIM}initial_loss_scale", reason, f"use {optim.min_loss_scale:g} or more")
-
-
-@rule("recompute", GRANULARITY, METHOD, RECOMPUTED)
-def recompute(context: Context) -> Iterable[Finding]:
-    """The recompute settings do not fit together: full needs a method and a number of layers, selective takes neither
-    number, and without a granularity nothing is recomputed.
-
-    Fix: give `full` a method and a number of layers, and `selective` no number.
-    """
-    model = context.config.actor.model
-    if model.recompute_granularity == "full":
-        if model.recompute_method is None:
-            yield Finding(METHOD, f"{GRANULARITY} full needs a method", f"set {METHOD}=uniform or block")
-        if model.recompute_num_layers is None:
-            yield Finding(RECOMPUTED, f"{GRANULARITY} full needs a number of layers", f"set {RECOMPUTED}=1 or more")
-    elif model.recompute_granularity == "selective":
-        if model.recompute_num_layers is not None:
-            reason = f"{GRANULARITY} selective recomputes attention in all layers"
-            yield Finding(RECOMPUTED, reason, f"remove {RECOMPUTED}, or set {GRANULARITY}=full")
-    else:
-        for key, value in ((METHOD, model.recompute_method), (RECOMPUTED, model.recompute_num_layers)):
-            if value is not None:
-                reason = f"{GRANULARITY} is null, so nothing is recomputed"
-                yield Finding(key, reason, f"set {GRANULARITY}=full, or remove {key}", Severity.WARNING)
-
-
-@rule("recompute-layers", RECOMPUTED, GRANULARITY, PP, FIRST_STAGE, LAST_STAGE)
-def recompute_layers(context: Context) -> Iterable[Finding]:
-    """More layers are to be recomputed than a pipeline stage has.
-
-    Fix: use the number of layers that a stage has, or less.
-    """
-    model, facts = context.config.actor.model, context.facts
-    if facts is None or model.recompute_granularity != "full" or model.recompute_num_layers is None:
-        return
-    sizes = planned_sizes(model, facts)
-    if sizes is None:
-        return
-    stage = max(sizes)
-    if model.recompute_num_layers > stage:
-        reason = f"a pipeline stage has {stage} layers"
-        yield Finding(RECOMPUTED, reason, f"use {stage} or less", Severity.WARNING)
+STYLE = "actor.lr_sched.lr_decay_style"
+DECAY = "actor.lr_sched.lr_decay_iters"
+WARMUP = "actor.lr_sched.lr_warmup_iters"
+FRACTION = "actor.lr_sched.lr_warmup_fraction"
+LAST_DECAY = "actor.lr_sched.lr_wsd_decay_iters"
+SCHEDULE_KEYS = (STYLE, DECAY, WARMUP, FRACTION, LAST_DECAY)
 
 
 @rule("learning-rate-twice", f"{OPTIM}lr", f"{SCHEDULE}max_lr")
@@ -102,8 +23,8 @@ def learning_rate(context: Context) -> Iterable[Finding]:
 
     Fix: make them equal, or remove one.
     """
-    actor, origin = context.config.actor, context.config.origin
-    if origin.was_set(f"{OPTIM}lr") and actor.optim.lr != actor.lr_sched.max_lr:
+    actor, provenance = context.config.actor, context.config.provenance
+    if provenance.was_set(f"{OPTIM}lr") and actor.optim.lr != actor.lr_sched.max_lr:
         reason = f"{SCHEDULE}max_lr {actor.lr_sched.max_lr:g} is used"
         yield Finding(f"{OPTIM}lr", reason, "make them equal, or remove one", Severity.WARNING)
 
@@ -129,12 +50,12 @@ def weight_decay(context: Context) -> Iterable[Finding]:
 
     Fix: give one weight decay.
     """
-    actor, origin = context.config.actor, context.config.origin
+    actor, provenance = context.config.actor, context.config.provenance
     start, end = actor.lr_sched.start_weight_decay, actor.lr_sched.end_weight_decay
     if start != end:
         reason = f"weight decay is constant in this version, and {SCHEDULE}start_weight_decay is {start:g}"
         yield Finding(f"{SCHEDULE}end_weight_decay", reason, f"set it to {start:g}, or remove it")
-    if origin.was_set(f"{OPTIM}weight_decay") and actor.optim.weight_decay != start:
+    if provenance.was_set(f"{OPTIM}weight_decay") and actor.optim.weight_decay != start:
         reason = f"{SCHEDULE}start_weight_decay {start:g} is used"
         yield Finding(f"{OPTIM}weight_decay", reason, "make them equal, or remove one", Severity.WARNING)
 
@@ -159,14 +80,55 @@ def overlap(context: Context) -> Iterable[Finding]:
         yield Finding(key, "it needs overlap_grad_reduce", f"set {OPTIM}overlap_grad_reduce=true, or {key}=false")
 
 
-RULES = (
-    precision,
-    loss_scale,
-    loss_scale_range,
-    recompute,
-    recompute_layers,
-    learning_rate,
-    lowest,
-    weight_decay,
-    overlap,
-)
+@rule("schedule-lengths", *SCHEDULE_KEYS)
+def lengths(context: Context) -> Iterable[Finding]:
+    """The rate decays, and its warm-up takes all of `lr_decay_iters`, or WSD has no length for its last decay, or one
+    that is longer than what the warm-up leaves.
+
+    Fix: shorten the warm-up or the last decay, raise `lr_decay_iters`, or give WSD its `lr_wsd_decay_iters`.
+    """
+    schedule = context.config.actor.lr_sched
+    if schedule.lr_decay_style == "constant":
+        return
+    if schedule.lr_warmup_fraction is not None and schedule.lr_warmup_fraction >= 1:
+        reason = "the warm-up would take the whole schedule, and nothing is left to decay in"
+        yield Finding(FRACTION, reason, f"use less than 1, or set {STYLE}=constant")
+    if schedule.lr_decay_style == "WSD" and schedule.lr_wsd_decay_iters is None:
+        yield Finding(LAST_DECAY, "WSD needs the length of its last decay", f"set {LAST_DECAY}")
+    if (total := schedule.lr_decay_iters) is not None:
+        yield from _too_long(schedule, total, f"lr_decay_iters {total}", f"or raise {DECAY}")
+
+
+@rule("warmup-length", *SCHEDULE_KEYS, *LENGTH_KEYS)
+def over_the_run(context: Context) -> Iterable[Finding]:
+    """The rate decays over the whole run, and the warm-up is not shorter than that, or WSD's last decay is longer than
+    what the warm-up leaves.
+
+    Fix: shorten the warm-up or the last decay, train for longer, or set `actor.lr_sched.lr_decay_iters`.
+    """
+    schedule, run = context.config.actor.lr_sched, longest_run(context.config, context.rows)
+    if schedule.lr_decay_style == "constant" or schedule.lr_decay_iters is not None or run is None:
+        return
+    total = decay_steps(schedule, run.optimizer_steps)
+    whole = f"the run, over which the rate decays: {run.reason}"
+    yield from _too_long(schedule, total, whole, f"train for longer, or set {DECAY}")
+
+
+def _too_long(schedule: LrScheduleConfig, total: int, whole: str, otherwise: str) -> Iterable[Finding]:
+    """What does not fit into the `total` optimizer steps of `whole`."""
+    warmup, last = warmup_steps(schedule, total), schedule.lr_wsd_decay_iters
+    left = total - warmup
+    if left < 1:
+        if schedule.lr_warmup_fraction is None:  # a whole share is too long for any run
+            yield Finding(WARMUP, f"not shorter than {whole}", f"use less than {total}, {otherwise}")
+    elif schedule.lr_decay_style == "WSD" and last is not None and last > left:
+        reason = f"longer than {whole}"
+        if warmup:
+            key = WARMUP if schedule.lr_warmup_fraction is None else FRACTION
+            name = key.rpartition(".")[2]
+            many = "1 step" if left == 1 else f"{left} steps"
+            reason = f"longer than the {many} that {name} {getattr(schedule, name)} leaves of {whole}"
+        yield Finding(LAST_DECAY, reason, f"use {left} or less, {otherwise}")
+
+
+RULES = (learning_rate, lowest, weight_decay, overlap, lengths, over_the_run)

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from pathlib import PurePath
 
 from mbridge_config.rules.base import Context, Finding, rule
-from mbridge_config.run.length import LENGTH_KEYS, longest_run
+from mbridge_config.run.steps import LENGTH_KEYS, longest_run
 
 PROFILER = "actor.megatron.profiler."
 USED = "actor.megatron.use_profiler"

@@ -3,11 +3,10 @@
 from collections.abc import Iterable
 
 from mbridge_config.facts.directories import hf_key
-from mbridge_config.load.paths import is_directory, is_file, same_place, user_path
+from mbridge_config.paths import is_directory, is_file, same_place, user_path
 from mbridge_config.problems import Severity
 from mbridge_config.rules.base import Context, Finding, rule
-from mbridge_config.rules.batches import GLOBAL
-from mbridge_config.rules.lengths import SEQUENCE
+from mbridge_config.rules.batches import GLOBAL, SEQUENCE
 from mbridge_config.rules.run import TRAIN, VALIDATION
 from mbridge_config.rules.start import CHECKPOINT, RESUME, USE_HF
 from mbridge_config.schema.keys import get
@@ -65,7 +64,7 @@ def minibatches(context: Context) -> Iterable[Finding]:
     prompts, group = config.data.rollout_batch_size, config.algorithm.group_size
     answers = prompts * group
     spelled = f"{PROMPTS} {prompts} x {GROUP} {group} = {answers} answers a step"
-    if not config.origin.was_set(GLOBAL) or config.origin.was_set(MINIBATCHES):
+    if not config.provenance.was_set(GLOBAL) or config.provenance.was_set(MINIBATCHES):
         if answers % count:
             yield Finding(
                 MINIBATCHES, f"{spelled} cannot be cut into {count} equal minibatches", f"use a divisor of {answers}"

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from mbridge_config.load.paths import fault, is_directory, is_there, user_path
+from mbridge_config.paths import fault, is_directory, is_there, user_path
 from mbridge_config.rules.base import Context, Finding, rule
 from mbridge_config.schema.sft import SFTConfig
 

@@ -6,7 +6,7 @@ from mbridge_config.facts.directories import HF_KEYS, TOKENIZER_KEY, hf_key
 from mbridge_config.facts.model import read_json_object
 from mbridge_config.facts.safetensors import fault
 from mbridge_config.facts.tokenizer import token_ids
-from mbridge_config.load.paths import is_directory, is_file, same_place, user_path
+from mbridge_config.paths import is_directory, is_file, same_place, user_path
 from mbridge_config.problems import ConfigError, shown
 from mbridge_config.rules.base import Context, Finding, rule
 

@@ -19,6 +19,9 @@ PRECISION_SPELLINGS = {
     "float16": "fp16",
     "half": "fp16",
 }
+MOST_LAYERS = 10_000
+"""A larger number of layers is a mistake, which must cost neither minutes nor memory."""
+
 _FUSED = "fusions are chosen by the layer backend"
 _ROUTER = "routers are as the model's config.json has them"
 _ROTARY = "position embeddings are as the model's config.json has them"

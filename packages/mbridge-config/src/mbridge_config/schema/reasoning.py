@@ -1,17 +1,50 @@
 """The config of a reasoning run, all sections together."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
-from mbridge_config.facts.model import MOST_LAYERS
-from mbridge_config.load.origin import Origin
 from mbridge_config.schema.actor import ActorConfig
 from mbridge_config.schema.algorithm import AlgorithmConfig
-from mbridge_config.schema.cluster import ClusterConfig, LauncherConfig
-from mbridge_config.schema.data import DataConfig
 from mbridge_config.schema.keys import key, no_effect, section
+from mbridge_config.schema.model import MOST_LAYERS
+from mbridge_config.schema.provenance import Provenance
 from mbridge_config.schema.rollout import RewardConfig, RolloutConfig
-from mbridge_config.schema.runner import RunnerConfig
+from mbridge_config.schema.runner import ClusterConfig, LauncherConfig, RunnerConfig
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class ReasoningGymConfig:
+    """`data.reasoning_gym`: problems made by a reasoning-gym task, where `data.type` is reasoning_gym."""
+
+    task: str | None = key(None, "Name of the task, such as basic_arithmetic.")
+    parameters: dict[str, Any] = key({}, "Parameters of the task, as reasoning-gym names them.")
+    train_size: int = key(1000, "Problems to train on.", unit="problems", minimum=1)
+    validation_size: int = key(100, "Problems held out of training.", unit="problems", minimum=1)
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class DataConfig:
+    """`data`: what is trained and validated on."""
+
+    type: Literal["math", "reasoning_gym"] = key("math", "math: json or jsonl files. reasoning_gym: made problems.")
+    train_data_paths: list[str] = key([], "json or jsonl files to train on.")
+    val_data_paths: list[str] = key([], "json or jsonl files to validate on.")
+    prompt_key: str = key("prompt", "Field of a record that holds the prompt.")
+    answer_key: str = key("solutions", "Field of a record that holds the right answer or answers.")
+    max_prompt_length: int = key(512, "Longest prompt.", unit="tokens", minimum=1)
+    filter_prompt_by_length: bool = key(False, "Leave out longer prompts; if false they are an error.")
+    apply_chat_template: bool = key(False, "Wrap the prompt in the tokenizer's chat template.")
+    rollout_batch_size: int = key(32, "Prompts of one training step.", unit="prompts", minimum=1)
+    val_rollout_batch_size: int | None = key(
+        None, "Prompts validated at once. null: all of them.", unit="prompts", minimum=1
+    )
+    num_workers: int = no_effect(0, "all data is read before the first step, by the training process")
+    shuffle: bool = key(True, "Shuffle the training data at each epoch.")
+    validation_shuffle: bool = no_effect(False, "every validation uses all problems, so their order is of no matter")
+    seed: int = key(1234, "Seed of the data order and of made problems.", minimum=0)
+    reasoning_gym: ReasoningGymConfig = section(ReasoningGymConfig, "The reasoning-gym task.")
+
+    dataset_name: str | None = no_effect(None, "data.type and the data paths say what is read")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -38,7 +71,7 @@ class QuickstartConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class ReasoningConfig:
-    """RL on answers that can be verified. `origin` remembers where each key was set."""
+    """RL on answers that can be verified. `provenance` records where each key was set."""
 
     runner: RunnerConfig = section(RunnerConfig, "The run.")
     algorithm: AlgorithmConfig = section(AlgorithmConfig, "The algorithm.")
@@ -51,4 +84,4 @@ class ReasoningConfig:
     quickstart: QuickstartConfig = section(QuickstartConfig, "The made model.")
     critic: dict[str, Any] = key({}, "A critic (PPO); refused where critic.use_critic_model is true.")
     inference: dict[str, Any] = no_effect({}, "log-probabilities are computed by the training ranks")
-    origin: Origin = dataclasses.field(default_factory=Origin, repr=False, compare=False)
+    provenance: Provenance = dataclasses.field(default_factory=Provenance, repr=False, compare=False)

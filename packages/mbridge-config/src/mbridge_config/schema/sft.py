@@ -3,15 +3,13 @@
 import dataclasses
 from typing import Any, Literal
 
-from mbridge_config.facts.model import MOST_LAYERS
-from mbridge_config.load.origin import Origin
 from mbridge_config.schema.actor import ActorConfig, TokenizerConfig
-from mbridge_config.schema.cluster import ClusterConfig, LauncherConfig
-from mbridge_config.schema.keys import key, no_effect, section
-from mbridge_config.schema.model import ModelConfig
-from mbridge_config.schema.runner import OTHER_TASKS, RunnerConfig
-from mbridge_config.schema.sft_data import SFTDataConfig
+from mbridge_config.schema.keys import alias, key, no_effect, section
+from mbridge_config.schema.model import MOST_LAYERS, ModelConfig
+from mbridge_config.schema.provenance import Provenance
+from mbridge_config.schema.runner import OTHER_TASKS, ClusterConfig, LauncherConfig, RunnerConfig
 
+_TEMPLATE = "prompts always go through the model's own chat template"
 _NO_RL = "nothing is generated or rewarded in SFT"
 
 
@@ -62,6 +60,66 @@ class SFTActorConfig(ActorConfig):
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
+class SFTDataConfig:
+    """`data`: what is trained and evaluated on."""
+
+    dataset_name: Literal["auto", "robo2vlm", "messages"] = key(
+        "auto",
+        "robo2vlm: all files are parquet, with a question, choices, the right one, and images. "
+        "messages: all files are jsonl, with chats. auto: each as its suffix says.",
+        spellings={"robo2vlmsft": "robo2vlm"},
+    )
+    train_data_paths: list[str] = key([], "Files or directories of files to train on.")
+    val_data_paths: list[str] = key([], "Files or directories of files to evaluate on.")
+    prompt_key: str = key("question", "robo2vlm: column of the question.")
+    choice_key: str = key("choices", "robo2vlm: column of the choices.")
+    answer_key: str = key("correct_answer", "robo2vlm: column of the right choice.")
+    image_keys: list[str] | None = key(
+        None, "robo2vlm: columns of the images. null: those named image, or image and a number."
+    )
+    answer_format: Literal["text", "letter"] = key(
+        "text", "robo2vlm: the model answers the right choice's text, or its letter."
+    )
+    image_root: str | None = key(None, "messages: directory that image paths start at. null: that of the file.")
+    allow_urls: bool = key(False, "messages: fetch images given as URLs; if false they are bad rows.")
+    min_pixels: int | None = key(
+        None, "Smaller images are enlarged. null: as the model's processor says.", unit="pixels", minimum=1
+    )
+    max_pixels: int | None = key(
+        None, "Most pixels of an image. null: as the model's processor says.", unit="pixels", minimum=1
+    )
+    oversized: Literal["resize", "refuse"] = key(
+        "resize", "Images over max_pixels: made smaller, or refused as bad rows."
+    )
+    max_bad_rows: int = key(
+        0, "Rows that cannot be read or used and are skipped before the run ends.", unit="rows", minimum=0
+    )
+    skip_long_rows: bool = key(
+        False, "Leave out rows that are longer than runner.seq_length, without counting them as bad."
+    )
+    num_workers: int = key(
+        2, "Processes that decode images and tokenize; 0: the training process itself.", unit="processes", minimum=0
+    )
+    shuffle: bool = key(True, "Shuffle the training data at each epoch.")
+    seed: int = key(1234, "Seed of the data order.", minimum=0)
+    train_on: Literal["last", "all"] = key(
+        "last", "messages: train on the last answer, or on all answers of the assistant."
+    )
+
+    eval_data_paths: list[str] | None = alias("data.val_data_paths")
+    type: str | None = no_effect(None, "dataset_name says how files are read")
+    lazy_loading: bool | None = no_effect(None, "images are always decoded when they are needed")
+    apply_chat_template: bool | None = no_effect(None, _TEMPLATE)
+    use_chat_template: bool | None = no_effect(None, _TEMPLATE)
+    max_prompt_length: int | None = no_effect(None, "runner.seq_length bounds prompt and answer together")
+    answer_separator: str | None = no_effect(None, _TEMPLATE)
+    validation_shuffle: bool | None = no_effect(
+        None, "every evaluation uses all examples, so their order is of no matter"
+    )
+    val_rollout_batch_size: int | None = no_effect(None, "evaluation uses actor.eval_batch_size")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
 class SFTQuickstartConfig:
     """`quickstart`: the data and the tiny vision-language model that are made where none are given."""
 
@@ -88,7 +146,7 @@ class SFTQuickstartConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class SFTConfig:
-    """Supervised fine-tuning of vision-language and text models. `origin` remembers where each key was set."""
+    """Supervised fine-tuning of vision-language and text models. `provenance` records where each key was set."""
 
     runner: SFTRunnerConfig = section(SFTRunnerConfig, "The run.")
     data: SFTDataConfig = section(SFTDataConfig, "Data.")
@@ -100,4 +158,4 @@ class SFTConfig:
     rollout: dict[str, Any] = no_effect({}, _NO_RL)
     reward: dict[str, Any] = no_effect({}, _NO_RL)
     critic: dict[str, Any] = no_effect({}, _NO_RL)
-    origin: Origin = dataclasses.field(default_factory=Origin, repr=False, compare=False)
+    provenance: Provenance = dataclasses.field(default_factory=Provenance, repr=False, compare=False)

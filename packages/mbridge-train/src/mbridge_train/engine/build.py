@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from mbridge_ckpt import Retention
-from mbridge_config.run.schedule_lengths import decay_steps, warmup_steps
+from mbridge_config.run.steps import decay_steps, warmup_steps
 from mbridge_config.schema.actor import ActorConfig
 from mbridge_config.schema.runner import RunnerConfig
 from mbridge_model import Freeze, Parallel, load

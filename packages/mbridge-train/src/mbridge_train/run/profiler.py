@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from mbridge_config.run.profiled_steps import is_recorded, is_warmup
-from mbridge_config.schema.profiler import ProfilerConfig
+from mbridge_config.run.steps import is_recorded, is_warmup
+from mbridge_config.schema.megatron import ProfilerConfig
 from torch import distributed
 from torch.profiler import ProfilerActivity, profile, record_function
 

@@ -1,15 +1,32 @@
-"""The config that a run gets: interpolations resolved, other spellings moved, what was left null filled in."""
+"""A config as plain values, to be written into files."""
 
+import dataclasses
 from typing import Any
 
 from mbridge_config.problems import json_ready
-from mbridge_config.run.kinds import RunConfig
 from mbridge_config.schema.keys import Status, get, known_keys
+from mbridge_config.schema.kinds import RunConfig
+
+
+def plain(value: Any) -> Any:
+    """The config (or a part of it) as YAML and JSON can hold it, without the record of where its keys were set."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            field.name: plain(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+            if field.name != "provenance"
+        }
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value
+
 
 _READ = (Status.HONOURED, Status.CHECKED)
 
 
-def resolved(config: RunConfig, *, defaults: bool = True) -> dict[str, Any]:
+def values_in_use(config: RunConfig, *, defaults: bool = True) -> dict[str, Any]:
     """The keys that a run reads, with plain JSON-ready values, in sections; without `defaults` those that differ."""
     tree: dict[str, Any] = {}
     schema: type = type(config)
@@ -24,10 +41,10 @@ def resolved(config: RunConfig, *, defaults: bool = True) -> dict[str, Any]:
     return tree
 
 
-def resolved_text(config: RunConfig) -> str:
+def values_in_use_text(config: RunConfig) -> str:
     """The keys that are not at their defaults, as YAML."""
     import yaml
 
-    changed = resolved(config, defaults=False)
+    changed = values_in_use(config, defaults=False)
     text = yaml.safe_dump(changed, sort_keys=False, allow_unicode=True, width=1000) if changed else ""
     return "".join(f"  {line}\n" for line in text.splitlines())

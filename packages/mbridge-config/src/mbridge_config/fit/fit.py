@@ -9,11 +9,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mbridge_config.check import Report
-from mbridge_config.plan.layouts import ENOUGH_TOKENS, Layout, layouts
-from mbridge_config.plan.memory import GIB, USABLE
-from mbridge_config.plan.text import gib
-from mbridge_config.problems import short
-from mbridge_config.run.kinds import RunConfig
+from mbridge_config.fit.layouts import ENOUGH_TOKENS, ProposedLayout, layouts
+from mbridge_config.plan.memory import GIB, USABLE, gib
+from mbridge_config.problems import Problem, short
+from mbridge_config.schema.kinds import RunConfig
 
 SHOWN = 5
 _LESS_OF = {
@@ -28,6 +27,15 @@ _LESS_OF = {
 }
 
 
+_KEYS = {
+    "weights": "actor.model.tensor_model_parallel_size",
+    "gradients": "actor.model.tensor_model_parallel_size",
+    "optimizer": "actor.optim.use_distributed_optimizer",
+    "rollout weights": "rollout.model.model_path",
+    "generation": "rollout.max_running_requests",
+}
+
+
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
 class Fit:
     """What `fit` found: layouts that fit, best first; where there are none, the one that takes the least memory.
@@ -37,8 +45,8 @@ class Fit:
 
     gpus: int
     memory: float
-    fitting: tuple[Layout, ...]
-    least: Layout | None
+    fitting: tuple[ProposedLayout, ...]
+    least: ProposedLayout | None
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain JSON-ready values."""
@@ -79,7 +87,7 @@ def fit(config: RunConfig, report: Report, gpus: int, memory_gib: float) -> Fit:
     """
     memory = memory_gib * GIB
     everything = layouts(config, report, gpus)
-    best: dict[tuple[int, int], Layout] = {}
+    best: dict[tuple[int, int], ProposedLayout] = {}
     for layout in everything:
         if layout.peak <= USABLE * memory:
             best.setdefault((layout.plan.tensor_parallel, layout.plan.pipeline_parallel), layout)
@@ -87,13 +95,13 @@ def fit(config: RunConfig, report: Report, gpus: int, memory_gib: float) -> Fit:
     return Fit(gpus=gpus, memory=memory, fitting=tuple(best.values()), least=least)
 
 
-def title(layout: Layout) -> str:
+def title(layout: ProposedLayout) -> str:
     """The layout in a line."""
     plan = layout.plan
     return f"tensor {plan.tensor_parallel} x pipeline {plan.pipeline_parallel} x data {plan.data_parallel}"
 
 
-def reasons(layout: Layout) -> list[str]:
+def reasons(layout: ProposedLayout) -> list[str]:
     """Why the layout stands where it does, and how much it takes."""
     plan, stage = layout.plan, layout.plan.peak
     assert stage is not None
@@ -118,10 +126,41 @@ def as_arguments(values: Mapping[str, Any]) -> str:
     return " ".join(f"{key}={short(value)}" for key, value in values.items())
 
 
-def _layout_as_dict(layout: Layout) -> dict[str, Any]:
+def _layout_as_dict(layout: ProposedLayout) -> dict[str, Any]:
     return {
         "values": dict(layout.values),
         "changes": dict(layout.changes),
         "reasons": reasons(layout),
         "plan": layout.plan.as_dict(),
     }
+
+
+def memory_problems(config: RunConfig, report: Report, memory_gib: float) -> list[Problem]:
+    """One problem if a rank needs more than `USABLE` of a GPU of `memory_gib` GiB; none if the plan is not known.
+
+    The fix is the layout on as many ranks that changes fewest keys, of those that fit.
+    """
+    plan = report.plan
+    if plan is None or plan.peak is None or plan.peak.peak <= USABLE * memory_gib * GIB:
+        return []
+    found = fit(config, report, plan.world_size, memory_gib)
+    if found.fitting:
+        best = min(found.fitting, key=lambda layout: len(layout.changes))
+        fix = f"set {as_arguments(best.changes)}: about {gib(best.peak)}"
+    else:
+        fix = str(found).strip().replace("\n", "; ")
+    stage = plan.peak
+    dynamic = config.runner.enable_dynamic_batch_size
+    key = _KEYS.get(stage.largest, "runner.max_tokens_per_mbs" if dynamic else "actor.micro_batch_size")
+    on_stage = f" on stage {stage.stage}" if len(plan.memory) > 1 else ""
+    return [
+        Problem(
+            id="gpu-memory",
+            key=None,
+            value=None,
+            reason=f"a rank{on_stage} takes about {gib(stage.peak)}, and {USABLE:.0%} of a GPU of {memory_gib:g} GiB "
+            f"may be planned; the largest term is {stage.largest}, {gib(stage.terms[stage.largest])}",
+            fix=fix,
+            where=config.provenance.where(key) if config.provenance.was_set(key) else None,
+        )
+    ]

@@ -9,10 +9,10 @@ import pytest
 
 from mbridge_config import ConfigError, Report, check, compose
 from mbridge_config.cli.main import main
-from mbridge_config.plan.fit import Fit, fit
-from mbridge_config.plan.layouts import KEYS, layouts, with_values
+from mbridge_config.fit.fit import Fit, fit
+from mbridge_config.fit.layouts import KEYS, layouts, with_values
 from mbridge_config.plan.memory import GIB, USABLE
-from mbridge_config.run.kinds import RunConfig
+from mbridge_config.schema.kinds import RunConfig
 
 HF = "actor.megatron.ckpt_convertor.hf_model_path"
 Case = Callable[..., tuple[RunConfig, Report]]

@@ -6,7 +6,7 @@ from mbridge_config.problems import Problem, Where
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
-class Origin:
+class Provenance:
     """`places` has an entry for each key and section that a file or argument set, under its full name.
 
     `failed` holds the keys whose value could not be used and that have their default instead; rules that read

@@ -1,22 +1,23 @@
 """Interpolations: `${runner.seq_length}`, `${oc.env:HOME}`, `${subtract:4,1}`; each is resolved by itself."""
 
+import functools
+import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from mbridge_config.load.origin import Origin
-from mbridge_config.load.resolvers import register
 from mbridge_config.problems import Problem, json_ready
+from mbridge_config.schema.provenance import Provenance
 
 MISSING = "???"
 
 
-def resolve(tree: dict[Any, Any], origin: Origin) -> dict[Any, Any]:
-    """`tree` with its interpolations replaced by their values.
+def resolve_interpolations(tree: dict[Any, Any], provenance: Provenance) -> dict[Any, Any]:
+    """Return `tree` with its interpolations replaced by their values.
 
-    A value that cannot be resolved, or is `???`, is reported in `origin.problems` and its key put in
-    `origin.failed`; the value stays as it is. An interpolation of a failed key fails silently: one report is enough.
-    Each value that itself names what cannot be found is reported.
+    A value that cannot be resolved, or is `???`, stays as it is; it is reported in `provenance.problems`, and its key
+    is added to `provenance.failed`. A reference to a failed key fails silently, since one report is enough, but every
+    value that names something unknown is reported itself.
     """
     open_values = [(path, value) for path, value in _leaves(tree, ()) if "${" in value or value == MISSING]
     if not open_values:
@@ -28,21 +29,21 @@ def resolve(tree: dict[Any, Any], origin: Origin) -> dict[Any, Any]:
     try:
         config = OmegaConf.create(tree)
     except OmegaConfBaseException as error:
-        origin.problems.append(_problem(origin, None, None, f"the values cannot be read: {_first_line(error)}"))
+        provenance.problems.append(_problem(provenance, None, None, f"the values cannot be read: {_first_line(error)}"))
         return tree
     told: set[str] = set()
     for path, raw in open_values:
         key = ".".join(str(part) for part in path if not isinstance(part, int))
         if raw == MISSING:
-            origin.failed.add(key)
-            origin.problems.append(
+            provenance.failed.add(key)
+            provenance.problems.append(
                 Problem(
                     id="missing-value",
                     key=key,
                     value=raw,
                     reason="this config leaves it to you to set the key",
                     fix=f"add {key}=... to the command line, or write it in the file",
-                    where=origin.where(key),
+                    where=provenance.where(key),
                 )
             )
             continue
@@ -53,14 +54,14 @@ def resolve(tree: dict[Any, Any], origin: Origin) -> dict[Any, Any]:
             value = parent[path[-1]]
             value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         except InterpolationToMissingValueError:
-            origin.failed.add(key)
+            provenance.failed.add(key)
         except (RecursionError, OmegaConfBaseException, ValueError, TypeError, ArithmeticError, KeyError) as error:
-            origin.failed.add(key)
+            provenance.failed.add(key)
             reason = f"the interpolation cannot be resolved: {_first_line(error)}"
             if isinstance(error, RecursionError) or "Recursive interpolation" in reason or "RecursionError" in reason:
                 reason = "the interpolation leads back to itself"
             if reason not in told or _names(raw, reason):
-                origin.problems.append(_problem(origin, key, raw, reason))
+                provenance.problems.append(_problem(provenance, key, raw, reason))
             told.add(reason)
         else:
             _put(tree, path, value)
@@ -94,11 +95,57 @@ def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _problem(origin: Origin, key: str | None, value: Any, reason: str) -> Problem:
+def _problem(provenance: Provenance, key: str | None, value: Any, reason: str) -> Problem:
     variable = re.search(r"Environment variable '(\w+)' not found", reason)
     fix = f"set the environment variable {variable[1]}" if variable else "correct what stands between ${ and }"
     if variable and key:
         fix += f", or add {key}=... to the command line"
     return Problem(
-        id="interpolation", key=key, value=json_ready(value), reason=reason, fix=fix, where=origin.where(key)
+        id="interpolation", key=key, value=json_ready(value), reason=reason, fix=fix, where=provenance.where(key)
     )
+
+
+def _number(value: Any, name: str) -> int | float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"{name} takes numbers, not {value!r}")
+    return value
+
+
+def _fold(name: str, combine: Callable[[Any, Any], Any]) -> Callable[..., int | float]:
+    def resolver(first: Any, second: Any, *others: Any) -> int | float:
+        return functools.reduce(combine, [_number(value, name) for value in (first, second, *others)])
+
+    return resolver
+
+
+def _divide(a: int | float, b: int | float) -> int | float:
+    # a count divided by a count stays a count where it divides evenly
+    return a // b if isinstance(a, int) and isinstance(b, int) and a % b == 0 else a / b
+
+
+def _negate(value: Any) -> bool:
+    if isinstance(value, str):
+        raise ValueError(f"not takes true or false, not {value!r}")
+    return not value
+
+
+RESOLVERS: dict[str, Callable[..., Any]] = {
+    "add": _fold("add", operator.add),
+    "subtract": _fold("subtract", operator.sub),
+    "multiply": _fold("multiply", operator.mul),
+    "divide": _fold("divide", _divide),
+    "int_div": _fold("int_div", operator.floordiv),
+    "min": _fold("min", min),
+    "max": _fold("max", max),
+    "not": _negate,
+    "torch.dtype": str,  # keys of number formats take the names of torch's dtypes
+}
+
+
+def register() -> None:
+    """Make the resolvers known to OmegaConf; names that are taken are left as they are."""
+    from omegaconf import OmegaConf
+
+    for name, resolver in RESOLVERS.items():
+        if not OmegaConf.has_resolver(name):
+            OmegaConf.register_new_resolver(name, resolver)

@@ -10,12 +10,11 @@ from mbridge_config.plan.parameters import can_count
 from mbridge_config.plan.plan import ParallelPlan, make_plan
 from mbridge_config.problems import ConfigError, Problem, Severity
 from mbridge_config.rules import Context
-from mbridge_config.rules.batches import DYNAMIC, MICRO
-from mbridge_config.rules.lengths import BUDGET
-from mbridge_config.rules.optimizer import GRANULARITY, METHOD, RECOMPUTED
+from mbridge_config.rules.batches import BUDGET, DYNAMIC, MICRO
 from mbridge_config.rules.parallel import FIRST_STAGE, LAST_STAGE, PP, SP, TP
-from mbridge_config.run.kinds import RunConfig
+from mbridge_config.rules.precision import GRANULARITY, METHOD, RECOMPUTED
 from mbridge_config.schema.keys import get
+from mbridge_config.schema.kinds import RunConfig
 
 GPUS_PER_HOST = 8
 """Tensor parallelism communicates in each layer, so it stays on one host."""
@@ -46,7 +45,7 @@ KEYS = (
 
 
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
-class Layout:
+class ProposedLayout:
     """One way to run on `plan.world_size` GPUs: the values of its keys, those that the config has not got already,
     and the plan with them.
 
@@ -78,7 +77,7 @@ class Layout:
         return (plan.tensor_parallel, plan.pipeline_parallel, wait, self.is_short, self.recomputed, -self.tokens)
 
 
-def layouts(config: RunConfig, report: Report, gpus: int) -> list[Layout]:
+def layouts(config: RunConfig, report: Report, gpus: int) -> list[ProposedLayout]:
     """All layouts on `gpus` GPUs that pass every rule on them, best first, whatever memory they take.
 
     Args:
@@ -106,7 +105,9 @@ def layouts(config: RunConfig, report: Report, gpus: int) -> list[Layout]:
         if not any(problem.severity is Severity.ERROR for rule in rules for problem in rule.problems(context)):
             tokens = plan.max_tokens_per_micro_batch
             changes = {key: value for key, value in values.items() if get(config, key) != value}
-            found.append(Layout(values=values, changes=changes, plan=plan, recomputed=recomputed, tokens=tokens))
+            found.append(
+                ProposedLayout(values=values, changes=changes, plan=plan, recomputed=recomputed, tokens=tokens)
+            )
     return sorted(found, key=lambda layout: layout.rank)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mbridge_config.cli.completion import answer, complete_app, how
-from mbridge_config.load.catalog import config_directory, config_names
+from mbridge_config.load.catalog import config_directory, config_names, installed_directories
 from mbridge_config.problems import ConfigError, Problem
 
 
@@ -69,6 +69,12 @@ def _listing(package: str) -> str:
         return "\n".join(f"  {name}" for name in config_names(config_directory(package)))
     except ConfigError:
         return "  none found"
+
+
+def config_listing() -> str:
+    """Return the configs of all installed apps as lines of a command's help."""
+    names = [f"{app}/{name}" for app, directory in installed_directories().items() for name in config_names(directory)]
+    return "configs of installed apps:\n" + ("\n".join(f"  {name}" for name in names) or "  none")
 
 
 def _usage(reason: str, fix: str) -> ConfigError:

@@ -1,8 +1,13 @@
-"""How many steps a run has. Rules and apps count here, so that they agree."""
+"""Count the steps of a run: its length, its learning rate's warm-up and decay, and what the profiler records.
+
+Rules, apps and the engine all count here, so that they agree.
+"""
 
 import dataclasses
 from typing import Any
 
+from mbridge_config.schema.megatron import ProfilerConfig
+from mbridge_config.schema.optimizer import LrScheduleConfig
 from mbridge_config.schema.sft import SFTConfig
 
 LENGTH_KEYS = (
@@ -77,3 +82,30 @@ def _length(config: Any, steps: int, reason: str) -> RunLength:
 
 def _many(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def decay_steps(schedule: LrScheduleConfig, optimizer_steps: int) -> int:
+    """The optimizer step at which the lowest rate is reached, in a run of `optimizer_steps`."""
+    return schedule.lr_decay_iters or max(1, optimizer_steps)
+
+
+def warmup_steps(schedule: LrScheduleConfig, decay_steps: int) -> int:
+    """Optimizer steps of the warm-up, of a schedule that ends after `decay_steps`."""
+    if schedule.lr_warmup_fraction is None:
+        return schedule.lr_warmup_iters
+    return int(schedule.lr_warmup_fraction * decay_steps)
+
+
+def is_recorded(settings: ProfilerConfig, step: int) -> bool:
+    """Whether the step, counted from 1, leaves a trace."""
+    if settings.steps is not None:
+        return step in settings.steps
+    idle = settings.schedule_wait + settings.schedule_warmup
+    cycle, place = divmod(step - 1, idle + settings.schedule_active)
+    return place >= idle and (not settings.schedule_repeat or cycle < settings.schedule_repeat)
+
+
+def is_warmup(settings: ProfilerConfig, step: int) -> bool:
+    """Whether the profiler runs in the step although it leaves no trace."""
+    ahead = range(step + 1, step + 1 + settings.schedule_warmup)
+    return not is_recorded(settings, step) and any(is_recorded(settings, later) for later in ahead)

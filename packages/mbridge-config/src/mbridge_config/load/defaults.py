@@ -3,31 +3,30 @@
 from typing import Any
 
 from mbridge_config.load.convert import Unfit, check_range, fit
-from mbridge_config.load.origin import Origin
 from mbridge_config.problems import Problem, Where
 from mbridge_config.schema.actor import ActorConfig
 from mbridge_config.schema.algorithm import AlgorithmConfig
-from mbridge_config.schema.data import DataConfig
 from mbridge_config.schema.keys import get, known_keys, put
-from mbridge_config.schema.reasoning import ReasoningConfig
+from mbridge_config.schema.provenance import Provenance
+from mbridge_config.schema.reasoning import DataConfig, ReasoningConfig
 from mbridge_config.schema.runner import RunnerConfig
 from mbridge_config.schema.sft import SFTConfig
 
 
-def derive(config: Any) -> None:
-    """Move aliases and fill null keys of `config` in place; conflicts go to `config.origin.problems`."""
-    move_aliases(config, config.origin)
+def fill_defaults(config: Any) -> None:
+    """Move aliases and fill null keys of `config` in place; conflicts go to `config.provenance.problems`."""
+    _move_aliases(config, config.provenance)
     if isinstance(config, SFTConfig):
-        derive_sft(config)
-    derive_runner(config.runner)
-    derive_actor(config.actor, config.runner)
+        _fill_sft(config)
+    _fill_runner(config.runner)
+    _fill_actor(config.actor, config.runner)
     if isinstance(config, ReasoningConfig):
-        derive_algorithm(config.algorithm, config.runner, config.data)
-        minibatches_set = config.origin.was_set("algorithm.n_minibatches")
-        derive_batches(config.actor, config.algorithm, config.data, minibatches_set=minibatches_set)
+        _fill_algorithm(config.algorithm, config.runner, config.data)
+        minibatches_set = config.provenance.was_set("algorithm.n_minibatches")
+        _fill_batches(config.actor, config.algorithm, config.data, minibatches_set=minibatches_set)
 
 
-def move_aliases(config: Any, origin: Origin) -> None:
+def _move_aliases(config: Any, provenance: Provenance) -> None:
     """Give each key the value of its other spelling, where only that one was set, or set on the command line."""
     schema: type = type(config)
     keys = known_keys(schema)
@@ -35,7 +34,7 @@ def move_aliases(config: Any, origin: Origin) -> None:
         target = info.spec.alias_of
         if target is None or (raw := get(config, path)) is None:
             continue
-        where, place = origin.places.get(path), origin.places.get(target)
+        where, place = provenance.places.get(path), provenance.places.get(target)
         if _is_argument(place) and not _is_argument(where):  # the command line wins over files
             put(config, path, None)
             continue
@@ -43,35 +42,35 @@ def move_aliases(config: Any, origin: Origin) -> None:
             value = fit(not raw if info.spec.inverted else raw, keys[target].type, keys[target].spec)
             check_range(value, keys[target].spec)
         except Unfit as unfit:
-            origin.failed.add(target)
-            origin.problems.append(
+            provenance.failed.add(target)
+            provenance.problems.append(
                 Problem(id=unfit.identity, key=path, value=raw, reason=unfit.reason, fix=unfit.fix, where=where)
             )
             continue
         wins = place is None or (_is_argument(where) and not _is_argument(place))
         if not wins and get(config, target) not in (None, value):
             reason = f"another spelling of {target}, which is {get(config, target)} at {place}"
-            origin.problems.append(
+            provenance.problems.append(
                 Problem(id="alias-conflict", key=path, value=raw, reason=reason, fix=f"remove {path}", where=where)
             )
             continue
         put(config, target, value)
         if where is not None:
-            origin.places[target] = where
+            provenance.places[target] = where
 
 
 def _is_argument(place: Where | None) -> bool:
     return place is not None and place.argument is not None
 
 
-def derive_runner(runner: RunnerConfig) -> None:
+def _fill_runner(runner: RunnerConfig) -> None:
     """Directory and name of the logs, and the token budget of a dynamic batch."""
     runner.max_tokens_per_mbs = runner.max_tokens_per_mbs or runner.seq_length
     runner.logger.experiment_name = runner.logger.experiment_name or runner.experiment_name
     runner.logger.log_path = runner.logger.log_path or f"{runner.output_dir}/{runner.experiment_name}"
 
 
-def derive_actor(actor: ActorConfig, runner: RunnerConfig) -> None:
+def _fill_actor(actor: ActorConfig, runner: RunnerConfig) -> None:
     """Lengths, number formats, learning rates."""
     model, optim, schedule = actor.model, actor.optim, actor.lr_sched
     model.seq_length = model.seq_length or runner.seq_length
@@ -85,7 +84,7 @@ def derive_actor(actor: ActorConfig, runner: RunnerConfig) -> None:
         schedule.end_weight_decay = schedule.start_weight_decay
 
 
-def derive_algorithm(algorithm: AlgorithmConfig, runner: RunnerConfig, data: DataConfig) -> None:
+def _fill_algorithm(algorithm: AlgorithmConfig, runner: RunnerConfig, data: DataConfig) -> None:
     """Clip ranges and the longest answer."""
     if algorithm.clip_ratio_low is None:
         algorithm.clip_ratio_low = algorithm.ratio_clip_eps
@@ -96,7 +95,7 @@ def derive_algorithm(algorithm: AlgorithmConfig, runner: RunnerConfig, data: Dat
         sampling.max_new_tokens = max(1, runner.seq_length - data.max_prompt_length)
 
 
-def derive_batches(actor: ActorConfig, algorithm: AlgorithmConfig, data: DataConfig, *, minibatches_set: bool) -> None:
+def _fill_batches(actor: ActorConfig, algorithm: AlgorithmConfig, data: DataConfig, *, minibatches_set: bool) -> None:
     """Each of the global batch and the number of minibatches from the other: equal shares of the step's answers."""
     answers = data.rollout_batch_size * algorithm.group_size
     if actor.global_batch_size is None:
@@ -105,10 +104,10 @@ def derive_batches(actor: ActorConfig, algorithm: AlgorithmConfig, data: DataCon
         algorithm.n_minibatches = max(1, answers // actor.global_batch_size)
 
 
-def derive_sft(config: SFTConfig) -> None:
+def _fill_sft(config: SFTConfig) -> None:
     """The longest sequence under either of its names, the size of an evaluation batch, and the tokenizer's place."""
     actor, runner = config.actor, config.runner
-    if actor.model.seq_length is not None and not config.origin.was_set("runner.seq_length"):
+    if actor.model.seq_length is not None and not config.provenance.was_set("runner.seq_length"):
         runner.seq_length = actor.model.seq_length
     actor.eval_batch_size = actor.eval_batch_size or actor.global_batch_size
     actor.tokenizer.tokenizer_model = actor.tokenizer.tokenizer_model or actor.model.model_path
