@@ -30,7 +30,6 @@ MAY_IMPORT = {
 """Everything beside the standard library that a package which is useful alone may import."""
 
 KNOWN_CIRCLES: dict[str, list[set[str]]] = {
-    "mbridge_config": [{"check", "cli", "facts", "load", "plan", "rules", "run", "schema"}],
     "mbridge_model": [{"bridge", "families", "vision"}],
     "mbridge_ckpt": [{"formats", "huggingface", "reshard", "store"}],
     "mbridge_train": [{"checkpoint", "engine", "memory"}],
