@@ -164,6 +164,29 @@ def test_killed_launcher_leaves_no_rank(tmp_path: Path) -> None:
     assert_gone(*ranks)
 
 
+def test_the_directory_of_a_killed_launcher_is_removed_by_the_next(tmp_path: Path) -> None:
+    places = {name: tmp_path / name for name in ("temporary", "killed", "alive")}
+    for place in places.values():
+        place.mkdir()
+    environment = {"TMPDIR": str(places["temporary"])}
+    left = []
+    for name in ("killed", "alive"):
+        process = start("wait", places[name], count=2, environment=environment)
+        ranks = started_ranks(places[name], 2, process)
+        left.append({path.name for path in places["temporary"].iterdir()})
+        if name == "killed":
+            process.kill()
+            process.communicate(timeout=60)
+            assert_gone(*ranks)
+    assert run("leave", 0, count=2, environment=environment)[0] == 0
+    left.append({path.name for path in places["temporary"].iterdir()})
+    process.terminate()
+    process.communicate(timeout=60)
+    assert_gone(*ranks)
+    assert list(map(len, left)) == [1, 1, 1]
+    assert left[0] != left[1] == left[2]
+
+
 def test_ranks_of_torchrun_are_joined(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(textwrap.dedent(PROGRAM))
@@ -173,6 +196,7 @@ def test_ranks_of_torchrun_are_joined(tmp_path: Path) -> None:
     code, _, errors = run("user_error", count=None, command=torchrun)
     assert code == 1  # torchrun's own
     assert errors.count("error: train.jsonl, line 3: not JSON. Mend the line.\n") == 1
+    assert "traceback : train.jsonl, line 3: not JSON. Mend the line.\n" in errors  # torchrun's summary
 
 
 def test_ranks_of_slurm_are_joined(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,12 +69,29 @@ def test_the_line_of_a_checkpoint_that_the_run_did_not_survive(tmp_path: Path) -
     assert [record["step"] for record in read_metrics(elsewhere / "metrics.jsonl")] == [3]
 
 
-def test_a_full_disk_is_said(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_checkpoint", [False, True])
+def test_a_full_disk_is_said(tmp_path: Path, has_checkpoint: bool) -> None:
+    if has_checkpoint:
+        (tmp_path / "checkpoints" / "global_step_1").mkdir(parents=True)
+        (tmp_path / "checkpoints" / "latest").symlink_to("global_step_1")
     writer = MetricsWriter(tmp_path)
     os.dup2(os.open("/dev/full", os.O_WRONLY), writer._file.fileno())
-    with pytest.raises(TrainError, match=r"metrics\.jsonl cannot be written: No space left on device; make room"):
+    message = r"metrics\.jsonl cannot be written: No space left on device; make room .*, then "
+    message += "continue .* with runner.resume_dir=auto$" if has_checkpoint else "start the run again"
+    with pytest.raises(TrainError, match=message):
         writer.write(1, {"loss": 1.0})
     writer.close()
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_a_deleted_directory_is_said(tmp_path: Path, again: bool) -> None:
+    with MetricsWriter(tmp_path / "run") as writer:
+        writer.write(1, {"loss": 1.0})
+        shutil.rmtree(tmp_path / "run")
+        if again:  # by another run of the same name
+            MetricsWriter(tmp_path / "run").close()
+        with pytest.raises(TrainError, match=r"metrics\.jsonl was deleted or moved during the run"):
+            writer.write(2, {"loss": 1.0})
 
 
 def test_new_run_keeps_the_file_of_an_old_one(tmp_path: Path) -> None:
@@ -82,6 +100,12 @@ def test_new_run_keeps_the_file_of_an_old_one(tmp_path: Path) -> None:
             writer.write(1, {"loss": loss})
     names = ["metrics.1.jsonl", "metrics.2.jsonl", "metrics.jsonl"]
     assert [read_metrics(tmp_path / name)[0]["loss"] for name in names] == [1, 2, 3]
+
+
+def test_runs_without_a_step_leave_no_files(tmp_path: Path) -> None:
+    for _ in range(3):
+        MetricsWriter(tmp_path).close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 @pytest.mark.parametrize("line", ["{oops}", "[1]", '{"step": "2"}', "{}"])

@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mbridge_train.run.lock import RunLock
+from mbridge_train.run.files import RunLock
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from mbridge_train.run.lock import RunLock
+from mbridge_train.run.files import RunLock
 lock = RunLock(Path(sys.argv[1]))
 print(lock.take(), flush=True)
 time.sleep(60)

@@ -1,27 +1,64 @@
-"""Small files of a run: whole under their names or not there, and a full disk said as such."""
+"""The directory of a run: one run at a time writes there, and its small files are complete or missing."""
 
+import fcntl
 import os
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from mbridge_train.errors import TrainError
 
+LOCK_FILE = ".lock"
+
+
+class RunLock:
+    """Keep a second run out of `directory` while this process lives; a no-op on file systems without locks."""
+
+    def __init__(self, directory: Path) -> None:
+        self._path = directory / LOCK_FILE
+        self._descriptor: int | None = None
+
+    def take(self) -> str | None:
+        """Take the lock and return None, or the reason why the directory cannot be used."""
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            return f"{self._path.parent} cannot be written: {error.strerror}; give another runner.output_dir"
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            owner = self._path.read_text(encoding="utf-8").strip() or "another process"
+            return (
+                f"{self._path.parent} is in use by another run ({owner}): wait until that run ends, or give this one "
+                "another runner.experiment_name"
+            )
+        except OSError:
+            return None
+        with suppress(OSError):  # a full disk is reported by the first file that matters
+            os.ftruncate(self._descriptor, 0)
+            os.write(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        return None
+
+    def __del__(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
 
 @contextmanager
-def writing(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Raise `TrainError` for an `OSError` in the block, which writes `path`."""
+def writing(path: Path) -> Iterator[None]:
+    """Raise `TrainError` for an `OSError` in the block, which writes the file `path` of a run's directory."""
     try:
         yield
     except OSError as error:
         raise TrainError(
-            f"{path} cannot be written: {error.strerror}; make room or mend that, then go on from the last checkpoint "
-            "with runner.resume_dir=auto"
+            f"{path} cannot be written: {error.strerror}; make room or remove the cause, {_retry(path)}"
         ) from None
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write `text` and give it the name `path` only then. Raises `TrainError`, and `path` is as it was."""
+    """Replace the file `path` in one step. After a `TrainError` it is unchanged."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         try:
@@ -30,3 +67,9 @@ def replace_text(path: Path, text: str) -> None:
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def _retry(path: Path) -> str:
+    if (path.parent / "checkpoints" / "latest").is_dir():
+        return "then continue from the last checkpoint with runner.resume_dir=auto"
+    return "then start the run again: it has no checkpoint yet"

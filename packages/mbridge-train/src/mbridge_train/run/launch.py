@@ -2,14 +2,16 @@
 
     sys.exit(launch("my_app.loop:train", (config,), nproc_per_node=2))
 
-The entry is named, not passed, since every rank is a process of its own that imports it. Ranks are started and
-watched by torch's elastic agent; what the user sees of a failure is printed here, once, after all ranks have ended.
+The entry is passed by name, because every rank is a separate process that imports it. Torch's elastic agent starts and
+watches the ranks. A failure is printed here, once, after all ranks have ended.
 """
 
 import contextlib
+import fcntl
 import logging
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,19 +26,20 @@ from typing import Any
 from mbridge_train.errors import TrainError
 from mbridge_train.run.launch_rank import USER_ERROR, Failure, run_entry
 
-# The first statement: until then Ctrl-C would show the traceback of an import.
+# Before any import, during which Ctrl-C would print a traceback.
 RANK_PROGRAM = (
     "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL); "
     "from mbridge_train.run.launch_rank import main; main()"
 )
 HANDLED_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-USER_ERROR_DELAY = 2.0
+USER_ERROR_DELAY = 2.0  # seconds
+DIRECTORY_PREFIX = "mbridge-launch-"
 GROUP_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(kw_only=True, slots=True, frozen=True)
 class Group:
-    """The process group that something outside (torchrun, SLURM) has made this process a rank of."""
+    """The process group in which torchrun or SLURM made this process a rank; `source` is the name of that launcher."""
 
     rank: int
     world_size: int
@@ -50,18 +53,19 @@ def launch(entry: str, args: tuple[Any, ...] = (), nproc_per_node: int | None = 
 
     Args:
         entry: ``"module:function"``. In the function ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK``, ``MASTER_ADDR`` and
-            ``MASTER_PORT`` are set, as after torchrun; the process group is not initialised.
+            ``MASTER_PORT`` are set, as after torchrun; the process group is not initialized.
         args: pickled for the ranks.
-        nproc_per_node: ranks to start; one a GPU, or one without GPUs, if None. One rank runs in this very process.
-            Inside a process group from outside nothing is started.
+        nproc_per_node: number of ranks to start; None: one per GPU, or one where there is no GPU. A single rank runs
+            in this process. Nothing is started where torchrun or SLURM already started the ranks.
 
     Returns:
-        0; 2 after a user error (an exception with the attribute ``exit_code == 2``), whose message alone is
-        printed; 1 after any other exception, with the traceback of the rank that failed first; 130 after Ctrl-C;
-        128 + n after signal n; an entry's own ``SystemExit`` code.
+        0 on success; 2 after a user error (an exception with the attribute ``exit_code == 2``), of which only the
+        message is printed; 1 after any other exception, with the traceback of the rank that failed first; 130 after
+        Ctrl-C; 128 + n after signal n; the code of a ``SystemExit`` that the entry raised.
 
     Raises:
-        TrainError: the number of ranks does not fit the GPUs, or the variables of a process group are incomplete.
+        TrainError: more ranks are asked for than there are GPUs, or another number than torchrun or SLURM started,
+            or the environment variables of a process group are incomplete.
     """
     group = outside_group(os.environ)
     if group is None:
@@ -79,14 +83,15 @@ def launch(entry: str, args: tuple[Any, ...] = (), nproc_per_node: int | None = 
     if failure is None:
         return 0
     if group.rank > 0 and failure.exit_code == USER_ERROR:
-        # All ranks have read the same input. Torchrun ends them once rank 0 has said so.
+        # All ranks fail on the same input. Torchrun ends the others when rank 0 has printed the message.
         time.sleep(USER_ERROR_DELAY)
-    failure.show(rank=group.rank, world_size=group.world_size)
+    failure.show(world_size=group.world_size)
+    failure.record()
     return failure.exit_code
 
 
 def outside_group(environment: Mapping[str, str]) -> Group | None:
-    """The process group in the variables of torchrun, else of SLURM's ``srun``; None where there is none.
+    """Return the process group that the variables of torchrun, else of SLURM's ``srun``, describe, or None.
 
     Raises:
         TrainError: some of the variables are missing.
@@ -115,10 +120,10 @@ def outside_group(environment: Mapping[str, str]) -> Group | None:
 
 
 def rank_count(nproc_per_node: int | None) -> int:
-    """Ranks that `launch` starts on this machine: as many as asked for, else one a GPU, or one without GPUs.
+    """Return how many ranks `launch` starts on this machine: `nproc_per_node`, else one per GPU, else one.
 
     Raises:
-        TrainError: no such number, or more than the GPUs.
+        TrainError: `nproc_per_node` is less than one, or more than there are GPUs.
     """
     if nproc_per_node is not None and nproc_per_node < 1:
         raise TrainError(f"launcher.nproc_per_node is {nproc_per_node}: give 1 or more, or leave it empty.")
@@ -135,7 +140,7 @@ def rank_count(nproc_per_node: int | None) -> int:
 
 @contextlib.contextmanager
 def _group_environment(group: Group) -> Iterator[None]:
-    """What torchrun would have set, for the time of the entry."""
+    """Set the variables that torchrun would have set, and restore them afterwards."""
     before = {name: os.environ.get(name) for name in GROUP_VARIABLES}
     os.environ.update(RANK=str(group.rank), WORLD_SIZE=str(group.world_size), LOCAL_RANK=str(group.local_rank))
     if group.local_world_size is not None:
@@ -158,13 +163,12 @@ def _launch_ranks(entry: str, args: tuple[Any, ...], count: int) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # Without this every rank would start a thread a core.
+    # Without this every rank would start one thread per core.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     _silence_agent()
     handlers = {number: signal.getsignal(number) for number in HANDLED_SIGNALS}
-    with tempfile.TemporaryDirectory(prefix="mbridge-launch-") as name:
-        directory = Path(name)
-        (directory / "job").write_bytes(pickle.dumps((sys.path, entry, pickle.dumps(args), os.getpid())))
+    job = pickle.dumps((sys.path, entry, pickle.dumps(args), os.getpid()))
+    with _job_directory(job) as directory:
         config = LaunchConfig(
             min_nodes=1,
             max_nodes=1,
@@ -181,20 +185,39 @@ def _launch_ranks(entry: str, args: tuple[Any, ...], count: int) -> int:
             return 0
         except ChildFailedError as error:
             exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-            return _report(directory, exit_codes, count)
+            return _report_failure(directory, exit_codes, count)
         except SignalException as error:
             return _interrupted(signal.Signals(error.sigval))
-        except KeyboardInterrupt:  # before the agent has set up its handlers
+        except KeyboardInterrupt:  # before the agent installed its handlers
             return _interrupted(signal.SIGINT)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
 
 
-def _silence_agent() -> None:
-    """The agent gives its own account of a failure; ours says the same in the user's terms.
+@contextlib.contextmanager
+def _job_directory(job: bytes) -> Iterator[Path]:
+    """Make a temporary directory with `job` in its file ``job``, and remove those of launchers that were killed.
 
-    Each of its modules has set a level on its own logger, from the variable LOGLEVEL.
+    A launcher holds the lock of its ``job`` as long as it lives.
+    """
+    for old in Path(tempfile.gettempdir()).glob(f"{DIRECTORY_PREFIX}*/job"):
+        # Not ours, removed just now, not yet written, or in use.
+        with contextlib.suppress(OSError), old.open("rb") as file:
+            if os.fstat(file.fileno()).st_size:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(old.parent)
+    with tempfile.TemporaryDirectory(prefix=DIRECTORY_PREFIX) as name, (Path(name) / "job").open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(job)
+        file.flush()
+        yield Path(name)
+
+
+def _silence_agent() -> None:
+    """Silence the agent's own report of a failure, which repeats ours in the agent's terms, unless LOGLEVEL is set.
+
+    Each of the agent's modules sets the level of its own logger, so the level of their parent has no effect.
     """
     if "LOGLEVEL" not in os.environ:
         for name in list(logging.root.manager.loggerDict):
@@ -208,21 +231,21 @@ def _interrupted(number: signal.Signals) -> int:
     return 128 + number
 
 
-def _report(directory: Path, exit_codes: dict[int, int], count: int) -> int:
-    """Print why the run failed: what happened first, since the other ranks then fail for want of their peer."""
+def _report_failure(directory: Path, exit_codes: dict[int, int], count: int) -> int:
+    """Print the failure that happened first, of which all others follow, and return the exit code of the run."""
     _show_cursor()
-    failures = sorted((Failure.read(path) for path in directory.glob("rank_*.failure")), key=lambda it: it.time)
-    # A rank that a signal has ended could not write; its peers' errors only say that the connection is gone.
+    # Also of ranks that were still exiting when the agent looked.
+    failures = sorted(map(Failure.read, directory.rglob("error.json")), key=lambda it: it.time)
+    # A rank that a signal ended could not write a file, and the errors of its peers only say that it is gone.
     killed = {
         rank: signal.Signals(-code)
         for rank, code in exit_codes.items()
         if code < 0 and -code not in (signal.SIGTERM, signal.SIGINT, signal.SIGABRT)
     }
-    if failures and not (killed and failures[0].exit_code != USER_ERROR):
-        failures[0].show(rank=failures[0].rank, world_size=count)
-        return failures[0].exit_code
     if failures:
-        failures[0].show(rank=failures[0].rank, world_size=count)
+        failures[0].show(world_size=count)
+        if not killed or failures[0].exit_code == USER_ERROR:
+            return failures[0].exit_code
     for rank, number in killed.items():
         hint = " The kernel does this when memory runs out." if number == signal.SIGKILL else ""
         print(f"error: rank {rank} of {count} was ended by {number.name}.{hint}", file=sys.stderr)
@@ -234,7 +257,7 @@ def _report(directory: Path, exit_codes: dict[int, int], count: int) -> int:
 
 
 def _show_cursor() -> None:
-    """A rank that was ended inside a progress display has left the terminal's cursor hidden."""
+    """Show the terminal's cursor, which a rank that ended inside a progress display has left hidden."""
     if sys.stderr.isatty():
         with contextlib.suppress(OSError, subprocess.SubprocessError):
             subprocess.run(["tput", "cnorm"], stdout=sys.stderr, check=False, timeout=5)

@@ -1,7 +1,15 @@
-"""One rank of `mbridge_train.run.launch`: runs the entry and leaves word of a failure for the launcher."""
+"""One rank of a run: call the entry, and leave word of a failure in the error file of torch's elastic agent.
+
+The file is that of `torch.distributed.elastic.multiprocessing.errors.record`, so torchrun's summary shows the failure
+as well. `record` itself does not do, for four reasons: it stamps failures with whole seconds, so that the peer whose
+connection broke is as likely to be named as the rank that crashed; its file can be cut off when the agent ends the
+rank; Ctrl-C and `sys.exit` leave no word; and the exception goes on to the interpreter, which prints the traceback of a
+user error on every rank and ends with exit code 1.
+"""
 
 import ctypes
 import importlib
+import json
 import logging
 import os
 import pickle
@@ -10,11 +18,12 @@ import sys
 import time
 import traceback
 import warnings
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 USER_ERROR = 2
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -27,28 +36,40 @@ class Failure:
     text: str
     time: float
 
-    def show(self, *, rank: int, world_size: int) -> None:
+    def show(self, *, world_size: int) -> None:
+        """Print the failure to standard error."""
         sys.stdout.flush()
         if self.exit_code == USER_ERROR:
             print(f"error: {self.text}", file=sys.stderr)
         elif self.text:
-            where = f"rank {rank} of {world_size} failed:\n" if world_size > 1 else ""
+            where = f"rank {self.rank} of {world_size} failed:\n" if world_size > 1 else ""
             print(f"{where}{self.text.rstrip()}", file=sys.stderr)
         sys.stderr.flush()
 
-    def write(self, path: Path) -> None:
-        """Complete under its name or not there at all: the launcher may end this process at any time."""
-        path.with_suffix(".part").write_bytes(pickle.dumps((self.rank, self.exit_code, self.text, self.time)))
-        path.with_suffix(".part").rename(path)
+    def record(self) -> None:
+        """Write the error file that the elastic agent asked for, if an agent started this process."""
+        if not self.text or ERROR_FILE not in os.environ:
+            return
+        path = Path(os.environ[ERROR_FILE])
+        extra = {"py_callstack": self.text, "timestamp": str(int(self.time)), "failure": asdict(self)}
+        last_line = self.text.rstrip().rpartition("\n")[2]
+        # In one step, since the agent may end this process at any time.
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps({"message": {"message": last_line, "extraInfo": extra}}), encoding="utf-8")
+        part.rename(path)
 
     @classmethod
-    def read(cls, path: Path) -> "Failure":
-        rank, exit_code, text, when = pickle.loads(path.read_bytes())
-        return cls(rank=rank, exit_code=exit_code, text=text, time=when)
+    def read(cls, path: Path) -> Self:
+        """Return the failure that `record` wrote to the error file `path`."""
+        return cls(**json.loads(path.read_text(encoding="utf-8"))["message"]["extraInfo"]["failure"])
 
 
 def run_entry(entry: str, args: tuple[Any, ...]) -> Failure | None:
-    """Call ``"module:function"``; return None, or why it failed."""
+    """Call ``"module:function"`` with `args` and return why it failed, or None.
+
+    Raises:
+        ValueError: `entry` is not of that form.
+    """
     module_name, separator, function_name = entry.partition(":")
     if not separator:
         raise ValueError(f"entry {entry!r} is not of the form 'module:function'")
@@ -64,15 +85,17 @@ def run_entry(entry: str, args: tuple[Any, ...]) -> Failure | None:
     except BaseException as error:  # noqa: BLE001 - reported with its traceback
         if getattr(error, "exit_code", None) == USER_ERROR:
             return _failure(USER_ERROR, str(error))
-        # Without the frames above the entry's own.
+        # Without the frames above the entry.
         frames = error.__traceback__.tb_next if error.__traceback__ is not None else None
         return _failure(1, "".join(traceback.format_exception(error.with_traceback(frames or error.__traceback__))))
     return None
 
 
 def _quiet_upstream() -> None:
-    """Megatron-Core's import says a dozen times which optional GPU libraries are missing; torch's checkpoints, how
-    Megatron-Core should have called them. That is no news to a user.
+    """Hide warnings that no user can act on.
+
+    On import Megatron-Core lists a dozen optional GPU libraries that are missing, and torch's checkpoints complain
+    about the way Megatron-Core calls them.
     """
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.checkpoint")
     warnings.filterwarnings("ignore", category=SyntaxWarning)
@@ -84,9 +107,9 @@ def _failure(exit_code: int, text: str) -> Failure:
 
 
 def main() -> None:
-    """The program of a rank that `launch` started; ``sys.argv[1]`` is the launcher's directory."""
-    directory = Path(sys.argv[1])
-    search_path, entry, pickled_args, launcher_pid = pickle.loads((directory / "job").read_bytes())
+    """Run a rank that `launch` started; ``sys.argv[1]`` is the launcher's directory."""
+    job = Path(sys.argv[1]) / "job"
+    search_path, entry, pickled_args, launcher_pid = pickle.loads(job.read_bytes())
     _end_with(launcher_pid)
     sys.path[:] = search_path
     sys.argv[1:] = []
@@ -94,9 +117,8 @@ def main() -> None:
     sys.stdout.flush()
     if failure is None:
         return
-    if failure.text:
-        failure.write(directory / f"rank_{failure.rank}.failure")
-    # Not sys.exit: the shutdown of an interpreter whose peers hang in a collective can hang as well.
+    failure.record()
+    # Not sys.exit: an interpreter whose peers hang in a collective can hang during its shutdown as well.
     sys.stderr.flush()
     os._exit(failure.exit_code)
 

@@ -1,7 +1,7 @@
-"""What a run measured, one line of JSON per step in ``metrics.jsonl``, and optionally in a tracking service as well.
+"""Metrics of a run: one line of JSON per step in ``metrics.jsonl``, and optionally a tracking service.
 
-``metrics.jsonl`` is always written and is what the report is made from. Its lines are valid JSON whatever the numbers
-are: NaN and infinities, which JSON has not, become null and are listed under ``"nonfinite"``.
+``metrics.jsonl`` is always written, and the report is made from it. Its lines are valid JSON for all values: NaN and
+infinities, which JSON lacks, become null and are listed under ``"nonfinite"``.
 """
 
 import json
@@ -22,7 +22,7 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class MetricsBackend(Protocol):
-    """A tracking service. It is given finite numbers only."""
+    """A tracking service. It receives finite numbers only."""
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
@@ -30,27 +30,26 @@ class MetricsBackend(Protocol):
 
 
 class MetricsWriter:
-    """Appends to ``<directory>/metrics.jsonl`` and passes the numbers on to the backends.
+    """Append steps to ``<directory>/metrics.jsonl`` and pass them on to the backends.
 
-    Only one rank should have one. Each line is handed to the operating system at once, so a killed process loses
-    none; it is not forced to disk.
+    Only one rank should have a writer. Each line goes to the operating system at once, so a killed process loses none;
+    it is not forced to disk.
 
     Args:
-        directory: of the run; made if missing.
-        resume_step: step of the checkpoint that the run resumes from. Lines of later steps, which will be run again,
-            and a last line that was cut off are dropped. None: a new run; a file that is already there is kept under
-            the first free name of ``metrics.1.jsonl``, ``metrics.2.jsonl``, ….
-        resume_metrics: those of that step, as its checkpoint holds them: for the line that a run which was killed right
-            after it had saved could not write.
+        directory: directory of the run; created if missing.
+        resume_step: step of the checkpoint that the run resumes from. Lines of later steps, which will run again, and
+            a last line that was cut off are dropped. None: a new run; the lines of an earlier run are kept under the
+            first free name of ``metrics.1.jsonl``, ``metrics.2.jsonl``, ….
+        resume_metrics: metrics of that step from its checkpoint. They replace the line that is missing if the run was
+            killed between saving and writing it.
         backends: names from :data:`BACKENDS`.
-        project: name of the project at the tracking service.
-        experiment: name of the run there.
-        config: what to show as the run's configuration there.
-        backend_directory: where the backends put their files; None: `directory`.
+        project: name of the project in the tracking service.
+        experiment: name of the run in the tracking service.
+        config: configuration of the run, to be shown in the tracking service.
+        backend_directory: directory for the files of the backends; None: `directory`.
 
     Raises:
-        TrainError: an unknown backend, one that is not installed, a file to resume that is not valid, or one that
-            cannot be written.
+        TrainError: a backend is unknown or not installed, or ``metrics.jsonl`` is not valid or cannot be written.
     """
 
     def __init__(
@@ -71,7 +70,7 @@ class MetricsWriter:
         self.path = Path(directory) / METRICS_FILE
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Before the file is touched, since a backend may be missing.
+        # Before the file is changed, because a backend may be missing.
         self._backends = [
             BACKENDS[name](Path(backend_directory or directory), project, experiment, dict(config or {}))
             for name in backends
@@ -89,11 +88,11 @@ class MetricsWriter:
             self.write(resume_step, resume_metrics)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record one step. Steps must increase; a metric that was not measured in a step is simply left out.
+        """Record one step. Steps must increase; metrics that were not measured in a step are left out.
 
         Raises:
-            ValueError: a step that does not come after the last one, or a metric with a reserved name.
-            TrainError: there is no room for it.
+            ValueError: `step` does not come after the last one, or the name of a metric is reserved.
+            TrainError: the file cannot be written, or was deleted or moved.
         """
         if step <= self._last_step:
             raise ValueError(f"step {step} comes after step {self._last_step} in {self.path}")
@@ -103,6 +102,7 @@ class MetricsWriter:
         line: dict[str, Any] = {"step": step} | {name: finite.get(name) for name in metrics}
         if len(finite) < len(metrics):
             line["nonfinite"] = {name: str(float(metrics[name])) for name in metrics if name not in finite}
+        self._refuse_deleted()
         with writing(self.path):
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
@@ -111,9 +111,17 @@ class MetricsWriter:
             for backend in self._backends:
                 backend.log(step, finite)
 
+    def _refuse_deleted(self) -> None:
+        """Raise `TrainError` if the lines would go into a file that nobody can open any more."""
+        if not os.fstat(self._file.fileno()).st_nlink or not self.path.exists():
+            raise TrainError(
+                f"{self.path} was deleted or moved during the run; start the run again, and leave its directory alone "
+                "until it ends"
+            )
+
     def close(self) -> None:
         """Close the file and end the runs of the backends."""
-        with suppress(OSError):  # of a line that did not fit, which `write` has said
+        with suppress(OSError):  # a line that did not fit, which `write` has reported
             self._file.close()
         for backend in self._backends:
             backend.close()
@@ -128,10 +136,10 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl`` in order of steps; a last line that was cut off is left out.
+    """Return the lines of a ``metrics.jsonl`` in order of steps, without a last line that was cut off.
 
     Raises:
-        TrainError: a line that is not a JSON object with an integer ``step``, naming file and line.
+        TrainError: a line, named with its file and number, is not a JSON object with an integer ``step``.
     """
     return [record for record, _ in _lines(Path(path))]
 
@@ -140,7 +148,7 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
     text = path.read_text(encoding="utf-8")
     for number, line in enumerate(text.splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
-            return  # the process was killed while it wrote this
+            return  # the process was killed while it wrote this line
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
@@ -151,6 +159,8 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def _set_aside(path: Path) -> None:
+    if not path.stat().st_size:
+        return  # of a run that ended before its first step
     number = 1
     while (target := path.with_name(f"metrics.{number}.jsonl")).exists():
         number += 1
@@ -158,14 +168,14 @@ def _set_aside(path: Path) -> None:
 
 
 def _drop_after(path: Path, step: int) -> int:
-    """Keep the lines up to ``step``; returns the last step kept, -1 if none is left."""
+    """Keep the lines up to ``step`` and return the step of the last one, -1 if none is left."""
     kept = [(record["step"], line) for record, line in _lines(path) if record["step"] <= step]
     replace_text(path, "".join(line for _, line in kept))
     return kept[-1][0] if kept else -1
 
 
 def require_backends(names: Sequence[str]) -> None:
-    """Raise `TrainError` for a backend that is not installed, without importing any."""
+    """Raise `TrainError` if a backend is not installed. None is imported."""
     for name in names:
         if find_spec(name) is None:
             raise _not_installed(name, "there is no such package")
@@ -229,4 +239,4 @@ BACKENDS: dict[str, Callable[[Path, str, str, dict[str, Any]], MetricsBackend]] 
     "wandb": _WeightsAndBiases,
     "swanlab": _SwanLab,
 }
-"""Tracking services by name. None is imported before it is asked for."""
+"""Tracking services by name. Each is imported on first use."""

@@ -1,7 +1,8 @@
-"""What a run shows and leaves behind: progress on the terminal, metrics.jsonl, report.html. Rank 0 alone writes."""
+"""Output of a run: progress on the terminal, metrics.jsonl, config.yaml, report.html. Only rank 0 writes."""
 
 import os
 import shlex
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,8 +14,7 @@ from mbridge_config import RunConfig, plain
 from torch import distributed
 
 from mbridge_train.errors import TrainError
-from mbridge_train.run.files import replace_text
-from mbridge_train.run.lock import RunLock
+from mbridge_train.run.files import RunLock, replace_text
 from mbridge_train.run.metrics import METRICS_FILE, MetricsWriter
 from mbridge_train.run.processes import broadcast
 from mbridge_train.run.profiler import StepProfiler
@@ -22,22 +22,22 @@ from mbridge_train.run.progress import TrainingProgress
 from mbridge_train.run.report import Chart, write_report
 
 THROUGHPUT_CHARTS = (
-    Chart(title="Model operations", metrics=("tflops_per_second",), unit="TFLOP/s of a GPU"),
-    Chart(title="Model FLOP utilisation", metrics=("mfu",), unit="share of the GPU's bf16 peak"),
+    Chart(title="Model operations", metrics=("tflops_per_second",), unit="TFLOP/s per GPU"),
+    Chart(title="Model FLOP utilization", metrics=("mfu",), unit="share of the GPU's bf16 peak"),
 )
-"""Of what `throughput` measures."""
+"""Charts of the metrics of `mbridge_train.engine.throughput`."""
 
 RESUME_KEYS = ("runner.experiment_name", "runner.resume_dir", "runner.max_steps", "runner.max_epochs")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Display:
-    """What an app shows of its runs.
+    """How an app shows its runs.
 
     Attributes:
-        description: what is trained, for the progress bar.
-        figures: labels of the metrics in a step's line on the terminal, by the metric's name.
-        charts: of the report.
+        description: label of the progress bar.
+        figures: label of each metric in a step's line on the terminal, by the name of the metric.
+        charts: charts of the report.
     """
 
     description: str
@@ -46,13 +46,13 @@ class Display:
 
 
 class RunOutput:
-    """The files of one run.
+    """The files and the terminal of one run.
 
     Args:
-        config: of the run.
-        directory: of the run; made with the first file.
+        config: config of the run.
+        directory: directory of the run; created with its first file.
         command: the words of the command that started the run.
-        display: what to show.
+        display: which metrics to show, and how.
     """
 
     def __init__(self, config: RunConfig, directory: Path, command: list[str], display: Display) -> None:
@@ -66,12 +66,12 @@ class RunOutput:
         self.is_writer = distributed.get_rank() == 0
         self._lock = RunLock(directory)
         self.report_section = ""
-        """HTML that the report shows below its curves."""
+        """HTML to show below the curves of the report."""
         self._writer: MetricsWriter | None = None
         self._progress: TrainingProgress | None = None
 
     def message(self, text: str) -> None:
-        """One line on the terminal."""
+        """Print one line to the terminal."""
         if not self.is_writer:
             return
         if self._progress is not None:
@@ -81,10 +81,10 @@ class RunOutput:
 
     @contextmanager
     def recording(self, *, total_steps: int, first_step: int, resumed_from: Checkpoint | None = None) -> Iterator[None]:
-        """Show and record steps; at the end the report is written from what was recorded, also after an error.
+        """Record and show the steps of the block, and write the report at its end, even after an error.
 
         Raises:
-            TrainError: on every rank, another run writes there; on rank 0, something cannot be written.
+            TrainError: on every rank, if another run uses the directory; on rank 0, if a file cannot be written.
         """
         if reason := broadcast(self._lock.take() if self.is_writer else None):
             raise TrainError(reason)
@@ -105,24 +105,20 @@ class RunOutput:
         )
         text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         replace_text(self.directory / "config.yaml", text)
-        shown = self.display
+        progress = TrainingProgress(
+            total_steps, self.display.figures, first_step=first_step, description=self.display.description
+        )
         try:
-            with TrainingProgress(
-                total_steps, shown.figures, first_step=first_step, description=shown.description
-            ) as self._progress:
+            with progress as self._progress:
                 yield
-        finally:
-            self._progress = None
-            self._writer.close()
-            write_report(
-                self.directory / METRICS_FILE,
-                self.directory / "report.html",
-                title=self.config.runner.experiment_name,
-                charts=shown.charts,
-                section=self.report_section,
-                config=text,
-            )
-        self._say_where()
+        except BaseException:
+            try:
+                self._finish(text)
+            except Exception as error:  # noqa: BLE001 - the error of the run matters more
+                print(f"the report could not be written: {error}", file=sys.stderr)
+            raise
+        self._finish(text)
+        self._print_results()
 
     def step(self, number: int, metrics: Mapping[str, float]) -> None:
         """Record and show a finished step."""
@@ -130,7 +126,22 @@ class RunOutput:
             self._writer.write(number, metrics)
             self._progress.step(number, metrics)
 
-    def _say_where(self) -> None:
+    def _finish(self, config_text: str) -> None:
+        """Close the metrics and write the report from them."""
+        assert self._writer is not None
+        self._progress = None
+        self._writer.close()
+        write_report(
+            self.directory / METRICS_FILE,
+            self.directory / "report.html",
+            title=self.config.runner.experiment_name,
+            charts=self.display.charts,
+            section=self.report_section,
+            config=config_text,
+        )
+
+    def _print_results(self) -> None:
+        """Print where the results are, and the command that continues the run."""
         print(f"report      {self.directory / 'report.html'}")
         latest = self.checkpoints / "latest"
         if not latest.is_dir():
@@ -142,11 +153,12 @@ class RunOutput:
             "runner.resume_dir=auto",
             f"runner.max_steps={int(newest.name.rsplit('_', 1)[1]) * 2}",
         ]
-        if self.config.runner.max_epochs is not None:  # which may be over
+        if self.config.runner.max_epochs is not None:  # may be reached already
             words.append("runner.max_epochs=null")
         ranks = distributed.get_world_size()
         started = any(word.startswith("launcher.nproc_per_node=") for word in words)
-        if ranks > 1 and not started and ranks == int(os.environ.get("LOCAL_WORLD_SIZE", ranks)):  # by torchrun, say
+        # Torchrun or SLURM started the ranks, all of them on this host.
+        if ranks > 1 and not started and ranks == int(os.environ.get("LOCAL_WORLD_SIZE", ranks)):
             words.append(f"launcher.nproc_per_node={ranks}")
         if "UV" in os.environ:
             words = ["./uvw" if Path("uvw").is_file() else "uv", "run", *words]
