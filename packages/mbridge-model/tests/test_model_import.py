@@ -4,6 +4,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from mbridge_model import ModelError
+from mbridge_model.bridge import install
+
 from testing.tiny_models import make_model
 
 
@@ -53,22 +57,40 @@ assert logging.root.manager.disable == 0
     assert done.stderr == ""
 
 
+INSTALL = "pip install --no-deps megatron-bridge==0.6.2"
+WITHOUT_BRIDGE = 'import sys; sys.modules["megatron.bridge"] = None\n'  # as if it were not installed
+
+
 def test_missing_megatron_bridge(tmp_path: Path) -> None:
     make_model("qwen2", False, tmp_path)
     program = """
-import importlib.abc, sys
-class Blocked(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path, target=None):
-        if name == "megatron.bridge" or name.startswith("megatron.bridge."):
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Blocked())
 from mbridge_model import ModelError, load
 try:
     load(sys.argv[1])
 except ModelError as error:
-    print(error)
+    print(error.exit_code, error)
 """
-    done = run(program, str(tmp_path))
-    assert done.stdout == ("megatron-bridge is not installed; run: pip install --no-deps megatron-bridge==0.6.2\n"), (
-        done.stdout + done.stderr
-    )
+    done = run(WITHOUT_BRIDGE + program, str(tmp_path))
+    said = f"2 megatron-bridge is not installed; run: {INSTALL} (with uv: uv {INSTALL})\n"
+    assert done.stdout == said, done.stdout + done.stderr
+
+
+def test_check_without_megatron_bridge() -> None:
+    program = """
+import sys
+from mbridge_config.cli.main import main
+assert main(["check", "reasoning/quickstart"]) == 0
+assert "torch" not in sys.modules
+"""
+    done = run(WITHOUT_BRIDGE + program)
+    said = f"megatron-bridge is not installed\n    fix: run: {INSTALL} (with uv: uv {INSTALL})\n"
+    assert done.returncode == 0 and f"warning[incomplete-environment] {said}" in done.stdout, done.stdout + done.stderr
+    assert "[incomplete-environment]" not in run(program).stdout
+
+
+def test_another_version_of_megatron_bridge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(install, "VERSION", "0.9.9")
+    with pytest.raises(
+        ModelError, match=r"^megatron-bridge 0\.6\.2 is installed, and mbridge-model needs 0\.9\.9; run"
+    ):
+        install.require_bridge()

@@ -65,8 +65,8 @@ def load(
 ) -> tuple[list[nn.Module], ModelHandle]:
     """Build this rank's part of a Megatron model from a HuggingFace directory. Collective over all ranks.
 
-    Without an initialised torch.distributed the process becomes a world of one; without Megatron's process groups
-    they are made for `parallel`.
+    Without an initialized torch.distributed the process joins the group that torchrun's variables describe, or without
+    them becomes a world of one; without Megatron's process groups they are made for `parallel`.
 
     Args:
         hf_path: directory with config.json and safetensors weights.

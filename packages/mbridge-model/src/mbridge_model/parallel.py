@@ -1,5 +1,6 @@
 """How a model is split over processes."""
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -38,17 +39,18 @@ class Parallel:
 def initialize_parallel(parallel: Parallel, seed: int) -> None:
     """Make Megatron-Core's process groups for `parallel` and seed its random streams, unless they are there already.
 
-    Without a process group this process becomes a world of one, so that a notebook needs no launcher.
+    Without a process group this process joins the one that torchrun's variables describe; without those it becomes a
+    world of one, so that a notebook needs no launcher.
 
     Raises:
-        ModelError: the world size is not a multiple of tensor x pipeline, or groups of other sizes exist.
+        ModelError: the world size is not a multiple of tensor x pipeline, groups of other sizes exist, or torchrun's
+            variables are incomplete.
     """
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     if not torch.distributed.is_initialized():
-        backend = "nccl" if torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        _join_world()
     if not parallel_state.model_parallel_is_initialized():
         world_size = torch.distributed.get_world_size()
         if world_size % parallel.model:
@@ -71,6 +73,29 @@ def initialize_parallel(parallel: Parallel, seed: int) -> None:
             f"process groups exist for tensor x pipeline = {existing[0]} x {existing[1]}, but {parallel.tensor} x "
             f"{parallel.pipeline} was asked for; destroy them first or ask for the same"
         )
+
+
+def _join_world() -> None:
+    """Initialize torch.distributed from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or as a world of one."""
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        return
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ModelError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that this process is one rank of several, but "
+            f"{' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set; start the ranks with "
+            f"`torchrun --nproc_per_node={os.environ['WORLD_SIZE']} PROGRAM`, or `unset WORLD_SIZE` to run alone"
+        )
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise ModelError(
+                f"LOCAL_RANK={local_rank} has no GPU: this host has {torch.cuda.device_count()}; start one process a "
+                f"GPU, `torchrun --nproc_per_node={torch.cuda.device_count()} PROGRAM`"
+            )
+        torch.cuda.set_device(local_rank)
+    torch.distributed.init_process_group(backend)
 
 
 def _world_timeout() -> timedelta:

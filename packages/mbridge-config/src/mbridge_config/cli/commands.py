@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mbridge_config.cli.arguments import Parser, config_listing, memory_size
-from mbridge_config.problems import ConfigError, Problem, ordered, render
+from mbridge_config.problems import ConfigError, Problem, Severity, ordered, render
 from mbridge_config.rules.explanations import Explanation, explanations
 
 EXIT_ERRORS = 2
@@ -36,6 +36,7 @@ def run_check(words: Sequence[str]) -> int:
 
     config = compose(arguments.name, arguments.config_path, arguments.overrides, strict=False)
     report = check(config, arguments.world_size)
+    report.problems = ordered([*report.problems, *_environment_problems()])
     if arguments.memory is not None:
         report.problems = ordered([*report.problems, *memory_problems(config, report, arguments.memory)])
     if arguments.json:
@@ -53,6 +54,27 @@ def run_check(words: Sequence[str]) -> int:
         count = len(report.errors)
         print(f"{arguments.name}: {'ok' if not count else f'{count} error' + ('s' if count > 1 else '')}")
     return EXIT_ERRORS if report.errors else 0
+
+
+def _environment_problems() -> list[Problem]:
+    """Return warnings of installed packages about this environment, which need not be the one of the run.
+
+    An entry point of the group `mbridge.environment` names a function that returns reason and fix, or None.
+    """
+    import importlib.metadata
+
+    return [
+        Problem(
+            id="incomplete-environment",
+            key=None,
+            value=None,
+            reason=found[0],
+            fix=found[1],
+            severity=Severity.WARNING,
+        )
+        for entry in importlib.metadata.entry_points(group="mbridge.environment")
+        if (found := entry.load()()) is not None
+    ]
 
 
 def _check_as_json(name: str, report: Any) -> dict[str, Any]:

@@ -161,6 +161,10 @@ LOADING = {
         "The run's directory holds the checkpoints of an earlier run, which a new one would mix with its own.",
         "Continue that run with `runner.resume_dir=auto`, or set another `runner.experiment_name`.",
     ),
+    "incomplete-environment": (
+        "The environment that `check` runs in lacks what a run needs; the run itself would refuse to start here.",
+        "Type the line that the message shows, unless the run takes place elsewhere.",
+    ),
     "one-host": (
         "`cluster.num_nodes` is above 1, and the command, started by itself, starts ranks on one host alone.",
         "Start the run on every host with torchrun, as the message spells out, or set `cluster.num_nodes=1`.",

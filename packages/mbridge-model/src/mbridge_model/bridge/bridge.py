@@ -14,13 +14,12 @@ from typing import Any
 import torch
 
 from mbridge_model.bridge.hf_views import Parts
+from mbridge_model.bridge.install import require_bridge
 from mbridge_model.bridge.slices import SlicedReader
 from mbridge_model.bridge.tasks import has_vocabulary, hf_names, pad_vocabulary, task_parts
 from mbridge_model.errors import ModelError
 from mbridge_model.patches.cpu import allow_missing_transformer_engine, enable_cpu
 from mbridge_model.patches.quiet import quiet
-
-INSTALL_LINE = "pip install --no-deps megatron-bridge==0.6.2"
 
 
 def import_bridge() -> Any:
@@ -29,18 +28,14 @@ def import_bridge() -> Any:
     Raises:
         ModelError: megatron-bridge is not installed; the message has the line that installs it.
     """
+    require_bridge()
     enable_cpu()
     allow_missing_transformer_engine()
-    try:
-        with quiet():
-            from mbridge_model.patches.rotary import install_rotary
+    with quiet():
+        from mbridge_model.patches.rotary import install_rotary
 
-            install_rotary()
-            from megatron.bridge import AutoBridge
-    except ModuleNotFoundError as error:
-        if error.name and error.name.startswith("megatron.bridge"):
-            raise ModelError(f"megatron-bridge is not installed; run: {INSTALL_LINE}") from None
-        raise
+        install_rotary()
+        from megatron.bridge import AutoBridge
     return AutoBridge
 
 

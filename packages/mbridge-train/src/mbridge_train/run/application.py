@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mbridge_config import ConfigError, Problem, ReasoningConfig, SFTConfig, check, compose, parse_arguments
+from mbridge_model.bridge.install import require_bridge
 
 from mbridge_train.run.launch import launch, outside_group, rank_count
 from mbridge_train.run.metrics import require_backends
@@ -61,6 +62,7 @@ def _run[Config: (ReasoningConfig, SFTConfig)](app: Application[Config], words: 
     if group is None and config.cluster.num_nodes > 1:
         report.problems.append(_one_host(config.cluster.num_nodes, app.package))
     report.raise_for_errors()
+    require_bridge()
     if report.world_size is None:
         # The number of GPUs says how many ranks there will be. Asking for it imports torch, so the config comes first.
         report = check(config, world_size=rank_count(config.launcher.nproc_per_node))
