@@ -1,4 +1,4 @@
-"""How fast weights and optimizer state are offloaded, and weights given to another model, beside plain copies.
+"""How fast weights and optimizer state are offloaded, and weights copied into another model, beside plain copies.
 
     ./uvw run python benchmarks/memory_moves.py --model 1.5b --what offload stream
     ./uvw run python benchmarks/memory_moves.py --model 7b --what stream
@@ -6,22 +6,19 @@
 
 One process and one GPU, random bf16 weights of the geometry of Qwen2.5. "offload" moves weights, fp32 master weights
 and moments to host memory and back; "plain" is as many bytes in copies between one pinned and one device buffer of up
-to 1 GiB. "stream" copies the exported weights into another model's tensors: in this process, and by `stream_weights`
-into those of another process on the same GPU; "plain" is as many bytes in copies between two device buffers. Medians of
-the rounds; the first turn, which makes the pinned memory or opens the handles, is a figure of its own. Extra memory is
-the peak of torch's allocator above what was there. The 7B model has the buffers of one that trains, but no optimizer,
-whose state fits on no one GPU.
+to 1 GiB. "stream" copies the exported weights into another model's tensors; "plain" is as many bytes in copies between
+two device buffers. Figures are medians of the rounds, with the first turn, which allocates the pinned memory, shown
+separately. Extra memory is the peak of torch's allocator above what was allocated before. The 7B model has the buffers
+of one that trains, but no optimizer, whose state does not fit on one GPU.
 """
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterable
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -144,57 +141,23 @@ def make_targets(shapes: Iterable[tuple[str, torch.Size]], device: torch.device)
     return {name: torch.empty(shape, dtype=torch.bfloat16, device=device) for name, shape in shapes}
 
 
-def receive(connection: Connection, rounds: int) -> None:
-    """The other process: take in all rounds, then say what one tensor holds."""
-    from mbridge_train.weight_stream import receive_weights
-
-    shapes, device = connection.recv()
-    targets = make_targets(shapes, device)
-    for _ in range(rounds + 2):
-        receive_weights(connection, targets)
-    connection.send(targets[shapes[0][0]].float().sum().item())
-    connection.recv()
-
-
-def measure_stream(engine: Any, rounds: int, bucket_bytes: int) -> dict[str, Any]:
+def measure_stream(engine: Any, rounds: int) -> dict[str, Any]:
     from mbridge_train.memory.copying import copy_tensors
-    from mbridge_train.weight_stream import stream_weights
 
     device = engine.device
-    shapes, size, first = [], 0, 0.0
+    shapes, size = [], 0
     for name, tensor in engine.export_weights():
-        first = first if shapes else tensor.float().sum().item()
         shapes.append((name, tensor.shape))
         size += tensor.nbytes
     targets = make_targets(shapes, device)
 
-    def in_process(targets: dict[str, Tensor]) -> None:
+    def copy_weights() -> None:
         copy_tensors((targets[name], tensor) for name, tensor in engine.export_weights())
 
-    report: dict[str, Any] = {"bytes": size, "bucket_bytes": bucket_bytes}
-    runs = [seconds_of(lambda: in_process(targets), device) for _ in range(rounds + 1)]
-    extra = extra_memory(lambda: in_process(targets), device)
-    targets = {}  # the other process needs the memory
-    plain = plain_seconds(size, rounds, device)
-    report["in_process"] = figures(size, runs, plain) | {"extra_bytes": extra}
-
-    context = multiprocessing.get_context("spawn")
-    connection, other = context.Pipe()
-    process = context.Process(target=receive, args=(other, rounds), daemon=True)
-    process.start()
-    other.close()
-    connection.send((shapes, device))
-
-    def to_process() -> None:
-        stream_weights(engine, connection, bucket_bytes=bucket_bytes)
-
-    runs = [seconds_of(to_process, device) for _ in range(rounds + 1)]
-    extra = extra_memory(to_process, device)
-    assert connection.recv() == first, "the other process has other weights"
-    connection.send(None)
-    process.join()
-    report["to_process"] = figures(size, runs, plain) | {"extra_bytes": extra}
-    return report
+    runs = [seconds_of(copy_weights, device) for _ in range(rounds + 1)]
+    extra = extra_memory(copy_weights, device)
+    weights = figures(size, runs, plain_seconds(size, rounds, device)) | {"extra_bytes": extra}
+    return {"bytes": size, "weights": weights}
 
 
 def show(report: dict[str, Any]) -> None:
@@ -218,7 +181,6 @@ def main() -> None:
     parser.add_argument("--model", choices=GEOMETRIES, default="1.5b")
     parser.add_argument("--what", nargs="+", choices=("offload", "stream"), default=["offload", "stream"])
     parser.add_argument("--rounds", type=int, default=5, help="after a first one")
-    parser.add_argument("--bucket-bytes", type=int, default=256 << 20)
     parser.add_argument("--output", type=Path, help="write the figures here, as JSON")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
@@ -233,7 +195,7 @@ def measure(arguments: argparse.Namespace, engine: Any) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     report: dict[str, Any] = {"model": arguments.model, "device": name, "rounds": arguments.rounds}
     if "stream" in arguments.what:
-        report["stream"] = measure_stream(engine, arguments.rounds, arguments.bucket_bytes)
+        report["stream"] = measure_stream(engine, arguments.rounds)
     if "offload" in arguments.what:
         report["offload"] = measure_offload(engine, arguments.rounds)
     return report

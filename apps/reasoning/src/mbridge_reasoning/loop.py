@@ -14,12 +14,12 @@ from mbridge_config import (
     take_free_name,
     tokenizer_directory,
 )
+from mbridge_train.build import DTYPES, build_engine, save_settings
 from mbridge_train.checkpoint.resume import find_checkpoint, restore, say_if_finished
 from mbridge_train.checkpoint.runs import RunSaver, is_due
 from mbridge_train.data.errors import DataError
-from mbridge_train.engine.build import DTYPES, build_engine, save_settings
+from mbridge_train.engine.snapshot import Snapshot
 from mbridge_train.engine.throughput import Throughput
-from mbridge_train.memory.weight_swap import Snapshot
 from mbridge_train.run.hf_files import from_directory
 from mbridge_train.run.output import RunOutput
 from mbridge_train.run.processes import broadcast, join, leave, seed_all

@@ -13,11 +13,11 @@ import torch
 from mbridge_config import ReasoningConfig
 from mbridge_train.engine.batch import Sample
 from mbridge_train.engine.engine import Engine
+from mbridge_train.engine.snapshot import Snapshot
 from mbridge_train.engine.throughput import Throughput
 from mbridge_train.losses.advantages import grpo_advantages
 from mbridge_train.losses.policy import policy_loss
 from mbridge_train.memory.offload import KeptPart, Part
-from mbridge_train.memory.weight_swap import Snapshot
 from torch import Tensor, distributed
 from torch.profiler import record_function
 from transformers import PreTrainedTokenizerBase

@@ -3,7 +3,7 @@
 import pytest
 from mbridge_config import ReasoningConfig, compose
 from mbridge_reasoning.quickstart.quickstart import warmup_actor
-from mbridge_train.engine.build import optimizer_settings
+from mbridge_train.build import optimizer_settings
 
 
 @pytest.mark.parametrize(

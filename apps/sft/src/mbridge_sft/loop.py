@@ -15,6 +15,7 @@ from mbridge_config import (
     tokenizer_directory,
 )
 from mbridge_model import Freeze
+from mbridge_train.build import build_engine, save_settings
 from mbridge_train.checkpoint.resume import find_checkpoint, restore, say_if_finished
 from mbridge_train.checkpoint.runs import RunSaver, is_due
 from mbridge_train.checkpoint.save import load_model
@@ -23,7 +24,6 @@ from mbridge_train.data.errors import DataError
 from mbridge_train.data.examples import Examples
 from mbridge_train.data.images import PixelLimits
 from mbridge_train.data.order import require_same_data
-from mbridge_train.engine.build import build_engine, save_settings
 from mbridge_train.engine.engine import Engine
 from mbridge_train.engine.throughput import Throughput
 from mbridge_train.run.output import RunOutput

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mbridge_model.errors import ModelError
-    from mbridge_model.exporting import export, export_blocks, export_recipe, save_hf
+    from mbridge_model.exporting import export, export_recipe, save_hf
     from mbridge_model.forward_pass import forward
     from mbridge_model.loading import ModelHandle, load
     from mbridge_model.parallel import Parallel
@@ -27,7 +27,6 @@ __all__ = [
     "VisionInputs",
     "enable_cpu",
     "export",
-    "export_blocks",
     "export_recipe",
     "forward",
     "load",
@@ -46,7 +45,6 @@ _HOME = {
     "VisionInputs": "vision.inputs",
     "enable_cpu": "patches.cpu",
     "export": "exporting",
-    "export_blocks": "exporting",
     "export_recipe": "exporting",
     "forward": "forward_pass",
     "load": "loading",

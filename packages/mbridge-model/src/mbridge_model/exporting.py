@@ -36,18 +36,9 @@ def export(model: list[nn.Module], handle: ModelHandle) -> Iterator[tuple[str, T
     Raises:
         ModelError: the memory of the weights has been freed.
     """
-    for name, blocks in export_blocks(model, handle):
-        yield name, join_blocks(blocks)
-
-
-def export_blocks(model: list[nn.Module], handle: ModelHandle) -> Iterator[tuple[str, list[Tensor]]]:
-    """The same, each tensor as blocks of its rows, in order.
-
-    Without model parallelism these are views of parameters but for what Megatron-Bridge must convert, even of a fused
-    attention, which has queries, keys and values of a group next to each other: a block for each group.
-    """
     with torch.no_grad():
-        yield from handle.bridge.stream_blocks(model, handle.vocab_size)
+        for name, blocks in handle.bridge.stream_blocks(model, handle.vocab_size):
+            yield name, join_blocks(blocks)
 
 
 def export_recipe(model: list[nn.Module], handle: ModelHandle) -> list[dict[str, Any]] | None:

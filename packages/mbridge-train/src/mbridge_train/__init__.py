@@ -8,18 +8,17 @@ engine.step()
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mbridge_train.build import build_engine
     from mbridge_train.checkpoint.save import load_checkpoint, load_model, save_checkpoint
     from mbridge_train.engine.batch import Sample, aggregation_weights
-    from mbridge_train.engine.build import build_engine
     from mbridge_train.engine.engine import Engine, MicroBatching
+    from mbridge_train.engine.snapshot import Snapshot
     from mbridge_train.errors import TrainError
     from mbridge_train.losses.advantages import grpo_advantages
     from mbridge_train.losses.policy import LossInputs, LossOutputs, policy_loss, sft_loss
-    from mbridge_train.memory.weight_swap import Snapshot
     from mbridge_train.optim.optimizer import OptimizerSettings, StepResult
     from mbridge_train.optim.schedule import Schedule
     from mbridge_train.run.metrics import MetricsWriter
-    from mbridge_train.weight_stream import receive_weights, stream_weights
 
 __all__ = [
     "Engine",
@@ -39,10 +38,8 @@ __all__ = [
     "load_checkpoint",
     "load_model",
     "policy_loss",
-    "receive_weights",
     "save_checkpoint",
     "sft_loss",
-    "stream_weights",
 ]
 
 # Importing Megatron takes seconds, so a name's module is imported when the name is first used.
@@ -55,19 +52,17 @@ _HOME = {
     "OptimizerSettings": "optim.optimizer",
     "Sample": "engine.batch",
     "Schedule": "optim.schedule",
-    "Snapshot": "memory.weight_swap",
+    "Snapshot": "engine.snapshot",
     "StepResult": "optim.optimizer",
     "TrainError": "errors",
     "aggregation_weights": "engine.batch",
-    "build_engine": "engine.build",
+    "build_engine": "build",
     "grpo_advantages": "losses.advantages",
     "load_checkpoint": "checkpoint.save",
     "load_model": "checkpoint.save",
     "policy_loss": "losses.policy",
-    "receive_weights": "weight_stream",
     "save_checkpoint": "checkpoint.save",
     "sft_loss": "losses.policy",
-    "stream_weights": "weight_stream",
 }
 
 

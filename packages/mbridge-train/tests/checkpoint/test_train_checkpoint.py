@@ -275,7 +275,7 @@ def test_start_from_megatron_checkpoint(gang2: Gang, models: Path, tmp_path: Pat
 
 def reference_of_trained(directory: Path, optimizer: dict[str, Any]) -> Any:
     """Reference log probabilities before and after training, own ones around a swap, and digests around it."""
-    from mbridge_train.memory.weight_swap import Snapshot
+    from mbridge_train.engine.snapshot import Snapshot
 
     try:
         engine = build(directory, Parallel(), optimizer)

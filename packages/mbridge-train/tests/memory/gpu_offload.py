@@ -1,4 +1,4 @@
-"""Offloading and streaming on one GPU: memory really returns, values come back, another process gets the weights.
+"""Offloading on one GPU: the memory is really freed, values come back, and snapshots are swapped in and out.
 
     PYTHONPATH=. python packages/mbridge-train/tests/memory/gpu_offload.py
 
@@ -6,23 +6,19 @@ Run from the repository's root. Prints a line a check and exits with 1 if one fa
 how fast it is.
 """
 
-import multiprocessing
 import sys
 import tempfile
 from pathlib import Path
 
 import torch
 from mbridge_model import Parallel
-from mbridge_train.weight_stream import stream_weights
+from mbridge_train.engine.snapshot import Snapshot
 
 from testing.tiny_models import make_model
 from testing.training_runs import OVERLAPPED, build, digests, leave, make_batch, train
-from testing.weight_receiver import digest, receive
 
 # Large enough for the allocator to take memory from the driver for each buffer: 134 million parameters.
 SIZES = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 8}
-BUCKET_BYTES = 64 << 20
-STREAMS = 3
 
 
 def main() -> int:
@@ -60,36 +56,19 @@ def main() -> int:
     (record,) = train(engine, 2, 3)
     check("a step after it", record[3] and record[0] == record[0], f"loss {record[0]:.4f}")
 
-    context = multiprocessing.get_context("spawn")
-    connection, other = context.Pipe()
-    process = context.Process(target=receive, args=(other, directory, STREAMS, "cuda", torch.bfloat16), daemon=True)
-    process.start()
-    other.close()
-    for stream in range(STREAMS):
-        train(engine, 3 + stream, 4 + stream)
-        torch.cuda.synchronize()
-        allocated = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        stream_weights(engine, connection, bucket_bytes=BUCKET_BYTES)
-        extra = torch.cuda.max_memory_allocated() - allocated
-        expected = digest(dict(engine.export_weights()))
-        check(f"stream {stream}: another process has the weights", connection.recv()[1] == expected)
-        buckets = f"{extra / 2**20:.0f} MiB for buckets of {BUCKET_BYTES >> 20}"
-        check(f"stream {stream}: extra memory", extra <= 3 * BUCKET_BYTES, buckets)
-    torch.cuda.empty_cache()
-    allocated, free = torch.cuda.memory_allocated(), torch.cuda.mem_get_info()[0]
-    engine.offload("weights", "gradients", "optimizer")
-    freed = allocated - torch.cuda.memory_allocated()
+    snapshot, then = Snapshot(engine), engine.logprobs(make_batch(9))
+    train(engine, 3, 5)
+    trained, now = digests(engine), engine.logprobs(make_batch(9))
     torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    returned = torch.cuda.mem_get_info()[0] - free
-    # The weights are a ninth of it: memory that the other process had still mapped would not return.
-    figures = f"{returned} bytes more of {freed}"
-    check("what was read in place is free once offloaded", returned >= 0.95 * freed >= 17 * parameters, figures)
-    engine.onload()
-    check("and comes back", digest(dict(engine.export_weights())) == expected)
+    allocated = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with snapshot.swapped_in(engine):
+        extra = torch.cuda.max_memory_allocated() - allocated
+        check("a snapshot has the weights of then", all(map(torch.equal, then, engine.logprobs(make_batch(9)))))
+    check("and gives back those of now", digests(engine) == trained)
+    check("which differ", not all(map(torch.equal, then, now)))
+    check("extra memory of a swap", extra <= 65 << 20, f"{extra / 2**20:.0f} MiB")
     leave()
-    process.kill()
     return int(not all(passed))
 
 

@@ -9,7 +9,7 @@ import torch
 from mbridge_config import ReasoningConfig, RunConfig, SFTConfig, check, longest_run
 from mbridge_config.load.compose import from_tree
 from mbridge_config.schema.provenance import Provenance
-from mbridge_train.engine.build import optimizer_settings
+from mbridge_train.build import optimizer_settings
 from mbridge_train.errors import TrainError
 from mbridge_train.losses.policy import LossInputs, policy_loss
 

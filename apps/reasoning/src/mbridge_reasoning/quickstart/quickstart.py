@@ -13,8 +13,8 @@ import torch
 from mbridge_config import ReasoningConfig, hf_directory
 from mbridge_config.schema.actor import ActorConfig
 from mbridge_model import save_hf
+from mbridge_train.build import build_engine
 from mbridge_train.engine.batch import Sample, aggregation_weights
-from mbridge_train.engine.build import build_engine
 from mbridge_train.losses.policy import sft_loss
 from mbridge_train.run.output import RunOutput
 from mbridge_train.run.processes import broadcast

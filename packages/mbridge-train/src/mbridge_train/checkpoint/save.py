@@ -45,7 +45,6 @@ from mbridge_train.checkpoint.placement import (
 )
 from mbridge_train.engine.engine import Engine
 from mbridge_train.errors import TrainError
-from mbridge_train.memory.offload import onloaded
 
 LOOP_FILE = "state/loop.json"
 
@@ -84,7 +83,7 @@ def save_checkpoint(
     Raises:
         mbridge_ckpt.SaveError: on every rank, if one rank could not write; nothing is then left half written.
     """
-    with onloaded(engine):
+    with engine.onloaded():
         engine.synchronize_weights()
         layout = current_layout(engine)
         ranks = model_parallel_ranks(engine)
@@ -134,7 +133,7 @@ def load_checkpoint(engine: Engine, checkpoint: Checkpoint | Path) -> dict[str, 
     """
     if isinstance(checkpoint, Path):
         checkpoint = open_checkpoint(checkpoint)
-    with onloaded(engine):
+    with engine.onloaded():
         load_model(engine, checkpoint)
         if engine.optimizer is not None:
             state = _read_optimizer(engine, checkpoint)
@@ -186,7 +185,7 @@ def load_model(engine: Engine, checkpoint: Checkpoint) -> None:
 
 
 def _copy_in(engine: Engine, weights: dict[str, Tensor]) -> None:
-    with onloaded(engine), torch.no_grad():
+    with engine.onloaded(), torch.no_grad():
         for name, tensor in model_state(engine).items():
             tensor.copy_(weights[name])
         if engine.optimizer is not None:

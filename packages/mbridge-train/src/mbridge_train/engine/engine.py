@@ -8,12 +8,13 @@ gradient are the same under every layout, micro-batching and packing.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from mbridge_model import ModelHandle, export, export_blocks, forward
+from mbridge_model import ModelHandle, export, forward
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -146,10 +147,6 @@ class Engine:
         self.optimizer.zero_grad()
         return self._run_loss(batch, loss, temperature=temperature, with_entropy=with_entropy, forward_only=False)
 
-    def evaluate(self, batch: list[Sample], loss: LossFunction, *, temperature: float = 1.0) -> Mapping[str, float]:
-        """The metrics of `forward_backward`, without gradients. Collective over all ranks."""
-        return self._run_loss(batch, loss, temperature=temperature, with_entropy=False, forward_only=True)
-
     @record_function("optimizer_step")
     def step(self) -> StepResult:
         """Apply the gradients. Collective over all ranks."""
@@ -201,11 +198,6 @@ class Engine:
         self.synchronize_weights()
         return export(self.model, self.handle)
 
-    def export_blocks(self) -> Iterator[tuple[str, list[Tensor]]]:
-        """The same, each tensor as blocks of its rows (`mbridge_model.export_blocks`)."""
-        self.synchronize_weights()
-        return export_blocks(self.model, self.handle)
-
     def synchronize_weights(self) -> None:
         """Finish a parameter gather that overlaps with the next forward pass, so that the weights can be read."""
         self.memory.require("weights")
@@ -231,6 +223,17 @@ class Engine:
         """Bring `parts`, or both without a name, back bit for bit. What needs them may be called at once."""
         for part in parts or KEPT:
             self.memory.onload(part)
+
+    @contextmanager
+    def onloaded(self) -> Iterator[None]:
+        """Keep weights and optimizer on the device within the block, and offload afterwards what was offloaded."""
+        away = self.memory.away
+        self.onload()
+        self.memory.require(*KEPT)
+        try:
+            yield
+        finally:
+            self.offload(*away)
 
     def close(self) -> None:
         """Make the engine unusable and its memory and process groups free to go, with the last reference to it.

@@ -1,4 +1,4 @@
-"""Many tensors copied at once."""
+"""Copying many tensors in few calls."""
 
 from collections.abc import Iterable
 
@@ -6,19 +6,19 @@ import torch
 from torch import Tensor
 
 LARGE = 8 << 20
-"""Bytes of a tensor whose copy takes longer than its launch. Alone it also is faster than as one of many."""
+"""Bytes from which a tensor is copied alone: its copy takes longer than its launch, and is slower in a group."""
 GROUP_BYTES = 256 << 20
-"""Of smaller ones in one call. It is also what they may take, where they are not views of memory that is there."""
+"""Bytes of smaller tensors that one call copies, and so the most that sources which are not views may occupy."""
 
 
 @torch.no_grad()
 def copy_tensors(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Copy the second tensor of each pair into the first, cast to its dtype.
 
-    On a GPU the copies of a model's small tensors one by one take longer to launch than to run.
+    On a GPU, copying a model's small tensors one by one takes longer to launch than to run.
 
     Args:
-        pairs: of equal shapes. Small sources are held until `GROUP_BYTES` of them have come.
+        pairs: (target, source) of equal shapes. Small sources are held until they add up to `GROUP_BYTES`.
     """
     targets: list[Tensor] = []
     sources: list[Tensor] = []

@@ -1,27 +1,27 @@
-"""A group of storages that can be emptied and filled again, with a copy in host memory in between."""
+"""Copies of storages in host memory: to empty the storages and refill them, or to swap their values."""
 
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
 
-# Pinned memory is handed out in powers of two: of one large piece, up to half would be lost.
+# Pinned memory is allocated in powers of two: up to half of one large allocation would be wasted.
 _CHUNK_BYTES = 64 << 20
 _ALIGNMENT = 64
 
 
 class HostCopy:
-    """The storages of some tensors, on their device or in host memory. The host memory is kept for the next turn.
+    """The values of some tensors' storages in host memory, which is pinned on a GPU and kept for the next turn.
 
-    Storages are emptied in place, so that every view of them is what it was once they are filled again. On a GPU the
-    host memory is pinned and the copies run on `stream`; a CPU's storages are copied to other memory in the same way.
+    Storages are emptied in place, so that all their views are valid again once they are refilled. On a CPU they are
+    copied to other memory in the same way.
 
     Args:
-        device: storages elsewhere are left alone.
-        stream: for the copies; None on a CPU.
+        device: storages on other devices are left alone.
+        stream: runs the copies of `take` and `give_back`; None: the current stream.
     """
 
-    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None) -> None:
+    def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
         self.device = device
         self._stream = stream
         self._chunks: list[Tensor] = []
@@ -40,15 +40,20 @@ class HostCopy:
         Args:
             tensors: several of them may share a storage.
             excluding: tensors whose storages stay.
-            keeps_values: copy first; otherwise `give_back` makes memory with nothing meaningful in it.
+            keeps_values: copy them first; otherwise `give_back` leaves them uninitialized.
 
         Raises:
-            RuntimeError: there is not enough host memory; nothing has happened then.
+            RuntimeError: there is not enough host memory; nothing was emptied.
         """
         kept = {tensor.untyped_storage().data_ptr() for tensor in excluding}
-        storages = [data for data in _storages(tensors, self.device) if data.data_ptr() not in kept]
+        storages = [
+            data
+            for data in _storages(tensors, self.device)
+            # A CPU storage that numpy has seen, as in a save, cannot be emptied.
+            if data.data_ptr() not in kept and data.untyped_storage().resizable()
+        ]
         if keeps_values:
-            self._reserve(sum(_aligned(data.nbytes) for data in storages))
+            self._reserve(storages)
             self._copy(storages, to_host=True)
         self._freed = [(data, data.nbytes) for data in storages]
         self._holds_values, self._arrived = keeps_values, None
@@ -56,7 +61,7 @@ class HostCopy:
             data.untyped_storage().resize_(0)
 
     def give_back(self) -> None:
-        """Fill the storages again. On a GPU the values are there for work that is issued after `wait`."""
+        """Refill the storages. On a GPU only work that is issued after `wait` sees the values."""
         assert self._freed is not None
         for data, size in self._freed:
             data.untyped_storage().resize_(size)
@@ -68,30 +73,48 @@ class HostCopy:
                 self._arrived = self._stream.record_event()
 
     def wait(self) -> None:
-        """Let the current stream wait for the copy of `give_back`."""
+        """Make the current stream wait for the copy of `give_back`."""
         if self._arrived is not None:
             torch.cuda.current_stream(self.device).wait_event(self._arrived)
             self._arrived = None
+
+    def save(self, tensors: Iterable[Tensor]) -> None:
+        """Copy the storages of `tensors` to host memory and leave them as they are. Raises as `take`."""
+        storages = _storages(tensors, self.device)
+        self._reserve(storages)
+        self._copy(storages, to_host=True)
+
+    @torch.no_grad()
+    def exchange(self, tensors: Iterable[Tensor]) -> None:
+        """Swap the values of `tensors`, the same as in `save`, with those in host memory, on the current stream.
+
+        Needs memory for one piece of at most 64 MiB on the device.
+        """
+        for data, host in self._pairs(_storages(tensors, self.device)):
+            held = data.clone()
+            data.copy_(host, non_blocking=True)
+            host.copy_(held, non_blocking=True)
 
     def _copy(self, storages: list[Tensor], *, to_host: bool) -> None:
         if self._stream is None:
             for data, host in self._pairs(storages):
                 (host if to_host else data).copy_(data if to_host else host)
             return
-        # What is copied must have been computed; and memory that is filled may still be read by what had it before.
+        # The source must have been computed, and refilled memory may still be read by its previous user.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             for data, host in self._pairs(storages):
                 (host if to_host else data).copy_(data if to_host else host, non_blocking=True)
         for data in storages:
-            data.record_stream(self._stream)  # once freed, it is not given away before the copy has ended
+            data.record_stream(self._stream)  # keeps freed memory from being reused before the copy has ended
 
-    def _reserve(self, size: int) -> None:
+    def _reserve(self, storages: list[Tensor]) -> None:
+        size = sum(_aligned(data.nbytes) for data in storages)
         while len(self._chunks) * _CHUNK_BYTES < size:
-            self._chunks.append(torch.empty(_CHUNK_BYTES, dtype=torch.uint8, pin_memory=self._stream is not None))
+            self._chunks.append(torch.empty(_CHUNK_BYTES, dtype=torch.uint8, pin_memory=self.device.type == "cuda"))
 
     def _pairs(self, storages: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """(bytes of a storage, their place in host memory): storages lie there one after another, across chunks."""
+        """Yield (bytes of a storage, their place in host memory): storages lie there back to back, across chunks."""
         position = 0
         for data in storages:
             begin = 0
@@ -104,15 +127,11 @@ class HostCopy:
 
 
 def _storages(tensors: Iterable[Tensor], device: torch.device) -> list[Tensor]:
-    """Each storage of `tensors` on `device` once, as a uint8 tensor [bytes] over all of it.
-
-    Left out are those that are empty, and those that cannot be emptied: a CPU's that numpy has seen, as in a save.
-    """
+    """Return each storage of `tensors` on `device` once, as a uint8 tensor [bytes] over all of it; none if empty."""
     found: dict[int, Tensor] = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()
-        is_new = tensor.device == device and storage.nbytes() > 0 and storage.data_ptr() not in found
-        if is_new and storage.resizable():
+        if tensor.device == device and storage.nbytes() > 0 and storage.data_ptr() not in found:
             found[storage.data_ptr()] = torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
     return list(found.values())
 

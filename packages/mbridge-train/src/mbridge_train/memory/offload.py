@@ -1,18 +1,17 @@
-"""Weights, gradients and optimizer state out of a GPU's memory while something else needs it.
+"""Offloading weights, gradients and optimizer state while something else needs the GPU's memory.
 
-Storages are emptied and filled again, so that all views stay valid: a parameter and its slice of Megatron-Core's flat
+Storages are emptied and refilled in place, so all views stay valid: a parameter and its slice of Megatron-Core's flat
 buffer, `main_grad`, the optimizer's slices of fp32 weights. Megatron-Core's own helpers do less: those of its
 optimizers replace tensors by copies in pageable memory, after which slices of fp32 weights are no longer the model's;
-those of its buffers pin memory on the way and wait for the GPU. What they do with gradients is done here, too: they
-are dropped, as the next forward and backward pass begins with zeros.
+those of its buffers allocate pinned memory each time and wait for the GPU. Like them, this module drops gradients,
+since the next forward and backward pass begins with zeros.
 
-On a GPU the copies run on a stream of their own. Only the reuse of the freed memory waits for a copy to the host, and
-only the first work that needs a part for a copy to the GPU.
+On a GPU the copies run on a separate stream. Only the reuse of the freed memory waits for a copy to the host, and
+only the first work that needs a part waits for a copy to the GPU.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -21,9 +20,6 @@ from mbridge_train.errors import TrainError
 from mbridge_train.memory.host_copy import HostCopy
 from mbridge_train.optim.optimizer import Optimizer
 
-if TYPE_CHECKING:
-    from mbridge_train.engine.engine import Engine
-
 KeptPart = Literal["weights", "optimizer"]
 Part = KeptPart | Literal["gradients"]
 KEPT: tuple[KeptPart, ...] = ("weights", "optimizer")
@@ -31,12 +27,12 @@ PARTS: tuple[Part, ...] = (*KEPT, "gradients")
 
 
 class Offload:
-    """What of an engine is not on its device.
+    """The parts of an engine that are offloaded, and the host memory that holds them.
 
     Args:
-        model: its chunks, wrapped for data parallelism if they are trained.
-        optimizer: None for an engine that only evaluates, which has weights alone.
-        device: of the model.
+        model: the chunks, wrapped for data parallelism if they are trained.
+        optimizer: None for an engine that only evaluates, which has nothing but weights.
+        device: the model's device.
     """
 
     def __init__(self, model: Sequence[Any], optimizer: Optimizer | None, device: torch.device) -> None:
@@ -51,7 +47,7 @@ class Offload:
         return frozenset(part for part, copy in self._copies.items() if copy.is_away)
 
     def offload(self, part: Part) -> None:
-        """See `Engine.offload`; no gather of weights may be under way. Offloaded already: nothing happens."""
+        """Offload a part; idempotent. See `Engine.offload`. No gather of weights may be in flight."""
         copy = self._copies[part]
         if copy.is_away:
             return
@@ -66,12 +62,12 @@ class Offload:
             ) from error
 
     def onload(self, part: Part) -> None:
-        """See `Engine.onload`. There already: nothing happens."""
+        """Bring a part back; idempotent. See `Engine.onload`."""
         if self._copies[part].is_away:
             self._copies[part].give_back()
 
     def require(self, *parts: Part) -> None:
-        """Let the work that is issued from now on find the parts on the device.
+        """Make all work that is issued from now on wait until the parts are on the device.
 
         Raises:
             TrainError: one of them is offloaded.
@@ -90,15 +86,3 @@ class Offload:
         if part == "optimizer":
             return self._optimizer.tensors()
         return [buffer.grad_data for chunk in self._model for buffer in chunk.buffers + chunk.expert_parallel_buffers]
-
-
-@contextmanager
-def onloaded(engine: "Engine") -> Iterator[None]:
-    """Within the block weights and optimizer are on the device; after it what was offloaded is offloaded again."""
-    away = engine.memory.away
-    engine.onload()
-    engine.memory.require(*KEPT)
-    try:
-        yield
-    finally:
-        engine.offload(*away)
