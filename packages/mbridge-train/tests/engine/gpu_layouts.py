@@ -1,6 +1,6 @@
 r"""The engine on GPUs with NCCL, against the same plain PyTorch loop on the CPU that the gloo tests compare with.
 
-    PYTHONPATH=.:packages/mbridge-train/tests torchrun --nproc_per_node 2 \
+    PYTHONPATH=. torchrun --nproc_per_node 2 \
         packages/mbridge-train/tests/engine/gpu_layouts.py
 
 Run from the repository's root. One GPU runs the cases of one rank. Prints a line a case and exits with 1 on a

@@ -1,6 +1,6 @@
 """Log probabilities on one GPU against transformers on the same GPU, on plain torch layers and Transformer Engine's.
 
-    PYTHONPATH=.:packages/mbridge-train/tests python packages/mbridge-train/tests/engine/gpu_parity.py
+    PYTHONPATH=. python packages/mbridge-train/tests/engine/gpu_parity.py
 
 Run from the repository's root. Prints a line a model, dtype, backend and batching: the largest absolute difference, and
 whether the exported weights are those of the directory to the bit. Without Transformer Engine only plain torch runs.

@@ -1,8 +1,8 @@
-"""What only a GPU shows of profiles and throughput: kernels in the trace, and the peak of this GPU.
+"""Checks of profiles and throughput that need a GPU: kernels in the trace, and the known peak of this GPU.
 
-    PYTHONPATH=.:packages/mbridge-train/tests python packages/mbridge-train/tests/run/gpu_profiler.py
+    PYTHONPATH=. python packages/mbridge-train/tests/run/gpu_profiler.py
 
-Run from the repository's root. Prints a line a check and exits with 1 if one fails.
+Run from the root of the repository. Prints one line per check and exits with 1 if one fails.
 """
 
 import gzip
@@ -13,12 +13,14 @@ import tempfile
 from pathlib import Path
 
 import torch
+from mbridge_config import HFFacts
 from mbridge_config.schema.megatron import ProfilerConfig
 from mbridge_config.schema.model import ModelConfig
 from mbridge_train.engine.throughput import Throughput
 from mbridge_train.run.processes import join, leave
 from mbridge_train.run.profiler import StepProfiler
-from test_throughput import FACTS
+
+from testing.tiny_models import make_model
 
 
 def main() -> int:
@@ -40,8 +42,9 @@ def main() -> int:
             events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
             kernels = sum(event.get("cat") == "kernel" for event in events)
             checks[f"step {number} has the kernel of its one product ({kernels})"] = kernels == 1
+        facts = HFFacts.load(make_model("qwen2", directory / "model"))
     name = torch.cuda.get_device_name()
-    peak = Throughput(FACTS, ModelConfig(precision="bf16")).peak
+    peak = Throughput(facts, ModelConfig(precision="bf16")).peak
     checks[f"the peak of {name} is known ({peak} TFLOP/s)"] = peak is not None
     for text, is_right in checks.items():
         print(f"{'ok' if is_right else 'FAIL'}: {text}")

@@ -1,4 +1,4 @@
-"""The command of an app: compose and check the config, then start the ranks. Nothing heavy is imported before."""
+"""The command of an app: compose and check the config, then start the ranks. Torch is imported after the check."""
 
 import os
 import sys
@@ -18,9 +18,9 @@ class Application[Config: (ReasoningConfig, SFTConfig)]:
 
     Attributes:
         program: name of the command.
-        package: import name; the configs are found by it.
-        schema: of its configs. Without `--config-name` it is `quickstart`.
-        check_start: raises a user error for what would stop the run later; called before any rank is started.
+        package: import name, in which the configs are found; `quickstart` is the default one.
+        schema: dataclass of the configs.
+        check_start: called before any rank starts; raises a user error for mistakes that would stop the run later.
     """
 
     program: str
@@ -30,10 +30,9 @@ class Application[Config: (ReasoningConfig, SFTConfig)]:
 
 
 def run_application[Config: (ReasoningConfig, SFTConfig)](app: Application[Config], words: Sequence[str]) -> int:
-    """Run the command line `words` (without the program's name) and return the exit code.
+    """Run the command line `words` (without the program's name) and return the exit code of the run.
 
-    0; 2 for a mistake of the user, printed without a traceback; 130 for Ctrl-C; 1 for a crash of a rank. A crash of
-    this very process keeps its traceback.
+    The exit codes are those of `launch`. User errors are printed without a traceback.
     """
     try:
         return _run(app, list(words))
@@ -42,7 +41,7 @@ def run_application[Config: (ReasoningConfig, SFTConfig)](app: Application[Confi
     except Exception as error:
         if getattr(error, "exit_code", None) != 2:
             raise
-        # A config's problems say by themselves which of them are errors.
+        # The problems of a config say themselves which of them are errors.
         print(error if isinstance(error, ConfigError) else f"error: {error}", file=sys.stderr)
         return 2
 
@@ -64,11 +63,11 @@ def _run[Config: (ReasoningConfig, SFTConfig)](app: Application[Config], words: 
     report.raise_for_errors()
     require_bridge()
     if report.world_size is None:
-        # The number of GPUs says how many ranks there will be. Asking for it imports torch, so the config comes first.
+        # The number of GPUs decides the number of ranks. Asking for it imports torch, so the config is checked first.
         report = check(config, world_size=rank_count(config.launcher.nproc_per_node))
         report.raise_for_errors()
     app.check_start(config)
-    if group is None or group.rank == 0:  # which alone writes metrics
+    if group is None or group.rank == 0:  # the only rank that writes metrics
         require_backends(config.runner.logger.logger_backends)
     if report.problems and (group is None or group.rank == 0):
         print(report, file=sys.stderr)
@@ -83,6 +82,6 @@ def _one_host(num_nodes: int, package: str) -> Problem:
         id="one-host",
         key="cluster.num_nodes",
         value=num_nodes,
-        reason="this command starts ranks on this host alone",
+        reason="this command starts ranks on this host only",
         fix=f"start the run on every host with `{words} -m {package}.cli …`, or set cluster.num_nodes=1",
     )

@@ -1,4 +1,4 @@
-"""What transformers reads of a model's directory, and what is said of a file that it cannot use."""
+"""Loading from a model's directory with transformers: every file that it cannot use is a user error."""
 
 from pathlib import Path
 from typing import Any
@@ -7,19 +7,19 @@ from mbridge_train.errors import TrainError
 
 
 def from_directory(kind: Any, directory: Path, name: str, **options: Any) -> Any:
-    """`kind.from_pretrained(directory, **options)`.
+    """Return ``kind.from_pretrained(directory, **options)``.
 
     Args:
-        kind: of transformers, such as `AutoTokenizer`.
-        directory: of the model.
-        name: of what is read, such as "tokenizer", for messages.
+        kind: a class of transformers, such as `AutoTokenizer`.
+        directory: directory of the model.
+        name: name of the part, such as "tokenizer", for messages.
 
     Raises:
-        TrainError: its files cannot be used.
+        TrainError: a file is missing or broken.
     """
     try:
         return kind.from_pretrained(directory, **options)
-    # A file that is broken raises anything: KeyError, TypeError, and of the tokenizers library Exception itself.
+    # A broken file can raise anything: KeyError, TypeError, and Exception itself from the tokenizers library.
     except Exception as error:
         reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         raise TrainError(

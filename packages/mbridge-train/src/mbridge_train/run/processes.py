@@ -1,6 +1,6 @@
-"""The processes of a run: joining the process group, seeding, leaving.
+"""The process group of a run: joining, seeding, exchanging small objects, leaving.
 
-Megatron-Core's model-parallel groups inside it are made when the model is loaded (`mbridge_model.load`).
+Megatron-Core's model-parallel groups are created within it when the model is loaded (`mbridge_model.load`).
 """
 
 import os
@@ -16,13 +16,15 @@ from mbridge_train.errors import TrainError
 
 
 def join(timeout_minutes: float = 30.0) -> torch.device:
-    """Join the process group that the launcher described in the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...).
+    """Join the process group that the launcher describes in the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...).
+
+    Idempotent: a group that this process has already joined is kept.
 
     Returns:
-        This rank's device: its own GPU with nccl, or the CPU with gloo where there is no GPU.
+        The device of this rank: its own GPU with nccl, or the CPU with gloo where there is no GPU.
 
     Raises:
-        TrainError: more ranks on this host than GPUs.
+        TrainError: this host has more ranks than GPUs.
     """
     enable_cpu()
     if not torch.cuda.is_available():
@@ -33,7 +35,7 @@ def join(timeout_minutes: float = 30.0) -> torch.device:
     if local_rank >= torch.cuda.device_count():
         raise TrainError(
             f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}; "
-            "start one process a GPU (launcher.nproc_per_node)"
+            "start one process per GPU (launcher.nproc_per_node)"
         )
     torch.cuda.set_device(local_rank)
     device = torch.device("cuda", local_rank)
@@ -46,7 +48,10 @@ def join(timeout_minutes: float = 30.0) -> torch.device:
 
 
 def seed_all(seed: int) -> None:
-    """Seed Python, numpy and torch alike on every rank. Megatron-Core's own streams are seeded with its groups."""
+    """Seed Python, numpy and torch with the same seed on every rank.
+
+    Megatron-Core's random streams are seeded when its groups are created.
+    """
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -63,7 +68,7 @@ def leave() -> None:
 
 
 def broadcast[T](value: T) -> T:
-    """Rank 0's value on every rank. It is pickled: for small objects that only this program makes."""
+    """Return rank 0's `value` on every rank. It is pickled, so it must be small and come from this program."""
     box = [value]
     distributed.broadcast_object_list(box, src=0)
     return box[0]

@@ -1,8 +1,8 @@
-"""Traces of chosen steps, made by torch's profiler.
+"""Traces of chosen steps, recorded with torch's profiler.
 
-Each rank writes a file a step, for Perfetto or Chrome, and in a directory for TensorBoard's plugin. In it, the ranges
-`step <n>`, those of the app's phases and those of the engine (`forward_backward`, `optimizer_step`, `logprobs`) stand
-over the operators and kernels.
+Each rank writes one file per step for Perfetto or Chrome, and one for TensorBoard's plugin. Above operators and kernels
+they show the ranges `step <n>`, the phases of the app, and the calls of the engine (`forward_backward`,
+`optimizer_step`, `logprobs`).
 """
 
 import shutil
@@ -22,14 +22,14 @@ _ACTIVITIES = {"cpu": ProfilerActivity.CPU, "cuda": ProfilerActivity.CUDA}
 
 
 class StepProfiler:
-    """Records steps as `settings` say.
+    """Record the steps that `settings` choose.
 
     Args:
-        settings: None: nothing is recorded.
-        directory: where the traces go if `settings` do not say.
+        settings: which steps to record, and how; None: record nothing.
+        directory: directory of the traces, unless `settings.output_dir` names another.
 
     Raises:
-        TrainError: only GPU activities are to be recorded, and there is no GPU.
+        TrainError: `settings` ask for GPU activities only, and there is no GPU.
     """
 
     def __init__(self, settings: ProfilerConfig | None, directory: Path) -> None:
@@ -46,7 +46,7 @@ class StepProfiler:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Record what runs inside, if the step `number` is to be recorded; a step that fails leaves no trace."""
+        """Record the block if the step `number` is chosen. A step that fails leaves no trace."""
         settings = self.settings
         if settings is None or not (is_recorded(settings, number) or is_warmup(settings, number)):
             yield
@@ -59,7 +59,7 @@ class StepProfiler:
                 with_stack=settings.with_stack,
                 with_flops=settings.with_flops,
                 with_modules=settings.with_modules,
-                acc_events=True,  # else torch warns that a second cycle would lose the first one's; there is none
+                acc_events=True,  # without it torch warns of a second cycle, which never comes
             ) as recorded,
             record_function(f"step {number}"),
         ):
@@ -68,7 +68,7 @@ class StepProfiler:
             self._write(recorded, number)
 
     def _write(self, recorded: profile, number: int) -> None:
-        """The trace, which can be written once only."""
+        """Write the trace once, which is all that torch allows, and copy it."""
         assert self.settings is not None
         rank = distributed.get_rank()
         files = []
@@ -76,7 +76,7 @@ class StepProfiler:
             prefix = self.settings.chrome_filename_prefix
             files.append(self.directory / f"{prefix}_rank{rank}_step{number}.json.gz")
         if self.settings.export_tensorboard:
-            # The plugin reads worker and span out of the name.
+            # The plugin parses worker and span from the name.
             files.append(self.directory / "tensorboard" / f"rank{rank}.{number}.pt.trace.json.gz")
         for file in files:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The display of a running training: one line per step, and on a terminal a progress bar below them."""
+"""Progress of a run: one line per step and, on a terminal, a progress bar below the lines."""
 
 from collections.abc import Mapping
 from types import TracebackType
@@ -10,16 +10,16 @@ from rich.text import Text
 
 
 class TrainingProgress:
-    """Prints the key figures of each step; use it as a context manager.
+    """Print the key figures of each step; use it as a context manager.
 
     Where output is not a terminal (a log file, CI), lines are plain text without a bar or escape sequences.
 
     Args:
-        total_steps: of the whole run, those before a resume included.
-        figures: label to show for each metric, by the metric's name, in the order to show them in. A metric that a
-            step has not measured is left out of its line.
-        first_step: steps done before, if the run was resumed.
-        description: what the bar is labelled.
+        total_steps: number of steps of the whole run, including those before a resume.
+        figures: label of each metric, by its name, in the order of display. Metrics that a step did not measure are
+            left out of its line.
+        first_step: number of steps done before this process, if the run was resumed.
+        description: label of the bar.
         console: where to print; None: standard output.
     """
 
@@ -48,7 +48,7 @@ class TrainingProgress:
         self._task = self._bar.add_task(description, total=total_steps, completed=first_step)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show that ``step`` steps are done, and the figures of the last one."""
+        """Show that ``step`` steps are done, with the figures of the last one."""
         width = len(str(self._total_steps))
         line = Text.assemble(("step ", "dim"), (f"{step:>{width}}/{self._total_steps}", "bold"))
         for name, label in self._figures.items():
@@ -58,7 +58,7 @@ class TrainingProgress:
         self._bar.update(self._task, completed=step)
 
     def message(self, text: str) -> None:
-        """Print a line of text above the bar, as it is."""
+        """Print a line of text, without markup, above the bar."""
         self._print(Text(text))
 
     def __enter__(self) -> Self:
@@ -76,7 +76,7 @@ class TrainingProgress:
 
 
 def format_figure(value: float) -> str:
-    """At most four significant digits, whole numbers in full."""
+    """Format `value` with at most four significant digits, whole numbers in full."""
     if isinstance(value, int) or (value.is_integer() and abs(value) < 1e9):
         return str(int(value))
     return f"{value:.4g}"

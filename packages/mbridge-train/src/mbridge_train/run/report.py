@@ -1,7 +1,7 @@
-"""A report of a run: one HTML file with its curves, made from ``metrics.jsonl``.
+"""The report of a run: one HTML file with its curves, made from ``metrics.jsonl``.
 
-The file holds everything it shows (plots are inline SVG), needs no network and no script, and follows the reader's
-light or dark setting.
+The file is self-contained (plots are inline SVG), needs neither network nor scripts, and follows the reader's light or
+dark setting.
 """
 
 import html
@@ -28,10 +28,10 @@ from mbridge_train.run.metrics import read_metrics
 from mbridge_train.run.progress import format_figure
 
 SMOOTHING_STEPS = 20
-"""Curves with at least this many points get a moving average drawn over them."""
+"""Curves with at least this many points are drawn with a moving average."""
 
 _COLORS = ["#2f7ed8", "#e4853a", "#3aa76d", "#c8529b", "#8a6fd1", "#c9a227", "#3fb0c9", "#d9534f"]
-# Matplotlib wants a colour; this one is replaced by the text colour of the page.
+# Matplotlib wants a color; this one is replaced by the text color of the page.
 _INK = "#010203"
 
 
@@ -41,14 +41,14 @@ class Chart:
 
     title: str
     metrics: tuple[str, ...]
-    """Names in ``metrics.jsonl``, ``*`` and ``?`` allowed: a curve for each that was recorded."""
+    """Names in ``metrics.jsonl``, possibly with ``*`` and ``?``: one curve for each that was recorded."""
     unit: str = ""
     best: Literal["max", "min"] | None = None
-    """Which value the summary calls the best; None: neither."""
+    """Which value the summary shows as the best; None: no value."""
     smooth: bool = True
-    """Whether long curves get a moving average; not for one that is set rather than measured, as a learning rate."""
+    """Draw long curves with a moving average; False for values that are set, not measured, such as a learning rate."""
     stacked: bool = False
-    """Draw the metrics as parts of a whole, for a run on its own."""
+    """Draw the metrics as parts of a whole, in the report of a single run."""
 
 
 @dataclass(slots=True)
@@ -68,20 +68,20 @@ def write_report(
     section: str = "",
     config: str | None = None,
 ) -> None:
-    """Write the report; a file that is already there is replaced in one step.
+    """Write the report; an existing file is replaced in one step.
 
     Args:
         runs: a ``metrics.jsonl``, or several by the name to show, drawn into the same plots.
         out: the HTML file.
         title: heading of the page.
-        charts: in the order to show them in. One of whose metrics none was recorded is named, not drawn.
-        facts: short texts to show below the heading, by their labels: model, duration, the command that resumes.
-        section: HTML to show below the curves, as it is: what it holds of texts must be escaped.
-        config: the configuration of the run, shown as it is.
+        charts: charts in the order of display. Charts without recorded metrics are listed by title.
+        facts: short texts to show below the heading, by label: model, duration, the command that resumes the run.
+        section: HTML to show unchanged below the curves; its texts must be escaped.
+        config: the configuration of the run, shown verbatim.
 
     Raises:
-        TrainError: a metrics file with a line that is not valid, naming file and line; `out` cannot be written.
-        FileNotFoundError: no such metrics file.
+        TrainError: a line of a metrics file, named with file and number, is not valid, or `out` cannot be written.
+        FileNotFoundError: a metrics file does not exist.
     """
     sources = dict(runs) if isinstance(runs, Mapping) else {"": runs}
     records = {name: read_metrics(path) for name, path in sources.items()}
@@ -158,7 +158,7 @@ def _draw(number: int, chart: Chart, curves: list[_Curve]) -> str:
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
-    # Identifiers must be unique in the page, not only in the plot.
+    # Identifiers must be unique within the page, not only within the plot.
     svg = re.sub(r'(id="|url\(#|href="#)', rf"\g<1>chart{number}-", svg)
     svg = re.sub(r'(<svg [^>]*?)width="[^"]*"', rf'\1role="img" aria-label="{html.escape(chart.title)}"', svg, count=1)
     svg = re.sub(r'(<svg [^>]*?)\s+height="[^"]*"', r"\1", svg, count=1)
@@ -188,7 +188,7 @@ def _stack(axes: Axes, curves: list[_Curve]) -> None:
 
 
 def _moving_average(values: list[float], window: int) -> list[float]:
-    """Centred, over fewer values at the ends."""
+    """Return the centered moving average, over fewer values at the ends."""
     half = window // 2
     slices = (values[max(0, index - half) : index + half + 1] for index in range(len(values)))
     return [math.fsum(part) / len(part) for part in slices]
@@ -207,7 +207,7 @@ def _warning(records: Mapping[str, list[dict[str, Any]]]) -> str:
     names = ", ".join(f"{name} = {value}" for name, value in first["nonfinite"].items())
     where = f"step {first['step']}" + (f" of {run}" if run else "")
     return (
-        f'<p class="warning">Values that are not finite in {len(affected)} step{"s" * (len(affected) > 1)}, '
+        f'<p class="warning">Values are not finite in {len(affected)} step{"s" * (len(affected) > 1)}, '
         f"the first at {html.escape(where)}: {html.escape(names)}.</p>"
     )
 
