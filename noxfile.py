@@ -71,7 +71,7 @@ def types(session: nox.Session) -> None:
 
 @nox.session
 def pins(session: nox.Session) -> None:
-    """Resolve all dependencies anew and pin their versions in pyproject.toml; with `--check`, fail if one is missing."""
+    """Resolve all dependencies and pin their versions in pyproject.toml; with `--check`, fail if one is missing."""
     session.run(sys.executable, "tools/pins.py", *session.posargs)
 
 
