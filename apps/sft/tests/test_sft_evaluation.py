@@ -8,7 +8,7 @@ import pytest
 import torch
 from mbridge_sft.evaluation import SHOWN, Question, QuestionEncoder, evaluate
 from mbridge_sft.report import LONGEST_TEXT, example_grid
-from mbridge_sft.samples import training_samples
+from mbridge_sft.trainer import training_samples
 from mbridge_train.data.encode import Encoded
 from mbridge_train.data.examples import Example, ImageReference, Message
 from mbridge_train.engine.batch import Sample
@@ -24,7 +24,7 @@ def encoded(prompt: int, answer: list[int]) -> Encoded:
     """A prompt of this many tokens 1, and an answer."""
     tokens = torch.tensor([1] * prompt + answer)
     trained = torch.arange(len(tokens)) >= prompt
-    return Encoded(tokens=tokens, trained=trained, vision=None, position_ids=None, source="x")
+    return Encoded(tokens=tokens, trained=trained, images=None, position_ids=None, source="x")
 
 
 def question(answer: str, choices: dict[str, list[int]]) -> Question:

@@ -74,12 +74,13 @@ def test_loss_and_evaluation_agree_with_transformers(runs: tuple[Path, str]) -> 
         assert example.choices is not None
         scores = []
         for candidate in candidates:
-            assert candidate.vision is not None
+            assert candidate.images is not None
+            vision = encoder.decode(candidate.images)
             with torch.no_grad():
                 logits = model(
                     input_ids=candidate.tokens[None],
-                    pixel_values=candidate.vision.pixel_values,
-                    image_grid_thw=candidate.vision.grid_thw,
+                    pixel_values=vision.pixel_values,
+                    image_grid_thw=vision.grid_thw,
                     mm_token_type_ids=(candidate.tokens == model.config.image_token_id)[None].int(),
                 ).logits[0]
             logprobs = logits.log_softmax(-1)[:-1].gather(1, candidate.tokens[1:, None])[:, 0]

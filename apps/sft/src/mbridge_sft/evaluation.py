@@ -12,10 +12,9 @@ from typing import Protocol
 import torch
 from mbridge_train.data.encode import Encoded
 from mbridge_train.data.examples import Example
+from mbridge_train.data.images import RowImages
 from mbridge_train.engine.batch import Sample
 from torch import Tensor
-
-from mbridge_sft.samples import scoring_samples
 
 SHOWN = 24
 """Predictions kept to be shown, half of them wrong ones where there are as many."""
@@ -34,6 +33,11 @@ class Question:
     example: Example
     candidates: list[Encoded]
     right: int
+
+    @property
+    def images(self) -> RowImages | None:
+        """The images that all candidates share."""
+        return self.candidates[0].images
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -75,6 +79,11 @@ class QuestionEncoder:
         return Question(example=example, candidates=self.encoder.encode_choices(example), right=right)
 
 
+def as_sample(encoded: Encoded, weights: Tensor) -> Sample:
+    """Return an encoded row as a sample of the engine, with float32 [length] weights of the loss of its tokens."""
+    return Sample(tokens=encoded.tokens, weights=weights, vision=encoded.images, position_ids=encoded.position_ids)
+
+
 def evaluate(logprobs: Callable[[list[Sample]], list[Tensor]], batches: Iterable[list[Question]]) -> Evaluation:
     """Score all questions. Collective over all ranks if `logprobs` is.
 
@@ -91,7 +100,8 @@ def evaluate(logprobs: Callable[[list[Sample]], list[Tensor]], batches: Iterable
     shown: dict[bool, list[Prediction]] = {False: [], True: []}
     for questions in batches:
         sequences = [candidate for question in questions for candidate in question.candidates]
-        values = iter(zip(sequences, logprobs(scoring_samples(sequences)), strict=True))
+        samples = [as_sample(sequence, torch.zeros(len(sequence.tokens))) for sequence in sequences]
+        values = iter(zip(sequences, logprobs(samples), strict=True))
         for question in questions:
             # In fp64: the sum over all examples is that of another order of batches.
             answers = [

@@ -135,9 +135,7 @@ def _evaluated(trainer: SFTTrainer, examples: Examples, output: RunOutput) -> di
 
 def _trainer(config: SFTConfig, engine: Engine, output: RunOutput) -> SFTTrainer:
     throughput = Throughput(HFFacts.load(hf_directory(config)), config.actor.model)
-    return SFTTrainer(
-        config, engine=engine, encoder=_encoder(config, engine), throughput=throughput, say=output.message
-    )
+    return SFTTrainer(config, engine=engine, encoder=_encoder(config), throughput=throughput, say=output.message)
 
 
 def _engine(config: SFTConfig, *, optimizer_steps: int | None) -> Engine:
@@ -152,13 +150,12 @@ def _engine(config: SFTConfig, *, optimizer_steps: int | None) -> Engine:
     )
 
 
-def _encoder(config: SFTConfig, engine: Engine) -> Encoder:
+def _encoder(config: SFTConfig) -> Encoder:
     data = config.data
     return Encoder(
         tokenizer_directory(config),
         max_length=config.runner.seq_length,
         train_on=data.train_on,
-        keep_images=engine.layout.is_first_stage,
         limits=PixelLimits(min_pixels=data.min_pixels, max_pixels=data.max_pixels, oversized=data.oversized),
         trust_remote_code=config.actor.tokenizer.trust_remote_code,
     )

@@ -7,12 +7,12 @@ from mbridge_config import SFTConfig
 from mbridge_train.data.encode import Encoded, Encoder
 from mbridge_train.data.examples import Examples
 from mbridge_train.data.loader import EncodedBatches
+from mbridge_train.engine.batch import Sample, aggregation_weights
 from mbridge_train.engine.engine import Engine
 from mbridge_train.engine.throughput import Throughput
 from mbridge_train.losses.policy import sft_loss
 
-from mbridge_sft.evaluation import Evaluation, QuestionEncoder, evaluate
-from mbridge_sft.samples import training_samples
+from mbridge_sft.evaluation import Evaluation, Question, QuestionEncoder, as_sample, evaluate
 
 
 class SFTTrainer:
@@ -49,6 +49,8 @@ class SFTTrainer:
             self.encoder.encode,
             batch_size=self.config.actor.global_batch_size,
             seed=data.seed if data.shuffle else None,
+            decode=self.encoder.decode,
+            own=lambda batch: self.engine.reads_vision([len(encoded.tokens) for encoded in batch]),
             workers=data.num_workers,
             first_step=first_step,
             max_bad_rows=data.max_bad_rows,
@@ -58,9 +60,7 @@ class SFTTrainer:
         )
 
     def step(self, batch: Sequence[Encoded]) -> dict[str, float]:
-        """Train on one global batch and return its metrics: of the whole batch, but for those of its images, which are
-        counted on the first pipeline stage alone, where rank 0 is.
-        """
+        """Train on one global batch and return its metrics, which are those of the whole batch."""
         started = time.perf_counter()
         samples = training_samples(batch)
         padding = self.engine.padding_share(samples)
@@ -68,7 +68,7 @@ class SFTTrainer:
         result = self.engine.step()
         seconds = time.perf_counter() - started
         tokens = sum(sample.length for sample in samples)
-        images = sum(0 if encoded.vision is None else len(encoded.vision.grid_thw) for encoded in batch)
+        images = sum(0 if encoded.images is None else len(encoded.images.grid_thw) for encoded in batch)
         return {
             "train/loss": metrics["loss"],
             "train/grad_norm": result.grad_norm,
@@ -92,9 +92,23 @@ class SFTTrainer:
             batch_size=actor.eval_batch_size or actor.global_batch_size,
             seed=None,
             epochs=1,
+            decode=self.encoder.decode,
+            own=self._own_questions,
             workers=data.num_workers,
             max_bad_rows=data.max_bad_rows,
             skip_long=data.skip_long_rows,
             report=self.say,
         )
         return evaluate(self.engine.logprobs, questions)
+
+    def _own_questions(self, questions: list[Question]) -> set[int]:
+        """Positions of the questions of which this rank scores a choice."""
+        lengths = [len(candidate.tokens) for question in questions for candidate in question.candidates]
+        question_of = [number for number, question in enumerate(questions) for _ in question.candidates]
+        return {question_of[index] for index in self.engine.reads_vision(lengths)}
+
+
+def training_samples(batch: Sequence[Encoded]) -> list[Sample]:
+    """Return the global batch of one optimizer step, whose loss is the mean over all its trained tokens."""
+    weights = aggregation_weights([encoded.trained for encoded in batch], "token-mean")
+    return [as_sample(encoded, weight) for encoded, weight in zip(batch, weights, strict=True)]

@@ -6,6 +6,7 @@ import json
 import pickle
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -54,7 +55,8 @@ def text_model(tiny_vision_model, tmp_path_factory):
 def test_equal_to_the_processor_on_several_images(tiny_vision_model, limits):
     images = [picture(*size) for size in SIZES]
     first, second, third = map(reference, images)
-    encoded = Encoder(tiny_vision_model, limits=limits).encode(
+    encoder = Encoder(tiny_vision_model, limits=limits)
+    encoded = encoder.encode(
         example("Is é", first, "like", second, "?\n", answer="No 𝄞", earlier=(Message(role="user", parts=(third,)),))
     )
     processor = AutoProcessor.from_pretrained(tiny_vision_model)
@@ -75,9 +77,11 @@ def test_equal_to_the_processor_on_several_images(tiny_vision_model, limits):
         images_kwargs={"size": size},
         return_tensors="pt",
     )
+    vision = encoder.decode(encoded.images)
     assert encoded.tokens.tolist() == expected["input_ids"][0].tolist()
-    assert torch.equal(encoded.vision.grid_thw, expected["image_grid_thw"])
-    assert torch.equal(encoded.vision.pixel_values, expected["pixel_values"])
+    assert torch.equal(encoded.images.grid_thw, expected["image_grid_thw"])
+    assert torch.equal(vision.grid_thw, expected["image_grid_thw"])
+    assert torch.equal(vision.pixel_values, expected["pixel_values"])
     model = AutoModelForImageTextToText.from_pretrained(tiny_vision_model).model
     positions, _ = model.get_rope_index(
         expected["input_ids"],
@@ -89,7 +93,7 @@ def test_equal_to_the_processor_on_several_images(tiny_vision_model, limits):
     trained = processor.tokenizer.decode(encoded.tokens[encoded.trained])
     assert trained == "No 𝄞<|im_end|>"
     if limits is None:  # heights and widths to the nearest 16 pixels, two patches
-        assert encoded.vision.grid_thw.tolist() == [[1, 4, 8], [1, 4, 4], [1, 6, 2]]
+        assert vision.grid_thw.tolist() == [[1, 4, 8], [1, 4, 4], [1, 6, 2]]
 
 
 def test_equal_to_the_processor_of_qwen2_5_vl(tiny_vision_model, tmp_path):
@@ -102,11 +106,12 @@ def test_equal_to_the_processor_of_qwen2_5_vl(tiny_vision_model, tmp_path):
     config["vision_config"] |= {"tokens_per_second": 2}
     (tmp_path / "config.json").write_text(json.dumps(config))
     images = [picture(*size) for size in SIZES[:2]]
-    encoded = Encoder(tmp_path).encode(example(*map(reference, images), "Which?"))
+    encoder = Encoder(tmp_path)
+    encoded = encoder.encode(example(*map(reference, images), "Which?"))
     text = re.sub(r"(<\|image_pad\|>)+", "<|image_pad|>", processor.tokenizer.decode(encoded.tokens))
     expected = processor(text=[text], images=images, return_tensors="pt")
     assert encoded.tokens.tolist() == expected["input_ids"][0].tolist()
-    assert torch.equal(encoded.vision.pixel_values, expected["pixel_values"])
+    assert torch.equal(encoder.decode(encoded.images).pixel_values, expected["pixel_values"])
     assert encoded.position_ids.shape == (3, len(encoded.tokens))
 
 
@@ -134,7 +139,7 @@ def test_all_answers_of_a_text_model(text_model):
     earlier = (Message(role="user", parts=("0",)), Message(role="assistant", parts=("1",)))
     encoder = Encoder(text_model, train_on="all")
     encoded = encoder.encode(example("2", answer="34", earlier=earlier))
-    assert encoded.vision is None
+    assert encoded.images is None
     assert encoded.position_ids is None
     assert encoder.tokenizer.decode(encoded.tokens[encoded.trained]) == "1<|im_end|>34<|im_end|>"
     assert not encoded.trained[0]
@@ -145,7 +150,7 @@ def test_all_answers_of_a_text_model(text_model):
 
 def test_text_alone_has_positions_in_a_vision_language_model(encoder):
     encoded = encoder.encode(example("0"))
-    assert encoded.vision is None
+    assert encoded.images is None
     assert torch.equal(encoded.position_ids, torch.arange(len(encoded.tokens)).expand(3, -1))
 
 
@@ -158,20 +163,27 @@ def test_each_choice_as_the_answer(tiny_vision_model):
     assert [decode(choice.tokens[choice.trained]) for choice in choices] == [
         f"{text}<|im_end|>" for text in ("1", "2", "34")
     ]
-    assert len({id(choice.vision) for choice in choices}) == 1
+    assert len({id(choice.images) for choice in choices}) == 1
     length = int(choices[0].trained.long().argmax())
     assert all(torch.equal(choice.tokens[:length], choices[0].tokens[:length]) for choice in choices)
 
 
-def test_images_that_are_not_kept_change_nothing_else(tiny_vision_model, encoder):
-    asked = example(reference(picture(70, 33)), "Which?", answer="7", choices=("7", "8"))
-    without = pickle.loads(pickle.dumps(Encoder(tiny_vision_model, keep_images=False)))
-    for kept, bare in zip(encoder.encode_choices(asked), without.encode_choices(asked), strict=True):
-        assert kept.vision is not None and bare.vision is None
-        for name in ("tokens", "trained", "position_ids"):
-            assert torch.equal(getattr(kept, name), getattr(bare, name))
-    with pytest.raises(RowError, match=r"the image of 1 bytes cannot be decoded"):
-        without.encode(example(ImageReference(data=b"?")))
+def test_text_is_encoded_without_decoding_an_image(encoder):
+    """Half of a file is enough for its size; what else is wrong with it is found when it is decoded."""
+    whole = reference(Image.effect_noise((70, 33), 60).convert("RGB"))
+    half = ImageReference(data=whole.data[: len(whole.data) // 2])
+    one, other = (encoder.encode(example(image, "Which?")) for image in (whole, half))
+    for name in ("tokens", "trained", "position_ids"):
+        assert torch.equal(getattr(one, name), getattr(other, name))
+    with pytest.raises(RowError, match=r"a.parquet row 3: the image of \d+ bytes cannot be decoded: .*truncated"):
+        encoder.decode(other.images)
+
+
+def test_an_image_of_another_size_than_its_header_says(encoder):
+    images = encoder.encode(example(reference(picture(70, 33)), "Which?")).images
+    changed = replace(images, references=(reference(picture(33, 70)),))
+    with pytest.raises(RowError, match=r"row 3: .*\[\[1, 8, 4\]\] of images whose headers ask for \[\[1, 4, 8\]\]"):
+        encoder.decode(changed)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,16 @@
 
 import http.server
 import io
+import os
+import struct
 import threading
+import zlib
 
 import numpy
 import pytest
 from mbridge_train.data.errors import RowError
 from mbridge_train.data.examples import ImageReference
-from mbridge_train.data.images import decode
+from mbridge_train.data.images import decode, image_size
 from PIL import Image
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -65,6 +68,32 @@ def test_orientation_of_a_camera():
     assert [tuple(pixel[0]) for pixel in turned.tolist()] == [RED, BLUE]
 
 
+def late_exif(data, exif):
+    """A PNG file with its EXIF after the pixels."""
+    chunk = b"eXIf" + exif.tobytes().removeprefix(b"Exif\x00\x00")
+    chunk = struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return data[:-12] + chunk + data[-12:]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "late PNG", "WEBP", "TIFF"])
+def test_the_header_tells_the_upright_size(format, orientation, monkeypatch):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.new("RGB", (40, 30))
+    data = late_exif(save(image), exif) if format == "late PNG" else save(image, format, exif=exif)
+    decoded = decode(ImageReference(data=data), "here")
+    assert decoded.size == ((30, 40) if orientation > 4 else (40, 30))
+    if format != "late PNG":  # whose pixels have to be read
+        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", None)
+    assert image_size(ImageReference(data=data), "here") == decoded.size
+
+
+@pytest.mark.parametrize("format", ["GIF", "BMP", "PPM"])
+def test_the_header_of_other_formats(format):
+    assert image_size(ImageReference(data=save(Image.new("RGB", (40, 30)), format)), "here") == (40, 30)
+
+
 GOOD = save(Image.effect_noise((64, 64), 50), "JPEG")
 
 
@@ -100,6 +129,13 @@ def test_files(tmp_path):
         decode(ImageReference(location=str(tmp_path / "b.png")), "here")
     with pytest.raises(RowError, match="cannot be read: Is a directory"):
         decode(ImageReference(location=str(tmp_path)), "here")
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_is_no_image(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(RowError, match=r"a\.png cannot be read: Is not a regular file"):
+        image_size(ImageReference(location=str(tmp_path / "a.png")), "here")
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):

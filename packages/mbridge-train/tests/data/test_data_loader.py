@@ -143,7 +143,7 @@ def test_tensors_arrive_whole_and_writable(tmp_path):
 def test_workers_encode_as_this_process_does(tiny_vision_model, tmp_path):
     examples = read_examples([write_digits(tmp_path)[1]])
     encoder = Encoder(tiny_vision_model)
-    settings = {"batch_size": 5, "seed": 1}
+    settings = {"batch_size": 5, "seed": 1, "decode": encoder.decode}
     here = take(EncodedBatches(examples, encoder.encode, **settings), 3)
     there = take(EncodedBatches(examples, encoder.encode, **settings, workers=2), 3)
     for one, other in zip(
@@ -152,9 +152,11 @@ def test_workers_encode_as_this_process_does(tiny_vision_model, tmp_path):
         assert one.source == other.source
         for name in ("tokens", "trained", "position_ids"):
             assert torch.equal(getattr(one, name), getattr(other, name))
-        assert torch.equal(one.vision.pixel_values, other.vision.pixel_values)
-        assert torch.equal(one.vision.grid_thw, other.vision.grid_thw)
-    (choices,) = take(EncodedBatches(examples, encoder.encode_choices, **settings, workers=1), 1)
+        assert torch.equal(one.images.grid_thw, other.images.grid_thw)
+        pixels = one.images.materialize().pixel_values
+        assert torch.equal(pixels, other.images.materialize().pixel_values)
+        assert torch.equal(pixels, encoder.decode(one.images).pixel_values)
+    (choices,) = take(EncodedBatches(examples, encoder.encode_choices, batch_size=5, seed=1, workers=1), 1)
     assert [len(row) for row in choices] == [10] * 5
     assert len(pickle.dumps(encoder)) < 500
 

@@ -100,7 +100,9 @@ def measure(
             "norm": engine.step().grad_norm,
             "recompute": (engine.config.recompute_granularity, engine.config.recompute_method),
             "layers": len(engine.model[0].module.decoder.layers),
-            "micro_batches": [len(samples) for samples in engine._plan(batch)[engine.layout.data.rank]],
+            "micro_batches": [
+                len(samples) for samples in engine._plan([sample.length for sample in batch])[engine.layout.data.rank]
+            ],
         }
     finally:
         parallel_state.destroy_model_parallel()

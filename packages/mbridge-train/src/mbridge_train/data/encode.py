@@ -1,6 +1,9 @@
-"""Examples as tokens and patches, by the model's own tokenizer, chat template and image processor."""
+"""Examples as tokens and patches, by the model's own tokenizer, chat template and image processor.
 
-from collections.abc import Sequence
+This is done in two steps: `Encoder.encode` tokenizes the text and measures the images, which is cheap and gives the
+length of the sequence; `Encoder.decode` makes pixels of the images, on the ranks that need them.
+"""
+
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -13,10 +16,11 @@ from mbridge_model.vision.inputs import VisionInputs
 from mbridge_model.vision.positions import MropeSettings, mrope_position_ids
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from mbridge_train.data.errors import DataError, LongRowError, RowError
-from mbridge_train.data.examples import Example, ImageReference
-from mbridge_train.data.images import LARGEST, PixelLimits, decode
+from mbridge_train.data.examples import Example
+from mbridge_train.data.images import LARGEST, PixelLimits, RowImages, decode, fetched, image_size
 from mbridge_train.data.template import ChatTemplate
 from mbridge_train.errors import TrainError
 from mbridge_train.run.hf_files import from_directory
@@ -29,16 +33,16 @@ class Encoded:
     """One sequence.
 
     Attributes:
-        tokens: int64 [length]; an image as as many placeholders as it has tokens.
+        tokens: int64 [length], with one placeholder for each token of an image.
         trained: bool [length]: True on the assistant's answer and its end token, as targets.
-        vision: the images in the order of their tokens; None where there are none, or none are kept.
+        images: in the order of their tokens, not decoded yet; None where there are none.
         position_ids: int64 [3, length], M-RoPE; None for a text model.
         source: file and row.
     """
 
     tokens: Tensor
     trained: Tensor
-    vision: VisionInputs | None
+    images: RowImages | None
     position_ids: Tensor | None
     source: str
 
@@ -50,9 +54,7 @@ class Encoder:
         model_directory: with tokenizer, chat template and, for a vision-language model, processor.
         max_length: most tokens of a sequence; None: no limit.
         train_on: the last answer, or all of the assistant's turns.
-        limits: on the size of images.
-        keep_images: False leaves `vision` out of what is returned, for ranks whose pipeline stage reads no pixels.
-            Images are decoded all the same, so that all ranks find the same bad rows.
+        limits: of the size of images.
         trust_remote_code: let transformers run Python files that lie in the directory.
 
     Raises:
@@ -67,7 +69,6 @@ class Encoder:
         max_length: int | None = None,
         train_on: Literal["last", "all"] = "last",
         limits: PixelLimits | None = None,
-        keep_images: bool = True,
         trust_remote_code: bool = False,
     ) -> None:
         self._again = partial(
@@ -76,7 +77,6 @@ class Encoder:
             max_length=max_length,
             train_on=train_on,
             limits=limits,
-            keep_images=keep_images,
             trust_remote_code=trust_remote_code,
         )
         self._directory = Path(model_directory)
@@ -84,7 +84,6 @@ class Encoder:
         self._max_length = max_length
         self._train_on = train_on
         self._limits = limits or PixelLimits()
-        self._keep_images = keep_images
         self._image_processor: Any = None
         self._mrope: MropeSettings | None = None
         is_vision = "vision_config" in open_directory(self._directory, needs_weights=False).config
@@ -92,6 +91,9 @@ class Encoder:
             processor = self._load(AutoProcessor)
             self.tokenizer = processor.tokenizer
             self._image_processor = processor.image_processor
+            size = self._image_processor.size
+            self._largest = self._limits.max_pixels or int(size["longest_edge"])
+            self._smallest = min(self._limits.min_pixels or int(size["shortest_edge"]), self._largest)
             self._mrope = MropeSettings.from_directory(self._directory)
             template = processor.chat_template or self.tokenizer.chat_template
         else:
@@ -124,27 +126,51 @@ class Encoder:
         return self._again, ()
 
     def encode(self, example: Example) -> Encoded:
-        """The example as one sequence.
+        """Return the example as one sequence.
 
         Raises:
             LongRowError: it is longer than `max_length`.
-            RowError: an image cannot be used, or the text holds a placeholder of images itself.
+            RowError: an image cannot be used, as far as its header says, or the text holds a placeholder of images.
             DataError: the chat template does not tell the answer from the rest.
         """
-        return self._encode(example, self._vision(example), self._train_on)
+        return self._encode(example, self._measured(example), self._train_on)
 
     def encode_choices(self, example: Example) -> list[Encoded]:
-        """For each choice the sequence in which it is the answer, and in which only that is `trained`.
+        """Return, for each choice, the sequence in which it is the answer, and in which only that is `trained`.
 
-        They share the tensors of the images. Raises what `encode` does.
+        They share their images. Raises what `encode` does.
         """
-        vision = self._vision(example)
+        images = self._measured(example)
         return [
-            self._encode(replace(example, answer=choice), vision, "last")
+            self._encode(replace(example, answer=choice), images, "last")
             for choice in example.choices or (example.answer,)
         ]
 
-    def _vision(self, example: Example) -> VisionInputs | None:
+    def decode(self, images: RowImages) -> VisionInputs:
+        """Decode the images of a row, resize them, and cut them into patches.
+
+        Raises:
+            RowError: an image cannot be decoded, or has not the size that its header says.
+        """
+        decoded = [decode(image, images.source, most_pixels=self._most_pixels) for image in images.references]
+        patches = self._image_processor(
+            images=decoded,
+            size={"shortest_edge": self._smallest, "longest_edge": self._largest},
+            return_tensors="pt",
+        )
+        grid_thw: Tensor = patches["image_grid_thw"]
+        if not torch.equal(grid_thw, images.grid_thw):
+            raise RowError(
+                f"{images.source}: the image processor made patches {grid_thw.tolist()} of images whose headers ask "
+                f"for {images.grid_thw.tolist()}; the file of an image changed, or its header is wrong"
+            )
+        return VisionInputs(pixel_values=patches["pixel_values"], grid_thw=grid_thw)
+
+    @property
+    def _most_pixels(self) -> int:
+        return self._largest if self._limits.oversized == "refuse" else LARGEST
+
+    def _measured(self, example: Example) -> RowImages | None:
         images = example.images
         if not images:
             return None
@@ -153,23 +179,23 @@ class Encoder:
                 f"{example.source}: has an image, but {self._directory} is a text model; give a vision-language model, "
                 "or leave out images: data.image_keys=[] does where they are columns"
             )
-        return self._patches(images, example.source)
-
-    def _patches(self, images: Sequence[ImageReference], source: str) -> VisionInputs:
-        size = self._image_processor.size
-        largest = self._limits.max_pixels or int(size["longest_edge"])
-        smallest = min(self._limits.min_pixels or int(size["shortest_edge"]), largest)
-        most = largest if self._limits.oversized == "refuse" else LARGEST
-        decoded = [decode(image, source, most_pixels=most) for image in images]
+        references = tuple(fetched(image, example.source) for image in images)
+        sizes = [image_size(image, example.source, most_pixels=self._most_pixels) for image in references]
         try:
-            patches = self._image_processor(
-                images=decoded, size={"shortest_edge": smallest, "longest_edge": largest}, return_tensors="pt"
-            )
+            grids = [self._grid(width, height) for width, height in sizes]
         except ValueError as error:  # such as an aspect ratio over 200
-            raise RowError(f"{source}: the model's image processor refuses the image: {error}") from None
-        return VisionInputs(pixel_values=patches["pixel_values"], grid_thw=patches["image_grid_thw"])
+            raise RowError(f"{example.source}: the model's image processor refuses the image: {error}") from None
+        return RowImages(references=references, grid_thw=torch.tensor(grids), source=example.source)
 
-    def _encode(self, example: Example, vision: VisionInputs | None, train_on: Literal["last", "all"]) -> Encoded:
+    def _grid(self, width: int, height: int) -> tuple[int, int, int]:
+        """Return the patches of an image along time, height and width, as the image processor cuts them."""
+        patch, merge = self._image_processor.patch_size, self._image_processor.merge_size
+        height, width = smart_resize(
+            height, width, factor=patch * merge, min_pixels=self._smallest, max_pixels=self._largest
+        )
+        return 1, height // patch, width // patch
+
+    def _encode(self, example: Example, images: RowImages | None, train_on: Literal["last", "all"]) -> Encoded:
         source = example.source
         segments = self._template.segments(example.messages, example.answer, train_on=train_on, source=source)
         # Piece by piece, as in generation, where the prompt is tokenized before there is an answer. Only an answer that
@@ -178,7 +204,7 @@ class Encoder:
         tokens = torch.tensor([token for ids, _ in pieces for token in ids])
         trained = torch.tensor([is_trained for ids, is_trained in pieces for _ in ids])
         if self._mrope is not None:
-            tokens, trained = self._expand(tokens, trained, vision, source)
+            tokens, trained = self._expand(tokens, trained, images, source)
         if self._max_length is not None and len(tokens) > self._max_length:
             raise LongRowError(
                 f"{source}: {len(tokens)} tokens, {int((~trained).sum())} of them before or between answers, are more "
@@ -187,11 +213,10 @@ class Encoder:
         position_ids = None
         if self._mrope is not None:
             try:
-                position_ids = mrope_position_ids(tokens, None if vision is None else vision.grid_thw, self._mrope)
+                position_ids = mrope_position_ids(tokens, None if images is None else images.grid_thw, self._mrope)
             except ModelError as error:
                 raise RowError(f"{source}: {error}") from None
-        kept = vision if self._keep_images else None
-        return Encoded(tokens=tokens, trained=trained, vision=kept, position_ids=position_ids, source=source)
+        return Encoded(tokens=tokens, trained=trained, images=images, position_ids=position_ids, source=source)
 
     def _check_tokenizer(self) -> None:
         pieces = [token for text in ("a question", "an answer") for token in self._token_ids(text)]
@@ -204,15 +229,13 @@ class Encoder:
     def _token_ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _expand(
-        self, tokens: Tensor, trained: Tensor, vision: VisionInputs | None, source: str
-    ) -> tuple[Tensor, Tensor]:
-        """Each image's one placeholder, as the template writes it, repeated for each of its tokens."""
+    def _expand(self, tokens: Tensor, trained: Tensor, images: RowImages | None, source: str) -> tuple[Tensor, Tensor]:
+        """Repeat the one placeholder that the template writes for an image for each of the image's tokens."""
         assert self._mrope is not None
         placeholders = tokens == self._mrope.image_token_id
         counts = torch.ones_like(tokens)
         image_tokens = (
-            tokens.new_empty(0) if vision is None else vision.grid_thw.prod(-1) // self._mrope.spatial_merge_size**2
+            tokens.new_empty(0) if images is None else images.grid_thw.prod(-1) // self._mrope.spatial_merge_size**2
         )
         if int(placeholders.sum()) != len(image_tokens) or bool((tokens == self._mrope.video_token_id).any()):
             raise RowError(

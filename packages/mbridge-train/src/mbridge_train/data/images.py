@@ -1,23 +1,34 @@
-"""An image's bytes as RGB pixels, whatever its format, orientation and depth."""
+"""Images of any format, orientation and depth: their size from the header alone, or their RGB pixels."""
 
+import errno
 import io
+import os
+import stat
+import struct
 import urllib.request
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, BinaryIO, Literal
 
 import numpy
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
 
 from mbridge_train.data.errors import RowError
 from mbridge_train.data.examples import ImageReference
 
+if TYPE_CHECKING:
+    from mbridge_model.vision.inputs import VisionInputs
+    from torch import Tensor
+
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""Formats that are decoded in this process; PIL would hand others to programs such as Ghostscript."""
+"""Formats that are decoded in this process; PIL would pass others to programs such as Ghostscript."""
 
 LARGEST = 2**27
-"""Pixels of an image over which it is refused unread, since a small file can unpack to terabytes. (PIL has a limit of
-its own, which is somewhat higher.)"""
+"""Pixels above which an image is refused before it is decoded, since a small file can unpack to terabytes. (PIL has a
+limit of its own, which is somewhat higher.)"""
 
 LARGEST_FILE = 2**28
 """Bytes of a file."""
@@ -28,14 +39,57 @@ URL_TIMEOUT = 30.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PixelLimits:
-    """`min_pixels`, `max_pixels`: of an image as the model sees it; None: as the model's processor says.
+    """Limits on the size of an image as the model sees it.
 
-    `oversized`: an image over `max_pixels` is made smaller, or refused as a bad row.
+    Attributes:
+        min_pixels, max_pixels: None takes the limit of the model's processor.
+        oversized: an image of more than `max_pixels` is resized, or refused as a bad row.
     """
 
     min_pixels: int | None = None
     max_pixels: int | None = None
     oversized: Literal["resize", "refuse"] = "resize"
+
+
+@dataclass(kw_only=True, slots=True)
+class RowImages:
+    """The images of one row, which are measured on every rank and decoded on the ranks that train on them.
+
+    Attributes:
+        references: the images, in the order of their tokens.
+        grid_thw: int64 [images, 3]: patches of each image along time, height and width.
+        source: of the row, for messages.
+        vision: the pixels, once `Encoder.decode` has made them.
+    """
+
+    references: tuple[ImageReference, ...]
+    grid_thw: "Tensor"
+    source: str
+    vision: "VisionInputs | None" = None
+
+    def materialize(self) -> "VisionInputs":
+        """Return the pixels. Raise `RuntimeError` on a rank whose share of the batch did not have this row."""
+        if self.vision is None:
+            raise RuntimeError(f"{self.source}: its images were not decoded on this rank, which now needs them")
+        return self.vision
+
+
+def image_size(image: ImageReference, source: str, *, most_pixels: int = LARGEST) -> tuple[int, int]:
+    """Return the (width, height) that `decode` would give, from the image's header. Takes what `decode` takes.
+
+    Raises:
+        RowError: it cannot be read, has no header of a known format, or is too large.
+    """
+    with _opened(image, source, most_pixels) as opened:
+        width, height = opened.size
+        if opened.format == "TIFF":  # whose size PIL gives upright
+            return width, height
+        if isinstance(opened, PngImageFile) and not _has_late_metadata(opened):
+            exif = Image.Image.getexif(opened)  # PngImageFile's own decodes the image
+        else:
+            exif = opened.getexif()
+        orientation = exif.get(ExifTags.Base.Orientation)
+        return (height, width) if orientation in (5, 6, 7, 8) else (width, height)
 
 
 def decode(image: ImageReference, source: str, *, most_pixels: int = LARGEST) -> Image.Image:
@@ -44,29 +98,94 @@ def decode(image: ImageReference, source: str, *, most_pixels: int = LARGEST) ->
     Args:
         image: what to decode.
         source: of its row, for messages.
-        most_pixels: refuse a larger one before it is unpacked.
+        most_pixels: refuse a larger one before it is decoded.
 
     Raises:
         RowError: it cannot be read or decoded, or is too large.
     """
-    data = _read(image, source)
+    with _opened(image, source, most_pixels) as opened:
+        return _rgb(ImageOps.exif_transpose(opened))
+
+
+def fetched(image: ImageReference, source: str) -> ImageReference:
+    """Return the image with the bytes that its URL gives; another image as it is.
+
+    Raises:
+        RowError: the server does not give them, or they are more than `LARGEST_FILE`.
+    """
+    location = image.location or ""
+    if image.data is not None or not location.startswith(("http://", "https://")):
+        return image
+    try:
+        with urllib.request.urlopen(location, timeout=URL_TIMEOUT) as response:
+            data: bytes = response.read(LARGEST_FILE + 1)
+    except (OSError, ValueError) as error:
+        raise _unreadable(image, source, error) from None
+    return ImageReference(data=data, location=location)
+
+
+@contextmanager
+def _opened(image: ImageReference, source: str, most_pixels: int) -> Iterator[Image.Image]:
+    """Open an image, of which PIL reads the header. Errors of opening, and of the block, become `RowError`."""
     name = "" if image.location is None else f" {image.location}"
     try:
-        with warnings.catch_warnings():
+        file, size = _open_file(fetched(image, source))
+    except (OSError, ValueError) as error:
+        raise _unreadable(image, source, error) from None
+    if size > LARGEST_FILE:
+        raise RowError(f"{source}: the image{name} has more than {LARGEST_FILE} bytes")
+    try:
+        with file, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of broken metadata, and of sizes, which are checked here
-            with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            with Image.open(file, formats=FORMATS) as opened:
                 width, height = opened.size
                 if width * height > most_pixels:
                     raise RowError(
                         f"{source}: the image{name} has {width} x {height} pixels, more than {most_pixels}; make it "
                         "smaller, raise data.max_pixels, or set data.oversized=resize"
                     )
-                return _rgb(ImageOps.exif_transpose(opened))
+                yield opened
     except RowError:
         raise
     except Exception as error:  # noqa: BLE001 - decoders raise anything on a broken file
         reason = "no image format that is read here" if isinstance(error, UnidentifiedImageError) else error
-        raise RowError(f"{source}: the image{name} of {len(data)} bytes cannot be decoded: {reason}") from None
+        raise RowError(f"{source}: the image{name} of {size} bytes cannot be decoded: {reason}") from None
+
+
+def _open_file(image: ImageReference) -> tuple[BinaryIO, int]:
+    """Return the image's file and its size in bytes."""
+    if image.data is not None:
+        return io.BytesIO(image.data), len(image.data)
+    # Without O_NONBLOCK, opening a pipe would wait for its other end.
+    descriptor = os.open(image.location or "", os.O_RDONLY | os.O_NONBLOCK)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "Is a directory" if stat.S_ISDIR(found.st_mode) else "Is not a regular file")
+    return os.fdopen(descriptor, "rb"), found.st_size
+
+
+def _unreadable(image: ImageReference, source: str, error: Exception) -> RowError:
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return RowError(f"{source}: the image {image.location} cannot be read: {reason}")
+
+
+def _has_late_metadata(opened: PngImageFile) -> bool:
+    """Whether a PNG file has text or EXIF after its pixels, where only decoding finds it."""
+    file = opened.fp
+    assert file is not None
+    position, is_late = file.tell(), False
+    file.seek(8)
+    try:
+        while len(header := file.read(8)) == 8:
+            length, kind = struct.unpack(">I4s", header)
+            if is_late and kind in (b"eXIf", b"tEXt", b"zTXt", b"iTXt"):
+                return True
+            is_late |= kind == b"IDAT"
+            file.seek(length + 4, io.SEEK_CUR)
+        return False
+    finally:
+        file.seek(position)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
@@ -78,22 +197,3 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
-
-
-def _read(image: ImageReference, source: str) -> bytes:
-    if image.data is not None:
-        return image.data
-    location = image.location or ""
-    try:
-        if location.startswith(("http://", "https://")):
-            with urllib.request.urlopen(location, timeout=URL_TIMEOUT) as response:
-                data: bytes = response.read(LARGEST_FILE + 1)
-        else:
-            with open(location, "rb") as file:
-                data = file.read(LARGEST_FILE + 1)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise RowError(f"{source}: the image {location} cannot be read: {reason}") from None
-    if len(data) > LARGEST_FILE:
-        raise RowError(f"{source}: the image {location} has more than {LARGEST_FILE} bytes")
-    return data

@@ -1,41 +1,56 @@
-"""Global batches of encoded examples, decoded ahead of their use in worker processes.
+"""Global batches of encoded rows, prepared ahead of their use, with the images of this rank's rows alone.
 
-Which rows a batch holds depends on the seed and the number of the step alone, so a run resumes at any step without
-reading what came before. A bad row leaves its batch one smaller: were the next row to take its place, every later
-batch would depend on it.
+A batch is prepared in two phases. First every rank encodes the text of all rows and measures their images, which gives
+lengths, and with the lengths the plan of micro-batches. Then each rank decodes the images of those rows that the plan
+gives to it. Before a batch is handed out, the ranks agree on its bad rows.
+
+The rows of a batch depend on the seed and the number of the step alone, so a run resumes at any step without reading
+what came before. A bad row leaves its batch one smaller: if the next row took its place, every later batch would depend
+on it.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import count, takewhile
+from typing import Any
+
+from torch import distributed
 
 from mbridge_train.data.errors import DataError, LongRowError, RowError
 from mbridge_train.data.examples import Example, Examples
+from mbridge_train.data.images import RowImages
 from mbridge_train.data.order import RowOrder
-from mbridge_train.data.workers import WorkerPool, encode_row
+from mbridge_train.data.workers import WorkerPool
 
 
 class EncodedBatches[T]:
     """Iterates over batches of `encode(example)`, the same batches whatever the number of workers.
 
     A new iteration starts at `first_step` again. Worker processes end with the iteration, also where it is left early.
+    Iterating is collective over all ranks of the process group, if there is one.
 
     Args:
         examples: the rows.
-        encode: such as `Encoder.encode` or `Encoder.encode_choices`; with workers, something that can be pickled.
+        encode: such as `Encoder.encode`; with workers, something that can be pickled.
         batch_size: rows of a batch.
-        seed: of the order. None: as the rows lie in the files.
-        epochs: passes over the rows; None: without end.
-        workers: processes; 0 encodes in this one, when the batch is asked for.
+        seed: of the order. None keeps the order of the files.
+        epochs: passes over the rows; None: no end.
+        decode: `Encoder.decode`, for results of `encode` with an attribute `images`; None: no images are decoded.
+        own: returns the positions of those results, in a list of them, whose images this rank needs; None: all.
+        workers: processes; 0 does the work in this one, when the batch is asked for.
         first_step: number of the first batch, from 0.
         max_bad_rows: how many different rows may be bad.
-        bad_rows: rows that were met before `first_step` and are bad: `bad_rows` of the loader that went before.
+        bad_rows: bad rows that were met before `first_step`: `bad_rows` of the loader that went before.
         skip_long: leave out rows that are too long without counting them as bad.
-        report: told of each row that is left out.
-        prefetch: batches that are encoded ahead.
+        report: is told of each row that is left out.
+        prefetch: batches that are prepared ahead by workers.
 
     Raises, when iterated:
         DataError: there are more bad rows than `max_bad_rows`, a file cannot be read any more, a worker process died,
-            or no row of a batch is good. With `epochs`, such a batch is left out, unless all are such.
+            or no row of a batch is good. With `epochs`, such a batch is left out, unless none is good.
     """
 
     def __init__(
@@ -46,6 +61,8 @@ class EncodedBatches[T]:
         batch_size: int,
         seed: int | None,
         epochs: int | None = None,
+        decode: Callable[[RowImages], Any] | None = None,
+        own: Callable[[list[T]], Collection[int]] | None = None,
         workers: int = 0,
         first_step: int = 0,
         max_bad_rows: int = 0,
@@ -56,7 +73,11 @@ class EncodedBatches[T]:
     ) -> None:
         self.order = RowOrder(size=len(examples), batch_size=batch_size, seed=seed, epochs=epochs)
         self._examples = examples
-        self._encode = encode
+        self._module = encode.__module__
+        self._tasks: dict[str, Callable[[Any], Any]] = {"encode": partial(_encode_row, examples, encode)}
+        if decode is not None:
+            self._tasks["decode"] = decode
+        self._own = own or (lambda results: range(len(results)))
         self._workers = workers
         self._first_step = first_step
         self._max_bad_rows = max_bad_rows
@@ -64,7 +85,7 @@ class EncodedBatches[T]:
         self._long: set[int] = set()
         self._skip_long = skip_long
         self._report = report
-        self._prefetch = prefetch
+        self._prefetch = prefetch if workers else 0
 
     @property
     def bad_rows(self) -> tuple[int, ...]:
@@ -72,42 +93,73 @@ class EncodedBatches[T]:
         return tuple(sorted(self._bad))
 
     def __iter__(self) -> Iterator[list[T]]:
-        if not self._workers:
-            yield from self._batches(lambda rows: (encode_row(self._examples, self._encode, row) for row in rows))
-            return
-        ahead = self._prefetch * self.order.batch_size
-        with WorkerPool(self._examples, self._encode, self._workers) as pool:
-            yield from self._batches(lambda rows: pool.map(rows, ahead))
-
-    def _batches(self, encode_rows: Callable[[Iterator[int]], Iterator[T | RowError]]) -> Iterator[list[T]]:
-        # Rows known to be bad before this iteration are not read again; those found on the way are, at most once an
-        # epoch, because the workers are ahead of what is known here.
-        known = frozenset(self._bad)
-        steps = (self.order.rows(step) for step in count(self._first_step))
-        outcomes = encode_rows(row for rows in takewhile(len, steps) for row in rows if row not in known)
         is_usable = False
-        for step in count(self._first_step):
-            rows = self.order.rows(step)
-            if not rows:
-                break
-            batch = []
-            for row in rows:
-                if row in known:
-                    continue
-                outcome = next(outcomes)
-                if isinstance(outcome, RowError):
-                    self._leave_out(row, outcome)
-                else:
-                    batch.append(outcome)
-            if batch:
-                is_usable = True
-                yield batch
-            elif self.order.epochs is None:
-                raise self._nothing_usable(
-                    f"batch {step} can be used, the last of them {self._examples.source(rows[-1])}"
-                )
-        if not is_usable and step > self._first_step:
+        with WorkerPool(self._tasks, self._workers, preload=[self._module]) as pool:
+            rows_of_steps = takewhile(len, (self.order.rows(step) for step in count(self._first_step)))
+            encoding = (self._encode(pool, rows) for rows in rows_of_steps)
+            decoding = (self._plan(pool, batch) for batch in _ahead(encoding, min(1, self._prefetch)))
+            for step, batch in enumerate(_ahead(decoding, self._prefetch), start=self._first_step):
+                results = self._agreed(pool, batch)
+                if results:
+                    is_usable = True
+                    yield results
+                elif self.order.epochs is None:
+                    last = self._examples.source(batch.rows[-1])
+                    raise self._nothing_usable(f"batch {step} can be used, the last of them {last}")
+        if not is_usable and self.order.rows(self._first_step):
             raise self._nothing_usable("the data can be used")
+
+    def _encode(self, pool: WorkerPool, rows: list[int]) -> "_Batch":
+        """Begin the first phase of a batch. Rows known to be unusable are not read again."""
+        known = self._bad | self._long
+        encoding = {
+            position: pool.submit("encode", row, self._examples.source(row))
+            for position, row in enumerate(rows)
+            if row not in known
+        }
+        return _Batch(rows=rows, encoding=encoding)
+
+    def _plan(self, pool: WorkerPool, batch: "_Batch") -> "_Batch":
+        """Begin the second phase: decode this rank's images of the rows that are not known to be bad."""
+        for position, future in batch.encoding.items():
+            result = future.result()
+            (batch.errors if isinstance(result, DataError) else batch.results)[position] = result
+        batch.encoding = {}
+        batch.left_out = set(batch.errors)
+        planned = batch.good
+        if "decode" in self._tasks and planned:
+            for index in self._own([batch.results[position] for position in planned]):
+                images = batch.results[planned[index]].images
+                if images is not None and planned[index] not in batch.decoding:
+                    batch.decoding[planned[index]] = pool.submit("decode", images, images.source)
+        return batch
+
+    def _agreed(self, pool: WorkerPool, batch: "_Batch") -> list[T]:
+        """Finish a batch and return the results of its good rows, with the images of this rank's rows decoded.
+
+        Where an image turned out to be broken, or only some ranks found a row to be bad, all ranks plan again without
+        the row. The new plan may give other rows to a rank, whose images it then decodes. This ends when all ranks have
+        planned without exactly those rows that any of them found to be bad.
+        """
+        while True:
+            for position, future in batch.decoding.items():
+                vision = future.result()
+                if isinstance(vision, DataError):
+                    batch.errors[position] = vision
+                else:
+                    batch.results[position].images.vision = vision
+            findings = _of_all_ranks((batch.errors, batch.left_out))
+            for errors, _ in reversed(findings):  # the first rank's error is the one that is reported
+                batch.errors |= errors
+            for error in batch.errors.values():
+                if not isinstance(error, RowError):
+                    raise error
+            if all(batch.errors.keys() == left_out for _, left_out in findings):
+                break
+            self._plan(pool, batch)
+        for position, error in sorted(batch.errors.items()):
+            self._leave_out(batch.rows[position], error)
+        return [batch.results[position] for position in batch.good]
 
     def _nothing_usable(self, what: str) -> DataError:
         return DataError(
@@ -115,7 +167,7 @@ class EncodedBatches[T]:
             "larger"
         )
 
-    def _leave_out(self, row: int, error: RowError) -> None:
+    def _leave_out(self, row: int, error: DataError) -> None:
         is_long = self._skip_long and isinstance(error, LongRowError)
         known = self._long if is_long else self._bad
         if row in known:
@@ -125,3 +177,52 @@ class EncodedBatches[T]:
             others = f" ({len(self._bad)} bad rows so far)" if self._max_bad_rows else ""
             raise DataError(f"{error}\nMore bad rows than data.max_bad_rows={self._max_bad_rows}{others}")
         self._report(f"left out {error}")
+
+
+def _encode_row(examples: Examples, encode: Callable[[Example], Any], row: int) -> Any:
+    return encode(examples[row])
+
+
+@dataclass(kw_only=True, slots=True)
+class _Batch:
+    """A batch in preparation. A position is the index of a row in `rows`.
+
+    Attributes:
+        rows: indices of the rows, those known to be unusable included.
+        encoding: futures of the first phase by position, until all are in `results` or `errors`.
+        results: what the rows were encoded to, by position.
+        errors: by position; a `RowError` for a bad row, any other `DataError` ends the run.
+        left_out: positions of the bad rows that the plan leaves out.
+        decoding: futures of this rank's images, by position.
+    """
+
+    rows: list[int]
+    encoding: dict[int, Future[Any]]
+    results: dict[int, Any] = field(default_factory=dict)
+    errors: dict[int, DataError] = field(default_factory=dict)
+    left_out: set[int] = field(default_factory=set)
+    decoding: dict[int, Future[Any]] = field(default_factory=dict)
+
+    @property
+    def good(self) -> list[int]:
+        """Positions of the rows that are not known to be bad."""
+        return [position for position in self.results if position not in self.errors]
+
+
+def _ahead[U](items: Iterator[U], number: int) -> Iterator[U]:
+    """Yield all items, each after `number` more have been taken from the iterator."""
+    waiting: deque[U] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > number:
+            yield waiting.popleft()
+    yield from waiting
+
+
+def _of_all_ranks[U](value: U) -> list[U]:
+    """Return the value of each rank. Collective."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(values, value)
+    return values

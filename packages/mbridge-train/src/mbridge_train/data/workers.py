@@ -1,56 +1,53 @@
-"""Processes that read and encode rows, so that the training process does not wait for images.
+"""Processes that encode rows and decode images, so that the training process does not wait for either.
 
-They come from a fork server, which imports what they need once and has none of the training process's threads, GPU or
-Megatron. Each is served by a thread here, which knows what row the process is at should it die.
+They come from a fork server, which imports what they need once and has none of the training process's threads, GPU
+memory or Megatron. Each is served by one thread here, which knows the row that the process works on should it die.
+
+torch's `DataLoader` was compared. It has one phase, whose batches are made before any plan is known; here a second
+phase decodes the images that the plan gives to this rank. Its error for a dead worker names the process, this one names
+the row; a `ProcessPoolExecutor` loses every task in flight with one process, and names none.
 """
 
 import io
 import multiprocessing
 import pickle
 import signal
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 
-from mbridge_train.data.errors import DataError, RowError
-from mbridge_train.data.examples import Example, Examples
+from mbridge_train.data.errors import DataError
 
 JOIN_SECONDS = 5.0
-"""How long a worker may take to end by itself."""
+"""Time that a worker has to end by itself."""
+
+Tasks = Mapping[str, Callable[[Any], Any]]
+"""Functions of one argument by name. All can be pickled; their arguments and results, too."""
 
 
-def encode_row[T](examples: Examples, encode: Callable[[Example], T], row: int) -> T | RowError:
-    """`encode(examples[row])`, or the error of a bad row. Raises `DataError` for anything else that goes wrong."""
-    try:
-        return encode(examples[row])
-    except RowError as error:
-        return error
-    except DataError:
-        raise
-    except Exception as error:
-        raise DataError(f"{examples.source(row)}: cannot be encoded: {type(error).__name__}: {error}") from error
+class WorkerPool:
+    """Worker processes that run tasks, in the order in which they were submitted.
 
-
-class WorkerPool[T]:
-    """`workers` processes that map rows to `encode_row(examples, encode, row)`.
-
-    The module of `encode` is imported in them, so it should not import what only training needs.
+    Args:
+        tasks: what the workers can do.
+        workers: number of processes; 0 runs each task in this process when it is submitted.
+        preload: modules that the fork server imports once for all workers. They should not import what only training
+            needs.
     """
 
-    def __init__(self, examples: Examples, encode: Callable[[Example], T], workers: int) -> None:
-        self._examples = examples
+    def __init__(self, tasks: Tasks, workers: int, *, preload: Sequence[str] = ()) -> None:
+        self._tasks = tasks
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__, encode.__module__])
-        self._workers = [_Worker(context, examples, encode) for _ in range(workers)]
+        context.set_forkserver_preload([__name__, *preload])
+        self._workers = [_Worker(context, tasks) for _ in range(workers)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
         for worker in self._workers:
             self._idle.put(worker)
-        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="decoding")
+        self._threads = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="data worker")
 
     def __enter__(self) -> Self:
         return self
@@ -62,81 +59,89 @@ class WorkerPool[T]:
         for worker in self._workers:
             worker.close()
 
-    def map(self, rows: Iterable[int], ahead: int) -> Iterator[T | RowError]:
-        """What becomes of each row, in their order. `ahead` rows are asked for before their turn."""
-        waiting: deque[Future[T | RowError]] = deque()
-        for row in rows:
-            waiting.append(self._threads.submit(self._ask, row))
-            if len(waiting) > ahead:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    def submit(self, task: str, argument: Any, source: str) -> Future[Any]:
+        """Run a task on `argument`, which comes from the row `source`.
 
-    def _ask(self, row: int) -> T | RowError:
-        worker = self._idle.get()  # there are as many as threads
+        Returns:
+            A future whose result is that of the task, or an error: a `RowError` for a bad row, and `DataError` for
+            whatever else goes wrong, the death of the worker included.
+        """
+        if self._workers:
+            return self._threads.submit(self._ask, task, argument, source)
+        done: Future[Any] = Future()
+        done.set_result(_run(self._tasks, task, argument, source))
+        return done
+
+    def _ask(self, *request: Any) -> Any:
+        worker = self._idle.get()  # there are as many workers as threads
         try:
-            reply = worker.ask(row, self._examples.source(row))
+            return worker.ask(*request)
         finally:
             self._idle.put(worker)
-        if isinstance(reply, DataError) and not isinstance(reply, RowError):
-            raise reply
-        return cast("T | RowError", reply)
+
+
+def _run(tasks: Tasks, task: str, argument: Any, source: str) -> Any:
+    try:
+        return tasks[task](argument)
+    except DataError as error:
+        return error
+    except Exception as error:  # noqa: BLE001 - the loader raises it when the row's turn comes
+        return DataError(f"{source}: cannot be encoded: {type(error).__name__}: {error}")
 
 
 class _Worker:
     """One process, asked by one thread at a time."""
 
-    def __init__(self, context: Any, examples: Examples, encode: Callable[[Example], object]) -> None:
+    def __init__(self, context: Any, tasks: Tasks) -> None:
         self._connection, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, examples, encode), name="decoding", daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, dict(tasks)), name="data worker", daemon=True)
         self.process.start()
         theirs.close()  # so that the process's death ends the connection
         self._death: DataError | None = None
 
-    def ask(self, row: int, source: str) -> object:
-        """The reply for a row. Raises `DataError`, with the row that it was at, if the process died."""
+    def ask(self, *request: Any) -> Any:
+        """Return the reply to `(task, argument, source)`, or a `DataError` with the row if the process died."""
         if self._death is not None:
-            raise self._death
+            return self._death
         try:
-            self._connection.send(row)
+            self._connection.send_bytes(_pickled(request))
             return pickle.loads(self._connection.recv_bytes())
         except (EOFError, OSError):
             self.process.join(JOIN_SECONDS)
             code = self.process.exitcode
             how = f"by signal {-code}" if code is not None and code < 0 else f"with exit code {code}"
             self._death = DataError(
-                f"{source}: the process that decoded this row ended {how}; if it is always this row, its image "
+                f"{request[-1]}: the process that decoded this row ended {how}; if it is always this row, its image "
                 "crashes the decoder: take it out; by signal 9, the memory may be too small: lower data.num_workers"
             )
-            raise self._death from None
+            return self._death
 
     def close(self) -> None:
-        """After `process.terminate()`."""
+        """Release the process after `process.terminate()`."""
         self.process.join(JOIN_SECONDS)
         self._connection.close()
 
 
 class _TensorPickler(pickle.Pickler):
-    """Tensors as NumPy arrays: torch's own way goes through a file, or through shared memory that can run out."""
+    """Pickles tensors as NumPy arrays: torch's own way needs a file, or shared memory, which can run out."""
 
     def reducer_override(self, value: Any) -> Any:
         return (torch.from_numpy, (value.numpy(),)) if type(value) is torch.Tensor else NotImplemented
 
 
-def _serve(connection: Connection, examples: Examples, encode: Callable[[Example], object]) -> None:
-    """A worker: rows come in, what becomes of them goes out, until the training process closes or dies."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the training process's to handle
+def _pickled(value: Any) -> memoryview:
+    buffer = io.BytesIO()
+    _TensorPickler(buffer, protocol=5).dump(value)
+    return buffer.getbuffer()
+
+
+def _serve(connection: Connection, tasks: Tasks) -> None:
+    """Reply to requests in a worker process until the training process closes the connection or dies."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the training process to handle
     torch.set_num_threads(1)
     try:
         while True:
-            row = connection.recv()
-            reply: object
-            try:
-                reply = encode_row(examples, encode, row)
-            except DataError as error:
-                reply = error
-            buffer = io.BytesIO()
-            _TensorPickler(buffer, protocol=5).dump(reply)
-            connection.send_bytes(buffer.getbuffer())
+            request = pickle.loads(connection.recv_bytes())
+            connection.send_bytes(_pickled(_run(tasks, *request)))
     except (EOFError, OSError):
         return

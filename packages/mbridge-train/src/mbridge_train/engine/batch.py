@@ -10,7 +10,7 @@ micro-batch size, packing or data parallelism, and partial results combine by ad
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,17 @@ if TYPE_CHECKING:
 
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 """How a per-token loss becomes one number; see :func:`aggregation_weights`."""
+
+
+class LazyVision(Protocol):
+    """Images and videos that only the ranks which train on them read (`Engine.reads_vision`)."""
+
+    grid_thw: Tensor
+    """int64 [items, 3], as of `VisionInputs`; known on every rank."""
+
+    def materialize(self) -> "VisionInputs":
+        """Return them with their pixels. Called when the micro-batch that has them is laid out."""
+        ...
 
 
 @dataclass(kw_only=True, slots=True)
@@ -45,7 +56,7 @@ class Sample:
     """float32 [length]: natural log probabilities under the policy that sampled the tokens."""
     reference_logprobs: Tensor | None = None
     """float32 [length]: natural log probabilities under the reference policy of the KL penalty."""
-    vision: "VisionInputs | None" = None
+    vision: "VisionInputs | LazyVision | None" = None
     """Images and videos whose placeholders are among the tokens, in their order."""
     position_ids: Tensor | None = None
     """int64 [3, length]: positions in time, height and width (`mbridge_model.mrope_position_ids`); None: counted."""

@@ -212,11 +212,11 @@ class ModelInputs:
         return moved
 
 
-def collate_dense(samples: Sequence[Sample], pad_to_multiple: int = 1) -> ModelInputs:
+def collate_dense(samples: Sequence[Sample], pad_to_multiple: int = 1, *, with_vision: bool = True) -> ModelInputs:
     """One row per sample, padded on the right to the longest, rounded up to ``pad_to_multiple``.
 
     An empty micro-batch becomes one row of padding with zero weight and all fields present, so that a rank without
-    work runs the same code and collectives as the others.
+    work runs the same code and collectives as the others. `with_vision=False` leaves images and videos out.
 
     Raises:
         ValueError: some samples have advantages (old, reference log probabilities) and others have not.
@@ -224,10 +224,12 @@ def collate_dense(samples: Sequence[Sample], pad_to_multiple: int = 1) -> ModelI
     width = round_up(max((sample.length for sample in samples), default=1), pad_to_multiple)
     rows = max(len(samples), 1)
     starts = [row * width for row in range(len(samples))]
-    return _lay_out(samples, starts, torch.arange(width).repeat(rows, 1))
+    return _lay_out(samples, starts, torch.arange(width).repeat(rows, 1), with_vision)
 
 
-def collate_packed(samples: Sequence[Sample], pad_each_to_multiple: int = 1) -> ModelInputs:
+def collate_packed(
+    samples: Sequence[Sample], pad_each_to_multiple: int = 1, *, with_vision: bool = True
+) -> ModelInputs:
     """All samples end to end in one row (THD), each padded on the right to ``pad_each_to_multiple``.
 
     An empty micro-batch is one sequence of padding, with zero weight and all fields present.
@@ -235,6 +237,7 @@ def collate_packed(samples: Sequence[Sample], pad_each_to_multiple: int = 1) -> 
     Args:
         samples: those of one micro-batch.
         pad_each_to_multiple: for sequence and context parallelism, which split every sample evenly.
+        with_vision: False leaves images and videos out.
 
     Raises:
         ValueError: as in :func:`collate_dense`.
@@ -245,11 +248,11 @@ def collate_packed(samples: Sequence[Sample], pad_each_to_multiple: int = 1) -> 
         torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32) for sizes in (lengths, segments)
     )
     position_ids = torch.cat([torch.arange(segment) for segment in segments]).unsqueeze(0)
-    inputs = _lay_out(samples, cu_seqlens_padded[: len(samples)].tolist(), position_ids)
+    inputs = _lay_out(samples, cu_seqlens_padded[: len(samples)].tolist(), position_ids, with_vision)
     return replace(inputs, cu_seqlens=cu_seqlens, cu_seqlens_padded=cu_seqlens_padded, max_seqlen=max(segments))
 
 
-def _lay_out(samples: Sequence[Sample], starts: list[int], position_ids: Tensor) -> ModelInputs:
+def _lay_out(samples: Sequence[Sample], starts: list[int], position_ids: Tensor, with_vision: bool) -> ModelInputs:
     """Dense inputs in the shape of ``position_ids``, sample ``i`` from flat position ``starts[i]`` on."""
 
     def place(name: str, first: int, dtype: torch.dtype) -> Tensor:
@@ -278,8 +281,13 @@ def _lay_out(samples: Sequence[Sample], starts: list[int], position_ids: Tensor)
         max_seqlen=None,
         sample_starts=starts,
         sample_lengths=[sample.length for sample in samples],
-        vision=VisionInputs.concatenate([sample.vision for sample in samples if sample.vision is not None]),
+        vision=_place_vision(samples) if with_vision else None,
     )
+
+
+def _place_vision(samples: Sequence[Sample]) -> VisionInputs | None:
+    parts = [sample.vision for sample in samples if sample.vision is not None]
+    return VisionInputs.concatenate([part if isinstance(part, VisionInputs) else part.materialize() for part in parts])
 
 
 def _place_positions(samples: Sequence[Sample], starts: list[int], position_ids: Tensor) -> Tensor:

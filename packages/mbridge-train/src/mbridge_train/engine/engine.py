@@ -166,11 +166,11 @@ class Engine:
         Returns:
             One float32 tensor [length] on the CPU per sample, in the batch's order, on every rank; entry 0 is 0.
         """
-        plan = self._plan(batch)
+        lengths = [sample.length for sample in batch]
+        plan = self._plan(lengths)
         per_micro_batch = self._run(
             plan, batch, logprob_outputs, temperature=temperature, with_entropy=False, forward_only=True
         )
-        lengths = [sample.length for sample in batch]
         starts = [0]
         for length in lengths:
             starts.append(starts[-1] + length)
@@ -186,12 +186,25 @@ class Engine:
 
     def padding_share(self, batch: list[Sample]) -> float:
         """Share of the token places that hold padding where `batch` is run, over all ranks."""
+        lengths = [sample.length for sample in batch]
         return padding_share(
-            self._plan(batch),
-            [sample.length for sample in batch],
+            self._plan(lengths),
+            lengths,
             packed=self._is_packed,
             pad_each_to_multiple=self._length_multiple,
         )
+
+    def reads_vision(self, lengths: list[int]) -> set[int]:
+        """Return the indices of the samples of a global batch whose images and videos this rank reads.
+
+        Those are the samples that the plan gives to it, on the first pipeline stage; other ranks read none.
+
+        Args:
+            lengths: number of tokens of each sample of the batch.
+        """
+        if not self.layout.is_first_stage:
+            return set()
+        return {index for micro_batch in self._plan(lengths)[self.layout.data.rank] for index in micro_batch}
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Stream the weights under their HuggingFace names. Collective: every rank iterates to the end."""
@@ -254,9 +267,9 @@ class Engine:
         if settings.overlap_grad_reduce:
             self.config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
 
-    def _plan(self, batch: list[Sample]) -> Plan:
+    def _plan(self, lengths: list[int]) -> Plan:
         return plan_micro_batches(
-            [sample.length for sample in batch],
+            lengths,
             self.layout.data.size,
             micro_batch_size=self.micro_batching.micro_batch_size,
             token_budget=self.micro_batching.token_budget,
@@ -276,15 +289,16 @@ class Engine:
         return ranks
 
     def _collate(self, samples: list[Sample]) -> ModelInputs:
+        with_vision = self.layout.is_first_stage  # which alone reads pixels
         if self._is_packed:
-            return collate_packed(samples, pad_each_to_multiple=self._length_multiple)
-        return collate_dense(samples, pad_to_multiple=self._length_multiple)
+            return collate_packed(samples, pad_each_to_multiple=self._length_multiple, with_vision=with_vision)
+        return collate_dense(samples, pad_to_multiple=self._length_multiple, with_vision=with_vision)
 
     def _run_loss(
         self, batch: list[Sample], loss: LossFunction, *, temperature: float, with_entropy: bool, forward_only: bool
     ) -> Mapping[str, float]:
         per_micro_batch = self._run(
-            self._plan(batch),
+            self._plan([sample.length for sample in batch]),
             batch,
             partial(loss_outputs, loss),
             temperature=temperature,
@@ -315,8 +329,6 @@ class Engine:
 
         def forward_step(iterator: Iterator[ModelInputs], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
             inputs = next(iterator)
-            if not self.layout.is_first_stage:
-                inputs.vision = None  # pixels are read there alone
             inputs = inputs.to(self.device)
             output = forward(
                 model,
