@@ -15,25 +15,12 @@ from mbridge_ckpt.errors import (
     SaverBusyError,
     UnsafeCheckpointError,
 )
+from mbridge_ckpt.formats.tensors import TensorRecord
 from mbridge_ckpt.formats.torch_files import load_torch
-from mbridge_ckpt.huggingface.export import write_hf
-from mbridge_ckpt.huggingface.offline import ExportReport, export_hf
+from mbridge_ckpt.huggingface.export import ExportReport, export_hf
 from mbridge_ckpt.huggingface.recipe import RECIPE_FILE, HfRecipe, HfTensor
-from mbridge_ckpt.megatron_lm.importer import import_megatron
-from mbridge_ckpt.megatron_lm.tree import find_iteration
-from mbridge_ckpt.reshard.assemble import WholeModel
-from mbridge_ckpt.reshard.placement import ParameterPlacement, place_parameter
-from mbridge_ckpt.reshard.reshard import reshard
-from mbridge_ckpt.store.checkpoint import (
-    Checkpoint,
-    PassedOver,
-    Resume,
-    find_resume,
-    hold,
-    list_checkpoints,
-    open_checkpoint,
-)
-from mbridge_ckpt.store.layout import (
+from mbridge_ckpt.huggingface.write import write_hf
+from mbridge_ckpt.manifest.layout import (
     HF_DIRECTORY,
     MANIFEST_FILE,
     Layout,
@@ -42,12 +29,25 @@ from mbridge_ckpt.store.layout import (
     mp_rank_directory,
     optimizer_file,
 )
-from mbridge_ckpt.store.manifest import FileRecord, Manifest, TensorRecord
+from mbridge_ckpt.manifest.manifest import FileRecord, Manifest
+from mbridge_ckpt.manifest.placement import ParameterPlacement, place_parameter
+from mbridge_ckpt.megatron_lm.importer import import_megatron
+from mbridge_ckpt.megatron_lm.tree import find_iteration
+from mbridge_ckpt.reshard.reshard import reshard
+from mbridge_ckpt.store.checkpoint import (
+    Checkpoint,
+    PassedOver,
+    Resume,
+    find_resume,
+    list_checkpoints,
+    open_checkpoint,
+)
+from mbridge_ckpt.store.checkpoint_writer import CheckpointWriter
+from mbridge_ckpt.store.rank_state import capture_random_state, restore_random_state
 from mbridge_ckpt.store.retention import PruneReport, Retention, prune
-from mbridge_ckpt.store.state import capture_random_state, restore_random_state
 from mbridge_ckpt.store.transaction import Save, begin_save
-from mbridge_ckpt.store.verify import Problem, VerifyReport, verify
-from mbridge_ckpt.store.writing import CheckpointWriter
+from mbridge_ckpt.store.verify import Fault, VerifyReport, verify
+from mbridge_ckpt.store.whole_model import WholeModel
 
 __all__ = [
     "HF_DIRECTORY",
@@ -59,6 +59,7 @@ __all__ = [
     "CheckpointWriter",
     "CorruptCheckpointError",
     "ExportReport",
+    "Fault",
     "FileRecord",
     "HfRecipe",
     "HfTensor",
@@ -68,7 +69,6 @@ __all__ = [
     "Manifest",
     "ParameterPlacement",
     "PassedOver",
-    "Problem",
     "PruneReport",
     "RanksLostError",
     "Resume",
@@ -86,7 +86,6 @@ __all__ = [
     "export_hf",
     "find_iteration",
     "find_resume",
-    "hold",
     "import_megatron",
     "iteration_directory",
     "list_checkpoints",

@@ -10,8 +10,8 @@ import pytest
 import torch
 import torch.distributed
 from mbridge_ckpt import AsyncSaver, CheckpointError, Layout, SaveError, begin_save, open_checkpoint, write_hf
-from mbridge_ckpt.background.shared_memory import STEP, Arena, ArenaReader
-from mbridge_ckpt.formats.hashing_reader import BLOCK, HashingReader
+from mbridge_ckpt.background.staging import STEP, StagingBuffer, StagingReader
+from mbridge_ckpt.files.hashing import BLOCK, HashingReader
 from mbridge_ckpt.formats.torch_zip import LazyTensor
 from xxhash import xxh3_128
 
@@ -20,7 +20,7 @@ MODEL_FILE = "actor/iter_0000001/mp_rank_00/model_optim_rng.pt"
 
 def tensors() -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(7)
-    large = torch.randn(STEP // 4 + 13, generator=generator)  # more than a step of the arena
+    large = torch.randn(STEP // 4 + 13, generator=generator)  # more than a step of the staging buffer
     return {
         "large": large,
         "half": torch.randn(31, 17, generator=generator).bfloat16(),
@@ -127,7 +127,7 @@ def test_a_dead_writer_is_told_wherever_the_saver_is_used(tmp_path):
         with pytest.raises(SaveError, match=r"rank 0 \(.*killed by SIGKILL"):
             use(saver)
         for _ in range(2 * (use is not AsyncSaver.close)):
-            with pytest.raises(SaveError, match="make a new AsyncSaver"):
+            with pytest.raises(SaveError, match="no save can follow in this run; start it again"):
                 saver.begin_save(tmp_path, step=1, layout=Layout())
         saver.close()
     with pytest.raises(RuntimeError, match="closed"):
@@ -162,28 +162,28 @@ def test_memory_is_reused_and_its_end_is_an_error(tmp_path):
     value = tensors()
     with AsyncSaver() as saver:
         write(saver.begin_save, tmp_path, value)
-        taken = saver.copied_bytes
+        taken = saver._staging.taken
         write(saver.begin_save, tmp_path, value, 2)
         size = sum(path.stat().st_size for path in (tmp_path / "global_step_1").rglob("*.*"))
-        assert size < saver.copied_bytes == taken < size + 2 * STEP
-        saver._arena.capacity = taken
+        assert size < saver._staging.taken == taken < size + 2 * STEP
+        saver._staging.capacity = taken
         with pytest.raises(CheckpointError, match="no memory for a copy"):
             write(saver.begin_save, tmp_path, value | {"more": torch.ones(2 * STEP)}, 3)
         with pytest.raises(SaveError, match="no memory for a copy"):
             saver.wait()
 
 
-def test_arena_is_the_same_memory_on_both_sides():
-    arena = Arena()
-    first = arena.store(b"abc")
-    tensor = arena.store_tensor(torch.arange(5, dtype=torch.int16))
+def test_staging_buffer_is_the_same_memory_on_both_sides():
+    staging = StagingBuffer()
+    first = staging.store(b"abc")
+    tensor = staging.store_tensor(torch.arange(5, dtype=torch.int16))
     whole = memoryview(tensor.numpy()).cast("B")
-    extent = arena.store(whole)
-    used = arena.taken
-    reader = ArenaReader(arena.descriptor)
+    extent = staging.store(whole)
+    used = staging.taken
+    reader = StagingReader(staging.descriptor)
     assert reader[first] == b"abc" and extent[0] == 64 and reader[extent] == whole
     tensor[1] = 500
-    assert reader[extent][2:4] == b"\xf4\x01" and arena.taken == used == STEP
+    assert reader[extent][2:4] == b"\xf4\x01" and staging.taken == used == STEP
 
 
 def test_reading_in_any_order_gives_content_and_checksum(tmp_path):

@@ -9,8 +9,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mbridge_ckpt import CheckpointError, FileRecord, Layout, Manifest, ParameterPlacement, TensorRecord, load_torch
-from mbridge_ckpt.formats.safetensors_header import read_safetensors_header, read_safetensors_index
-from mbridge_ckpt.store.durable import hash_bytes
+from mbridge_ckpt.files.hashing import hash_bytes
+from mbridge_ckpt.formats.safetensors import read_safetensors_header, read_safetensors_index
 
 FUZZ = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 FILE = {"path": "a.pt", "bytes": 3, "xxh3_128": "0" * 32, "tensors": [["x", [2, 3], "float32"]]}

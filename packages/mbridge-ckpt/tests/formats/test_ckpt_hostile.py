@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import torch
 from mbridge_ckpt import CorruptCheckpointError, UnsafeCheckpointError, load_torch
-from mbridge_ckpt.formats.safetensors_header import read_safetensors_header
+from mbridge_ckpt.formats.safetensors import read_safetensors_header
+from mbridge_ckpt.formats.tensors import TensorRecord
 from mbridge_ckpt.formats.torch_inspect import inspect_torch_file
-from mbridge_ckpt.store.manifest import TensorRecord
 
 Expected = tuple[type[Exception], str]
 MARK = "hostile_mark"  # a file that code in a pickle would make

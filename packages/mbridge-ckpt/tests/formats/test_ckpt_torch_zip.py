@@ -8,11 +8,12 @@ import mbridge_ckpt.formats.torch_zip
 import pytest
 import torch
 from mbridge_ckpt.errors import CheckpointError
+from mbridge_ckpt.files.hashing import HashingFile, hash_file
+from mbridge_ckpt.formats.tensors import DTYPE_BYTES
 from mbridge_ckpt.formats.torch_files import load_torch, write_torch_file
-from mbridge_ckpt.formats.torch_inspect import DTYPE_BYTES, inspect_torch_file
+from mbridge_ckpt.formats.torch_inspect import inspect_torch_file
 from mbridge_ckpt.formats.torch_reader import TorchFileReader
 from mbridge_ckpt.formats.torch_zip import LazyTensor
-from mbridge_ckpt.store.durable import HashingFile, hash_file
 
 CONTAINERS = {
     "a": [1, -2.5, None, True, "text", (1, 2)],

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from mbridge_ckpt import CheckpointError, Layout, SaveError, begin_save, open_checkpoint, prune, verify, write_hf
-from mbridge_ckpt.huggingface.export import parse_size
+from mbridge_ckpt.huggingface.write import parse_size
 from mbridge_ckpt.store.retention import Retention
 from safetensors.torch import load_file
 
@@ -108,11 +108,11 @@ def test_memory_is_one_shard_and_one_tensor(tmp_path, monkeypatch):
     """Of what is held to be written: no shard lives on while the next one fills."""
     import weakref
 
-    from mbridge_ckpt.huggingface import export as hf_export
+    from mbridge_ckpt.huggingface import write as hf_write
 
     held: list[weakref.ref] = []
     most = 0
-    shards = hf_export._shards
+    shards = hf_write._shards
 
     def watched(sink, tensors, limit):
         nonlocal most
@@ -122,7 +122,7 @@ def test_memory_is_one_shard_and_one_tensor(tmp_path, monkeypatch):
             yield shard
             del shard
 
-    monkeypatch.setattr(hf_export, "_shards", watched)
+    monkeypatch.setattr(hf_write, "_shards", watched)
     path = export(tmp_path, ((f"w{number}", torch.ones(256)) for number in range(40)), 4 * 1024)
     assert most == 4 and len(list(path.glob("*.safetensors"))) == 10
 
@@ -206,7 +206,7 @@ def test_a_full_disk_does_not_stop_the_stream(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mbridge_ckpt.store.durable.HashingFile.write", full)
+    monkeypatch.setattr("mbridge_ckpt.files.hashing.HashingFile.write", full)
     with pytest.raises(SaveError, match="part-00000: No space left"):
         export(tmp_path, stream(), 1)
     assert taken == list(weights())

@@ -26,8 +26,8 @@ from mbridge_ckpt import (
     verify,
 )
 from mbridge_ckpt.cli.main import main
+from mbridge_ckpt.huggingface.directory import NewDirectory
 from mbridge_ckpt.reshard.reshard import reshard
-from mbridge_ckpt.store.new_directory import NewDirectory
 
 LAYERS, HIDDEN, FEED_FORWARD, VOCABULARY = 4, 8, 12, 21
 KINDS = ("fp32_param", "exp_avg", "exp_avg_sq")

@@ -214,7 +214,7 @@ def test_truncation_and_bit_flips_in_every_file(worker, tmp_path):
             relative = path.relative_to(newest)
             if str(relative).startswith("actor/hf_model/"):
                 assert resume.checkpoint.step == 2
-                assert str(path) in verify(newest).problems[0].message
+                assert str(path) in verify(newest).faults[0].message
             else:
                 assert resume.checkpoint.step == 1
                 assert relative.name in resume.passed_over[0].reason and "global_step_2" in resume.passed_over[0].reason

@@ -17,9 +17,9 @@ from mbridge_ckpt import (
     open_checkpoint,
     verify,
 )
-from mbridge_ckpt.formats.safetensors_header import read_safetensors_index
-from mbridge_ckpt.store.durable import hash_bytes
-from mbridge_ckpt.store.manifest import TensorRecord
+from mbridge_ckpt.files.hashing import hash_bytes
+from mbridge_ckpt.formats.safetensors import read_safetensors_index
+from mbridge_ckpt.formats.tensors import TensorRecord
 
 
 @pytest.mark.parametrize("shard", ["/etc/passwd", "../../other/model.safetensors", "a/../../b", "", "a\\..\\b"])
@@ -54,7 +54,7 @@ def test_symlinks_out_of_the_checkpoint(tmp_path):
     file.symlink_to(outside)
     with pytest.raises(UnsafeCheckpointError, match=r"model_optim_rng.pt is a symlink to .*outside.pt, outside"):
         open_checkpoint(path).load_torch("actor/iter_0000001/mp_rank_00/model_optim_rng.pt")
-    assert "is a symlink" in verify(path).problems[0].message
+    assert "is a symlink" in verify(path).faults[0].message
     assert find_resume(tmp_path / "run").checkpoint is None
     file.unlink()
     file.symlink_to(file.name)
@@ -65,8 +65,8 @@ def test_a_directory_that_is_a_symlink_out_of_the_checkpoint(tmp_path):
     path = saved(tmp_path / "run")
     (path / "actor").rename(tmp_path / "actor")
     (path / "actor").symlink_to(tmp_path / "actor")
-    assert all("is a symlink" in problem.message for problem in verify(path).problems)
-    assert len(verify(path).problems) == 2
+    assert all("is a symlink" in fault.message for fault in verify(path).faults)
+    assert len(verify(path).faults) == 2
 
 
 def test_a_manifest_that_is_a_symlink(tmp_path):

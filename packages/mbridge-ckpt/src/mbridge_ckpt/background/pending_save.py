@@ -8,14 +8,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from mbridge_ckpt.background.shared_memory import Arena, ArenaReader, Extent
+from mbridge_ckpt.background.staging import Extent, StagingBuffer, StagingReader
 from mbridge_ckpt.errors import CheckpointError
-from mbridge_ckpt.reshard.placement import ParameterPlacement
-from mbridge_ckpt.store.layout import Layout, step_directory
-from mbridge_ckpt.store.manifest import TensorRecord
+from mbridge_ckpt.formats.tensors import TensorRecord
+from mbridge_ckpt.manifest.layout import Layout, step_directory
+from mbridge_ckpt.manifest.placement import ParameterPlacement
+from mbridge_ckpt.store.checkpoint_writer import CheckpointWriter, SaveStream
 from mbridge_ckpt.store.ranks import Ranks
 from mbridge_ckpt.store.transaction import Save
-from mbridge_ckpt.store.writing import CheckpointWriter, SaveStream
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StoredFile:
-    """A file of the checkpoint: its bytes are those of `extents` in the arena, one after the other."""
+    """A file of the checkpoint: its bytes are those of `extents` in the staging buffer, one after the other."""
 
     path: str
     extents: tuple[Extent, ...]
@@ -49,8 +49,8 @@ class StoredFile:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Snapshot:
-    """All that one rank gives to a save. `failure` says why it gives nothing, so that the other ranks learn of it."""
+class PendingSave:
+    """One rank's part of a save. `failure` says why it contributes nothing, so that the other ranks learn of it."""
 
     directory: Path
     step: int
@@ -77,8 +77,8 @@ class Snapshot:
         value["files"] = [file.to_json() for file in self.files]
         return json.dumps(value, allow_nan=False).encode()
 
-    def write(self, arena: ArenaReader, ranks: Ranks) -> Path:
-        """Save for good, with `Save`; collective over the writer processes of all ranks."""
+    def write(self, staging: StagingReader, ranks: Ranks) -> Path:
+        """Write the save with `Save`; collective over the writer processes of all ranks."""
         with Save(self.directory, step=self.step, layout=self.layout, ranks=ranks, existing=self.existing) as save:
             if self.failure is not None:
                 raise CheckpointError(self.failure)
@@ -86,58 +86,60 @@ class Snapshot:
                 with save.stream(file.path) as stream:
                     stream.tensors, stream.placements = file.tensors, file.placements
                     for extent in file.extents:
-                        stream.write(arena[extent])
+                        stream.write(staging[extent])
             return save.commit(self.metadata, writer=self.writer)
 
 
 class SnapshotSave(CheckpointWriter):
-    """A save whose content is copied when it is given and written after `commit` returned; of `AsyncSaver.begin_save`.
+    """A save that copies what it is given and is written after `commit` has returned; made by `AsyncSaver.begin_save`.
 
-    The directory that `commit` returns is not there yet: `AsyncSaver.check` and `wait` tell when it is, or why it never
-    will be. An exception in the block reaches the other ranks as a SaveError there.
+    The directory that `commit` returns does not exist yet: `AsyncSaver.check` and `wait` tell when it does, or why it
+    never will. An exception in the block reaches the other ranks there, as a SaveError.
     """
 
-    def __init__(self, snapshot: Snapshot, arena: Arena, ranks: Ranks, hand_over: Callable[[Snapshot], None]) -> None:
-        super().__init__(snapshot.step, snapshot.layout, ranks)
-        self._snapshot = snapshot
-        self._arena = arena
+    def __init__(
+        self, pending: PendingSave, staging: StagingBuffer, ranks: Ranks, hand_over: Callable[[PendingSave], None]
+    ) -> None:
+        super().__init__(pending.step, pending.layout, ranks)
+        self._pending = pending
+        self._staging = staging
         self._hand_over = hand_over
         self._files: dict[str, StoredFile] = {}
-        arena.reset()
+        staging.reset()
 
     @contextmanager
     def stream(self, path: str) -> Iterator[SaveStream]:
-        """A new file to write piece by piece, into memory."""
+        """Open a new file in memory, to be written piece by piece."""
         self._claim(path)
-        stream = _ArenaStream(self._arena)
+        stream = _StagingStream(self._staging)
         yield stream
         extents = tuple(stream.extents)
         self._files[path] = StoredFile(path=path, extents=extents, tensors=stream.tensors, placements=stream.placements)
 
     def rename(self, old: str, new: str) -> None:
-        """Only a name: nothing is on the disk yet."""
+        """Change the name alone: nothing is on the disk yet."""
         self._claim(new)
         self._files[new] = replace(self._files.pop(old), path=new)
         self._names.discard(old)
 
     def to_host(self, tensor: "Tensor") -> "Tensor":
-        """A copy in the arena."""
-        return self._arena.store_tensor(tensor)
+        """Copy `tensor` into the staging buffer."""
+        return self._staging.store_tensor(tensor)
 
     def host_copy(self, tensor: "Tensor") -> "Tensor":
-        """A copy in the arena, which a stream then takes without copying it again."""
-        return self._arena.store_tensor(tensor)
+        """Copy `tensor` into the staging buffer, where a stream takes it without copying it again."""
+        return self._staging.store_tensor(tensor)
 
     def commit(self, metadata: dict[str, Any] | None = None, *, writer: dict[str, str] | None = None) -> Path:
-        """Hand the copy over to be written; returns the directory that it will be in.
+        """Hand the copy over to the writer; returns the directory that it will be in.
 
         For the arguments see `CheckpointWriter.commit`; TypeError or ValueError if they are not JSON.
         """
         files = tuple(self._files.values())
-        self._arena.synchronize()
-        self._hand_over(replace(self._snapshot, files=files, metadata=metadata, writer=writer))
+        self._staging.synchronize()
+        self._hand_over(replace(self._pending, files=files, metadata=metadata, writer=writer))
         self._open = False
-        return self._snapshot.directory / step_directory(self.step)
+        return self._pending.directory / step_directory(self.step)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -146,20 +148,20 @@ class SnapshotSave(CheckpointWriter):
             return
         self._open = False
         reason = f"{type(error).__name__}: {error}" if error is not None else "the save's block ended without commit()"
-        self._arena.synchronize()
-        self._arena.reset()
-        self._hand_over(replace(self._snapshot, failure=reason))
+        self._staging.synchronize()
+        self._staging.reset()
+        self._hand_over(replace(self._pending, failure=reason))
         if error is None:
-            raise CheckpointError(f"{self._snapshot.directory}: {reason}")
+            raise CheckpointError(f"{self._pending.directory}: {reason}")
 
 
-class _ArenaStream(SaveStream):
-    def __init__(self, arena: Arena) -> None:
+class _StagingStream(SaveStream):
+    def __init__(self, staging: StagingBuffer) -> None:
         super().__init__()
-        self._arena = arena
+        self._staging = staging
         self.extents: list[Extent] = []
 
     def write(self, data: bytes | memoryview, /) -> int:
-        extent = self._arena.store(data)
+        extent = self._staging.store(data)
         self.extents.append(extent)
         return extent[1]

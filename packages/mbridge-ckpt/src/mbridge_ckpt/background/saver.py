@@ -1,4 +1,4 @@
-"""Saving beside the training: a rank waits only while its tensors are copied, and a process of its own writes them."""
+"""Save while training goes on: a rank waits only for the copy of its tensors, which a process beside it writes."""
 
 import os
 import socket
@@ -6,15 +6,18 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
-from mbridge_ckpt.background.pending_save import Snapshot, SnapshotSave
-from mbridge_ckpt.background.shared_memory import Arena
-from mbridge_ckpt.background.writer import Place, WriterProcess
+from mbridge_ckpt.background.pending_save import PendingSave, SnapshotSave
+from mbridge_ckpt.background.staging import StagingBuffer
+from mbridge_ckpt.background.writer import Rendezvous, WriterProcess
 from mbridge_ckpt.errors import SaveError, SaverBusyError
-from mbridge_ckpt.store.layout import Layout, step_directory
+from mbridge_ckpt.manifest.layout import Layout, step_directory
 from mbridge_ckpt.store.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+
+_NO_MORE = "no save can follow in this run; start it again from its last checkpoint"
 
 
 class AsyncSaver:
@@ -30,8 +33,8 @@ class AsyncSaver:
                         save.commit()                                 # the model may change from here on
 
     A process beside each rank does what `begin_save` does, and promises the same. Host memory for one copy of all that
-    a rank saves is taken at the first save and kept. Whatever ends a writer, the rank raises SaveError at its next
-    `check`, `wait`, `begin_save` or `close`, once; so do the other ranks, whose writers lose it.
+    a rank saves is allocated at the first save and kept. Whatever ends a writer, its rank raises SaveError once, at its
+    next `check`, `wait`, `begin_save` or `close`; so do the other ranks, whose writers lose it.
 
     Args:
         when_busy: what `begin_save` does while the last save is still being written: "wait" for it, or "refuse" with
@@ -42,18 +45,13 @@ class AsyncSaver:
     def __init__(self, *, when_busy: Literal["wait", "refuse"] = "wait", group: "ProcessGroup | None" = None) -> None:
         self._when_busy = when_busy
         self._ranks = Ranks(group)
-        self._arena = Arena()
+        self._staging = StagingBuffer()
         self._store, host, port = _open_store(self._ranks)
-        place = Place(
-            rank=self._ranks.rank,
-            size=self._ranks.size,
-            global_rank=self._ranks.global_rank,
-            host=host,
-            port=port,
-        )
-        self._writer: WriterProcess | None = WriterProcess(self._arena.descriptor, place)
-        self._running: Path | None = None  # what the writer was given and has not answered for
-        self._committed: Path | None = None  # answered for, and not yet told to the caller
+        ranks = self._ranks
+        rendezvous = Rendezvous(rank=ranks.rank, size=ranks.size, global_rank=ranks.global_rank, host=host, port=port)
+        self._writer: WriterProcess | None = WriterProcess(self._staging.descriptor, rendezvous)
+        self._running: Path | None = None  # what the writer was given and has not reported on
+        self._committed: Path | None = None  # reported, and not yet told to the caller
         self._failure: str | None = None  # likewise
         self._dead: str | None = None  # why this saver can do nothing more
 
@@ -63,13 +61,8 @@ class AsyncSaver:
         return self._running is not None
 
     @property
-    def copied_bytes(self) -> int:
-        """Host memory that this rank's copy takes, between saves too."""
-        return self._arena.taken
-
-    @property
     def process_id(self) -> int | None:
-        """Of the writer process; None once closed."""
+        """Process id of the writer; None once closed."""
         return self._writer.process_id if self._writer is not None else None
 
     def begin_save(
@@ -82,9 +75,9 @@ class AsyncSaver:
     ) -> SnapshotSave:
         """Begin a save, with the arguments of the function `begin_save`; collective.
 
-        Raises SaveError on every rank: a save before this one failed on some rank and that was not raised there yet,
-        or a writer is gone; its subclass SaverBusyError: the last save is still running under `when_busy="refuse"`.
-        Faults of the directory show later.
+        Raises SaveError on every rank if an earlier save failed on some rank and that was not raised there yet, or if a
+        writer is gone; its subclass SaverBusyError if the last save is still running under `when_busy="refuse"`. Faults
+        of the directory show later.
         """
         if self._writer is None:
             raise RuntimeError("the AsyncSaver is closed")
@@ -100,8 +93,8 @@ class AsyncSaver:
                 " often, or wait() first"
             )
         # The working directory of the writer is that of this process when it started, not now.
-        snapshot = Snapshot(directory=Path(directory).absolute(), step=step, layout=layout, existing=existing)
-        return SnapshotSave(snapshot, self._arena, self._ranks, self._hand_over)
+        pending = PendingSave(directory=Path(directory).absolute(), step=step, layout=layout, existing=existing)
+        return SnapshotSave(pending, self._staging, self._ranks, self._hand_over)
 
     def check(self) -> Path | None:
         """The directory of a save that was committed since the last call, if any; takes microseconds, not collective.
@@ -123,32 +116,32 @@ class AsyncSaver:
         self._receive(wait=True)
         self._writer.close()
         self._writer = None
-        self._arena.close()
+        self._staging.close()
         self._report()
 
-    def _hand_over(self, snapshot: Snapshot) -> None:
+    def _hand_over(self, pending: PendingSave) -> None:
         assert self._writer is not None
-        self._writer.send(self._arena.store(snapshot.to_json()))
-        self._running = snapshot.directory / step_directory(snapshot.step)
+        self._writer.send(self._staging.store(pending.to_json()))
+        self._running = pending.directory / step_directory(pending.step)
 
     def _receive(self, *, wait: bool) -> None:
-        """Take in what the writer has to say, waiting for it only if there is something running."""
+        """Note what the writer reports, waiting for it only if a save is running."""
         if self._writer is None or self._dead is not None:
             return
         try:
-            answer = self._writer.receive(wait=wait and self._running is not None)
+            outcome = self._writer.receive(wait=wait and self._running is not None)
         except EOFError as error:
             doing = f"{self._running} was not saved" if self._running else "nothing was being saved"
-            self._dead = f"rank {self._ranks.global_rank} ({socket.gethostname()}): {error}; make a new AsyncSaver"
+            self._dead = f"rank {self._ranks.global_rank} ({socket.gethostname()}): {error}; {_NO_MORE}"
             self._failure = self._failure or f"{doing}: {self._dead}; earlier checkpoints are untouched"
             self._running = None
             return
-        if answer is not None:
-            self._committed = self._running if answer.error is None else None
-            self._failure = answer.error
+        if outcome is not None:
+            self._committed = self._running if outcome.error is None else None
+            self._failure = outcome.error
             self._running = None
-            if answer.lost:
-                self._dead = "the writers of the ranks lost each other in an earlier save; make a new AsyncSaver"
+            if outcome.lost:
+                self._dead = f"the writers of the ranks lost each other in an earlier save; {_NO_MORE}"
 
     def _report(self) -> Path | None:
         failure, self._failure = self._failure, None
@@ -172,7 +165,7 @@ class AsyncSaver:
 
 
 def _open_store(ranks: Ranks) -> tuple[Any, str, int]:
-    """The TCP store in which the writers meet, on the first rank, and its address, on every rank."""
+    """Return the TCP store in which the writers meet, on the first rank, and its address, on every rank."""
     if ranks.size == 1:
         return None, "", 0
     from torch.distributed import TCPStore

@@ -1,1 +1,5 @@
-"""cli."""
+"""The command `mbridge-ckpt`.
+
+In: arguments. Out: text or JSON on stdout, reasons on stderr, an exit code.
+Uses: `errors`, `huggingface`, `manifest`, `megatron_lm`, `reshard`, `store`.
+"""

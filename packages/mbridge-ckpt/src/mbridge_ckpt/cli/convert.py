@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 
 from mbridge_ckpt.cli.output import ProgressBar, print_json, size_text
+from mbridge_ckpt.manifest.manifest import read_manifest
 from mbridge_ckpt.store.checkpoint import open_checkpoint
-from mbridge_ckpt.store.manifest import read_manifest
 
 
 def run_reshard(options: argparse.Namespace) -> int:
@@ -41,7 +41,7 @@ def run_import_megatron(options: argparse.Namespace) -> int:
 
 
 def run_export_hf(options: argparse.Namespace) -> int:
-    from mbridge_ckpt.huggingface.offline import export_hf
+    from mbridge_ckpt.huggingface.export import export_hf
 
     checkpoint = open_checkpoint(options.path)
     with ProgressBar("writing", checkpoint.manifest.total_bytes) as progress:

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mbridge_ckpt.reshard.assemble import MODEL, WholeModel
 from mbridge_ckpt.store.checkpoint import open_checkpoint
 from mbridge_ckpt.store.verify import require_whole
+from mbridge_ckpt.store.whole_model import MODEL, WholeModel
 
 KINDS = (MODEL, "fp32_param", "exp_avg", "exp_avg_sq")
 

@@ -15,8 +15,8 @@ from typing import Any
 from mbridge_ckpt.cli.convert import run_export_hf, run_import_megatron, run_reshard
 from mbridge_ckpt.cli.output import ProgressBar, print_columns, print_json, size_text
 from mbridge_ckpt.errors import CheckpointError
+from mbridge_ckpt.manifest.manifest import read_manifest
 from mbridge_ckpt.store.checkpoint import list_checkpoints, open_checkpoint
-from mbridge_ckpt.store.manifest import read_manifest
 from mbridge_ckpt.store.publish import find_leftovers
 from mbridge_ckpt.store.retention import Retention, prune
 from mbridge_ckpt.store.verify import verify
@@ -120,11 +120,11 @@ def _verify(options: argparse.Namespace) -> int:
         report = verify(checkpoint.path, contents=options.full, progress=progress)
     if options.json:
         print_json({"ok": report.ok, "resumable": report.resumable, **{
-            key: getattr(report, key) for key in ("path", "step", "contents", "files", "bytes", "problems", "notes")
+            key: getattr(report, key) for key in ("path", "step", "contents", "files", "bytes", "faults", "notes")
         }})  # fmt: skip
         return FINE if report.ok else NO
-    for problem in report.problems:
-        print(f"FAULT {problem.message}")
+    for fault in report.faults:
+        print(f"FAULT {fault.message}")
     for note in report.notes:
         print(f"note: {note}")
     looked_at = "every byte compared with its checksum" if report.contents else (
@@ -135,7 +135,7 @@ def _verify(options: argparse.Namespace) -> int:
         print("fine")
     else:
         print(
-            f"{len(report.problems)} faults; "
+            f"{len(report.faults)} faults; "
             + ("resuming is not affected" if report.resumable else "do not resume from it")
         )
     return FINE if report.ok else NO

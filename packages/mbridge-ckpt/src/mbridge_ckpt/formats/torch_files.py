@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
-from mbridge_ckpt.formats.hashing_reader import HashingReader
-from mbridge_ckpt.formats.torch_inspect import DTYPE_BYTES, MAXIMUM_DEPTH, read_structure
+from mbridge_ckpt.files.hashing import HashingReader
+from mbridge_ckpt.formats.tensors import DTYPE_BYTES, TensorRecord
+from mbridge_ckpt.formats.torch_inspect import MAXIMUM_DEPTH, read_structure
 from mbridge_ckpt.formats.torch_zip import LazyTensor, Writer, host_tensor, write_torch_zip
-from mbridge_ckpt.store.manifest import TensorRecord
 
 if TYPE_CHECKING:
     from torch import Tensor

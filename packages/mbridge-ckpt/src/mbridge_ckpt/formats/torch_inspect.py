@@ -17,23 +17,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from mbridge_ckpt.errors import CorruptCheckpointError, UnsafeCheckpointError
-from mbridge_ckpt.store.manifest import TensorRecord
+from mbridge_ckpt.formats.tensors import DTYPE_BYTES, TORCH_STORAGES, TensorRecord
 
 MAXIMUM_PICKLE_BYTES = 256 << 20
 MAXIMUM_DEPTH = 64
 HARMLESS_TUPLE_DEPTH = 20_000  # hashing tuples overflows the stack of a process at some hundred thousand
 
-# torch's storage class for each dtype that has one; the rest are stored untyped and name the dtype itself.
-_STORAGES = {
-    "DoubleStorage": ("float64", 8), "FloatStorage": ("float32", 4), "HalfStorage": ("float16", 2),
-    "BFloat16Storage": ("bfloat16", 2), "LongStorage": ("int64", 8), "IntStorage": ("int32", 4),
-    "ShortStorage": ("int16", 2), "CharStorage": ("int8", 1), "ByteStorage": ("uint8", 1), "BoolStorage": ("bool", 1),
-    "UntypedStorage": ("bytes", 1),
-}  # fmt: skip
-DTYPE_BYTES = {name: size for name, size in _STORAGES.values() if name != "bytes"} | {
-    "uint16": 2, "uint32": 4, "uint64": 8, "float8_e4m3fn": 1, "float8_e5m2": 1, "float8_e4m3fnuz": 1,
-    "float8_e5m2fnuz": 1, "float8_e8m0fnu": 1,
-}  # fmt: skip
+# By the name of the storage class; torch stores dtypes that have none as bytes, and names the dtype itself.
+_STORAGES = {storage: (dtype, DTYPE_BYTES[dtype]) for dtype, storage in TORCH_STORAGES.items()}
+_STORAGES["UntypedStorage"] = ("bytes", 1)
 
 
 @dataclass(frozen=True, slots=True)

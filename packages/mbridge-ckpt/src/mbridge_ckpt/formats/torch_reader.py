@@ -2,10 +2,11 @@
 
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from mbridge_ckpt.errors import CorruptCheckpointError
-from mbridge_ckpt.formats.torch_inspect import DTYPE_BYTES, StandIns, StoredTensor, read_structure
+from mbridge_ckpt.formats.tensors import DTYPE_BYTES
+from mbridge_ckpt.formats.torch_inspect import StandIns, StoredTensor, read_structure
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,12 +68,3 @@ class TorchFileReader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._stream.close()
-
-
-def tensors_in(value: Any) -> dict[str, StoredTensor]:
-    """The tensors of one level of a saved dict, by name."""
-    return (
-        {name: item for name, item in value.items() if isinstance(item, StoredTensor)}
-        if isinstance(value, dict)
-        else {}
-    )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mbridge_ckpt.formats.torch_inspect import DTYPE_BYTES
+from mbridge_ckpt.formats.tensors import DTYPE_BYTES, TORCH_STORAGES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,11 +25,6 @@ ALIGNMENT = 64
 WIDE_FROM = 0xFFFFFFFF  # sizes and offsets from here on need the 64-bit fields
 _FULL_32 = 0xFFFFFFFF
 _FULL_16 = 0xFFFF
-_STORAGE_CLASSES = {
-    "float64": "DoubleStorage", "float32": "FloatStorage", "float16": "HalfStorage", "bfloat16": "BFloat16Storage",
-    "int64": "LongStorage", "int32": "IntStorage", "int16": "ShortStorage", "int8": "CharStorage",
-    "uint8": "ByteStorage", "bool": "BoolStorage",
-}  # fmt: skip
 
 
 class Writer(Protocol):
@@ -111,8 +106,8 @@ class _Pickler(pickle.Pickler):
             return None
         import torch
 
-        if value.dtype in _STORAGE_CLASSES:
-            return "storage", getattr(torch, _STORAGE_CLASSES[value.dtype]), value.key, "cpu", value.elements
+        if value.dtype in TORCH_STORAGES:
+            return "storage", getattr(torch, TORCH_STORAGES[value.dtype]), value.key, "cpu", value.elements
         return "storage", torch.UntypedStorage, value.key, "cpu", value.elements * DTYPE_BYTES[value.dtype]
 
     def reducer_override(self, value: Any) -> Any:
@@ -126,7 +121,7 @@ class _Pickler(pickle.Pickler):
         storage = _Storage(str(len(self.tensors)), dtype, prod(shape))
         self.tensors.append(value)
         arguments: tuple[Any, ...] = (storage, 0, shape, stride, False, OrderedDict())
-        if dtype in _STORAGE_CLASSES:
+        if dtype in TORCH_STORAGES:
             return torch._utils._rebuild_tensor_v2, arguments
         return torch._utils._rebuild_tensor_v3, (*arguments, getattr(torch, dtype))
 

@@ -1,1 +1,5 @@
-"""huggingface."""
+"""HuggingFace directories: written into a save as the weights stream by, or made from a checkpoint later.
+
+In: named tensors, or a checkpoint with its recipe. Out: safetensors shards beside config, tokenizer and templates.
+Uses: `errors`, `files`, `formats`, `manifest`, `store`.
+"""

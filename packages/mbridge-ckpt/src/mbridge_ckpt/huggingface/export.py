@@ -1,199 +1,157 @@
-"""Write a HuggingFace model directory into a save: weights as they stream by, and everything else of the source.
+"""Make a HuggingFace directory from a checkpoint, without Megatron and without transformers.
 
-Shards are written in the safetensors format, with no more memory than one shard.
+A checkpoint that was saved with its export has the files; they are compared with their checksums and copied, or cut
+into shards of another size. From one that was saved without, the weights are built by its recipe (see `hf_recipe`).
 """
 
-import json
-import re
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Literal
 
-from mbridge_ckpt.errors import CheckpointError
-from mbridge_ckpt.formats.safetensors_header import DTYPES
-from mbridge_ckpt.formats.torch_zip import tensor_bytes
-from mbridge_ckpt.store.layout import HF_DIRECTORY
-from mbridge_ckpt.store.manifest import TensorRecord
-from mbridge_ckpt.store.writing import CheckpointWriter, SaveStream
+from mbridge_ckpt.errors import CheckpointError, IncompleteCheckpointError, LayoutError
+from mbridge_ckpt.formats.safetensors import read_safetensors
+from mbridge_ckpt.huggingface.directory import NewDirectory
+from mbridge_ckpt.huggingface.recipe import RECIPE_FILE, HfRecipe, read_recipe
+from mbridge_ckpt.huggingface.write import copy_file, is_weights, other_files, parse_size, write_weights
+from mbridge_ckpt.manifest.layout import HF_DIRECTORY
+from mbridge_ckpt.store.checkpoint import Checkpoint, open_checkpoint
+from mbridge_ckpt.store.whole_model import MODEL, WholeModel
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-_COPY_BLOCK = 8 << 20
-_SIZE = re.compile(r"\s*([0-9]{1,18}(?:\.[0-9]{1,18})?)\s*([KMGT]?)(i?)B\s*", re.IGNORECASE)
-_CODES = {dtype: code for code, (dtype, _) in DTYPES.items()}
-# Weights in any format are what is written anew; hidden files are a download tool's or a version control's.
-_WEIGHTS = re.compile(
-    r".*\.(safetensors|bin|pt|pth|ckpt|gguf|h5|msgpack|onnx|onnx_data|ot|safetensors\.index\.json|bin\.index\.json)"
-    r"|consolidated.*|.*\.index\.json\.lock"
-)
+DEFAULT_SHARD = "5GB"
+Progress = Callable[[int], None] | None
 
 
-def write_hf(
-    save: CheckpointWriter,
-    tensors: "Iterable[tuple[str, Tensor]]",
-    source: str | Path | None,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportReport:
+    """What `export_hf` made: the directory, its bytes in all, the number of tensors, and where these came from."""
+
+    path: Path
+    bytes: int
+    tensors: int
+    weights_from: Literal["export", "recipe"]
+
+
+def export_hf(
+    checkpoint: str | Path,
+    destination: str | Path,
     *,
-    directory: str = HF_DIRECTORY,
-    max_shard_size: int | str = "5GB",
-) -> None:
-    """Export to `directory` of the checkpoint being saved; call it on every rank of the save.
+    max_shard_size: int | str | None = None,
+    hf_files: str | Path | None = None,
+    progress: Progress = None,
+) -> ExportReport:
+    """Write the weights of `checkpoint` as the HuggingFace directory `destination`, which must not exist.
 
     Args:
-        save: of `begin_save` or `AsyncSaver.begin_save`. Its first rank writes; the others only run `tensors` to its
-            end, since a gathering iterator is collective. So does the first rank when its disk fails: `commit` then
-            raises.
-        tensors: (HuggingFace name, tensor on any device), each name once. Consumed one at a time.
-        source: HuggingFace directory whose other files (config, tokenizer, chat template, generation and processor
-            configuration, custom code) are copied; None to copy nothing.
-        max_shard_size: bytes, or text such as "5GB" or "512MiB". A larger tensor gets a shard of its own.
+        checkpoint: as `open_checkpoint` takes it.
+        destination: appears whole or not at all.
+        max_shard_size: bytes, or text such as "5GB". None: files of an export as they are, built weights in 5 GB.
+        hf_files: HuggingFace directory with config.json, tokenizer and so on, for a checkpoint without them. None: the
+            directory that the recipe names.
+        progress: gets the bytes of each tensor or file written.
 
-    Raises:
-        CheckpointError: a name comes twice, a dtype is unknown to safetensors, the size cannot be read, or `source`
-            is no directory, or a link in it leads nowhere.
+    Every file that is used is first compared with its checksum. Memory: one shard and a few tensors.
+
+    Raises CheckpointError's classes, naming file and tensor: IncompleteCheckpointError (no export and no recipe, or no
+    config.json to be had), CorruptCheckpointError, LayoutError (the recipe does not fit the weights).
     """
-    limit = parse_size(max_shard_size)
-    if not save.is_first:
-        for _ in tensors:
-            pass
-        return
-    files = other_files(Path(source)) if source is not None else []
-    write_weights(save, tensors, limit, prefix=f"{directory}/")
-    for path, file in files:
-        copy_file(save, file, f"{directory}/{path}")
+    opened = open_checkpoint(checkpoint)
+    limit = parse_size(max_shard_size or DEFAULT_SHARD)
+    prefix = f"{HF_DIRECTORY}/"
+    paths = [record.path for record in opened.manifest.files if record.path.startswith(prefix)]
+    if not any((opened.path / path).exists() for path in paths):
+        paths = []  # an export may be deleted, see `verify`
+    weights = [path for path in paths if path.endswith(".safetensors")]
+    has_export = bool(weights)
+    if not has_export and not opened.has(RECIPE_FILE):
+        raise IncompleteCheckpointError(
+            f"{opened.path} has neither {HF_DIRECTORY} nor {RECIPE_FILE}; save with the export, or with a recipe"
+        )
+    if hf_files is not None and paths:
+        raise CheckpointError(
+            f"{opened.path / HF_DIRECTORY} has the files that go with the weights; leave hf_files out"
+        )
+    recipe = None if has_export else read_recipe(opened)
+    with NewDirectory(Path(destination)) as sink:
+        if recipe is not None:
+            files = _files_for(opened, paths, hf_files, recipe)
+            with _weights_verified(opened) as whole:
+                _check(recipe, whole)
+                count = write_weights(sink, _counted(_build(recipe, whole), progress), limit)
+        else:
+            files = [(path.removeprefix(prefix), opened.verified(path)) for path in paths]
+            count = sum(len(opened.manifest.file(path).tensors) for path in weights)
+            if max_shard_size is not None:
+                files = [(path, file) for path, file in files if not is_weights(Path(path).name)]
+                count = write_weights(sink, _counted(_exported(opened, weights), progress), limit)
+        for path, file in files:
+            copy_file(sink, file, path)
+            if progress is not None:
+                progress(file.stat().st_size)
+        total = sum(file.stat().st_size for file in sink.path.rglob("*") if file.is_file())
+        made = sink.commit()
+    return ExportReport(path=made, bytes=total, tensors=count, weights_from="export" if has_export else "recipe")
 
 
-class Sink(Protocol):
-    """Where an export's files go: a `Save`, or a directory of their own."""
-
-    def stream(self, path: str) -> AbstractContextManager[SaveStream]:
-        """A new file."""
-
-    def rename(self, old: str, new: str) -> None:
-        """Give a file of this sink another name."""
-
-    def write_json(self, path: str, value: Any) -> None:
-        """A new file of JSON text."""
-
-    def host_copy(self, tensor: "Tensor") -> "Tensor":
-        """A copy on the CPU, contiguous, that stays as it is whatever becomes of `tensor`."""
-
-
-def write_weights(sink: Sink, tensors: "Iterable[tuple[str, Tensor]]", limit: int, *, prefix: str = "") -> int:
-    """Write shards of at most `limit` bytes, and an index if there are several; returns the number of tensors."""
-    shards: list[tuple[TensorRecord, ...]] = []
-    total = 0
-    for shard in _shards(sink, tensors, limit):
-        shards.append(_write_shard(sink, f"{prefix}part-{len(shards):05d}", shard))
-        total += sum(tensor.nbytes for tensor in shard.values())
-        shard.clear()  # or it would live, by the loop's name, while the next one fills
-    _name_shards(sink, prefix, shards, total)
-    return sum(len(records) for records in shards)
+def _files_for(
+    checkpoint: Checkpoint, paths: list[str], hf_files: str | Path | None, recipe: HfRecipe
+) -> list[tuple[str, Path]]:
+    """The small files: of the checkpoint if it has them, else of `hf_files`, else of where the model came from."""
+    if paths:
+        return [(path.removeprefix(f"{HF_DIRECTORY}/"), checkpoint.verified(path)) for path in paths]
+    source = hf_files or recipe.source
+    if source is None or (hf_files is None and not Path(source).is_dir()):
+        where = f"the model came from {source}, which is not there" if source else "the recipe names no source"
+        raise IncompleteCheckpointError(
+            f"{checkpoint.path} has no config.json and tokenizer, and {where}; give a directory with --hf-files"
+        )
+    files = other_files(Path(source))
+    if "config.json" not in (path for path, _ in files):
+        raise IncompleteCheckpointError(f"{source} has no config.json; give a HuggingFace model's directory")
+    return files
 
 
-def is_weights(name: str) -> bool:
-    """Whether a file of this name holds weights, in any format, or the index of weights."""
-    return _WEIGHTS.fullmatch(name) is not None
+def _weights_verified(checkpoint: Checkpoint) -> WholeModel:
+    for record in checkpoint.manifest.files:
+        if record.placements:
+            checkpoint.verified(record.path)
+    return WholeModel(checkpoint)
 
 
-def other_files(source: Path) -> list[tuple[str, Path]]:
-    """Every file of a HuggingFace directory that is no weights: configuration, tokenizer, processor, templates, code.
-
-    Pairs of a path relative to `source` and the file; a download cache's links are followed. Raises CheckpointError if
-    `source` is no directory or a link leads nowhere.
-    """
-    if not source.is_dir():
-        raise CheckpointError(f"{source} is not a directory; give the HuggingFace directory the model came from")
-    found = []
-    for file in sorted(source.rglob("*")):
-        relative = file.relative_to(source)
-        hidden = any(part.startswith(".") or part == "__pycache__" for part in relative.parts)
-        if hidden or file.is_dir() or is_weights(file.name):
-            continue
-        if not file.exists():
-            raise CheckpointError(
-                f"{file} is a link to {file.readlink()}, which is not there; download the model again"
+def _check(recipe: HfRecipe, whole: WholeModel) -> None:
+    """That each tensor can be made, before the first is."""
+    for tensor in recipe.tensors:
+        if tensor.parameter not in whole.parameters:
+            raise LayoutError(
+                f"{whole.checkpoint.path}: {tensor.name} is made of {tensor.parameter}, which the checkpoint has not;"
+                f" its {RECIPE_FILE} is of another model"
             )
-        if file.is_file():
-            found.append((relative.as_posix(), file))
-    return found
+        rows = whole.parameters[tensor.parameter].placement.vocabulary_rows
+        tensor.shape(whole.shape(MODEL, tensor.parameter, rows=rows)[0])
 
 
-def copy_file(sink: Sink, file: Path, path: str) -> None:
-    """Copy `file` into the sink under `path`."""
-    with file.open("rb") as reader, sink.stream(path) as stream:
-        while block := reader.read(_COPY_BLOCK):
-            stream.write(block)
+def _build(recipe: HfRecipe, whole: WholeModel) -> "Iterator[tuple[str, Tensor]]":
+    """The tensors of the recipe. A parameter that makes several, one after another, is read once."""
+    name, parameter = "", None
+    for tensor in recipe.tensors:
+        if tensor.parameter != name or parameter is None:
+            parameter = None  # not two at a time
+            name = tensor.parameter
+            parameter = whole.read(MODEL, name, rows=whole.parameters[name].placement.vocabulary_rows)
+        yield tensor.name, tensor.take(parameter)
 
 
-def parse_size(size: int | str) -> int:
-    """Bytes of 5000, "5000B", "5GB" (10**9 each) or "5GiB" (2**30 each); raises CheckpointError."""
-    if isinstance(size, int):
-        count = size
-    else:
-        match = _SIZE.fullmatch(size)
-        if not match:
-            raise CheckpointError(f"max_shard_size {size!r} is no size; write bytes, or for example 5GB or 512MiB")
-        base = 1024 if match[3] else 1000
-        count = int(float(match[1]) * base ** " KMGT".index(match[2].upper() or " "))
-    if count < 1:
-        raise CheckpointError(f"max_shard_size {size!r} is not positive")
-    return count
+def _exported(checkpoint: Checkpoint, paths: list[str]) -> "Iterator[tuple[str, Tensor]]":
+    for path in sorted(paths):
+        yield from read_safetensors(checkpoint.path / path)
 
 
-def _shards(sink: Sink, tensors: "Iterable[tuple[str, Tensor]]", limit: int) -> "Iterator[dict[str, Tensor]]":
-    shard: dict[str, Tensor] = {}
-    seen: set[str] = set()
-    size = 0
+def _counted(tensors: "Iterator[tuple[str, Tensor]]", progress: Progress) -> "Iterator[tuple[str, Tensor]]":
     for name, tensor in tensors:
-        if name in seen:
-            raise CheckpointError(f"{name}: the export gives this tensor twice")
-        seen.add(name)
-        if shard and size + tensor.nbytes > limit:
-            yield shard
-            shard, size = {}, 0
-        # A copy, for the exporter may hand out a live parameter, or reuse its buffer for the next tensor.
-        shard[name] = sink.host_copy(tensor)
-        size += tensor.nbytes
-        del tensor  # before the next one is asked for
-    if shard:
-        yield shard
-
-
-def _write_shard(sink: Sink, path: str, shard: "dict[str, Tensor]") -> tuple[TensorRecord, ...]:
-    # Widest types first, so that every tensor begins at a multiple of its element size.
-    names = sorted(shard, key=lambda name: (-shard[name].element_size(), name))
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    records, position = [], 0
-    for name in names:
-        tensor = shard[name]
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        if dtype not in _CODES:
-            raise CheckpointError(f"{name}: safetensors has no dtype {dtype}; convert the tensor")
-        end = position + tensor.nbytes
-        header[name] = {"dtype": _CODES[dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
-        records.append(TensorRecord(name, tuple(tensor.shape), dtype))
-        position = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with sink.stream(path) as stream:
-        stream.tensors = tuple(records)
-        stream.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            stream.write(tensor_bytes(shard[name]))
-    return tuple(records)
-
-
-def _name_shards(sink: Sink, prefix: str, shards: list[tuple[TensorRecord, ...]], total: int) -> None:
-    """Give the shards their names, which hold the number of shards, and write the index if there is more than one."""
-    if len(shards) == 1:
-        sink.rename(f"{prefix}part-00000", f"{prefix}model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, records in enumerate(shards):
-        name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        sink.rename(f"{prefix}part-{number:05d}", f"{prefix}{name}")
-        weight_map |= {record.name: name for record in records}
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    sink.write_json(f"{prefix}model.safetensors.index.json", index)
+        if progress is not None:
+            progress(tensor.nbytes)
+        yield name, tensor
+        del tensor  # before the next one is read

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, LayoutError
-from mbridge_ckpt.formats.safetensors_header import DTYPES
+from mbridge_ckpt.formats.tensors import SAFETENSORS_CODES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,6 @@ RECIPE_FILE = "actor/hf_recipe.json"
 FORMAT, FORMAT_VERSION = "mbridge-hf-recipe", 1
 Part = Literal["whole", "query", "key", "value", "gate", "up"]
 _ATTENTION = ("query", "key", "value")
-_DTYPES = frozenset(dtype for dtype, _ in DTYPES.values())
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,7 +70,7 @@ class HfTensor:
             raise LayoutError(
                 f"{self.name}: rows {self.rows!r} with part {self.part!r}; a positive number with 'whole'"
             )
-        if self.dtype is not None and self.dtype not in _DTYPES:
+        if self.dtype is not None and self.dtype not in SAFETENSORS_CODES:
             raise LayoutError(f"{self.name}: dtype {self.dtype!r} is unknown to safetensors")
 
     def shape(self, parameter: tuple[int, ...]) -> tuple[int, ...]:

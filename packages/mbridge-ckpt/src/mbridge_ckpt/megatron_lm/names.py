@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from mbridge_ckpt.reshard.placement import ParameterPlacement, Stage
+from mbridge_ckpt.manifest.placement import ParameterPlacement, Stage
 
 EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
 

@@ -1,21 +1,17 @@
 """Reading: open a committed checkpoint, load its files with their checksums checked, find the one to resume from."""
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from fcntl import LOCK_SH, flock
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, IncompleteCheckpointError
 from mbridge_ckpt.formats.torch_files import load_torch, load_torch_hashed
-from mbridge_ckpt.store.layout import MANIFEST_FILE, Layout, rank_state_file, step_of
-from mbridge_ckpt.store.manifest import FileRecord, Manifest, read_manifest
+from mbridge_ckpt.manifest.layout import Layout, rank_state_file, step_of
+from mbridge_ckpt.manifest.manifest import FileRecord, Manifest, read_manifest
 from mbridge_ckpt.store.publish import find_leftovers
+from mbridge_ckpt.store.rank_state import unwrap_rank_state
 from mbridge_ckpt.store.ranks import Ranks
-from mbridge_ckpt.store.state import unwrap_rank_state
 from mbridge_ckpt.store.verify import check_file, load_checked, verify
 
 if TYPE_CHECKING:
@@ -97,21 +93,6 @@ class Resume:
     passed_over: tuple[PassedOver, ...]
 
 
-@contextmanager
-def hold(checkpoint: Checkpoint) -> Iterator[None]:
-    """Keep `prune`, of this or any other process, from removing `checkpoint` as long as the block runs.
-
-    A shared lock on its manifest; it ends with the process too. Where the file system has no locks it has no effect.
-    """
-    descriptor = os.open(checkpoint.path / MANIFEST_FILE, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        with suppress(OSError):
-            flock(descriptor, LOCK_SH)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Open `…/global_step_N`, or `…/latest`, or a checkpoints directory with a `latest` in it.
 
@@ -176,5 +157,5 @@ def find_resume(directory: str | Path, *, group: "ProcessGroup | None" = None) -
             continue
         if report.resumable:
             return Resume(open_checkpoint(path), tuple(passed_over))
-        passed_over.append(PassedOver(path, "; ".join(problem.message for problem in report.problems)))
+        passed_over.append(PassedOver(path, "; ".join(fault.message for fault in report.faults)))
     return Resume(None, tuple(passed_over))

@@ -12,9 +12,9 @@ from importlib import metadata as installed
 from pathlib import Path
 
 from mbridge_ckpt.errors import CheckpointError
-from mbridge_ckpt.store.durable import exchange, fsync_path, fsync_tree_directories, point_link
-from mbridge_ckpt.store.layout import LATEST_LINK, step_directory, step_of
-from mbridge_ckpt.store.manifest import read_manifest
+from mbridge_ckpt.files.durable import exchange, fsync_path, fsync_tree_directories, point_link
+from mbridge_ckpt.manifest.layout import LATEST_LINK, step_directory, step_of
+from mbridge_ckpt.manifest.manifest import read_manifest
 
 WRITER_FILE = ".writer"
 _LEFTOVER = re.compile(r"\.global_step_([0-9]+)\.(saving|replaced|deleting)-[0-9a-f]{12}")

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Literal
 
 from mbridge_ckpt.errors import CheckpointError
+from mbridge_ckpt.files.durable import fsync_path
+from mbridge_ckpt.files.paths import files_below
+from mbridge_ckpt.manifest.layout import LATEST_LINK, MANIFEST_FILE, step_directory
+from mbridge_ckpt.manifest.manifest import Manifest, read_manifest
 from mbridge_ckpt.store.checkpoint import list_checkpoints
-from mbridge_ckpt.store.durable import fsync_path
-from mbridge_ckpt.store.layout import LATEST_LINK, MANIFEST_FILE, step_directory
-from mbridge_ckpt.store.manifest import Manifest, read_manifest
 from mbridge_ckpt.store.publish import WRITER_FILE, Leftover, find_leftovers, temporary_directory
-from mbridge_ckpt.store.verify import files_below
 
 # Without locks (some network file systems) a save is taken for dead when nothing in it changed for this long.
 _DEAD_AFTER_SECONDS = 24 * 3600
@@ -72,8 +72,8 @@ def prune(
     """Remove what `retention` does not keep, and what dead saves left; call it on one rank only.
 
     Never removed: the newest checkpoint, what `latest` points to, those in `protect` (give the one a run was resumed
-    from), those that a process `hold`s, and whatever is not wholly ours: a directory without our manifest or with
-    files that are not in it. A checkpoint first loses its name in one rename, so that none is ever half there.
+    from), and whatever is not wholly ours: a directory without our manifest or with files that are not in it. A
+    checkpoint first loses its name in one rename, so that none is ever half there.
     """
     root = Path(directory)
     protected = {Path(path).resolve() for path in protect} | {(root / LATEST_LINK).resolve()}
@@ -89,9 +89,9 @@ def prune(
     for path, manifest in manifests.items():
         if reason := reasons.get(path) or ("protected" if path.resolve() in protected else None):
             verdicts.append(Verdict(path, "keep", reason))
-        elif not _remove(path, manifest.step, dry_run):
-            verdicts.append(Verdict(path, "keep", "a process is reading it"))
         else:
+            if not dry_run:
+                _remove(path, manifest.step)
             verdicts.append(Verdict(path, "remove", "no rule keeps it"))
             freed += manifest.total_bytes
     for leftover in find_leftovers(root) if root.is_dir() else []:
@@ -147,24 +147,11 @@ def _metric(manifest: Manifest, name: str) -> float | None:
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
 
 
-def _remove(path: Path, step: int, dry_run: bool) -> bool:
-    """Remove a checkpoint unless a process holds it; whether it is (or, dry, would be) removed."""
-    descriptor = os.open(path / MANIFEST_FILE, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        try:
-            flock(descriptor, LOCK_EX | LOCK_NB)
-        except BlockingIOError:
-            return False
-        except OSError:
-            pass  # no locks on this file system; `protect` is what there is
-        if not dry_run:
-            doomed = temporary_directory(path.parent, step, "deleting")
-            os.rename(path, doomed)
-            fsync_path(path.parent)
-            shutil.rmtree(doomed)
-    finally:
-        os.close(descriptor)
-    return True
+def _remove(path: Path, step: int) -> None:
+    doomed = temporary_directory(path.parent, step, "deleting")
+    os.rename(path, doomed)
+    fsync_path(path.parent)
+    shutil.rmtree(doomed)
 
 
 def _settle(leftover: Leftover, dry_run: bool) -> Verdict:

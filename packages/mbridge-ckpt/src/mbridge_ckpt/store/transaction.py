@@ -18,22 +18,22 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from mbridge_ckpt.errors import CheckpointError, RanksLostError, SaveError
+from mbridge_ckpt.files.durable import fsync_path
+from mbridge_ckpt.files.hashing import HashingFile, hash_file
+from mbridge_ckpt.files.paths import files_below, inside
 from mbridge_ckpt.formats.torch_zip import host_tensor
-from mbridge_ckpt.store.durable import HashingFile, fsync_path, hash_file
-from mbridge_ckpt.store.layout import (
+from mbridge_ckpt.manifest.layout import (
     MANIFEST_FILE,
     TRACKER_FILE,
     Layout,
-    inside,
     iteration_directory,
     refuse_inside_checkpoint,
     step_directory,
 )
-from mbridge_ckpt.store.manifest import FileRecord, Manifest
+from mbridge_ckpt.manifest.manifest import FileRecord, Manifest
+from mbridge_ckpt.store.checkpoint_writer import CheckpointWriter, SaveStream
 from mbridge_ckpt.store.publish import WRITER_FILE, commit_time, publish, temporary_directory, writer_versions
 from mbridge_ckpt.store.ranks import Ranks
-from mbridge_ckpt.store.verify import files_below
-from mbridge_ckpt.store.writing import CheckpointWriter, SaveStream
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -2,18 +2,20 @@
 
 import os
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, IncompleteCheckpointError
-from mbridge_ckpt.formats.safetensors_header import read_safetensors_header, read_safetensors_index
+from mbridge_ckpt.files.hashing import hash_file
+from mbridge_ckpt.files.paths import files_below, inside
+from mbridge_ckpt.formats.safetensors import read_safetensors_header, read_safetensors_index
+from mbridge_ckpt.formats.tensors import TensorRecord
 from mbridge_ckpt.formats.torch_inspect import inspect_torch_file
-from mbridge_ckpt.store.durable import hash_file
-from mbridge_ckpt.store.layout import HF_DIRECTORY, MANIFEST_FILE, inside
-from mbridge_ckpt.store.manifest import FileRecord, TensorRecord, read_manifest
+from mbridge_ckpt.manifest.layout import HF_DIRECTORY, MANIFEST_FILE
+from mbridge_ckpt.manifest.manifest import FileRecord, read_manifest
 from mbridge_ckpt.store.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -21,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class Fault:
     """A file that is not what was committed. `needed_to_resume` is False for the HuggingFace export."""
 
     path: str
@@ -38,16 +40,16 @@ class VerifyReport:
     contents: bool
     files: int
     bytes: int
-    problems: tuple[Problem, ...]
+    faults: tuple[Fault, ...]
     notes: tuple[str, ...]
 
     @property
     def ok(self) -> bool:
-        return not self.problems
+        return not self.faults
 
     @property
     def resumable(self) -> bool:
-        return not any(problem.needed_to_resume for problem in self.problems)
+        return not any(fault.needed_to_resume for fault in self.faults)
 
 
 def verify(
@@ -70,22 +72,22 @@ def verify(
     step, records, notes, error = ranks.from_first(_plan(root, only_needed_to_resume) if ranks.rank == 0 else None)
     if error is not None:
         raise error
-    problems = []
+    faults = []
     for record in _share(records, ranks.rank, ranks.size):
         try:
             check_file(root, record, contents=contents)
         except CheckpointError as error:
-            problems.append(Problem(record.path, str(error), record.needed_to_resume))
+            faults.append(Fault(record.path, str(error), record.needed_to_resume))
         if progress is not None:
             progress(record.bytes)
-    everywhere = [problem for part in ranks.gather(problems) for problem in part]
+    everywhere = [fault for part in ranks.gather(faults) for fault in part]
     return VerifyReport(
         path=root,
         step=step,
         contents=contents,
         files=len(records),
         bytes=sum(record.bytes for record in records),
-        problems=tuple(sorted(everywhere, key=lambda problem: problem.path)),
+        faults=tuple(sorted(everywhere, key=lambda fault: fault.path)),
         notes=notes,
     )
 
@@ -95,8 +97,8 @@ def require_whole(
 ) -> None:
     """Raise CorruptCheckpointError for the first file of a checkpoint that `verify` finds a fault in."""
     report = verify(path, only_needed_to_resume=only_needed_to_resume, progress=progress)
-    if report.problems:
-        raise CorruptCheckpointError(report.problems[0].message)
+    if report.faults:
+        raise CorruptCheckpointError(report.faults[0].message)
 
 
 def check_file(root: Path, record: FileRecord, *, contents: bool = True) -> Path:
@@ -198,14 +200,6 @@ def _plan(
         if extra not in known:
             notes.append(f"{extra} is not part of the checkpoint")
     return manifest.step, records, tuple(notes), None
-
-
-def files_below(root: Path) -> Iterable[str]:
-    """Paths of all files and links under `root`, relative to it, in a fixed order."""
-    for directory, directories, files in sorted(os.walk(root)):
-        links = [name for name in directories if os.path.islink(os.path.join(directory, name))]
-        for name in sorted(files + links):
-            yield str((Path(directory) / name).relative_to(root))
 
 
 def _share(records: list[FileRecord], rank: int, size: int) -> list[FileRecord]:

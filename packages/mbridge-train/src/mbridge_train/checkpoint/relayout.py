@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from mbridge_ckpt import Checkpoint, LayoutError, ParameterPlacement, WholeModel, optimizer_file
-from mbridge_ckpt.reshard.assemble import MODEL
+from mbridge_ckpt.store.whole_model import MODEL
 from torch import Tensor
 
 from mbridge_train.checkpoint.optimizer_state import MASTER, MOMENTS

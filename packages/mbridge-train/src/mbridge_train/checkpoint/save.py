@@ -180,7 +180,7 @@ def load_model(engine: Engine, checkpoint: Checkpoint) -> None:
     if not all(reads_own):
         report = verify(checkpoint.path, only_needed_to_resume=True)  # each rank reads a share
         if not report.resumable:
-            raise CorruptCheckpointError("; ".join(problem.message for problem in report.problems))
+            raise CorruptCheckpointError("; ".join(fault.message for fault in report.faults))
     _copy_in(engine, _read_model(engine, checkpoint))
 
 

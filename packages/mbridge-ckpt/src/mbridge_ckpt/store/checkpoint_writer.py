@@ -9,13 +9,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from mbridge_ckpt.errors import CheckpointError
+from mbridge_ckpt.formats.tensors import TensorRecord
 from mbridge_ckpt.formats.torch_files import write_torch_file
-from mbridge_ckpt.reshard.placement import ParameterPlacement
-from mbridge_ckpt.store.layout import MANIFEST_FILE, TRACKER_FILE, Layout, rank_state_file
-from mbridge_ckpt.store.manifest import TensorRecord
+from mbridge_ckpt.manifest.layout import MANIFEST_FILE, TRACKER_FILE, Layout, rank_state_file
+from mbridge_ckpt.manifest.placement import ParameterPlacement
 from mbridge_ckpt.store.publish import WRITER_FILE
+from mbridge_ckpt.store.rank_state import wrap_rank_state
 from mbridge_ckpt.store.ranks import Ranks
-from mbridge_ckpt.store.state import wrap_rank_state
 
 if TYPE_CHECKING:
     from torch import Tensor

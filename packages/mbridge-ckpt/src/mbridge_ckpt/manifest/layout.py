@@ -13,10 +13,10 @@ checkpoints/
 import os
 import re
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
-from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, LayoutError, UnsafeCheckpointError
+from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, LayoutError
 
 MANIFEST_FILE = "manifest.json"
 LATEST_LINK = "latest"
@@ -121,42 +121,9 @@ def rank_state_file(rank: int) -> str:
     return f"state/rank_{rank:05d}.pt"
 
 
-def relative_path(text: str) -> PurePosixPath:
-    """Check a path that is to stay inside a checkpoint: relative, no `..`, no empty or hidden-device parts.
-
-    Raises ValueError with the reason; callers name the file the path came from.
-    """
-    if not isinstance(text, str) or not text or "\x00" in text or "\\" in text:
-        raise ValueError(f"path {text!r} is empty or holds a NUL or a backslash")
-    if text.startswith("/"):
-        raise ValueError(f"path {text!r} is absolute")
-    parts = text.split("/")
-    if any(part in ("", ".", "..") for part in parts):
-        raise ValueError(f"path {text!r} has an empty, '.' or '..' part")
-    os.fsencode(text)  # UnicodeEncodeError, a ValueError, for what can be no file's name
-    return PurePosixPath(text)
-
-
 def refuse_inside_checkpoint(path: Path) -> None:
     """Raise CheckpointError if something new at `path` would lie in a committed checkpoint, whose files are fixed."""
     real = Path(os.path.realpath(path))
     for place in (real, *real.parents):
         if step_of(place.name) is not None and (place / MANIFEST_FILE).exists():
             raise CheckpointError(f"{path} lies inside the checkpoint {place}; give a directory outside of it")
-
-
-def inside(root: Path, text: str) -> Path:
-    """The file `text` under `root`; follows symlinks and refuses what ends outside `root`.
-
-    Raises UnsafeCheckpointError. The file need not exist.
-    """
-    try:
-        path = root / relative_path(text)
-    except ValueError as error:
-        raise UnsafeCheckpointError(f"{root}: {error}; a checkpoint's files must lie inside its directory") from None
-    real_root, real_path = Path(os.path.realpath(root)), Path(os.path.realpath(path))
-    if real_root not in real_path.parents:
-        raise UnsafeCheckpointError(
-            f"{path} is a symlink to {real_path}, outside the checkpoint; replace it with a copy of the file"
-        )
-    return path

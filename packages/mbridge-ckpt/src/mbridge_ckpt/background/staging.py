@@ -1,9 +1,9 @@
-"""Host memory that another process sees too: what a save in the background copies tensors into.
+"""The host memory that a save in the background copies tensors into, shared with the process that writes them.
 
 A memfd, not a file in /dev/shm, which containers limit to 64 MB. It is mapped once, at the size of the machine's
-memory; pages are taken as they are needed and then kept, since the first touch of a page costs several times the copy
-into it. For tensors of a GPU the pages are pinned as they are taken, so that the copies run at the bus's full speed and
-without waiting for each.
+memory; pages are allocated on demand and then kept, since the first touch of a page costs several times the copy into
+it. For tensors on a GPU the pages are pinned as they are allocated, so that copies are asynchronous and run at the full
+speed of the bus.
 """
 
 import errno
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from torch.cuda import Stream
 
 ALIGNMENT = 64
-STEP = 16 << 20  # pages are taken and pinned by so many bytes; one copy from a GPU must not cross two pinned ranges
+STEP = 16 << 20  # bytes allocated and pinned at a time; one copy from a GPU must not cross two pinned ranges
 
 Extent = tuple[int, int]
 """Offset and length in bytes."""
 
 
-class Arena:
+class StagingBuffer:
     """Shared memory, filled from the beginning at each save. `descriptor` is what another process maps.
 
     Raises CheckpointError when the memory is not enough.
@@ -36,7 +36,7 @@ class Arena:
         self.capacity = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // STEP * STEP
         self.descriptor = os.memfd_create("mbridge-ckpt")
         try:
-            os.ftruncate(self.descriptor, self.capacity)  # sparse: no memory is taken yet
+            os.ftruncate(self.descriptor, self.capacity)  # sparse: no memory is allocated yet
         except OSError as error:
             os.close(self.descriptor)
             raise CheckpointError(f"no shared memory: {error.strerror}; `ulimit -f` must be unlimited") from None
@@ -49,15 +49,15 @@ class Arena:
 
     @property
     def taken(self) -> int:
-        """Bytes of memory held, between saves too."""
+        """Bytes of memory allocated; they are kept between saves."""
         return self._taken
 
     def reset(self) -> None:
-        """Forget what was stored; the memory is kept for the next save."""
+        """Discard the content; the memory is kept for the next save."""
         self._used = 0
 
     def store(self, data: bytes | memoryview) -> Extent:
-        """Copy `data` in; data that lies here already is not copied."""
+        """Copy `data` in; data that is in this buffer already is not copied."""
         import numpy
 
         view = memoryview(data).cast("B")
@@ -72,7 +72,7 @@ class Arena:
         return offset, len(view)
 
     def store_tensor(self, tensor: "Tensor") -> "Tensor":
-        """A contiguous CPU copy of `tensor` in the arena; if it comes from a GPU, to be read after `synchronize`."""
+        """Return a contiguous CPU copy of `tensor` in this buffer; of a GPU tensor, to be read after `synchronize`."""
         import torch
 
         offset = self._take(tensor.nbytes)
@@ -91,12 +91,12 @@ class Arena:
         return target
 
     def synchronize(self) -> None:
-        """Wait for the copies from a GPU."""
+        """Wait for the copies from GPUs that are in flight."""
         while self._copying:
             self._copying.pop().synchronize()
 
     def close(self) -> None:
-        """Give the memory back, once the other process has ended and no tensor in the arena is left."""
+        """Free the memory, once the other process has ended and no tensor in the buffer is left."""
         import torch
 
         if self._bytes is None:
@@ -111,11 +111,11 @@ class Arena:
     @property
     def _memory(self) -> "Tensor":
         if self._bytes is None:
-            raise RuntimeError("the arena is closed")
+            raise RuntimeError("the staging buffer is closed")
         return self._bytes
 
     def _take(self, size: int) -> int:
-        """Offset of `size` fresh bytes."""
+        """Return the offset of `size` fresh bytes."""
         offset = self._used
         end = offset + -(-size // ALIGNMENT) * ALIGNMENT
         if end > self._taken:
@@ -142,8 +142,8 @@ class Arena:
             self._pinned[offset] = address
 
 
-class ArenaReader:
-    """The arena seen from the other process, by the descriptor that it inherited."""
+class StagingReader:
+    """The staging buffer seen from the other process, by the descriptor that it inherited."""
 
     def __init__(self, descriptor: int) -> None:
         self._view = memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))

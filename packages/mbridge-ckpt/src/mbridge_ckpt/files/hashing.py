@@ -1,4 +1,4 @@
-"""Read a file and have its checksum, with the bytes taken from the disk and through the cache once."""
+"""Write and read files and get their checksum (XXH3, 128 bits), with the bytes touched once."""
 
 import ctypes
 import io
@@ -8,16 +8,78 @@ from pathlib import Path
 
 import xxhash
 
+READ_BLOCK = 8 << 20  # of a file that is only copied
 BLOCK = 1 << 20  # small enough that what was read is still in the processor's cache when it is hashed
+WRITE_BLOCK = 4 << 20  # hashed and then written while it is still in the processor's cache
 LARGEST_GAP = 4096
 HUGE_PAGES_FROM = 4 << 20
 
 
+def hash_bytes(data: bytes) -> str:
+    """Return the XXH3-128 of `data` as 32 hexadecimal digits."""
+    return xxhash.xxh3_128(data).hexdigest()
+
+
+def hash_file(path: Path) -> tuple[int, str]:
+    """Return the size of a file and its XXH3-128; memory is one block."""
+    with HashingReader(path) as stream:
+        digest = stream.digest()
+        return stream.tell(), digest
+
+
+class HashingFile:
+    """A new file that is hashed while it is written, so that the checksum is of the bytes that were meant.
+
+    A checksum taken by reading the file back would bless whatever the disk made of it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.bytes = 0
+        self._started = 0
+        self._hash = xxhash.xxh3_128()
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._descriptor = os.open(path, flags, 0o666)
+
+    def write(self, data: bytes | memoryview) -> int:
+        """Write all of `data`, continuing after short writes; raises OSError."""
+        view = memoryview(data).cast("B")
+        for begin in range(0, len(view), WRITE_BLOCK):
+            block = view[begin : begin + WRITE_BLOCK]
+            self._hash.update(block)
+            while len(block):
+                count = os.write(self._descriptor, block)
+                self.bytes += count
+                block = block[count:]
+            if self.bytes - self._started >= WRITE_BLOCK:
+                self._start_writing()
+        return len(view)
+
+    def _start_writing(self) -> None:
+        """Have the disk start now rather than at fsync: Linux begins to write pages that it is told to drop."""
+        os.posix_fadvise(self._descriptor, self._started, self.bytes - self._started, os.POSIX_FADV_DONTNEED)
+        self._started = self.bytes
+
+    def close(self) -> str:
+        """fsync and close; returns the checksum as 32 hexadecimal digits."""
+        try:
+            os.fsync(self._descriptor)
+        finally:
+            self.abandon()
+        return self._hash.hexdigest()
+
+    def abandon(self) -> None:
+        """Close without fsync, after a failure. Idempotent."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
 class HashingReader(io.RawIOBase):
-    """A file that is hashed (XXH3, 128 bits) as its reader passes over it.
+    """A file that is hashed while it is read.
 
     The reader may seek: bytes count when they continue what was hashed, short gaps (headers, padding) are filled, and
-    `digest` reads what is missing. A file that is read in order is so read once.
+    `digest` reads what is missing. A file that is read in order is therefore read once.
     """
 
     def __init__(self, path: Path) -> None:
@@ -29,7 +91,7 @@ class HashingReader(io.RawIOBase):
         self._position = 0
 
     def readinto(self, buffer: "memoryview | bytearray", /) -> int:  # type: ignore[override]
-        """Fill `buffer`, short only at the end of the file."""
+        """Fill `buffer`; short only at the end of the file."""
         view = memoryview(buffer).cast("B")
         if len(view) >= HUGE_PAGES_FROM:
             _use_huge_pages(view)
@@ -54,7 +116,7 @@ class HashingReader(io.RawIOBase):
         return count
 
     def digest(self) -> str:
-        """Checksum of the whole file, as 32 hexadecimal digits."""
+        """Return the checksum of the whole file, as 32 hexadecimal digits."""
         self.seek(self._hashed)
         buffer = bytearray(min(BLOCK, max(self._size - self._hashed, 1)))
         while self.readinto(buffer):
@@ -62,7 +124,6 @@ class HashingReader(io.RawIOBase):
         return self._hash.hexdigest()
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        """As for any file."""
         self._position = offset + (0, self._position, self._size)[whence]
         return self._position
 
@@ -84,7 +145,7 @@ class HashingReader(io.RawIOBase):
 def _use_huge_pages(view: memoryview) -> None:
     """Ask for huge pages under fresh memory that is about to be filled: its faults cost more than reading and hashing.
 
-    Only a hint; a kernel that will not heed it loses nothing.
+    Only a hint; a kernel that ignores it loses nothing.
     """
     address = ctypes.addressof(ctypes.c_char.from_buffer(view))
     begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE

@@ -10,23 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, IncompleteCheckpointError
-from mbridge_ckpt.reshard.placement import ParameterPlacement
-from mbridge_ckpt.store.durable import hash_bytes
-from mbridge_ckpt.store.layout import HF_DIRECTORY, MANIFEST_FILE, Layout, relative_path
+from mbridge_ckpt.files.hashing import hash_bytes
+from mbridge_ckpt.files.paths import relative_path
+from mbridge_ckpt.formats.tensors import TensorRecord
+from mbridge_ckpt.manifest.layout import HF_DIRECTORY, MANIFEST_FILE, Layout
+from mbridge_ckpt.manifest.placement import ParameterPlacement
 
 FORMAT = "mbridge-checkpoint"
 FORMAT_VERSION = 1
 MAXIMUM_MANIFEST_BYTES = 1 << 30
 _DIGEST = re.compile(r"[0-9a-f]{32}")
-
-
-@dataclass(frozen=True, slots=True)
-class TensorRecord:
-    """A tensor in a file: the keys that lead to it joined by "/", its shape and dtype ("float32")."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

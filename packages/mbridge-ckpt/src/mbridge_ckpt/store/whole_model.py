@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from mbridge_ckpt.errors import LayoutError
 from mbridge_ckpt.formats.torch_inspect import StoredTensor
 from mbridge_ckpt.formats.torch_reader import TorchFileReader
-from mbridge_ckpt.reshard.placement import ParameterPlacement
+from mbridge_ckpt.manifest.placement import ParameterPlacement
 from mbridge_ckpt.store.checkpoint import Checkpoint
 
 if TYPE_CHECKING:

@@ -1,29 +1,27 @@
-"""Read and check the header of a safetensors file, and the index of a sharded one, without reading any tensor.
+"""Read safetensors files that are not trusted: the header and its checks, the index of a sharded model, the tensors.
 
 The format (huggingface/safetensors): 8 bytes little-endian header length, that many bytes of JSON, then the data.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
-from mbridge_ckpt.store.layout import relative_path
-from mbridge_ckpt.store.manifest import TensorRecord
+from mbridge_ckpt.files.paths import relative_path
+from mbridge_ckpt.formats.tensors import DTYPE_BYTES, SAFETENSORS_CODES, TensorRecord
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAXIMUM_HEADER_BYTES = 100_000_000
-DTYPES = {
-    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2), "I64": ("int64", 8),
-    "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U64": ("uint64", 8), "U32": ("uint32", 4),
-    "U16": ("uint16", 2), "U8": ("uint8", 1), "BOOL": ("bool", 1), "F8_E4M3": ("float8_e4m3fn", 1),
-    "F8_E5M2": ("float8_e5m2", 1), "F8_E8M0": ("float8_e8m0fnu", 1),
-}  # fmt: skip
+_DTYPES = {code: dtype for dtype, code in SAFETENSORS_CODES.items()}
 
 
 def read_safetensors_header(path: Path) -> tuple[TensorRecord, ...]:
-    """Tensors of a safetensors file, in the order of their data.
+    """Return the tensors of a safetensors file, in the order of their data.
 
     Raises CorruptCheckpointError, or UnsafeCheckpointError for ranges that overlap, reach beyond the file or a header
     longer than the file; the message names `path` and the tensor.
@@ -46,8 +44,31 @@ def read_safetensors_header(path: Path) -> tuple[TensorRecord, ...]:
         raise type(error)(f"{path}: {error}") from None
 
 
+def read_safetensors(path: Path) -> "Iterator[tuple[str, Tensor]]":
+    """Yield (name, CPU tensor) in the order of the data, with the memory of one; raises as `read_safetensors_header`.
+
+    The safetensors library maps the file, so that all that was read of it counts as memory of the process.
+    """
+    import torch
+
+    records = read_safetensors_header(path)
+    with path.open("rb", buffering=0) as stream:
+        stream.seek(8 + int.from_bytes(stream.read(8), "little"))
+        for record in records:
+            tensor = torch.empty(record.shape, dtype=getattr(torch, record.dtype))
+            if tensor.numel():
+                rest = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+                while len(rest):
+                    count = stream.readinto(rest)
+                    if not count:
+                        raise CorruptCheckpointError(f"{path}: ends within {record.name}")
+                    rest = rest[count:]
+            yield record.name, tensor
+            del tensor  # before the next one is made
+
+
 def read_safetensors_index(path: Path) -> dict[str, str]:
-    """`weight_map` of a `*.safetensors.index.json`: tensor name to the shard's file name, beside the index.
+    """Return the `weight_map` of a `*.safetensors.index.json`: tensor names to file names of shards beside the index.
 
     Raises CorruptCheckpointError, or UnsafeCheckpointError for a shard that is absolute or outside the directory.
     """
@@ -82,7 +103,7 @@ def _object(data: bytes) -> dict[str, Any]:
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
     if len(value) != len(pairs):
-        raise ValueError("the same name stands in it twice")
+        raise ValueError("a name occurs twice")
     return value
 
 
@@ -93,19 +114,19 @@ def _tensors(header: Mapping[str, Any], data_bytes: int) -> tuple[TensorRecord, 
             continue
         match entry:
             case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(begin), int(end)]} if (
-                dtype in DTYPES
+                dtype in _DTYPES
                 and all(type(extent) is int and extent >= 0 for extent in shape)
                 and type(begin) is int
                 and type(end) is int
             ):
-                width = DTYPES[dtype][1]
+                width = DTYPE_BYTES[_DTYPES[dtype]]
             case _:
                 raise CorruptCheckpointError(f"tensor {name!r}: malformed entry {str(entry)[:200]}")
         if not 0 <= begin <= end <= data_bytes:
             raise UnsafeCheckpointError(f"tensor {name!r}: bytes {begin} to {end} reach beyond the data ({data_bytes})")
         if end - begin != prod(shape) * width:
             raise CorruptCheckpointError(f"tensor {name!r}: shape {shape} of {dtype} does not fit {end - begin} bytes")
-        ranges.append((begin, end, TensorRecord(name, tuple(shape), DTYPES[dtype][0])))
+        ranges.append((begin, end, TensorRecord(name, tuple(shape), _DTYPES[dtype])))
     ranges.sort(key=lambda item: (item[0], item[1]))
     position = 0
     for begin, end, tensor in ranges:

@@ -11,10 +11,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from mbridge_ckpt.errors import CheckpointError
-from mbridge_ckpt.store.durable import HashingFile, fsync_path, fsync_tree_directories
-from mbridge_ckpt.store.layout import inside, refuse_inside_checkpoint
+from mbridge_ckpt.files.durable import fsync_path, fsync_tree_directories
+from mbridge_ckpt.files.hashing import HashingFile
+from mbridge_ckpt.files.paths import inside
+from mbridge_ckpt.manifest.layout import refuse_inside_checkpoint
+from mbridge_ckpt.store.checkpoint_writer import SaveStream
 from mbridge_ckpt.store.transaction import FileStream
-from mbridge_ckpt.store.writing import SaveStream
 
 if TYPE_CHECKING:
     from torch import Tensor

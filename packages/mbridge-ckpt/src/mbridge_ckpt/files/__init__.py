@@ -1,0 +1,6 @@
+"""Files and names on a disk, whatever is in them.
+
+In: paths and bytes. Out: files that are durable and hashed as they are written or read, atomic renames, and paths that
+were checked to stay inside a directory.
+Uses: `errors`.
+"""
