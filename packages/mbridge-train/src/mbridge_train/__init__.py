@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mbridge_train.build import build_engine
-    from mbridge_train.checkpoint.save import load_checkpoint, load_model, save_checkpoint
+    from mbridge_train.checkpoint.load import load_checkpoint, load_model
+    from mbridge_train.checkpoint.save import save_checkpoint
     from mbridge_train.engine.batch import Sample, aggregation_weights
     from mbridge_train.engine.engine import Engine, MicroBatching
     from mbridge_train.engine.snapshot import Snapshot
@@ -58,8 +59,8 @@ _HOME = {
     "aggregation_weights": "engine.batch",
     "build_engine": "build",
     "grpo_advantages": "losses.advantages",
-    "load_checkpoint": "checkpoint.save",
-    "load_model": "checkpoint.save",
+    "load_checkpoint": "checkpoint.load",
+    "load_model": "checkpoint.load",
     "policy_loss": "losses.policy",
     "save_checkpoint": "checkpoint.save",
     "sft_loss": "losses.policy",

@@ -10,8 +10,8 @@ from mbridge_config.schema.actor import ActorConfig
 from mbridge_config.schema.runner import RunnerConfig
 from mbridge_model import Freeze, Parallel, load
 
+from mbridge_train.checkpoint.load import load_start
 from mbridge_train.checkpoint.runs import SaveSettings
-from mbridge_train.checkpoint.save import load_start
 from mbridge_train.engine.collate import round_up
 from mbridge_train.engine.engine import Engine, MicroBatching
 from mbridge_train.optim.optimizer import OptimizerSettings

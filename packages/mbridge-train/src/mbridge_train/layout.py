@@ -116,6 +116,11 @@ class RankLayout:
         return self.pipeline.is_last
 
     @property
+    def is_writer(self) -> bool:
+        """Whether this rank writes the parameters and optimizer state that its data-parallel ranks hold alike."""
+        return self.data.is_first
+
+    @property
     def checkpoint(self) -> mbridge_ckpt.Layout:
         """The sizes, in the type that `mbridge_ckpt` writes into a checkpoint's manifest."""
         return mbridge_ckpt.Layout(

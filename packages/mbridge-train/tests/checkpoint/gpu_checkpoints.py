@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mbridge_model import Parallel
-from mbridge_train.checkpoint.save import load_checkpoint, save_checkpoint
+from mbridge_train.checkpoint.load import load_checkpoint
+from mbridge_train.checkpoint.save import save_checkpoint
 
 from testing.tiny_models import make_model
 from testing.training_runs import SHARDED, build, digests, leave, train

@@ -26,14 +26,14 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write_as_megatron_does(directory: Path) -> Any:
     """Weights and Transformer Engine's metadata, and nothing of ours; returns the weights by HuggingFace's names."""
-    from mbridge_train.checkpoint.placement import unwrapped
+    from mbridge_train.checkpoint.placement import named_chunks
     from megatron.core import dist_checkpointing
 
     try:
         engine = build(directory / "model", Parallel(tensor=2), SHARDED)
         train(engine, 0, 1)
         (directory / "iter_0000001").mkdir(exist_ok=True)
-        model = unwrapped(engine)
+        ((_, model),) = named_chunks(engine)
         dist_checkpointing.save(model.sharded_state_dict() | {"iteration": 1}, str(directory / "iter_0000001"))
         return {name: tensor.clone() for name, tensor in engine.export_weights()}
     finally:
@@ -42,7 +42,7 @@ def write_as_megatron_does(directory: Path) -> Any:
 
 def read(model: Path, checkpoint: Path, parallel: Parallel) -> Any:
     """Weights after reading, or the class and message of what was raised."""
-    from mbridge_train.checkpoint.save import load_start
+    from mbridge_train.checkpoint.load import load_start
 
     try:
         engine = build(model, parallel, SHARDED, weights=False)

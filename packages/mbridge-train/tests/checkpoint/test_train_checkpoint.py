@@ -44,7 +44,8 @@ def stop_and_resume(
     directory: Path, output: Path, parallel: Parallel, optimizer: dict[str, Any], **options: Any
 ) -> Any:
     """(record and digests of a run that was not stopped, the same of one that was), from the checkpoint on."""
-    from mbridge_train.checkpoint.save import load_checkpoint, save_checkpoint
+    from mbridge_train.checkpoint.load import load_checkpoint
+    from mbridge_train.checkpoint.save import save_checkpoint
 
     try:
         engine = build(directory, parallel, optimizer, **options)
@@ -116,7 +117,7 @@ def save_trained(directory: Path, output: Path, parallel: Parallel, optimizer: d
 
 def resume(directory: Path, checkpoint: Path, parallel: Parallel, optimizer: dict[str, Any]) -> Any:
     """Weights after loading, or the message of the error that it raised."""
-    from mbridge_train.checkpoint.save import load_checkpoint
+    from mbridge_train.checkpoint.load import load_checkpoint
     from mbridge_train.errors import TrainError
 
     try:
@@ -236,7 +237,7 @@ def test_optimizer_state_is_that_of_one_process(gang2: Gang, models: Path) -> No
 def start_from_megatron(directory: Path, checkpoint: Path, optimizer: dict[str, Any], dtype: str) -> Any:
     """One step from randomly made weights into which only the model of a checkpoint was loaded."""
     from mbridge_ckpt import open_checkpoint
-    from mbridge_train.checkpoint.save import load_model
+    from mbridge_train.checkpoint.load import load_model
 
     try:
         engine = build(directory, Parallel(), optimizer, dtype=dtype, weights=False)

@@ -134,8 +134,8 @@ def train_and_save(model: Path, output: Path, case: dict[str, Any], arguments: d
 
 
 def resume(model: Path, checkpoint: Path, case: dict[str, Any]) -> Any:
+    from mbridge_train.checkpoint.load import load_checkpoint
     from mbridge_train.checkpoint.resume import restore
-    from mbridge_train.checkpoint.save import load_checkpoint
     from mbridge_train.errors import TrainError
     from megatron.core import parallel_state
 

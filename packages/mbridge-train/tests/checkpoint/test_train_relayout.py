@@ -39,7 +39,7 @@ def save_and_go_on(
 
 
 def resume(directory: Path, output: Path, parallel: Parallel, optimizer: dict[str, Any], dtype: str) -> Any:
-    from mbridge_train.checkpoint.save import load_checkpoint
+    from mbridge_train.checkpoint.load import load_checkpoint
 
     try:
         engine = build(directory, parallel, optimizer, dtype=dtype, weights=False)

@@ -35,7 +35,7 @@ def run(directory: Path, output: Path, metrics: dict[str, float] | None = None, 
 
 
 def resume(directory: Path, checkpoint: Path) -> Any:
-    from mbridge_train.checkpoint.save import load_checkpoint
+    from mbridge_train.checkpoint.load import load_checkpoint
 
     try:
         engine = build(directory, Parallel(tensor=2), OVERLAPPED, weights=False, seed=99)

@@ -158,7 +158,7 @@ def save_and_go_on(directory: Path, output: Path, parallel: Parallel) -> Any:
 
 
 def resume(directory: Path, checkpoint: Path, parallel: Parallel) -> Any:
-    from mbridge_train.checkpoint.save import load_checkpoint
+    from mbridge_train.checkpoint.load import load_checkpoint
 
     try:
         engine = build(directory, parallel, SHARDED, weights=False)

@@ -95,7 +95,8 @@ def test_offloading_changes_nothing(gang2: Gang, models: Path, case: Any) -> Non
 def while_offloaded(directory: Path, output: Path) -> Any:
     """Errors of what cannot be done while offloaded, and digests of an engine resumed from what was saved then."""
     from mbridge_model import ModelError, export
-    from mbridge_train.checkpoint.save import load_checkpoint, save_checkpoint
+    from mbridge_train.checkpoint.load import load_checkpoint
+    from mbridge_train.checkpoint.save import save_checkpoint
     from mbridge_train.errors import TrainError
     from mbridge_train.losses.policy import sft_loss
 

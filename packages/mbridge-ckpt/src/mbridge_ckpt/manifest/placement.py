@@ -18,7 +18,8 @@ _EXPERT = re.compile(r"(.*\.local_experts\.)([0-9]+)(\..*)")
 class ParameterPlacement:
     """One parameter as it stands in a model-parallel rank's file.
 
-    name: its key in that file, with the layer index local to the stage (Megatron-Core's numbering).
+    name: its key in that file, with the layer index local to the stage or model chunk (Megatron-Core's numbering); a
+        rank with several chunks (virtual pipeline) prefixes the names of each.
     global_name: the same with the layer index (and expert index) of the whole model; unique in the model.
     stage: where pipelining puts it: "first" (embedding, vision tower), "last" (final norm, output layer), "layer"
         (with its transformer layer) or "every" (a copy on each stage).
@@ -97,6 +98,7 @@ def place_parameter(
     parameter: "Tensor",
     *,
     stage: Stage,
+    prefix: str = "",
     layer_offset: int = 0,
     expert_offset: int = 0,
     partition_stride: int | None = None,
@@ -105,10 +107,11 @@ def place_parameter(
 ) -> ParameterPlacement:
     """Placement of one Megatron-Core parameter, from its name and the marks that Megatron leaves on it.
 
-    Reads `tensor_model_parallel`, `partition_dim` and `partition_stride` of `parameter`. `layer_offset` is the global
-    number of the stage's (or model chunk's) first layer and `expert_offset` of the rank's first expert. A name with
-    `decoder.layers.N.` gets stage "layer", except on stage "first": there they are layers of a vision tower.
-    `partition_stride` overrides the mark, for parameters whose marks are known to be wrong.
+    Reads `tensor_model_parallel`, `partition_dim` and `partition_stride` of `parameter`. `prefix` is put before `name`
+    in the file. `layer_offset` is the global number of the stage's (or model chunk's) first layer, `expert_offset` that
+    of the rank's first expert. A name with `decoder.layers.N.` gets stage "layer", except on stage "first": there they
+    are layers of a vision tower. `partition_stride` overrides the mark, for parameters whose marks are known to be
+    wrong.
     """
     global_name, layer, expert = name, None, None
     if stage != "first" and (match := _LAYER.fullmatch(name)):
@@ -120,7 +123,7 @@ def place_parameter(
     parallel = bool(getattr(parameter, "tensor_model_parallel", False))
     stride = int(getattr(parameter, "partition_stride", 1)) if partition_stride is None else partition_stride
     return ParameterPlacement(
-        name=name,
+        name=prefix + name,
         global_name=global_name,
         stage=stage,
         layer=layer,

@@ -53,7 +53,7 @@ def reshard(
     if os.path.lexists(final):
         raise CheckpointError(f"{final} exists; nothing is overwritten, give another directory")
     require_whole(checkpoint.path, progress=progress)
-    layout = replace(checkpoint.layout, tensor=tensor, pipeline=pipeline, expert_tensor=1)
+    layout = replace(checkpoint.layout, tensor=tensor, pipeline=pipeline, virtual_pipeline=1, expert_tensor=1)
     with WholeModel(checkpoint) as whole:
         refuse_shared_heads(whole, tensor)
         stages = [stage_parameters(whole, layout, stage) for stage in range(pipeline)]

@@ -35,16 +35,14 @@ class WholeModel:
     """The parameters of a checkpoint by global name; a context manager, which keeps the files open.
 
     Parameter kinds are "model" (the weights) and those of the optimizer ("fp32_param", "exp_avg", "exp_avg_sq").
-    Raises LayoutError for a checkpoint without placements, with virtual pipeline stages or with expert parallelism.
-    Checksums are not compared here; `verify` the checkpoint first.
+    Raises LayoutError for a checkpoint without placements or with expert parallelism. Checksums are not compared here;
+    `verify` the checkpoint first.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         layout = checkpoint.layout
-        if layout.virtual_pipeline > 1 or layout.expert > 1 or layout.expert_tensor not in (1, layout.tensor):
-            raise LayoutError(
-                f"{checkpoint.path}: {layout} has virtual stages or expert parallelism, which cannot be cut anew"
-            )
+        if layout.expert > 1 or layout.expert_tensor not in (1, layout.tensor):
+            raise LayoutError(f"{checkpoint.path}: {layout} has expert parallelism, which cannot be resharded")
         self.checkpoint = checkpoint
         self.parameters: dict[str, _Parameter] = {}
         self._open = ExitStack()

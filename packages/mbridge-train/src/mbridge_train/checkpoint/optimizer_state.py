@@ -44,14 +44,14 @@ def collect(optimizer: Optimizer, names: dict[nn.Parameter, str], layout: RankLa
             for parameter, slot in _slots(part, gathered):
                 for key, flat_key in _flat_keys():
                     state[key][names[parameter]] = slot(flat_key).view(parameter.shape).clone()
-        elif layout.data.is_first:
+        elif layout.is_writer:
             _ensure_moments(part)
             for parameter, name in names.items():
                 master = getattr(parameter, "main_param", parameter)
                 state[MASTER][name] = master.detach().float().cpu()
                 for key in MOMENTS:
                     state[key][name] = part.optimizer.state[master][key].float().cpu()
-    if not layout.data.is_first:
+    if not layout.is_writer:
         return None
     return state | facts(optimizer)
 

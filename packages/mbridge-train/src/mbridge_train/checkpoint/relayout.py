@@ -12,13 +12,7 @@ from mbridge_ckpt.store.whole_model import MODEL
 from torch import Tensor
 
 from mbridge_train.checkpoint.optimizer_state import MASTER, MOMENTS
-from mbridge_train.checkpoint.placement import (
-    current_layout,
-    model_parallel_ranks,
-    model_state,
-    parameter_names,
-    placements,
-)
+from mbridge_train.checkpoint.placement import model_state, parameter_names, placements
 from mbridge_train.engine.engine import Engine
 from mbridge_train.errors import TrainError
 
@@ -56,7 +50,7 @@ def read_optimizer(engine: Engine, whole: WholeModel) -> dict[str, Any]:
 def _pieces(
     engine: Engine, whole: WholeModel, kind: str, placed: list[ParameterPlacement], rows: dict[str, int]
 ) -> Iterator[tuple[str, Tensor]]:
-    size, rank = current_layout(engine).tensor, model_parallel_ranks(engine)["tensor_rank"]
+    size, rank = engine.layout.tensor.size, engine.layout.tensor.rank
     for placement in placed:
         padded = rows[placement.name] * size if placement.vocabulary_rows is not None else None
         yield placement.name, whole.read(kind, _stored_name(whole, placement), rank=rank, size=size, rows=padded)
@@ -87,7 +81,7 @@ def _check_same_model(engine: Engine, whole: WholeModel, placed: list[ParameterP
         if placement.vocabulary_rows is not None:
             continue
         try:
-            shape, _ = whole.shape(MODEL, _stored_name(whole, placement), size=current_layout(engine).tensor)
+            shape, _ = whole.shape(MODEL, _stored_name(whole, placement), size=engine.layout.tensor.size)
         except LayoutError as error:
             raise TrainError(str(error)) from None
         if shape != tuple(own[placement.name].shape):

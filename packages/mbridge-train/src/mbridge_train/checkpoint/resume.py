@@ -7,8 +7,7 @@ from typing import Any
 from mbridge_ckpt import Checkpoint, find_resume, open_checkpoint
 from mbridge_config import RunLength
 
-from mbridge_train.checkpoint.placement import current_layout
-from mbridge_train.checkpoint.save import load_checkpoint
+from mbridge_train.checkpoint.load import load_checkpoint
 from mbridge_train.engine.engine import Engine
 from mbridge_train.errors import TrainError
 
@@ -47,8 +46,8 @@ def restore(engine: Engine, checkpoint: Checkpoint, keys: Iterable[str], say: Ca
     Raises:
         TrainError: it has no such state, being of another kind of run, or imported. And what `load_checkpoint` raises.
     """
-    if checkpoint.layout != current_layout(engine):
-        say(f"{checkpoint.path} was written with {checkpoint.layout}; this run has {current_layout(engine)}")
+    if checkpoint.layout != engine.layout.checkpoint:
+        say(f"{checkpoint.path} was written with {checkpoint.layout}; this run has {engine.layout.checkpoint}")
     state = load_checkpoint(engine, checkpoint)
     if missing := [key for key in keys if key not in state]:
         raise TrainError(

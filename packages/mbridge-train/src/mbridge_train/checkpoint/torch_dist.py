@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from mbridge_train.checkpoint import optimizer_state
 from mbridge_train.checkpoint.optimizer_state import MASTER, MOMENTS
-from mbridge_train.checkpoint.placement import is_first_data_rank, parameter_names, unwrapped
+from mbridge_train.checkpoint.placement import named_chunks, parameter_names
 from mbridge_train.engine.engine import Engine
 from mbridge_train.errors import TrainError
 
@@ -90,7 +90,7 @@ def read_model(engine: Engine, directory: Path) -> dict[str, Tensor]:
 def read_optimizer(engine: Engine, directory: Path) -> dict[str, Any] | None:
     """State of this rank's optimizer as `optimizer_state.collect` gives it. Collective; raises as `read_model`."""
     content: dict[str, Any] = {}
-    if is_first_data_rank(engine):
+    if engine.layout.is_writer:
         names = parameter_names(engine)
         empty = {name: torch.empty(parameter.shape) for parameter, name in names.items()}
         content["optimizer"] = _sharded_optimizer(engine, dict.fromkeys((MASTER, *MOMENTS), empty))
@@ -101,18 +101,23 @@ def read_optimizer(engine: Engine, directory: Path) -> dict[str, Any] | None:
             f"{directory} was not written by this product, so only its weights can be taken; start from it with "
             "actor.megatron.use_hf_ckpt=false and actor.model.megatron_checkpoint"
         )
-    if not is_first_data_rank(engine):
+    if not engine.layout.is_writer:
         return None
     state: dict[str, Any] = loaded["optimizer"]
     return state | loaded[_FACTS]
 
 
 def _sharded_model(engine: Engine) -> dict[str, Any]:
-    """Megatron-Core's description of each weight's place in the whole. Transformer Engine's fp8 metadata is left out:
-    it would be pickled, and this product trains in no fp8.
+    """Return Megatron-Core's description of each weight's place in the whole model, by our names.
+
+    Transformer Engine's fp8 metadata is left out: it would be pickled, and this product does not train in fp8.
     """
-    sharded: dict[str, Any] = unwrapped(engine).sharded_state_dict()  # type: ignore[operator]  # a Megatron module
-    return {name: value for name, value in sharded.items() if not isinstance(value, ShardedObject)}
+    return {
+        prefix + name: value
+        for prefix, chunk in named_chunks(engine)
+        for name, value in chunk.sharded_state_dict().items()  # type: ignore[operator]  # a Megatron module
+        if not isinstance(value, ShardedObject)
+    }
 
 
 def _sharded_optimizer(engine: Engine, state: dict[str, Any]) -> dict[str, Any]:
