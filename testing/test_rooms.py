@@ -31,7 +31,6 @@ MAY_IMPORT = {
 
 KNOWN_CIRCLES: dict[str, list[set[str]]] = {
     "mbridge_model": [{"bridge", "families", "vision"}],
-    "mbridge_ckpt": [{"formats", "huggingface", "reshard", "store"}],
     "mbridge_train": [],
     "mbridge_reasoning": [],
     "mbridge_sft": [],
