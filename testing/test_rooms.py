@@ -31,9 +31,7 @@ MAY_IMPORT = {
 
 KNOWN_CIRCLES: dict[str, list[set[str]]] = {
     "mbridge_model": [{"bridge", "families", "vision"}],
-    "mbridge_train": [],
     "mbridge_reasoning": [],
-    "mbridge_sft": [],
 }
 """Packages whose rooms are not separated yet, with the rooms of each circle; their `Uses:` lines are not checked."""
 
