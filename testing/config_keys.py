@@ -8,7 +8,7 @@ from mbridge_config import key_table
 from mbridge_config.schema.keys import Status
 
 # These declare, fill in and describe keys; none of them acts on a value.
-NOT_READERS = ("schema", "derive.py", "plan.py")
+NOT_READERS = ("schema", "compat", "defaults.py", "plan.py")
 
 
 def unread_keys(schema: type, packages: tuple[str, ...], status: Status) -> tuple[list[str], int]:

@@ -32,7 +32,9 @@ import sys
 from mbridge_config.cli.main import main
 main(["check", "run", "--config-path", {str(yaml)!r}, "--world-size", "2"])
 assert not {HEAVY!r} & set(sys.modules), {HEAVY!r} & set(sys.modules)
-siblings = {{name for name in sys.modules if name.startswith("mbridge_")}}
-assert all(name.partition(".")[0] == "mbridge_config" for name in siblings), siblings
+from importlib.metadata import entry_points
+asked = {{entry.module.partition(".")[0] for entry in entry_points(group="mbridge.environment")}}
+siblings = {{name.partition(".")[0] for name in sys.modules if name.startswith("mbridge_")}}
+assert siblings <= {{"mbridge_config"}} | asked, siblings
 """)
     assert output.endswith("run: ok\n")

@@ -2,6 +2,7 @@
 
 from mbridge_config.check import Report, check, refuse_short_run
 from mbridge_config.cli.arguments import Arguments, parse_arguments
+from mbridge_config.compat.keys import key_table
 from mbridge_config.facts.directories import hf_directory, tokenizer_directory
 from mbridge_config.facts.model import HFFacts
 from mbridge_config.load.compose import compose
@@ -16,7 +17,7 @@ from mbridge_config.run.directory import (
     take_free_name,
 )
 from mbridge_config.run.steps import RunLength, longest_run, run_length
-from mbridge_config.schema.keys import KeyInfo, Status, key_table
+from mbridge_config.schema.keys import KeyInfo, Status
 from mbridge_config.schema.kinds import RunConfig
 from mbridge_config.schema.reasoning import ReasoningConfig
 from mbridge_config.schema.sft import SFTConfig

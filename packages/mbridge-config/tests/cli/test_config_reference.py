@@ -10,6 +10,7 @@ import pytest
 from mbridge_config import ReasoningConfig, SFTConfig, key_table
 from mbridge_config.cli.main import main
 from mbridge_config.cli.reference import PAGES, configuration_page, errors_page
+from mbridge_config.compat.keys import compat_keys
 from mbridge_config.rules import REASONING, SFT
 from mbridge_config.rules.explanations import LOADING, explanations
 from mbridge_config.schema.keys import Status
@@ -41,22 +42,24 @@ def test_every_key_has_its_row(schema: type) -> None:
     sections = dict(re.findall(r"^## `?([\w. -]+)`?\n(.*?)(?=^## |\Z)", configuration_page(), re.M | re.S))
     for info in key_table(schema):
         section, _, name = info.path.rpartition(".")
+        title, name, columns = section or "Sections without keys of their own", name, (9, 2, 5, 7)
+        if info.path in compat_keys(schema):
+            title, name, columns = "Compatibility", info.path, (7, 2, 3, 5)
+        width, kind, status, meaning = columns
         rows = [
-            re.split(r"(?<!\\)\|", line)
-            for line in sections[section or "Sections without keys of their own"].splitlines()
-            if line.startswith(f"| `{name}` |")
+            re.split(r"(?<!\\)\|", line) for line in sections[title].splitlines() if line.startswith(f"| `{name}` |")
         ]
-        assert any(row[5].strip() == info.spec.status.value for row in rows), info.path
-        assert all(len(row) == 9 and row[2].strip() and row[7].strip() for row in rows), info.path
+        assert any(row[status].strip() == info.spec.status.value for row in rows), info.path
+        assert all(len(row) == width and row[kind].strip() and row[meaning].strip() for row in rows), info.path
 
 
 def test_some_rows() -> None:
     page = configuration_page()
     for row in (
         "| `distributed_timeout_minutes` | number, > 0 | `30` | minutes | honoured |  | Longest wait for another rank.",
-        "| `do_sample` | true \\| false \\| null |  |  | alias | reasoning | "
+        "| `algorithm.sampling_params.do_sample` | true \\| false \\| null | alias | reasoning | "
         "The opposite of `algorithm.sampling_params.use_greedy`. |",
-        "| `detokenize` | true \\| false \\| null | `null` |  | no effect | reasoning | "
+        "| `rollout.detokenize` | true \\| false \\| null | no effect | reasoning | "
         "Belongs to a serving engine; answers are generated with transformers. |",
         "| `num_workers` | integer, ≥ 0 | `2` | processes | honoured | sft |",
     ):

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from mbridge_config import Problem, ReasoningConfig, Report, RunConfig, SFTConfig, check, compose
+from mbridge_config.compat.keys import known_keys, value_of
 from mbridge_config.load.compose import from_tree
-from mbridge_config.schema.keys import Status, get, known_keys
+from mbridge_config.schema.keys import Status
 from mbridge_config.schema.provenance import Provenance
 from mbridge_config.schema.runner import OTHER_TASKS
 
@@ -86,7 +87,7 @@ def test_each_key_is_honoured_or_named(name: str) -> None:
         if info.spec.status is not Status.NO_EFFECT or not config.provenance.was_set(path):
             continue
         notes = [problem for problem in named.get(path, []) if problem.id == "no-effect"]
-        assert len(notes) == (get(config, path) not in (None, {})), f"{path}: said once, unless it is empty"
+        assert len(notes) == (value_of(config, path) not in (None, {})), f"{path}: said once, unless it is empty"
     lines = str(report).splitlines()
     reasons = [line.partition(": ")[2] for line in lines if line.startswith("note[no-effect]")]
     assert len(reasons) == len(set(reasons)), "one line a reason"
@@ -108,7 +109,7 @@ def test_values() -> None:
     algorithm = config.algorithm
     assert (algorithm.sampling_params.max_new_tokens, algorithm.sampling_params.use_greedy) == (384, False)
     assert (algorithm.clip_ratio_low, algorithm.clip_ratio_high, algorithm.kl_penalty_type) == (0.2, 0.25, "k3")
-    assert config.actor.micro_batch_size == 2 and config.rollout.return_logprobs is False
+    assert config.actor.micro_batch_size == 2 and value_of(config, "rollout.return_logprobs") is False
     assert report.plan is not None
     assert (report.plan.tensor_parallel, report.plan.data_parallel, report.plan.micro_batches) == (2, 8, 2)
 
@@ -117,10 +118,10 @@ def test_values_by_resolvers() -> None:
     config, _ = load("qwen2.5-1.5b-grpo-megatron-dynamic")
     assert (config.runner.max_tokens_per_mbs, config.runner.experiment_name) == (2048, "dynamic-2048")
     assert config.algorithm.sampling_params.max_new_tokens == 300
-    assert config.inference["model"]["tensor_model_parallel_size"] == 1
+    assert value_of(config, "inference")["model"]["tensor_model_parallel_size"] == 1
     config, _ = load("qwen2.5-7b-grpo-megatron")
-    assert config.rollout.return_logprobs is True and config.algorithm.sampling_params.use_greedy is False
-    assert config.actor.model.share_embeddings_and_output_weights is False
+    assert value_of(config, "rollout.return_logprobs") is True and config.algorithm.sampling_params.use_greedy is False
+    assert value_of(config, "actor.model.share_embeddings_and_output_weights") is False
     config, _ = load("qwen2.5-32b-grpo-megatron")
     assert config.actor.model.pipeline_model_parallel_size == 4 and config.actor.model.backend == "te"
     assert config.runner.checkpoint.async_save is True

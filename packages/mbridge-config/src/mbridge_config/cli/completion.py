@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from mbridge_config.compat.keys import known_keys
 from mbridge_config.load.catalog import (
     config_directory,
     config_names,
@@ -22,7 +23,7 @@ from mbridge_config.load.catalog import (
 )
 from mbridge_config.paths import is_directory
 from mbridge_config.problems import ConfigError, Problem
-from mbridge_config.schema.keys import Status, describe_type, known_keys, known_sections
+from mbridge_config.schema.keys import Status, describe_type, known_sections
 from mbridge_config.schema.kinds import SCHEMAS, schema_of
 
 FLAGS = ("-sc", "--shell-completion")

@@ -10,11 +10,12 @@ import dataclasses
 import json
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mbridge_config.cli.arguments import Parser
-from mbridge_config.schema.keys import KeySpec, Status, default_of, hints, is_section, spec_of
+from mbridge_config.compat.keys import compat_keys
+from mbridge_config.schema.keys import KeyInfo, KeySpec, Status, default_of, hints, is_section, spec_of
 from mbridge_config.schema.kinds import SCHEMAS
 
 OPEN = r"\$\{.+\}|^\?\?\?$"
@@ -33,7 +34,8 @@ def run(words: Sequence[str]) -> int:
 
 def json_schema(kind: str) -> dict[str, Any]:
     """The schema of YAML files of the kind of run `kind`, with Hydra's own sections `defaults` and `hydra`."""
-    found = _section(SCHEMAS[kind], f"A {kind} run of mbridge.")
+    schema: type = SCHEMAS[kind]
+    found = _section(schema, f"A {kind} run of mbridge.", compat_keys(schema), "")
     hydra = {"defaults": {"type": "array", "description": "Hydra's defaults list."}, "hydra": {"type": "object"}}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -43,14 +45,18 @@ def json_schema(kind: str) -> dict[str, Any]:
     }
 
 
-def _section(kind: type, doc: str) -> dict[str, Any]:
+def _section(kind: type, doc: str, compat: Mapping[str, KeyInfo], prefix: str) -> dict[str, Any]:
     properties = {}
     for field in dataclasses.fields(kind):
         spec, hint = spec_of(field), hints(kind)[field.name]
         if spec is not None and is_section(hint):
-            properties[field.name] = _section(hint, spec.doc)
+            properties[field.name] = _section(hint, spec.doc, compat, f"{prefix}{field.name}.")
         elif spec is not None:
             properties[field.name] = _key(hint, spec, default_of(field))
+    for path, info in compat.items():
+        name = path.removeprefix(prefix)
+        if path.startswith(prefix) and "." not in name:
+            properties[name] = _key(info.type, info.spec, info.default)
     # A keyword says nothing about values of other types: the pattern is that of a string, the properties of an object.
     return {
         "description": doc,

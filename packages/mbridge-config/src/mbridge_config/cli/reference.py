@@ -4,24 +4,37 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from mbridge_config.compat.keys import compat_keys
 from mbridge_config.rules.explanations import explanations
-from mbridge_config.schema.keys import KeyInfo, KeySpec, Status, hints, is_section, key_table, spec_of
+from mbridge_config.schema.keys import KeyInfo, KeySpec, Status, hints, is_section, schema_keys, spec_of
 from mbridge_config.schema.kinds import SCHEMAS
 
 CONFIGURATION = """\
 # Configuration
 
-All keys of all kinds of runs, made from the schema by `nox -s reference`. The names are those of RLinf's Megatron
-configs. A value may be an interpolation, `${runner.seq_length}`; how values must fit together is told by
-`mbridge-config check NAME` and listed in [errors.md](errors.md).
+All keys of all kinds of runs, generated from the schema by `nox -s reference`. The names are those of RLinf's Megatron
+configs. A value may be an interpolation, `${runner.seq_length}`. `mbridge-config check NAME` tells whether the values
+fit together; [errors.md](errors.md) lists everything it may say.
 
-*Runs*: the kinds of runs that have the key just so; all, where none is named. *Status*:
+*Runs*: the kinds of runs that have the key in this form; all, if none is named. *Status*:
 
 - **honoured**: the key does what it says.
-- **checked**: it repeats a fact of the model's `config.json`, which is the only source of the fact. A wrong value is
-  an error; the key can always be left out.
+- **refused**: only the default, or a value that means the same, is accepted. Any other value is an error that says why.
+
+Keys of RLinf's configs that set nothing here are accepted as well; [the last section](#compatibility) lists them.
+
+"""
+
+COMPATIBILITY = """
+## Compatibility
+
+Keys that RLinf's YAML files bring and that set nothing here, so that such a file can be used as it is. *Status*:
+
+- **checked**: the key repeats a fact of the model's `config.json`, which is the only source of the fact. A wrong value
+  is an error; the key can always be left out.
 - **alias**: another spelling of a key, which gets the value.
-- **no effect**: accepted, since other trainers read it. One line of the report says why it changes nothing.
+- **no effect**: accepted and ignored. One line of the report says why it changes nothing.
+- **refused**: as above; what the key would switch on does not exist here.
 
 """
 
@@ -38,7 +51,7 @@ from starting, warnings and notes do not.
 def configuration_page() -> str:
     """docs/configuration.md: a table of keys for each section of the schemas."""
     sections: dict[str, list[tuple[KeyInfo, str]]] = {}
-    for info, runs in _keys():
+    for info, runs in _keys(schema_keys):
         sections.setdefault(info.path.rpartition(".")[0], []).append((info, runs))
     docs = _section_docs()
     parts = []
@@ -47,7 +60,10 @@ def configuration_page() -> str:
         lines = [f"## {title}", "", *([text, ""] if text else [])]
         lines += ["| key | type | default | unit | status | runs | meaning |", "|---|---|---|---|---|---|---|"]
         parts.append("\n".join([*lines, *(_row(info, runs) for info, runs in rows)]))
-    return CONFIGURATION + "\n\n".join(parts) + "\n"
+    lines = ["| key | type | status | runs | meaning |", "|---|---|---|---|---|"]
+    for info, runs in _keys(lambda schema: compat_keys(schema).values()):
+        lines.append(_table_row(f"`{info.path}`", info.type_name, info.spec.status.value, runs, _meaning(info.spec)))
+    return CONFIGURATION + "\n\n".join(parts) + "\n" + COMPATIBILITY + "\n".join(lines) + "\n"
 
 
 def errors_page() -> str:
@@ -62,9 +78,9 @@ def errors_page() -> str:
     return ERRORS + "\n\n".join(parts) + "\n"
 
 
-def _keys() -> Iterator[tuple[KeyInfo, str]]:
-    """All keys of all schemas, each with the kinds of runs that have it just so; empty: all kinds."""
-    tables = {kind: {info.path: info for info in key_table(schema)} for kind, schema in SCHEMAS.items()}
+def _keys(keys_of: Callable[[type], Iterable[KeyInfo]]) -> Iterator[tuple[KeyInfo, str]]:
+    """Iterate over the keys of all schemas, each with the kinds of runs that have it in this form; empty: all kinds."""
+    tables = {kind: {info.path: info for info in keys_of(schema)} for kind, schema in SCHEMAS.items()}
     for path in dict.fromkeys(path for table in tables.values() for path in table):
         told: list[KeyInfo] = []
         for table in tables.values():
@@ -99,15 +115,18 @@ def _sentence(doc: str) -> str:
 
 def _row(info: KeyInfo, runs: str) -> str:
     spec = info.spec
-    cells = [
+    return _table_row(
         f"`{info.path.rpartition('.')[2]}`",
         _type(info),
-        "" if spec.alias_of else f"`{yaml_text(info.default)}`",
+        f"`{yaml_text(info.default)}`",
         spec.unit or "",
         spec.status.value,
         runs,
         _meaning(spec),
-    ]
+    )
+
+
+def _table_row(*cells: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

@@ -2,5 +2,5 @@
 
 In: the name of a config and arguments. Out: a config with every interpolation resolved, every value converted to its
 type and every default filled in, which records where each key was set and all mistakes.
-Uses: `paths`, `problems`, `schema`.
+Uses: `compat`, `paths`, `problems`, `schema`.
 """

@@ -7,17 +7,17 @@ so that interpolations may refer to keys that no file sets. Then each interpolat
 tree is converted, so that all mistakes are found at once.
 """
 
-import dataclasses
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
+from mbridge_config.compat.keys import known_keys
 from mbridge_config.load.catalog import config_directory, find_config, find_installed_config, given_directory
 from mbridge_config.load.convert import convert
 from mbridge_config.load.defaults import fill_defaults
 from mbridge_config.load.interpolations import resolve_interpolations
 from mbridge_config.problems import ConfigError, Severity
-from mbridge_config.schema.keys import default_of, hints, is_section, spec_of
 from mbridge_config.schema.kinds import RunConfig, schema_of
 from mbridge_config.schema.provenance import Provenance
 
@@ -93,12 +93,14 @@ def _find(name: str, config_path: str | Path | None, package_config: str | None)
 
 
 def defaults_tree(schema: type) -> dict[str, Any]:
-    """The defaults of a section as a plain tree."""
+    """Return the defaults of all keys as a plain tree."""
     tree: dict[str, Any] = {}
-    for field in dataclasses.fields(schema):
-        if spec_of(field) is not None:
-            hint = hints(schema)[field.name]
-            tree[field.name] = defaults_tree(hint) if is_section(hint) else default_of(field)
+    for path, info in known_keys(schema).items():
+        *sections, name = path.split(".")
+        section = tree
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = copy.copy(info.default)
     return tree
 
 

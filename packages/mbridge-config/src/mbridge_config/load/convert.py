@@ -1,5 +1,6 @@
 """Plain values of a YAML tree into the typed sections of the schema, finding every mistake on the way."""
 
+import copy
 import dataclasses
 import difflib
 import math
@@ -8,15 +9,15 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from mbridge_config.compat.keys import known_keys
 from mbridge_config.problems import Problem, Severity, json_ready
 from mbridge_config.schema.keys import (
+    KeyInfo,
     KeySpec,
     Status,
-    default_of,
     describe_type,
     hints,
     is_section,
-    known_keys,
     known_sections,
     spec_of,
 )
@@ -45,31 +46,33 @@ def convert(kind: type, tree: Mapping[Any, Any], provenance: Provenance) -> Any:
 
 class _Converter:
     def __init__(self, root: type, provenance: Provenance):
-        self.root, self.provenance = root, provenance
+        self.root, self.keys, self.provenance = root, known_keys(root), provenance
 
     def section(self, kind: type, tree: Any, prefix: str) -> Any:
         if not isinstance(tree, Mapping):
             name = prefix.rstrip(".")
             if tree is not None:
                 self.report("wrong-type", name, tree, "a section of keys is expected", f"write keys under {name}")
-                self.provenance.failed.update(path for path in known_keys(self.root) if path.startswith(prefix))
+                self.provenance.failed.update(path for path in self.keys if path.startswith(prefix))
             return kind()
-        fields = {field.name: field for field in dataclasses.fields(kind) if spec_of(field) is not None}
+        fields = {field.name: hints(kind)[field.name] for field in dataclasses.fields(kind) if spec_of(field)}
         values: dict[str, Any] = {}
         for name, raw in tree.items():
             path = f"{prefix}{name}"
-            field = fields.get(name) if isinstance(name, str) else None
-            if field is None:
+            if name in fields and is_section(fields[name]):
+                values[name] = self.section(fields[name], raw, f"{path}.")
+            elif (info := self.keys.get(path)) is None:
                 self.unknown(path, raw)
-            elif is_section(hints(kind)[field.name]):
-                values[field.name] = self.section(hints(kind)[field.name], raw, f"{path}.")
             elif path not in self.provenance.failed:
-                values[field.name] = self.leaf(field, hints(kind)[field.name], raw, path)
+                value = self.leaf(info, raw)
+                if name in fields:
+                    values[name] = value
+                else:
+                    self.provenance.compat[path] = value
         return kind(**values)
 
-    def leaf(self, field: "dataclasses.Field[Any]", hint: Any, raw: Any, path: str) -> Any:
-        spec = spec_of(field)
-        assert spec is not None
+    def leaf(self, info: KeyInfo, raw: Any) -> Any:
+        path, hint, spec = info.path, info.type, info.spec
         try:
             if (refusal := spec.refused.get(str(raw))) is not None:
                 raise Unfit(refusal, f"use {_allowed(hint, spec, raw)}", "refused-value")
@@ -78,7 +81,7 @@ class _Converter:
         except Unfit as unfit:
             self.provenance.failed.add(path)
             self.report(unfit.identity, path, raw, unfit.reason, unfit.fix)
-            return default_of(field)
+            return copy.copy(info.default)
         if spec.status is Status.NO_EFFECT and self.provenance.was_set(path) and value not in (None, {}):
             self.report("no-effect", path, value, spec.why or "not used", "remove the key", Severity.NOTE)
         return value

@@ -2,11 +2,11 @@
 
 from typing import Any
 
+from mbridge_config.compat.keys import known_keys, set_value, value_of
 from mbridge_config.load.convert import Unfit, check_range, fit
 from mbridge_config.problems import Problem, Where
 from mbridge_config.schema.actor import ActorConfig
 from mbridge_config.schema.algorithm import AlgorithmConfig
-from mbridge_config.schema.keys import get, known_keys, put
 from mbridge_config.schema.provenance import Provenance
 from mbridge_config.schema.reasoning import DataConfig, ReasoningConfig
 from mbridge_config.schema.runner import RunnerConfig
@@ -32,11 +32,11 @@ def _move_aliases(config: Any, provenance: Provenance) -> None:
     keys = known_keys(schema)
     for path, info in keys.items():
         target = info.spec.alias_of
-        if target is None or (raw := get(config, path)) is None:
+        if target is None or (raw := value_of(config, path)) is None:
             continue
         where, place = provenance.places.get(path), provenance.places.get(target)
         if _is_argument(place) and not _is_argument(where):  # the command line wins over files
-            put(config, path, None)
+            set_value(config, path, None)
             continue
         try:
             value = fit(not raw if info.spec.inverted else raw, keys[target].type, keys[target].spec)
@@ -48,13 +48,13 @@ def _move_aliases(config: Any, provenance: Provenance) -> None:
             )
             continue
         wins = place is None or (_is_argument(where) and not _is_argument(place))
-        if not wins and get(config, target) not in (None, value):
-            reason = f"another spelling of {target}, which is {get(config, target)} at {place}"
+        if not wins and value_of(config, target) not in (None, value):
+            reason = f"another spelling of {target}, which is {value_of(config, target)} at {place}"
             provenance.problems.append(
                 Problem(id="alias-conflict", key=path, value=raw, reason=reason, fix=f"remove {path}", where=where)
             )
             continue
-        put(config, target, value)
+        set_value(config, target, value)
         if where is not None:
             provenance.places[target] = where
 

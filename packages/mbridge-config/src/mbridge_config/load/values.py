@@ -3,8 +3,9 @@
 import dataclasses
 from typing import Any
 
+from mbridge_config.compat.keys import known_keys, value_of
 from mbridge_config.problems import json_ready
-from mbridge_config.schema.keys import Status, get, known_keys
+from mbridge_config.schema.keys import Status
 from mbridge_config.schema.kinds import RunConfig
 
 
@@ -23,7 +24,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-_READ = (Status.HONOURED, Status.CHECKED)
+_IN_USE = (Status.HONOURED, Status.REFUSED, Status.CHECKED)
 
 
 def values_in_use(config: RunConfig, *, defaults: bool = True) -> dict[str, Any]:
@@ -31,8 +32,8 @@ def values_in_use(config: RunConfig, *, defaults: bool = True) -> dict[str, Any]
     tree: dict[str, Any] = {}
     schema: type = type(config)
     for path, info in known_keys(schema).items():
-        value = json_ready(get(config, path))
-        if info.spec.status in _READ and (defaults or value != json_ready(info.default)):
+        value = json_ready(value_of(config, path))
+        if info.spec.status in _IN_USE and (defaults or value != json_ready(info.default)):
             *sections, name = path.split(".")
             section = tree
             for part in sections:

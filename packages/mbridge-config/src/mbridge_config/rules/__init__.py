@@ -1,7 +1,7 @@
 """Refuse what cannot run: one small function for each mistake, whose docstring is its cause and fix.
 
 In: a config, and the facts of its model as far as they are known. Out: the rules of each kind of run.
-Uses: `facts`, `paths`, `plan`, `problems`, `run`, `schema`.
+Uses: `compat`, `facts`, `paths`, `plan`, `problems`, `run`, `schema`.
 """
 
 from mbridge_config.rules import (

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from mbridge_config.compat.keys import value_of
 from mbridge_config.facts.model import HFFacts
 from mbridge_config.problems import Problem, Severity, json_ready
-from mbridge_config.schema.keys import get
 
 
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
@@ -21,6 +21,10 @@ class Context:
     tokenizer_size: int | None = None
     world_size: int | None = None
     rows: int | None = None
+
+    def value(self, key: str) -> Any:
+        """Return the value of a key, also of one that the schema does not have."""
+        return value_of(self.config, key)
 
     @property
     def data_parallel(self) -> int | None:
@@ -80,7 +84,7 @@ class Rule:
             yield Problem(
                 id=self.id,
                 key=finding.key,
-                value=json_ready(get(context.config, finding.key)),
+                value=json_ready(value_of(context.config, finding.key)),
                 reason=finding.reason,
                 fix=finding.fix,
                 severity=finding.severity,

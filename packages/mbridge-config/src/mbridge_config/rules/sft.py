@@ -128,7 +128,7 @@ def rope_fusion(context: Context) -> Iterable[Finding]:
     Fix: remove the key.
     """
     facts = context.facts
-    if facts is not None and facts.model_type in QWEN3_VL and context.config.actor.model.apply_rope_fusion:
+    if facts is not None and facts.model_type in QWEN3_VL and context.value(ROPE_FUSION):
         reason = "the fused kernel cannot take the angles of Qwen3-VL, which interleave time, height and width"
         yield Finding(ROPE_FUSION, reason, f"set {ROPE_FUSION}=false, or remove it")
 

@@ -3,12 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from mbridge_config.schema.keys import alias, key, no_effect, section
-
-_LOGPROBS = "log-probabilities use the micro-batches of training"
-_GENERATION = "generation batches are set by rollout.max_running_requests"
-_CRITIC = "there is no critic in this version"
-_REINFORCE = "belongs to REINFORCE++, which this version does not have"
+from mbridge_config.schema.keys import key, section
 
 PENALTY_SPELLINGS = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"}
 
@@ -29,7 +24,6 @@ class SamplingConfig:
         minimum=1,
     )
     min_new_tokens: int = key(1, "Shortest answer.", unit="tokens", minimum=0)
-    do_sample: bool | None = alias("algorithm.sampling_params.use_greedy", inverted=True)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -67,26 +61,7 @@ class AlgorithmConfig:
         True, "Old log-probabilities from the trained model before the update, not from generation."
     )
     shuffle_rollout: bool = key(True, "Shuffle answers before they are cut into minibatches.")
-    use_valid_token_scale: bool = no_effect(False, "loss_agg_func alone says how much a trained token counts")
     early_stop_imp_ratio: float | None = key(
         None, "Skip a minibatch whose mean probability ratio is above this. null: never.", above=0.0
     )
     sampling_params: SamplingConfig = section(SamplingConfig, "Sampling of answers.")
-
-    training_batch_size_per_gpu: int | None = alias("actor.micro_batch_size")
-    rollout_batch_size_per_gpu: int | None = no_effect(None, _GENERATION)
-    val_rollout_batch_size_per_gpu: int | None = no_effect(None, _GENERATION)
-    logprob_forward_micro_batch_size: int | None = no_effect(None, _LOGPROBS)
-    loss_type: str | None = no_effect(None, "the policy loss is the only one")
-    max_num_gen_batches: int | None = no_effect(None, "each step generates once")
-    gamma: float | None = no_effect(None, _CRITIC)
-    gae_lambda: float | None = no_effect(None, _CRITIC)
-    value_cliprange: float | None = no_effect(None, _CRITIC)
-    value_clip: float | None = no_effect(None, _CRITIC)
-    critic_warmup_steps: int | None = no_effect(None, _CRITIC)
-    reinpp_kl_beta: float | None = no_effect(None, _REINFORCE)
-    use_reinpp_baseline: bool | None = no_effect(None, _REINFORCE)
-    importance_sampling_fix: bool = key(
-        False, "Weight tokens by the ratio of training to rollout probability.", refused={"True": "not in this version"}
-    )
-    importance_sampling_clip: float | None = no_effect(None, "importance_sampling_fix is not in this version")

@@ -13,6 +13,8 @@ class Status(enum.Enum):
     """What mbridge does with a key."""
 
     HONOURED = "honoured"
+    REFUSED = "refused"  # takes its default, or what means the same, and nothing else
+    # The keys of the schema have one of the two above, those of `compat` one of these or REFUSED.
     CHECKED = "checked"  # must agree with the model's config.json, which stays the only source of the fact
     ALIAS = "alias"  # another spelling of a key
     NO_EFFECT = "no effect"
@@ -59,17 +61,6 @@ def key(default: Any, doc: str, **spec: Any) -> Any:
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def no_effect(default: Any, why: str, doc: str | None = None) -> Any:
-    """A field that other trainers read and that changes nothing here."""
-    return key(default, doc or "Read by other trainers.", status=Status.NO_EFFECT, why=why)
-
-
-def alias(of: str, doc: str | None = None, *, inverted: bool = False) -> Any:
-    """A field that is another spelling of the key `of` (its opposite, if `inverted`)."""
-    meaning = f"The opposite of `{of}`." if inverted else f"Another name of `{of}`."
-    return key(None, doc or meaning, status=Status.ALIAS, alias_of=of, inverted=inverted)
-
-
 def section(kind: type, doc: str) -> Any:
     """A field that holds a section, a dataclass of keys."""
     return dataclasses.field(default_factory=kind, metadata={"spec": KeySpec(doc=doc)})
@@ -96,23 +87,17 @@ def default_of(field: "dataclasses.Field[Any]") -> Any:
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
-def key_table(kind: type, prefix: str = "") -> Iterator[KeyInfo]:
-    """All keys under the section `kind`, in the order they were declared."""
+def schema_keys(kind: type, prefix: str = "") -> Iterator[KeyInfo]:
+    """Iterate over all keys under the section `kind`, in the order in which they are declared."""
     for field in dataclasses.fields(kind):
         spec = spec_of(field)
         if spec is None:
             continue
         path, hint = f"{prefix}{field.name}", hints(kind)[field.name]
         if is_section(hint):
-            yield from key_table(hint, f"{path}.")
+            yield from schema_keys(hint, f"{path}.")
         else:
             yield KeyInfo(path=path, type=hint, default=default_of(field), spec=spec)
-
-
-@functools.cache
-def known_keys(kind: type) -> dict[str, KeyInfo]:
-    """The key table by full key."""
-    return {info.path: info for info in key_table(kind)}
 
 
 @functools.cache

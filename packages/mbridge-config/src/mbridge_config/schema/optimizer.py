@@ -3,10 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from mbridge_config.schema.keys import key, no_effect
-
-_STAYS = "optimizer state stays where it is in this version"
-_SCHEDULE = "a resumed run follows the schedule of its config"
+from mbridge_config.schema.keys import Status, key
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -17,6 +14,7 @@ class OptimizerConfig:
         "adam",
         "adam has decoupled weight decay.",
         spellings={"adamw": "adam"},
+        status=Status.REFUSED,
         refused={"sgd": "SGD is not in this version"},
     )
     lr: float = key(1e-6, "Learning rate, where lr_sched.max_lr is null.", minimum=0.0)
@@ -36,13 +34,6 @@ class OptimizerConfig:
     initial_loss_scale: float = key(2.0**32, "First loss scale of fp16 where it adapts.", above=0.0)
     min_loss_scale: float = key(1.0, "Lowest loss scale of fp16.", above=0.0)
     loss_scale_window: float = key(1000, "Steps without overflow after which the scale doubles.", unit="steps", above=0)
-    overlap_param_gather_with_optimizer_step: bool = key(
-        False, "Gather weights during the optimizer step.", refused={"True": "it needs a virtual pipeline"}
-    )
-    optimizer_enable_pin: bool | None = no_effect(None, _STAYS)
-    optimizer_cpu_offload: bool | None = no_effect(None, _STAYS)
-    optimizer_offload_fraction: float | None = no_effect(None, _STAYS)
-    use_precision_aware_optimizer: bool | None = no_effect(None, "master weights and moments are kept in fp32")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -80,7 +71,6 @@ class LrScheduleConfig:
     weight_decay_incr_style: Literal["constant"] = key(
         "constant",
         "Shape of its change.",
+        status=Status.REFUSED,
         refused=dict.fromkeys(("linear", "cosine"), "weight decay is constant in this version"),
     )
-    use_checkpoint_opt_param_scheduler: bool | None = no_effect(None, _SCHEDULE)
-    override_opt_param_scheduler: bool | None = no_effect(None, _SCHEDULE)

@@ -3,9 +3,9 @@
 import dataclasses
 from typing import Any, Literal
 
-from mbridge_config.schema.actor import ActorConfig
+from mbridge_config.schema.actor import ActorConfig, TokenizerConfig
 from mbridge_config.schema.algorithm import AlgorithmConfig
-from mbridge_config.schema.keys import key, no_effect, section
+from mbridge_config.schema.keys import Status, key, section
 from mbridge_config.schema.model import MOST_LAYERS
 from mbridge_config.schema.provenance import Provenance
 from mbridge_config.schema.rollout import RewardConfig, RolloutConfig
@@ -38,13 +38,23 @@ class DataConfig:
     val_rollout_batch_size: int | None = key(
         None, "Prompts validated at once. null: all of them.", unit="prompts", minimum=1
     )
-    num_workers: int = no_effect(0, "all data is read before the first step, by the training process")
     shuffle: bool = key(True, "Shuffle the training data at each epoch.")
-    validation_shuffle: bool = no_effect(False, "every validation uses all problems, so their order is of no matter")
     seed: int = key(1234, "Seed of the data order and of made problems.", minimum=0)
     reasoning_gym: ReasoningGymConfig = section(ReasoningGymConfig, "The reasoning-gym task.")
 
-    dataset_name: str | None = no_effect(None, "data.type and the data paths say what is read")
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class ReasoningTokenizerConfig(TokenizerConfig):
+    """`actor.tokenizer` of a reasoning run."""
+
+    use_fast: bool = key(True, "The tokenizer's Rust implementation.")
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class ReasoningActorConfig(ActorConfig):
+    """`actor` of a reasoning run."""
+
+    tokenizer: ReasoningTokenizerConfig = section(ReasoningTokenizerConfig, "The tokenizer.")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -77,11 +87,12 @@ class ReasoningConfig:
     algorithm: AlgorithmConfig = section(AlgorithmConfig, "The algorithm.")
     rollout: RolloutConfig = section(RolloutConfig, "Generation.")
     data: DataConfig = section(DataConfig, "Data.")
-    actor: ActorConfig = section(ActorConfig, "The trained model.")
+    actor: ReasoningActorConfig = section(ReasoningActorConfig, "The trained model.")
     reward: RewardConfig = section(RewardConfig, "Rewards.")
     cluster: ClusterConfig = section(ClusterConfig, "Hosts.")
     launcher: LauncherConfig = section(LauncherConfig, "Processes.")
     quickstart: QuickstartConfig = section(QuickstartConfig, "The made model.")
-    critic: dict[str, Any] = key({}, "A critic (PPO); refused where critic.use_critic_model is true.")
-    inference: dict[str, Any] = no_effect({}, "log-probabilities are computed by the training ranks")
+    critic: dict[str, Any] = key(
+        {}, "A critic (PPO); refused where critic.use_critic_model is true.", status=Status.REFUSED
+    )
     provenance: Provenance = dataclasses.field(default_factory=Provenance, repr=False, compare=False)

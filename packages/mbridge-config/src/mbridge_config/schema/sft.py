@@ -1,16 +1,13 @@
 """The config of an SFT run, all sections together; what it shares with a reasoning run it takes from there."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 from mbridge_config.schema.actor import ActorConfig, TokenizerConfig
-from mbridge_config.schema.keys import alias, key, no_effect, section
+from mbridge_config.schema.keys import key, section
 from mbridge_config.schema.model import MOST_LAYERS, ModelConfig
 from mbridge_config.schema.provenance import Provenance
 from mbridge_config.schema.runner import OTHER_TASKS, ClusterConfig, LauncherConfig, RunnerConfig
-
-_TEMPLATE = "prompts always go through the model's own chat template"
-_NO_RL = "nothing is generated or rewarded in SFT"
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -39,7 +36,6 @@ class SFTTokenizerConfig(TokenizerConfig):
     """`actor.tokenizer` of an SFT run."""
 
     tokenizer_model: str | None = key(None, "Directory of tokenizer, processor and chat template. null: model_path.")
-    use_fast: bool = no_effect(True, "processors have their tokenizer's Rust implementation")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -106,18 +102,6 @@ class SFTDataConfig:
         "last", "messages: train on the last answer, or on all answers of the assistant."
     )
 
-    eval_data_paths: list[str] | None = alias("data.val_data_paths")
-    type: str | None = no_effect(None, "dataset_name says how files are read")
-    lazy_loading: bool | None = no_effect(None, "images are always decoded when they are needed")
-    apply_chat_template: bool | None = no_effect(None, _TEMPLATE)
-    use_chat_template: bool | None = no_effect(None, _TEMPLATE)
-    max_prompt_length: int | None = no_effect(None, "runner.seq_length bounds prompt and answer together")
-    answer_separator: str | None = no_effect(None, _TEMPLATE)
-    validation_shuffle: bool | None = no_effect(
-        None, "every evaluation uses all examples, so their order is of no matter"
-    )
-    val_rollout_batch_size: int | None = no_effect(None, "evaluation uses actor.eval_batch_size")
-
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class SFTQuickstartConfig:
@@ -154,8 +138,4 @@ class SFTConfig:
     cluster: ClusterConfig = section(ClusterConfig, "Hosts.")
     launcher: LauncherConfig = section(LauncherConfig, "Processes.")
     quickstart: SFTQuickstartConfig = section(SFTQuickstartConfig, "The made model.")
-    algorithm: dict[str, Any] = no_effect({}, _NO_RL)
-    rollout: dict[str, Any] = no_effect({}, _NO_RL)
-    reward: dict[str, Any] = no_effect({}, _NO_RL)
-    critic: dict[str, Any] = no_effect({}, _NO_RL)
     provenance: Provenance = dataclasses.field(default_factory=Provenance, repr=False, compare=False)
