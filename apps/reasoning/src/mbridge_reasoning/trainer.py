@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from mbridge_config import ReasoningConfig
+from mbridge_config.schema.keys import filled
 from mbridge_train.engine.batch import Sample
 from mbridge_train.engine.engine import Engine
 from mbridge_train.engine.snapshot import Snapshot
@@ -73,9 +74,8 @@ class GRPOTrainer:
         }
         self.offloaded = frozenset(part for part, is_offloaded in chosen.items() if is_offloaded)
         sampling = config.algorithm.sampling_params
-        longest = sampling.max_new_tokens or config.runner.seq_length - config.data.max_prompt_length
         self.sampling = SamplingParams(
-            max_new_tokens=longest,
+            max_new_tokens=filled(sampling.max_new_tokens),
             min_new_tokens=sampling.min_new_tokens,
             temperature=sampling.temperature,
             top_k=sampling.top_k,
@@ -215,8 +215,8 @@ class GRPOTrainer:
             )
         loss = partial(
             policy_loss,
-            clip_ratio_low=_either(algorithm.clip_ratio_low, algorithm.ratio_clip_eps),
-            clip_ratio_high=_either(algorithm.clip_ratio_high, algorithm.ratio_clip_eps),
+            clip_ratio_low=filled(algorithm.clip_ratio_low),
+            clip_ratio_high=filled(algorithm.clip_ratio_high),
             dual_clip=algorithm.clip_ratio_c,
             kl_penalty=algorithm.kl_penalty_type if self.reference is not None else None,
             kl_beta=algorithm.kl_beta,
@@ -273,7 +273,3 @@ class GRPOTrainer:
         split = {f"time/{phase}": spent for phase, spent in seconds.items()}
         other = total - sum(self.seconds.values())
         return split | {"time/other": other, "time/step": total, "tokens_per_second": tokens / total}
-
-
-def _either(value: float | None, default: float) -> float:
-    return default if value is None else value

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 
 from mbridge_config import SFTConfig
+from mbridge_config.schema.keys import filled
 from mbridge_train.data.encode import Encoded, Encoder
 from mbridge_train.data.examples import Examples
 from mbridge_train.data.loader import EncodedBatches
@@ -89,7 +90,7 @@ class SFTTrainer:
         questions = EncodedBatches(
             examples,
             QuestionEncoder(self.encoder),
-            batch_size=actor.eval_batch_size or actor.global_batch_size,
+            batch_size=filled(actor.eval_batch_size),
             seed=None,
             epochs=1,
             decode=self.encoder.decode,

@@ -1,13 +1,18 @@
 """Composition: defaults, overrides, types, spellings, places."""
 
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mbridge_config import ConfigError, ReasoningConfig, Severity, check, compose
+from mbridge_config import ConfigError, ReasoningConfig, Severity, check, compose, key_table
 from mbridge_config.compat.keys import value_of
+from mbridge_config.load.compose import from_tree
+from mbridge_config.schema.keys import filled
+from mbridge_config.schema.kinds import SCHEMAS
+from mbridge_config.schema.provenance import Provenance
 
 Composed = Callable[..., ReasoningConfig]
 
@@ -320,3 +325,26 @@ def test_config_travels_to_other_processes(composed: Composed) -> None:
     copy = pickle.loads(pickle.dumps(config))
     assert copy == config
     assert copy.provenance.places == config.provenance.places
+
+
+@pytest.mark.parametrize("kind", SCHEMAS)
+def test_what_stands_for_null_is_filled_in(kind: str) -> None:
+    """A key whose doc says `null: other.key.` has that key's value once composed, so that nobody else resolves it."""
+    config = from_tree({"runner": {"task_type": kind}, "actor": {"optim": {"lr": 3e-4}}}, Provenance(), SCHEMAS[kind])
+    keys = {info.path: info for info in key_table(SCHEMAS[kind])}
+    filled_in = 0
+    for path, info in keys.items():
+        section, match = path.rpartition(".")[0], re.search(r"null: `?([a-z_.]+)`?\.( |$)", info.spec.doc)
+        if match is None or info.default is not None:
+            continue
+        places = [f"{prefix}{match[1]}" for prefix in (f"{section}.", f"{section.rpartition('.')[0]}.", "")]
+        if (source := next((place for place in places if place in keys), None)) is not None:
+            assert value_of(config, path) == value_of(config, source), f"{path} is {source} if null"
+            filled_in += 1
+    assert filled_in >= 5
+
+
+def test_a_null_that_nobody_filled_in_is_an_error() -> None:
+    assert filled(0.0) == 0.0
+    with pytest.raises(ValueError, match="compose the config"):
+        filled(ReasoningConfig().algorithm.clip_ratio_low)

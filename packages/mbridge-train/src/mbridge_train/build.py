@@ -7,6 +7,7 @@ import torch
 from mbridge_ckpt import Retention
 from mbridge_config.run.steps import decay_steps, warmup_steps
 from mbridge_config.schema.actor import ActorConfig
+from mbridge_config.schema.keys import filled
 from mbridge_config.schema.runner import RunnerConfig
 from mbridge_model import Freeze, Parallel, load
 
@@ -109,8 +110,8 @@ def _schedule(actor: ActorConfig, optimizer_steps: int) -> Schedule:
     settings = actor.lr_sched
     total = decay_steps(settings, optimizer_steps)
     return Schedule(
-        max_lr=_either(settings.max_lr, actor.optim.lr),
-        min_lr=_either(settings.min_lr, actor.optim.min_lr),
+        max_lr=filled(settings.max_lr),
+        min_lr=filled(settings.min_lr),
         init_lr=settings.lr_warmup_init,
         warmup_steps=warmup_steps(settings, total),
         decay_steps=total,
@@ -118,12 +119,8 @@ def _schedule(actor: ActorConfig, optimizer_steps: int) -> Schedule:
         wsd_decay_steps=settings.lr_wsd_decay_iters or 0,
         wsd_decay_style=settings.lr_wsd_decay_style,
         # A rule keeps start and end equal: the decay does not change over the run.
-        weight_decay=_either(settings.start_weight_decay, actor.optim.weight_decay),
+        weight_decay=filled(settings.start_weight_decay),
     )
-
-
-def _either(value: float | None, default: float) -> float:
-    return default if value is None else value
 
 
 def _micro_batching(actor: ActorConfig, runner: RunnerConfig, *, splits_sequences: bool) -> MicroBatching:
@@ -131,7 +128,7 @@ def _micro_batching(actor: ActorConfig, runner: RunnerConfig, *, splits_sequence
     if runner.enable_dynamic_batch_size:
         # Sequence parallelism pads each sequence, so that the longest one must fit padded.
         multiple = actor.model.tensor_model_parallel_size if splits_sequences else 1
-        return MicroBatching(token_budget=round_up(runner.max_tokens_per_mbs or runner.seq_length, multiple))
+        return MicroBatching(token_budget=round_up(filled(runner.max_tokens_per_mbs), multiple))
     return MicroBatching(micro_batch_size=actor.micro_batch_size)
 
 

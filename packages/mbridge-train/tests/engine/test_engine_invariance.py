@@ -65,14 +65,15 @@ def twin(directory: Path, batch: list[Sample], options: dict[str, Any]) -> tuple
 def build(directory: Path, model: dict[str, Any], runner: dict[str, Any], micro_batch_size: int) -> Any:
     from mbridge_config.schema.actor import ActorConfig
     from mbridge_config.schema.model import ModelConfig
-    from mbridge_config.schema.optimizer import OptimizerConfig
+    from mbridge_config.schema.optimizer import LrScheduleConfig, OptimizerConfig
     from mbridge_config.schema.runner import RunnerConfig
     from mbridge_train.build import build_engine
 
     actor = ActorConfig(
         micro_batch_size=micro_batch_size,
         model=ModelConfig(precision="fp32", **model),
-        optim=OptimizerConfig(lr=1e-3, weight_decay=0.0, clip_grad=1.0),
+        optim=OptimizerConfig(clip_grad=1.0),
+        lr_sched=LrScheduleConfig(max_lr=1e-3, min_lr=0.0, start_weight_decay=0.0),
     )
     return build_engine(actor, RunnerConfig(seq_length=64, **runner), directory, optimizer_steps=10)
 

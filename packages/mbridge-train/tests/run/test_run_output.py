@@ -19,7 +19,9 @@ DISPLAY = Display(description="training", figures={"loss": "loss"}, charts=(Char
 def output(tmp_path: Path) -> Iterator[RunOutput]:
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        yield RunOutput(SFTConfig(), tmp_path / "run", ["mbridge-sft"], DISPLAY)
+        config = SFTConfig()
+        config.runner.logger.experiment_name = "run"
+        yield RunOutput(config, tmp_path / "run", ["mbridge-sft"], DISPLAY)
     finally:
         distributed.destroy_process_group()
 

@@ -13,7 +13,7 @@ from mbridge_config.rules import Context
 from mbridge_config.rules.batches import BUDGET, DYNAMIC, MICRO
 from mbridge_config.rules.parallel import FIRST_STAGE, LAST_STAGE, PP, SP, TP
 from mbridge_config.rules.precision import GRANULARITY, METHOD, RECOMPUTED
-from mbridge_config.schema.keys import get
+from mbridge_config.schema.keys import filled, get
 from mbridge_config.schema.kinds import RunConfig
 
 GPUS_PER_HOST = 8
@@ -164,7 +164,7 @@ def _micro_batches(config: RunConfig) -> Iterator[dict[str, Any]]:
     while 2 * counts[-1] * longest <= MOST_TOKENS:
         counts.append(2 * counts[-1])
     dynamic = get(config, DYNAMIC)
-    own = (config.runner.max_tokens_per_mbs or longest) if dynamic else config.actor.micro_batch_size
+    own = filled(config.runner.max_tokens_per_mbs) if dynamic else config.actor.micro_batch_size
     for size in sorted({own, *(count * longest if dynamic else count for count in counts)}):
         yield {BUDGET if dynamic else MICRO: size}
 

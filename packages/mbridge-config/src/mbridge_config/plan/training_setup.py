@@ -69,5 +69,5 @@ def _generation(config: Any, world_size: int) -> Generation:
     return Generation(
         sequences=min(config.rollout.max_running_requests, answers),
         prompt_tokens=prompt,
-        tokens=prompt + (config.algorithm.sampling_params.max_new_tokens or 0),
+        tokens=prompt + config.algorithm.sampling_params.max_new_tokens,
     )

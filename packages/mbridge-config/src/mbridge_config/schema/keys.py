@@ -6,7 +6,9 @@ import functools
 import types
 import typing
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
 
 
 class Status(enum.Enum):
@@ -122,6 +124,16 @@ def put(config: Any, path: str, value: Any) -> None:
     """Set the value at the full key `path`."""
     *parents, name = path.split(".")
     setattr(get(config, ".".join(parents)) if parents else config, name, value)
+
+
+def filled(value: Value | None) -> Value:
+    """Return the value of a key whose null `compose` replaces, which therefore is not null.
+
+    Raises `ValueError` for a config that was built by hand and left the key null.
+    """
+    if value is None:
+        raise ValueError("a key is null that `compose` fills in; set it, or compose the config")
+    return value
 
 
 def describe_type(kind: Any) -> str:

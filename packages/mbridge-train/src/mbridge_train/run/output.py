@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 from mbridge_ckpt import Checkpoint
 from mbridge_config import RunConfig, plain
+from mbridge_config.schema.keys import filled
 from torch import distributed
 
 from mbridge_train.errors import TrainError
@@ -99,7 +100,7 @@ class RunOutput:
             resume_metrics=None if resumed_from is None else resumed_from.metadata.get("metrics"),
             backends=logger.logger_backends,
             project=logger.project_name,
-            experiment=logger.experiment_name or self.config.runner.experiment_name,
+            experiment=filled(logger.experiment_name),
             backend_directory=logger.log_path,
             config=values,
         )
