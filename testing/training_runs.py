@@ -45,9 +45,11 @@ def policy_samples(
         Sample(
             tokens=torch.randint(VOCAB_SIZE, (len(mask),), generator=generator),
             weights=weight,
-            advantages=noise(len(mask)),
-            old_logprobs=noise(len(mask)) * spread - 5.0,
-            reference_logprobs=noise(len(mask)) * spread - 5.0,
+            fields={
+                "advantages": noise(len(mask)),
+                "old_logprobs": noise(len(mask)) * spread - 5.0,
+                "reference_logprobs": noise(len(mask)) * spread - 5.0,
+            },
         )
         for mask, weight in zip(masks, aggregation_weights(masks, aggregation), strict=True)
     ]

@@ -31,13 +31,12 @@ def test_samples_train_answers_alone() -> None:
     assert [sample.tokens.tolist() for sample in samples] == [[1, 2, 101, 102, 103], [1, 2, 3, 101]]
     # 4 answer tokens in all, each a quarter of the loss
     assert [sample.weights.tolist() for sample in samples] == [[0, 0, 0.25, 0.25, 0.25], [0, 0, 0, 0.25]]
-    assert [sample.advantages.tolist() for sample in samples if sample.advantages is not None] == [
+    assert [sample.fields["advantages"].tolist() for sample in samples] == [
         [0.5] * 5,
         [-2.0] * 4,
     ]
-    assert samples[0].old_logprobs is not None and samples[0].reference_logprobs is not None
-    assert samples[0].old_logprobs.tolist() == [0, 0, -0.5, -1.0, -0.25]
-    assert samples[0].reference_logprobs.tolist() == [-1, -1, -1.5, -2.0, -1.25]
+    assert samples[0].fields["old_logprobs"].tolist() == [0, 0, -0.5, -1.0, -0.25]
+    assert samples[0].fields["reference_logprobs"].tolist() == [-1, -1, -1.5, -2.0, -1.25]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +53,7 @@ def test_samples_are_weighted_by_the_aggregation(aggregation: str, expected: tup
         reference_logprobs=None,
     )
     assert [sample.weights.max().item() for sample in samples] == pytest.approx(expected)
-    assert samples[1].reference_logprobs is None
+    assert "reference_logprobs" not in samples[1].fields
 
 
 def test_answer_metrics() -> None:

@@ -58,9 +58,11 @@ def make_samples(
         Sample(
             tokens=torch.tensor(answer.tokens),
             weights=weights[index],
-            advantages=torch.full((len(answer.tokens),), float(advantages[index])),
-            old_logprobs=old_logprobs[index],
-            reference_logprobs=None if reference_logprobs is None else reference_logprobs[index],
+            fields={
+                "advantages": torch.full((len(answer.tokens),), float(advantages[index])),
+                "old_logprobs": old_logprobs[index],
+            }
+            | ({} if reference_logprobs is None else {"reference_logprobs": reference_logprobs[index]}),
         )
         for index, answer in enumerate(answers)
     ]

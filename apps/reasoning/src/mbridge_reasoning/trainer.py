@@ -14,6 +14,7 @@ from mbridge_config import ReasoningConfig
 from mbridge_config.schema.keys import filled
 from mbridge_train.engine.batch import Sample
 from mbridge_train.engine.engine import Engine
+from mbridge_train.engine.heads import LogprobHead
 from mbridge_train.engine.snapshot import Snapshot
 from mbridge_train.engine.throughput import Throughput
 from mbridge_train.losses.advantages import grpo_advantages
@@ -237,8 +238,10 @@ class GRPOTrainer:
             metrics = self.engine.forward_backward(
                 batch,
                 loss,
-                temperature=self.sampling.temperature,
-                with_entropy=algorithm.calculate_entropy or algorithm.entropy_bonus != 0,
+                head=LogprobHead(
+                    temperature=self.sampling.temperature,
+                    with_entropy=algorithm.calculate_entropy or algorithm.entropy_bonus != 0,
+                ),
             )
             limit = algorithm.early_stop_imp_ratio
             if limit is not None and metrics["ratio"] > limit:

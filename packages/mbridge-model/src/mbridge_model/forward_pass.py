@@ -1,6 +1,7 @@
-"""Run a model chunk, and apply a function to its logits."""
+"""Run a model chunk, and apply a head to what its last layer gives."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -8,8 +9,34 @@ from torch import Tensor, nn
 
 from mbridge_model.vision import VisionInputs
 
-# Maps logits [sequence, batch, padded vocabulary / TP] in the model's dtype to anything.
-Head = Callable[[Tensor], Any]
+
+@dataclass(frozen=True, slots=True)
+class LastStage:
+    """What the last pipeline stage can compute for a head; nothing is computed before it is asked for."""
+
+    _hidden_states: Tensor
+    _logits: Callable[[Tensor], Tensor]
+    _is_split: bool
+
+    def hidden_states(self) -> Tensor:
+        """Return the output of the final norm, [sequence, batch, hidden] in the model's dtype.
+
+        It is whole on every tensor-parallel rank. Their gradients must be equal, as those of a loss that all of them
+        compute: under sequence parallelism each rank takes its part of its own gradient.
+        """
+        if not self._is_split:
+            return self._hidden_states
+        from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
+
+        whole: Tensor = gather_from_sequence_parallel_region(self._hidden_states, tensor_parallel_output_grad=False)
+        return whole
+
+    def logits(self) -> Tensor:
+        """Return the logits, [sequence, batch, padded vocabulary / TP] in the model's dtype."""
+        return self._logits(self._hidden_states)
+
+
+Head = Callable[[LastStage], Any]
 
 
 def forward(
@@ -31,8 +58,8 @@ def forward(
         packed_seq_params: Megatron-Core's `PackedSeqParams` of a packed batch. On every stage.
         vision: the images and videos whose placeholders are in `tokens`. Only the first stage reads them, so the
             others may pass None.
-        head: what to make of the logits, which it gets in Megatron-Core's order, without the copy of so large a tensor
-            into the other one.
+        head: maps what the last stage computes to anything. It gets tensors in Megatron-Core's order, which avoids
+            a copy of the logits into another one.
 
     Returns:
         On the last pipeline stage what `head` returns, without one logits [batch, sequence, padded vocabulary / TP] in
@@ -46,12 +73,14 @@ def forward(
         # The half-precision wrapper would copy the logits to fp32; a loss reads them so piece by piece.
         arguments["fp32_output"] = False
     if head is not None:
-        arguments["output_processor"] = partial(_apply_head, head)
+        split: bool = getattr(model, "config").sequence_parallel  # noqa: B009 - likewise
+        arguments["output_processor"] = partial(_apply_head, head, split)
     return model(tokens, position_ids, attention_mask=None, packed_seq_params=packed_seq_params, **arguments)
 
 
 def _apply_head(
     head: Head,
+    is_split: bool,
     *,
     hidden_states: Tensor,
     output_layer: nn.Module,
@@ -60,5 +89,8 @@ def _apply_head(
     **_: Any,
 ) -> Any:
     """Megatron-Core's `output_processor`."""
-    logits, _bias = output_layer(hidden_states, weight=output_weight)
-    return head(scale_logits(logits))
+
+    def logits(hidden: Tensor) -> Tensor:
+        return scale_logits(output_layer(hidden, weight=output_weight)[0])
+
+    return head(LastStage(hidden_states, logits, is_split))

@@ -1,4 +1,4 @@
-"""From the `actor` and `runner` sections of a config to an engine. Both apps build theirs here."""
+"""Building an engine from the `actor` and `runner` sections of a config."""
 
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,8 @@ from mbridge_model import Freeze, Parallel, load
 
 from mbridge_train.checkpoint.load import load_start
 from mbridge_train.checkpoint.runs import SaveSettings
-from mbridge_train.engine.collate import round_up
 from mbridge_train.engine.engine import Engine, MicroBatching
+from mbridge_train.engine.plan import round_up
 from mbridge_train.optim.optimizer import OptimizerSettings
 from mbridge_train.optim.schedule import Schedule
 
@@ -31,14 +31,14 @@ def build_engine(
 ) -> Engine:
     """Load the model under the layout of `actor.model` and put the optimizer on it. Collective over all ranks.
 
-    Its weights are those of `model_directory` or, without `actor.megatron.use_hf_ckpt`, of
-    `actor.model.megatron_checkpoint`; random where neither is given, for a run that is resumed.
+    The weights come from `model_directory` or, without `actor.megatron.use_hf_ckpt`, from
+    `actor.model.megatron_checkpoint`; they are random if neither is given, for a run that is resumed.
 
     Args:
         actor, runner: the config's sections, checked.
         model_directory: HuggingFace directory of geometry and, with `actor.megatron.use_hf_ckpt`, weights.
-        optimizer_steps: length of the whole run, where the learning-rate schedule has none of its own. None: an
-            engine that only evaluates.
+        optimizer_steps: length of the whole run, for a learning-rate schedule without a length. None: an engine that
+            only evaluates.
         freeze: parts of a vision-language model that are not trained.
     """
     model, handle = load(
@@ -68,7 +68,7 @@ def build_engine(
 
 
 def optimizer_settings(actor: ActorConfig, *, optimizer_steps: int) -> OptimizerSettings:
-    """`actor.optim` and `actor.lr_sched` with their nulls filled in."""
+    """Return the settings of `actor.optim` and `actor.lr_sched` with defaults in place of nulls."""
     return OptimizerSettings(
         schedule=_schedule(actor, optimizer_steps),
         betas=(actor.optim.adam_beta1, actor.optim.adam_beta2),
@@ -86,7 +86,7 @@ def optimizer_settings(actor: ActorConfig, *, optimizer_steps: int) -> Optimizer
 
 
 def save_settings(actor: ActorConfig, runner: RunnerConfig) -> SaveSettings:
-    """`runner.save_interval`, `runner.checkpoint` and the file format of `actor.megatron`."""
+    """Return the settings of `runner.save_interval`, `runner.checkpoint` and `actor.megatron`."""
     settings = runner.checkpoint
     is_distributed = actor.megatron.use_dist_ckpt or actor.megatron.ckpt_format == "torch_dist"
     return SaveSettings(
@@ -124,16 +124,16 @@ def _schedule(actor: ActorConfig, optimizer_steps: int) -> Schedule:
 
 
 def _micro_batching(actor: ActorConfig, runner: RunnerConfig, *, splits_sequences: bool) -> MicroBatching:
-    """`splits_sequences`: of the model, which mixtures of experts have under tensor parallelism unasked."""
+    """`splits_sequences`: whether the model does, as mixtures of experts always do under tensor parallelism."""
     if runner.enable_dynamic_batch_size:
-        # Sequence parallelism pads each sequence, so that the longest one must fit padded.
+        # Sequence parallelism pads each sequence, and the longest one must fit with its padding.
         multiple = actor.model.tensor_model_parallel_size if splits_sequences else 1
         return MicroBatching(token_budget=round_up(filled(runner.max_tokens_per_mbs), multiple))
     return MicroBatching(micro_batch_size=actor.micro_batch_size)
 
 
 def _overrides(actor: ActorConfig) -> dict[str, Any]:
-    """Fields of the Megatron provider that the user decides; those left at null stay as the model has them."""
+    """Return the provider's fields that the user sets; those left at null keep the model's values."""
     model = actor.model
     values: dict[str, Any] = {
         # The loss holds its own normalisation over the global batch, so gradients are summed.

@@ -1,4 +1,4 @@
-"""The error of this package that a user can cause and mend."""
+"""The error that a user of this package can cause and fix."""
 
 from typing import ClassVar
 

@@ -64,6 +64,7 @@ class RankLayout:
         expert_tensor: ranks that share the matrices of an expert.
         expert_data: ranks that hold the same experts.
         data_gloo: the ranks of `data` in a group that moves CPU tensors and Python objects.
+        world_gloo: likewise all ranks.
         virtual_pipeline: model chunks of each pipeline stage; 1: no interleaving.
         has_experts: whether the model is a mixture of experts; a dense model has no experts that ranks could share.
         sequence: whether activations between the layers are split along the sequence over `tensor`.
@@ -78,6 +79,7 @@ class RankLayout:
     expert_tensor: Axis
     expert_data: Axis
     data_gloo: ProcessGroup
+    world_gloo: ProcessGroup
     virtual_pipeline: int
     has_experts: bool
     sequence: bool
@@ -85,6 +87,8 @@ class RankLayout:
     @classmethod
     def of_model(cls, config: TransformerConfig, *, chunks: int) -> "RankLayout":
         """Return the layout of Megatron-Core's process groups, which must exist, and of a model built on them.
+
+        Collective over all ranks.
 
         Args:
             config: the model's.
@@ -100,6 +104,7 @@ class RankLayout:
             expert_tensor=Axis.of(parallel_state.get_expert_tensor_parallel_group()),
             expert_data=Axis.of(parallel_state.get_expert_data_parallel_group()),
             data_gloo=parallel_state.get_data_parallel_group_gloo(),
+            world_gloo=_world_gloo(),
             virtual_pipeline=chunks,
             has_experts=bool(config.num_moe_experts),
             sequence=config.sequence_parallel,
@@ -132,3 +137,11 @@ class RankLayout:
             expert=self.expert.size if self.has_experts else 1,
             expert_tensor=self.expert_tensor.size if self.has_experts else 1,
         )
+
+
+def _world_gloo() -> ProcessGroup:
+    """Return the world if it runs on gloo already, else a new group of all ranks that does."""
+    world = distributed.group.WORLD
+    if world is not None and distributed.get_backend() == "gloo":
+        return world
+    return distributed.new_group(backend="gloo")

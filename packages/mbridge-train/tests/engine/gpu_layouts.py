@@ -1,9 +1,8 @@
-r"""The engine on GPUs with NCCL, against the same plain PyTorch loop on the CPU that the gloo tests compare with.
+"""The engine on GPUs with NCCL, against the same plain PyTorch loop on the CPU that the gloo tests compare with.
 
-    PYTHONPATH=. torchrun --nproc_per_node 2 \
-        packages/mbridge-train/tests/engine/gpu_layouts.py
+    PYTHONPATH=. torchrun --nproc_per_node 2 packages/mbridge-train/tests/engine/gpu_layouts.py
 
-Run from the repository's root. One GPU runs the cases of one rank. Prints a line a case and exits with 1 on a
+Run from the repository's root. One GPU runs the cases of one rank. Prints a line for each case and exits with 1 on a
 difference.
 """
 
@@ -30,7 +29,7 @@ def main() -> int:
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("WORLD_SIZE", "1")
     world_size = int(os.environ["WORLD_SIZE"])
-    # One launcher, so alike on every rank. Every rank makes the same weights for itself.
+    # The parent process is the launcher, the same for all ranks. Every rank makes the same weights for itself.
     root = Path(tempfile.gettempdir()) / f"gpu-layouts-{os.getppid()}"
     models = root / os.environ["RANK"]
     models.mkdir(parents=True)

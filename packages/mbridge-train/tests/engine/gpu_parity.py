@@ -2,8 +2,9 @@
 
     PYTHONPATH=. python packages/mbridge-train/tests/engine/gpu_parity.py
 
-Run from the repository's root. Prints a line a model, dtype, backend and batching: the largest absolute difference, and
-whether the exported weights are those of the directory to the bit. Without Transformer Engine only plain torch runs.
+Run from the repository's root. Prints a line for each model, dtype, backend and batching: the largest absolute
+difference, and whether the exported weights are those of the directory to the bit. Without Transformer Engine only
+plain torch runs.
 """
 
 import tempfile

@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from mbridge_train.engine.batch import Sample, aggregation_weights
@@ -54,7 +56,7 @@ def test_sample_accepts_nan_where_there_is_no_weight() -> None:
     sample = Sample(
         tokens=torch.tensor([5, 6, 7]),
         weights=torch.tensor([0.0, 0.0, 1.0]),
-        advantages=torch.tensor([nan, nan, 2.0]),
+        fields={"advantages": torch.tensor([nan, nan, 2.0])},
     )
     assert sample.length == 3
 
@@ -69,12 +71,12 @@ def test_sample_accepts_nan_where_there_is_no_weight() -> None:
         ({"weights": torch.tensor([1.0, 1.0])}, r"weights\[0\] is 1.0"),
         ({"weights": torch.tensor([0.0, -1.0])}, "not negative"),
         ({"weights": torch.tensor([0.0, float("nan")])}, "finite"),
-        ({"advantages": torch.tensor([0.0, float("inf")])}, "advantages is not finite"),
-        ({"old_logprobs": torch.tensor([0.0])}, "old_logprobs has 1 entries"),
-        ({"reference_logprobs": torch.tensor([0.0, 1.0], dtype=torch.float64)}, "reference_logprobs must be"),
+        ({"fields": {"advantages": torch.tensor([0.0, float("inf")])}}, r"fields\['advantages'\] is not finite"),
+        ({"fields": {"values": torch.tensor([0.0])}}, r"fields\['values'\] has 1 entries"),
+        ({"fields": {"values": torch.tensor([0.0, 1.0], dtype=torch.float64)}}, r"fields\['values'\] must be"),
     ],
 )
-def test_sample_rejects(changes: dict[str, torch.Tensor], message: str) -> None:
-    fields = {"tokens": torch.tensor([1, 2]), "weights": torch.tensor([0.0, 1.0])} | changes
+def test_sample_rejects(changes: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {"tokens": torch.tensor([1, 2]), "weights": torch.tensor([0.0, 1.0])} | changes
     with pytest.raises(ValueError, match=message):
-        Sample(**fields)
+        Sample(**arguments)

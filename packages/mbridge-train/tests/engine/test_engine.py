@@ -60,12 +60,9 @@ def twin(directory: Path) -> dict[str, Any]:
             if step == 0:
                 logprobs.append(torch.cat([torch.zeros(1), chosen.detach()]))
             inputs = LossInputs(
-                logprobs=chosen,
                 weights=sample.weights[1:],
-                entropy=-(distribution.exp() * distribution).sum(-1),
-                old_logprobs=sample.old_logprobs[1:],
-                reference_logprobs=sample.reference_logprobs[1:],
-                advantages=sample.advantages[1:],
+                outputs={"logprobs": chosen, "entropy": -(distribution.exp() * distribution).sum(-1)},
+                fields={name: values[1:] for name, values in sample.fields.items()},
             )
             loss = policy_loss(inputs, **POLICY).loss
             loss.backward()
@@ -108,6 +105,7 @@ def train(
     dtype: str = "float32",
 ) -> dict[str, Any]:
     """STEPS steps on each rank; what the twin returns."""
+    from mbridge_train.engine.heads import LogprobHead
     from mbridge_train.losses.policy import policy_loss
     from megatron.core import parallel_state
 
@@ -117,7 +115,9 @@ def train(
         logprobs = engine.logprobs(make_batch(0), temperature=TEMPERATURE)
         for step in range(STEPS):
             metrics = engine.forward_backward(
-                make_batch(step), partial(policy_loss, **POLICY), temperature=TEMPERATURE, with_entropy=True
+                make_batch(step),
+                partial(policy_loss, **POLICY),
+                head=LogprobHead(temperature=TEMPERATURE, with_entropy=True),
             )
             losses.append(metrics["loss"])
             norms.append(engine.step().grad_norm)

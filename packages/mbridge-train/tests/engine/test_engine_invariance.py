@@ -49,11 +49,9 @@ def twin(directory: Path, batch: list[Sample], options: dict[str, Any]) -> tuple
     for sample in batch:
         logprobs = model(sample.tokens[None]).logits[0, :-1].log_softmax(-1).gather(1, sample.tokens[1:, None])[:, 0]
         inputs = LossInputs(
-            logprobs=logprobs,
             weights=sample.weights[1:],
-            old_logprobs=sample.old_logprobs[1:],
-            reference_logprobs=sample.reference_logprobs[1:],
-            advantages=sample.advantages[1:],
+            outputs={"logprobs": logprobs},
+            fields={name: values[1:] for name, values in sample.fields.items()},
         )
         loss = policy_loss(inputs, **options).loss
         loss.backward()

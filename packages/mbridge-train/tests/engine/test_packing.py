@@ -6,14 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mbridge_train.engine.batch import Sample
-from mbridge_train.engine.collate import (
-    ModelInputs,
-    Plan,
-    collate_dense,
-    collate_packed,
-    padding_share,
-    plan_micro_batches,
-)
+from mbridge_train.engine.collate import ModelInputs, collate_dense, collate_packed
+from mbridge_train.engine.plan import Plan, padding_share, plan_micro_batches
 from mbridge_train.errors import TrainError
 
 
@@ -27,13 +21,12 @@ def make_sample(length: int, seed: int = 0, reinforcement: bool = True) -> Sampl
     generator = torch.Generator().manual_seed(seed)
     weights = torch.rand(length, generator=generator)
     weights[0] = 0
-    values = [torch.randn(length, generator=generator) for _ in range(3)] if reinforcement else [None] * 3
+    names = ("advantages", "old_logprobs", "reference_logprobs") if reinforcement else ()
+    fields = {name: torch.randn(length, generator=generator) for name in names}
     return Sample(
         tokens=torch.randint(1, 100, (length,), generator=generator),
         weights=weights,
-        advantages=values[0],
-        old_logprobs=values[1],
-        reference_logprobs=values[2],
+        fields=fields,
     )
 
 
@@ -118,8 +111,9 @@ def test_dense_by_hand() -> None:
     assert inputs.position_ids.tolist() == [[0, 1, 2, 3]] * 3
     assert inputs.targets.tolist() == [[12, 13, 0, 0], [0, 0, 0, 0], [32, 0, 0, 0]]
     assert inputs.weights.tolist() == [[0.5, 0.25, 0, 0], [0, 0, 0, 0], [1, 0, 0, 0]]
-    assert (inputs.advantages, inputs.cu_seqlens, inputs.cu_seqlens_padded, inputs.max_seqlen) == (None,) * 4
-    assert [t.tolist() for t in inputs.unpack(inputs.targets)] == [[0, 12, 13], [0], [0, 32]]
+    assert inputs.fields == {}
+    assert (inputs.cu_seqlens, inputs.cu_seqlens_padded, inputs.max_seqlen) == (None,) * 3
+    assert [t.tolist() for t in inputs.unpack(inputs.targets.flatten())] == [[0, 12, 13], [0], [0, 32]]
 
 
 def test_packed_by_hand() -> None:
@@ -140,16 +134,15 @@ def test_packed_by_hand() -> None:
 @pytest.mark.parametrize(
     ("inputs", "shape"),
     [
-        (collate_dense([], pad_to_multiple=4), (1, 4)),
-        (collate_packed([], pad_each_to_multiple=4), (1, 4)),
+        (collate_dense([], pad_to_multiple=4, field_names=["advantages"]), (1, 4)),
+        (collate_packed([], pad_each_to_multiple=4, field_names=["advantages"]), (1, 4)),
     ],
 )
 def test_empty_micro_batch_is_padding_without_weight(inputs: ModelInputs, shape: tuple[int, int]) -> None:
     assert inputs.tokens.shape == inputs.targets.shape == inputs.position_ids.shape == inputs.weights.shape == shape
     assert not inputs.weights.any()
-    assert inputs.unpack(inputs.weights) == []
-    assert inputs.advantages is not None
-    assert inputs.advantages.shape == shape
+    assert inputs.unpack(inputs.weights.flatten()) == []
+    assert inputs.fields["advantages"].shape == shape
     if inputs.cu_seqlens_padded is not None:
         assert inputs.cu_seqlens_padded.tolist() == [0, shape[1]]
         assert inputs.max_seqlen == shape[1]
@@ -160,10 +153,12 @@ def test_empty_micro_batch_is_padding_without_weight(inputs: ModelInputs, shape:
 def test_unpack_inverts_both_layouts(lengths: list[int], multiple: int) -> None:
     samples = [make_sample(length, seed) for seed, length in enumerate(lengths)]
     for inputs in (collate_dense(samples, multiple), collate_packed(samples, multiple)):
-        for name in ("weights", "advantages", "old_logprobs", "reference_logprobs"):
-            for sample, unpacked in zip(samples, inputs.unpack(getattr(inputs, name)), strict=True):
+        assert sorted(inputs.fields) == ["advantages", "old_logprobs", "reference_logprobs"]
+        for name, values in {"weights": inputs.weights, **inputs.fields}.items():
+            for sample, unpacked in zip(samples, inputs.unpack(values.flatten()), strict=True):
                 assert unpacked[0] == 0
-                assert torch.equal(unpacked[1:], getattr(sample, name)[1:])
+                expected = sample.weights if name == "weights" else sample.fields[name]
+                assert torch.equal(unpacked[1:], expected[1:])
         # Every weight is somewhere, and in one place only.
         assert inputs.weights.count_nonzero() == sum(int(sample.weights.count_nonzero()) for sample in samples)
         # What stands at a position is what the token there and those before it predict.
@@ -174,7 +169,7 @@ def test_unpack_inverts_both_layouts(lengths: list[int], multiple: int) -> None:
 
 
 def test_collate_errors() -> None:
-    with pytest.raises(ValueError, match="1 of 2 samples have no advantages"):
+    with pytest.raises(ValueError, match="sample 1 of the batch has no field 'advantages', which sample 0 has"):
         collate_dense([make_sample(3), make_sample(3, reinforcement=False)])
     with pytest.raises(ValueError, match=r"\[9\] values for \[2, 4\] positions"):
         collate_dense([make_sample(4), make_sample(2)]).unpack(torch.zeros(9))
@@ -182,7 +177,8 @@ def test_collate_errors() -> None:
 
 def test_to_moves_every_tensor() -> None:
     moved = collate_packed([make_sample(3)]).to("meta")
-    assert {t.device.type for t in (moved.tokens, moved.targets, moved.weights, moved.cu_seqlens)} == {"meta"}  # type: ignore[union-attr]
+    tensors = (moved.tokens, moved.targets, moved.fields["advantages"], moved.cu_seqlens)
+    assert {tensor.device.type for tensor in tensors if tensor is not None} == {"meta"}
     assert moved.max_seqlen == 3
 
 

@@ -5,10 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from mbridge_train.losses.policy import LossInputs, combine_metrics, kl_estimate, mean_metrics, policy_loss, sft_loss
+from mbridge_train.losses.policy import LossInputs, kl_estimate, policy_loss, sft_loss
 from torch import Tensor
 
 NAN, INF = math.nan, math.inf
+
+
+def loss_inputs(*, weights: Tensor, **values: Tensor) -> LossInputs:
+    """Inputs of a loss from outputs of the head and fields of the samples."""
+    outputs = {name: values.pop(name) for name in ("logprobs", "entropy") if name in values}
+    return LossInputs(weights=weights, outputs=outputs, fields=values)
 
 
 def by_hand(**changes: Any) -> LossInputs:
@@ -20,7 +26,7 @@ def by_hand(**changes: Any) -> LossInputs:
         "old_logprobs": torch.tensor([-1.0, -1.0, -1.0, -1.0, -1.0, -INF]),
         "advantages": torch.tensor([1.0, -1.0, 1.0, -1.0, -1.0, NAN]),
     }
-    return LossInputs(**(fields | changes))
+    return loss_inputs(**(fields | changes))
 
 
 def numbers(metrics: dict[str, Tensor]) -> dict[str, float]:
@@ -34,8 +40,9 @@ def test_policy_loss_by_hand() -> None:
     assert outputs.loss.item() == pytest.approx((-1.28 + 1.5 - 0.5 + 0.8 + 3) / 5)
     outputs.loss.backward()
     # d/dlogprob of -A r is -A r where nothing is clipped.
-    assert inputs.logprobs.grad is not None
-    assert inputs.logprobs.grad.tolist() == pytest.approx([0, 0.3, -0.1, 0, 0, 0])
+    gradient = inputs.outputs["logprobs"].grad
+    assert gradient is not None
+    assert gradient.tolist() == pytest.approx([0, 0.3, -0.1, 0, 0, 0])
     logs = [math.log(1.5)] * 2 + [math.log(0.5)] * 2 + [math.log(4)]
     assert numbers(outputs.metrics) == pytest.approx(
         {
@@ -59,7 +66,7 @@ def test_policy_loss_without_dual_clip_by_hand() -> None:
 
 
 def test_kl_and_entropy_terms_by_hand() -> None:
-    inputs = LossInputs(
+    inputs = loss_inputs(
         logprobs=torch.tensor([-1.0, -2.0]),
         weights=torch.tensor([0.5, 0.5]),
         old_logprobs=torch.tensor([-1.0, -2.0]),
@@ -110,30 +117,27 @@ def twin_policy_loss(
     inputs: LossInputs, low: float, high: float, dual: float | None, beta: float, penalty: str, bonus: float
 ) -> Tensor:
     """The same, one token at a time, with Python's own branches."""
-    assert inputs.old_logprobs is not None
-    assert inputs.advantages is not None
-    assert inputs.reference_logprobs is not None
-    assert inputs.entropy is not None
-    total = torch.zeros((), dtype=inputs.logprobs.dtype)
-    for t in range(inputs.logprobs.numel()):
+    logprobs, entropy = inputs.outputs["logprobs"], inputs.outputs["entropy"]
+    total = torch.zeros((), dtype=logprobs.dtype)
+    for t in range(logprobs.numel()):
         if inputs.weights[t] == 0:
             continue
-        ratio = torch.exp(inputs.logprobs[t] - inputs.old_logprobs[t])
-        advantage = inputs.advantages[t]
+        ratio = torch.exp(logprobs[t] - inputs.fields["old_logprobs"][t])
+        advantage = inputs.fields["advantages"][t]
         if advantage >= 0:
             loss = -advantage * min(ratio, torch.tensor(1 + high))
         else:
             loss = -advantage * max(ratio, torch.tensor(1 - low))
             if dual is not None:
                 loss = min(loss, -advantage * dual)
-        q_over_p = torch.exp(inputs.reference_logprobs[t] - inputs.logprobs[t])
+        q_over_p = torch.exp(inputs.fields["reference_logprobs"][t] - logprobs[t])
         kl = {
             "k1": -torch.log(q_over_p),
             "abs": torch.log(q_over_p).abs(),
             "k2": 0.5 * torch.log(q_over_p) ** 2,
             "k3": q_over_p - torch.log(q_over_p) - 1,
         }[penalty]
-        total = total + inputs.weights[t] * (loss + beta * kl - bonus * inputs.entropy[t])
+        total = total + inputs.weights[t] * (loss + beta * kl - bonus * entropy[t])
     return total
 
 
@@ -146,7 +150,7 @@ def test_policy_loss_against_twin(penalty: Any, dual: float | None) -> None:
     results = []
     for twin in (False, True):
         logprobs, entropy = values[0].clone().requires_grad_(), values[4].clone().requires_grad_()
-        inputs = LossInputs(
+        inputs = loss_inputs(
             logprobs=logprobs,
             weights=weights,
             entropy=entropy,
@@ -176,7 +180,7 @@ def test_policy_loss_against_twin(penalty: Any, dual: float | None) -> None:
 def test_no_nan_from_tokens_without_weight() -> None:
     logprobs = torch.tensor([-1.0, NAN, -INF, -1.0], requires_grad=True)
     entropy = torch.tensor([1.0, NAN, INF, 1.0], requires_grad=True)
-    inputs = LossInputs(
+    inputs = loss_inputs(
         logprobs=logprobs,
         weights=torch.tensor([0.5, 0.0, 0.0, 0.5]),
         entropy=entropy,
@@ -195,7 +199,7 @@ def test_no_nan_from_tokens_without_weight() -> None:
 
 def test_extreme_ratios_stay_finite() -> None:
     logprobs = torch.tensor([-1e-3, -300.0], requires_grad=True)
-    inputs = LossInputs(
+    inputs = loss_inputs(
         logprobs=logprobs,
         weights=torch.tensor([0.5, 0.5]),
         old_logprobs=torch.tensor([-300.0, -1e-3]),
@@ -217,7 +221,7 @@ def test_sft_loss_against_cross_entropy() -> None:
     targets = torch.randint(0, 17, (9,), generator=generator)
     mask = torch.tensor([1, 0, 1, 1, 0, 0, 1, 1, 0]).bool()
     logprobs = logits.log_softmax(-1).gather(1, targets[:, None]).squeeze(1)
-    outputs = sft_loss(LossInputs(logprobs=logprobs, weights=mask / mask.sum()))
+    outputs = sft_loss(loss_inputs(logprobs=logprobs, weights=mask / mask.sum()))
     (ours,) = torch.autograd.grad(outputs.loss, logits)
     expected = torch.nn.functional.cross_entropy(logits, targets.where(mask, -100))
     (theirs,) = torch.autograd.grad(expected, logits)
@@ -229,7 +233,7 @@ def test_sft_loss_against_cross_entropy() -> None:
 def test_sft_loss_ignores_nan_without_weight() -> None:
     logprobs = torch.tensor([NAN, -2.0], requires_grad=True)
     outputs = sft_loss(
-        LossInputs(logprobs=logprobs, weights=torch.tensor([0.0, 0.5]), entropy=torch.tensor([NAN, 4.0]))
+        loss_inputs(logprobs=logprobs, weights=torch.tensor([0.0, 0.5]), entropy=torch.tensor([NAN, 4.0]))
     )
     outputs.loss.backward()
     assert outputs.loss.item() == 1
@@ -238,38 +242,20 @@ def test_sft_loss_ignores_nan_without_weight() -> None:
     assert logprobs.grad.tolist() == [0, -0.5]
 
 
-def test_parts_of_a_batch_combine_to_the_whole() -> None:
-    inputs = by_hand()
-    whole = policy_loss(inputs, dual_clip=3)
-    parts = []
-    for indices in ([0, 3], [5], [1, 2, 4]):
-        part = {name: getattr(inputs, name)[indices] for name in ("logprobs", "weights", "old_logprobs", "advantages")}
-        parts.append(policy_loss(LossInputs(**part), dual_clip=3).metrics)
-    assert numbers(combine_metrics(parts)) == pytest.approx(numbers(whole.metrics))
-
-
-def test_mean_metrics_divides_by_the_weight() -> None:
-    # Sums over sequences: weights do not add up to 1, a mean ratio must come out all the same.
-    doubled = mean_metrics(policy_loss(by_hand(weights=torch.tensor([0.4] * 5 + [0.0]))).metrics)
-    once = mean_metrics(policy_loss(by_hand()).metrics)
-    assert doubled["ratio"] == pytest.approx(once["ratio"]) == pytest.approx(1.6)
-    assert doubled["loss"] == pytest.approx(2 * once["loss"])
-    assert doubled["max_abs_log_ratio"] == once["max_abs_log_ratio"]
-    assert "weight" not in once
-    assert mean_metrics(policy_loss(by_hand(weights=torch.zeros(6))).metrics)["ratio"] == 0
-
-
 def test_no_tokens() -> None:
     empty = torch.zeros(0)
-    outputs = policy_loss(LossInputs(logprobs=empty, weights=empty, old_logprobs=empty, advantages=empty))
+    outputs = policy_loss(loss_inputs(logprobs=empty, weights=empty, old_logprobs=empty, advantages=empty))
     assert outputs.loss.item() == outputs.metrics["max_abs_log_ratio"].item() == 0
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kl_penalty": "k3"}, "needs LossInputs.reference_logprobs"),
-        ({"entropy_bonus": 0.1}, "needs LossInputs.entropy"),
+        (
+            {"kl_penalty": "k3"},
+            "the field of the samples 'reference_logprobs'; there are: advantages, old_logprobs",
+        ),
+        ({"entropy_bonus": 0.1}, "needs the output of the head 'entropy'; there are: logprobs"),
         ({"kl_beta": 0.1}, "kl_beta=0.1 needs a kl_penalty"),
         ({"dual_clip": 1.0}, "dual_clip=1.0 must be greater than 1"),
         ({"clip_ratio_low": 1.5}, "clip_ratio_low=1.5 must be in"),
@@ -283,17 +269,3 @@ def test_policy_loss_rejects(options: dict[str, Any], message: str) -> None:
 def test_unknown_kl_penalty() -> None:
     with pytest.raises(ValueError, match="unknown kl_penalty 'k4'"):
         kl_estimate(torch.zeros(1), torch.zeros(1), "k4")  # type: ignore[arg-type]
-
-
-def test_metrics_are_read_when_they_are_looked_at() -> None:
-    from mbridge_model import enable_cpu
-
-    enable_cpu()
-    from mbridge_train.engine.heads import Metrics
-
-    values = torch.zeros(3, dtype=torch.float64)
-    metrics = Metrics(("loss", "max_ratio", "weight"), values)
-    values += torch.tensor([3.0, 2.0, 0.5])  # what the GPU does after the host has them
-    assert metrics == {"loss": 3.0, "max_ratio": 2.0}
-    values += 1
-    assert metrics["loss"] == 3.0, "read once"

@@ -74,7 +74,7 @@ def test_clip_ranges(low: float | None, high: float | None, both: float, dual: f
     values: list[Any] = [config.algorithm.clip_ratio_low if low is None else low]
     values += [config.algorithm.clip_ratio_high if high is None else high, dual]
     token = torch.ones(1)
-    inputs = LossInputs(logprobs=token, weights=token, old_logprobs=token, advantages=token)
+    inputs = LossInputs(weights=token, outputs={"logprobs": token}, fields={"old_logprobs": token, "advantages": token})
     fault = None
     try:
         policy_loss(inputs, clip_ratio_low=values[0], clip_ratio_high=values[1], dual_clip=values[2])

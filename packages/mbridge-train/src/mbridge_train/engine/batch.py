@@ -9,7 +9,7 @@ micro-batch size, packing or data parallelism, and partial results combine by ad
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol, get_args
 
 import torch
@@ -23,39 +23,36 @@ Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
 
 
 class LazyVision(Protocol):
-    """Images and videos that only the ranks which train on them read (`Engine.reads_vision`)."""
+    """Images and videos that only the ranks which run their sample materialize (`Engine.reads_vision`)."""
 
     grid_thw: Tensor
-    """int64 [items, 3], as of `VisionInputs`; known on every rank."""
+    """int64 [items, 3], as in `VisionInputs`; known on every rank."""
 
     def materialize(self) -> "VisionInputs":
-        """Return them with their pixels. Called when the micro-batch that has them is laid out."""
+        """Return them with their pixels. Called when their micro-batch is collated."""
         ...
 
 
 @dataclass(kw_only=True, slots=True)
 class Sample:
-    """One sequence. All tensors are on the CPU and, but for those of images, have the same length (at least 1).
+    """One sequence. All tensors are on the CPU and, except those of images, have the same length (at least 1).
 
     Per-token values are aligned to the token they belong to *as a target*: entry ``t`` concerns the prediction of
     ``tokens[t]`` from ``tokens[:t]``. Nothing predicts the first token, so ``weights[0]`` is 0 and the first entry of
-    the other three is never read. Nor is any entry whose weight is 0, so those may be NaN.
+    a field is never read. Nor should a loss read an entry whose weight is 0; those may be NaN.
 
     Raises:
-        ValueError: wrong dtype, shape or device; a negative or non-finite weight; a trained first token; a non-finite
-            advantage or log probability on a trained token.
+        ValueError: wrong dtype, shape or device; a negative or non-finite weight; a trained first token; a field that
+            is not finite on a trained token.
     """
 
     tokens: Tensor
     """int64 [length]: token ids."""
     weights: Tensor
     """float32 [length]: weight of the token's loss in the global batch; 0 where the token is not trained."""
-    advantages: Tensor | None = None
-    """float32 [length]."""
-    old_logprobs: Tensor | None = None
-    """float32 [length]: natural log probabilities under the policy that sampled the tokens."""
-    reference_logprobs: Tensor | None = None
-    """float32 [length]: natural log probabilities under the reference policy of the KL penalty."""
+    fields: dict[str, Tensor] = field(default_factory=dict)
+    """float32 [length] each: other per-token values that the loss reads by these names, such as `advantages`. All
+    samples of a batch have the same names."""
     vision: "VisionInputs | LazyVision | None" = None
     """Images and videos whose placeholders are among the tokens, in their order."""
     position_ids: Tensor | None = None
@@ -69,14 +66,10 @@ class Sample:
         if self.weights[0] != 0:
             raise ValueError(f"Sample.weights[0] is {self.weights[0].item()}, must be 0: nothing predicts token 0")
         trained = self.weights > 0
-        for name in ("advantages", "old_logprobs", "reference_logprobs"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            _check_tensor(name, value, torch.float32, self.length)
+        for name, value in self.fields.items():
+            _check_tensor(f"fields[{name!r}]", value, torch.float32, self.length)
             if not bool(value[trained].isfinite().all()):
-                raise ValueError(f"Sample.{name} is not finite on a token with a weight")
-
+                raise ValueError(f"Sample.fields[{name!r}] is not finite on a token with a weight")
         if self.position_ids is not None and self.position_ids.shape != (3, self.length):
             raise ValueError(f"Sample.position_ids is {list(self.position_ids.shape)} for {self.length} tokens")
 
@@ -84,6 +77,23 @@ class Sample:
     def length(self) -> int:
         """Number of tokens, prompt included."""
         return self.tokens.numel()
+
+
+def common_fields(samples: Sequence[Sample]) -> list[str]:
+    """Return the sorted names of the samples' fields.
+
+    Raises:
+        ValueError: a sample lacks a field that another one has.
+    """
+    names: dict[str, int] = {name: index for index, sample in enumerate(samples) for name in sample.fields}
+    for index, sample in enumerate(samples):
+        for name, owner in names.items():
+            if name not in sample.fields:
+                raise ValueError(
+                    f"sample {index} of the batch has no field {name!r}, which sample {owner} has: give it to all "
+                    "samples or to none"
+                )
+    return sorted(names)
 
 
 def _check_tensor(name: str, value: Tensor, dtype: torch.dtype, length: int | None) -> None:
@@ -97,7 +107,7 @@ def _check_tensor(name: str, value: Tensor, dtype: torch.dtype, length: int | No
 
 
 def aggregation_weights(loss_masks: Sequence[Tensor], mode: Aggregation) -> list[Tensor]:
-    """Per-token weights with which ``sum(weights * token_loss)`` over the global batch is the chosen aggregate.
+    """Return the weights with which ``sum(weights * token_loss)`` over the global batch is the chosen aggregate.
 
     With T trained tokens in the global batch, len_i of them in sequence i, and N sequences that have at least one:
 

@@ -1,4 +1,4 @@
-"""The training engine: forward and backward over a global batch, the optimizer step, log probabilities.
+"""The training engine: forward and backward passes over a global batch, and the optimizer step.
 
 Everything takes a *global batch*, the same list of samples on every rank. The engine plans which data-parallel rank
 runs which samples in which micro-batch, runs Megatron-Core's pipeline schedule over them, and returns results for the
@@ -19,29 +19,18 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.utils import get_model_config
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 from torch.profiler import record_function
 
-from mbridge_train.engine.batch import Sample
-from mbridge_train.engine.collate import (
-    ModelInputs,
-    Plan,
-    collate_dense,
-    collate_packed,
-    padding_share,
-    plan_micro_batches,
-)
-from mbridge_train.engine.heads import (
-    LossFunction,
-    Outputs,
-    broadcast_from_last_stage,
-    logprob_outputs,
-    logprobs_and_entropies,
-    loss_outputs,
-    reduce_metrics,
-)
+from mbridge_train.engine.agreement import check_agreement
+from mbridge_train.engine.batch import Sample, common_fields
+from mbridge_train.engine.collate import ModelInputs, collate_dense, collate_packed
+from mbridge_train.engine.heads import Head, HeadInputs, LogprobHead
+from mbridge_train.engine.plan import Plan, padding_share, plan_micro_batches
+from mbridge_train.engine.results import gather_samples, reduce_metrics
 from mbridge_train.errors import TrainError
 from mbridge_train.layout import RankLayout
+from mbridge_train.losses.policy import LossInputs, LossOutputs
 from mbridge_train.memory.offload import KEPT, PARTS, KeptPart, Offload, Part
 from mbridge_train.optim.optimizer import Optimizer, OptimizerSettings, StepResult, wrap_data_parallel
 
@@ -49,14 +38,20 @@ PLANNED_LENGTHS = 128
 """Multiple to which rows are padded for Transformer Engine: cuDNN takes a sixth of a second to plan its attention for a
 length that it has not seen."""
 
+LossFunction = Callable[[LossInputs], LossOutputs]
+"""Maps the tokens of one micro-batch to a weighted sum and metrics (see `losses`)."""
+
+_Finish = Callable[[ModelInputs, Mapping[str, Tensor]], tuple[Tensor, dict[str, Any]]]
+"""Maps a micro-batch and the outputs of its head to a loss and to results."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatching:
-    """How a rank's share of the global batch is cut. Exactly one of the two sizes is given.
+    """How a rank's share of the global batch is cut into micro-batches. Exactly one of the two sizes is given.
 
     Attributes:
         micro_batch_size: samples in a micro-batch.
-        token_budget: most tokens in a micro-batch; samples are then packed end to end.
+        token_budget: at most this many tokens in a micro-batch; samples are then packed end to end.
         packed: pack the samples of a fixed-size micro-batch too, instead of padding them to the longest.
     """
 
@@ -70,12 +65,12 @@ class MicroBatching:
 
 
 class Engine:
-    """A Megatron model with what trains it.
+    """A Megatron model and its optimizer.
 
     Args:
         model: the chunks that `mbridge_model.load` returned, loaded with the override `calculate_per_token_loss`.
-        handle: as it returned it.
-        micro_batching: for training and log probabilities alike.
+        handle: as `mbridge_model.load` returned it.
+        micro_batching: for training and forward passes alike.
         optimizer: None makes an engine that only evaluates.
 
     Raises:
@@ -113,30 +108,25 @@ class Engine:
 
     @record_function("forward_backward")
     def forward_backward(
-        self,
-        batch: list[Sample],
-        loss: LossFunction,
-        *,
-        temperature: float = 1.0,
-        with_entropy: bool = False,
+        self, batch: list[Sample], loss: LossFunction, *, head: Head | None = None
     ) -> Mapping[str, float]:
         """Fill the gradient buffers with the gradient of `loss` over the global batch. Collective over all ranks.
 
-        Gradients of an earlier call are forgotten. `step` applies what is there.
+        Gradients of an earlier call are dropped. `step` applies the new ones.
 
         Args:
             batch: the global batch, the same on every rank.
-            loss: maps the tokens of one micro-batch to a weighted sum and metrics (see `losses`).
-            temperature: divides the logits.
-            with_entropy: give the loss the entropy of each position's distribution.
+            loss: of the head's outputs and the samples' fields.
+            head: what the last pipeline stage makes of the hidden states; None: `LogprobHead()`.
 
         Returns:
-            The loss's metrics over the global batch, as `losses.mean_metrics` gives them, on every rank. The first look
-            at them waits for the GPU's gradients, which `step` does anyway: so it had better come after that.
+            The loss's metrics over the global batch, as `results.mean_metrics` gives them, on every rank. Reading them
+            waits for the GPU's gradients, as `step` does anyway, so read them after `step`.
 
         Raises:
-            TrainError: the engine has no optimizer; the batch is empty; a sample exceeds the token budget; the weights
-                are offloaded.
+            TrainError: the engine has no optimizer; the batch is empty, or not the same on all ranks; a sample exceeds
+                the token budget; the weights are offloaded.
+            ValueError: a sample lacks a field that others have.
         """
         if self.optimizer is None:
             raise TrainError("this engine was built without an optimizer and cannot train")
@@ -145,7 +135,10 @@ class Engine:
         for chunk in self.model:
             chunk.zero_grad_buffer()
         self.optimizer.zero_grad()
-        return self._run_loss(batch, loss, temperature=temperature, with_entropy=with_entropy, forward_only=False)
+        _, per_micro_batch = self._run(
+            batch, head or LogprobHead(), partial(_loss_and_metrics, loss), forward_only=False
+        )
+        return reduce_metrics(per_micro_batch, self.layout, self.device)
 
     @record_function("optimizer_step")
     def step(self) -> StepResult:
@@ -155,43 +148,34 @@ class Engine:
         self.memory.require(*PARTS)
         return self.optimizer.step()
 
-    @record_function("logprobs")
-    def logprobs(self, batch: list[Sample], *, temperature: float = 1.0) -> list[Tensor]:
-        """Log probability of each token given those before it. Collective over all ranks.
+    @record_function("forward")
+    def forward(self, batch: list[Sample], head: Head) -> dict[str, list[Tensor]]:
+        """Return what `head` makes of every sample. Collective over all ranks.
 
         Args:
-            batch: the global batch, the same on every rank; only `tokens` are read.
-            temperature: divides the logits.
+            batch: the global batch, the same on every rank; weights are not used.
+            head: what the last pipeline stage makes of the hidden states.
 
         Returns:
-            One float32 tensor [length] on the CPU per sample, in the batch's order, on every rank; entry 0 is 0.
+            For each output of the head, one float32 tensor [length, ...] on the CPU per sample, in the batch's order,
+            on every rank. Entry ``t`` is the value at the position that predicts token ``t``; entry 0 is 0.
+
+        Raises:
+            TrainError, ValueError: as in `forward_backward`.
         """
+        plan, per_micro_batch = self._run(batch, head, _per_sample, forward_only=True)
         lengths = [sample.length for sample in batch]
-        plan = self._plan(lengths)
-        per_micro_batch = self._run(
-            plan, batch, logprob_outputs, temperature=temperature, with_entropy=False, forward_only=True
-        )
-        starts = [0]
-        for length in lengths:
-            starts.append(starts[-1] + length)
-        # Each sample is filled in on one data-parallel rank, so a sum over ranks puts the batch together.
-        values = torch.zeros(starts[-1], device=self.device)
-        if self.layout.is_last_stage:
-            for micro_batch, results in zip(plan[self.layout.data.rank], per_micro_batch, strict=True):
-                for index, result in zip(micro_batch, results["per_sample"], strict=True):
-                    values[starts[index] : starts[index + 1]] = result
-            distributed.all_reduce(values, group=self.layout.data_context.group)
-        broadcast_from_last_stage(values, self.layout)
-        return list(values.cpu().split(lengths))
+        return gather_samples(per_micro_batch, plan[self.layout.data.rank], lengths, self.layout, self.device)
+
+    def logprobs(self, batch: list[Sample], *, temperature: float = 1.0) -> list[Tensor]:
+        """Return the log probability of each token given those before it, as `forward` does."""
+        return self.forward(batch, LogprobHead(temperature=temperature))["logprobs"]
 
     def padding_share(self, batch: list[Sample]) -> float:
-        """Share of the token places that hold padding where `batch` is run, over all ranks."""
+        """Return the share of padding among the positions of all micro-batches of all ranks in a pass over `batch`."""
         lengths = [sample.length for sample in batch]
         return padding_share(
-            self._plan(lengths),
-            lengths,
-            packed=self._is_packed,
-            pad_each_to_multiple=self._length_multiple,
+            self._plan(lengths), lengths, packed=self._is_packed, pad_each_to_multiple=self._length_multiple
         )
 
     def reads_vision(self, lengths: list[int]) -> set[int]:
@@ -207,22 +191,22 @@ class Engine:
         return {index for micro_batch in self._plan(lengths)[self.layout.data.rank] for index in micro_batch}
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Stream the weights under their HuggingFace names. Collective: every rank iterates to the end."""
+        """Yield the weights under their HuggingFace names. Collective: every rank iterates to the end."""
         self.synchronize_weights()
         return export(self.model, self.handle)
 
     def synchronize_weights(self) -> None:
-        """Finish a parameter gather that overlaps with the next forward pass, so that the weights can be read."""
+        """Finish the parameter gather in flight, which overlaps with the next forward pass, before weights are read."""
         self.memory.require("weights")
         if self.optimizer is not None and self.optimizer.settings.overlap_param_gather:
             for chunk in self.model:
                 chunk.start_param_sync(force_sync=True)
 
     def offload(self, *parts: Part) -> None:
-        """Free the device's memory of `parts` until `onload`; of "gradients" until `forward_backward`, which forgets
-        them anyway. What `export_weights` yielded may be views of the weights and must not be used any longer.
+        """Free the device memory of `parts` until `onload`; that of "gradients" until `forward_backward`.
 
-        Another process gets the freed memory after `torch.cuda.empty_cache()`.
+        Tensors that `export_weights` yielded may be views of the weights and must not be used any longer. Other
+        processes get the freed memory after `torch.cuda.empty_cache()`.
 
         Raises:
             TrainError: there is not enough host memory.
@@ -233,7 +217,7 @@ class Engine:
             self.memory.offload(part)
 
     def onload(self, *parts: KeptPart) -> None:
-        """Bring `parts`, or both without a name, back bit for bit. What needs them may be called at once."""
+        """Bring `parts`, or both if none is named, back bit for bit. Returns before the copies have ended."""
         for part in parts or KEPT:
             self.memory.onload(part)
 
@@ -249,7 +233,7 @@ class Engine:
             self.offload(*away)
 
     def close(self) -> None:
-        """Make the engine unusable and its memory and process groups free to go, with the last reference to it.
+        """Make the engine unusable, and let its memory go with the last reference to it.
 
         Megatron-Core's gradient hooks hold the model in cycles through autograd's C++ nodes, which Python's garbage
         collector does not see: without this, a process keeps every engine that it has ever had.
@@ -288,67 +272,46 @@ class Engine:
             return math.lcm(ranks, PLANNED_LENGTHS)
         return ranks
 
-    def _collate(self, samples: list[Sample]) -> ModelInputs:
-        with_vision = self.layout.is_first_stage  # which alone reads pixels
-        if self._is_packed:
-            return collate_packed(samples, pad_each_to_multiple=self._length_multiple, with_vision=with_vision)
-        return collate_dense(samples, pad_to_multiple=self._length_multiple, with_vision=with_vision)
-
-    def _run_loss(
-        self, batch: list[Sample], loss: LossFunction, *, temperature: float, with_entropy: bool, forward_only: bool
-    ) -> Mapping[str, float]:
-        per_micro_batch = self._run(
-            self._plan([sample.length for sample in batch]),
-            batch,
-            partial(loss_outputs, loss),
-            temperature=temperature,
-            with_entropy=with_entropy,
-            forward_only=forward_only,
-        )
-        return reduce_metrics(per_micro_batch, self.layout, self.device)
+    def _collate(self, samples: list[Sample], field_names: list[str]) -> ModelInputs:
+        collate = collate_packed if self._is_packed else collate_dense
+        # The first stage alone reads pixels.
+        return collate(samples, self._length_multiple, field_names=field_names, with_vision=self.layout.is_first_stage)
 
     def _run(
-        self,
-        plan: Plan,
-        batch: list[Sample],
-        outputs: Outputs,
-        *,
-        temperature: float,
-        with_entropy: bool,
-        forward_only: bool,
-    ) -> list[dict[str, Any]]:
+        self, batch: list[Sample], head: Head, finish: _Finish, *, forward_only: bool
+    ) -> tuple[Plan, list[dict[str, Any]]]:
         """Run the pipeline schedule over this rank's micro-batches.
 
-        `outputs` maps a micro-batch, its log probabilities and entropies to a loss and a dictionary; the dictionaries
-        of all micro-batches are returned, on the last stage. On the other stages the list is empty.
+        Returns:
+            The plan, and what `finish` returned for each micro-batch on the last stage; nothing on the others.
         """
         self.memory.require("weights")
+        check_agreement(batch, self.layout)
+        field_names = common_fields(batch)
+        plan = self._plan([sample.length for sample in batch])
         micro_batches = plan[self.layout.data.rank]
         for chunk in self.model:
             chunk.train(not forward_only)
 
-        def forward_step(iterator: Iterator[ModelInputs], model: nn.Module) -> tuple[Tensor, Callable[..., Any]]:
-            inputs = next(iterator)
-            inputs = inputs.to(self.device)
+        def forward_step(iterator: Iterator[ModelInputs], model: nn.Module) -> tuple[Any, Callable[..., Any]]:
+            inputs = next(iterator).to(self.device)
             output = forward(
                 model,
                 tokens=inputs.tokens,
                 position_ids=inputs.position_ids,
                 packed_seq_params=_packed_seq_params(inputs),
                 vision=inputs.vision,
-                head=partial(
-                    logprobs_and_entropies, inputs, self.layout, self.handle.vocab_size, temperature, with_entropy
-                ),
+                head=lambda last_stage: head(HeadInputs(inputs, last_stage, self.layout, self.handle.vocab_size)),
             )
-            return output, partial(_loss_and_results, inputs, outputs)
+            return output, partial(_finish_for_schedule, finish, inputs)
 
-        # Collated one at a time, when the schedule asks.
+        # Micro-batches are collated one at a time, when the schedule asks for them.
         iterators = [
-            (self._collate([batch[index] for index in micro_batch]) for micro_batch in micro_batches)
+            (self._collate([batch[index] for index in micro_batch], field_names) for micro_batch in micro_batches)
             for _ in self.model
         ]
         with torch.set_grad_enabled(not forward_only):
-            return get_forward_backward_func()(
+            results = get_forward_backward_func()(
                 forward_step_func=forward_step,
                 data_iterator=iterators,
                 model=self.model,
@@ -358,6 +321,7 @@ class Engine:
                 micro_batch_size=1,
                 forward_only=forward_only,
             )
+        return plan, results
 
 
 def _unwrap(module: nn.Module) -> nn.Module:
@@ -366,12 +330,28 @@ def _unwrap(module: nn.Module) -> nn.Module:
     return module
 
 
-def _loss_and_results(
-    inputs: ModelInputs, outputs: Outputs, logprobs_and_entropies: tuple[Tensor, Tensor | None]
+def _loss_and_metrics(
+    loss: LossFunction, inputs: ModelInputs, outputs: Mapping[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    weights = inputs.weights.reshape(-1)
+    fields = {name: values.reshape(-1) for name, values in inputs.fields.items()}
+    result = loss(LossInputs(weights=weights, outputs=outputs, fields=fields))
+    # A clone, since the schedule divides the loss in place.
+    return result.loss, {"loss": result.loss.detach().clone(), "weight": weights.sum()} | result.metrics
+
+
+def _per_sample(inputs: ModelInputs, outputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, list[Tensor]]]:
+    """Return no loss, and for each output an empty tensor, for its shape, before those of the samples."""
+    loss = torch.zeros((), device=inputs.weights.device)
+    return loss, {name: [values[:0], *inputs.unpack(values)] for name, values in outputs.items()}
+
+
+def _finish_for_schedule(
+    finish: _Finish, inputs: ModelInputs, outputs: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """What the schedule asks of the last stage: a loss, a number of tokens, and results."""
-    loss, results = outputs(inputs, *logprobs_and_entropies)
-    # The number is for Megatron-Core's own normalisation, which is switched off (see below).
+    """Return a loss, a number of tokens and results, which the schedule asks of the last stage."""
+    loss, results = finish(inputs, outputs)
+    # The number is for Megatron-Core's own normalization, which is switched off (see below).
     return loss, torch.zeros((), dtype=torch.int, device=loss.device), results
 
 

@@ -1,4 +1,4 @@
-"""Advantages of sampled answers relative to the other answers to the same prompt."""
+"""Advantages of sampled answers, relative to the other answers to the same prompt."""
 
 import torch
 from torch import Tensor
@@ -7,17 +7,16 @@ from mbridge_train.errors import TrainError
 
 
 def grpo_advantages(rewards: Tensor, *, divide_by_std: bool = True, epsilon: float = 1e-6) -> Tensor:
-    """Group-relative advantages: the reward less the mean of its group, the mean being the baseline.
+    """Return group-relative advantages: each reward minus the mean of its group, which is the baseline.
 
     With ``divide_by_std`` they are divided by the group's standard deviation plus ``epsilon`` (GRPO, arXiv 2402.03300,
-    section 4.1.2), the unbiased one with group_size - 1 in the denominator, as ``torch.std`` has it. Without, prompts
-    of which nearly all or nearly no answers are right do not get larger updates than others (Dr. GRPO,
-    arXiv 2503.20783).
+    section 4.1.2), the unbiased one with group_size - 1 in the denominator, as in ``torch.std``. Without, prompts with
+    nearly all or nearly no answers right do not get larger updates than others (Dr. GRPO, arXiv 2503.20783).
 
     A group whose rewards are all equal teaches nothing: its advantages are exactly 0, free of rounding.
 
     Args:
-        rewards: float [groups, group_size]: a row per prompt.
+        rewards: float [groups, group_size], a row per prompt.
         divide_by_std: whether to divide.
         epsilon: added to the standard deviation.
 

@@ -12,7 +12,7 @@ _BLOCK = 8192
 def _reduce_row(  # type: ignore[no-untyped-def]
     logits, results, rows, columns, stride, temperature, BLOCK: tl.constexpr
 ):
-    """Keeps a sum of exp(x - m), brought to the new m where a block has a larger one (Milakov & Gimelshein 2018)."""
+    """Keep a running sum of exp(x - m), rescaled when a block has a larger m (Milakov & Gimelshein 2018)."""
     row = tl.program_id(0).to(tl.int64)
     maximum = tl.full((), -float("inf"), tl.float32)
     exponentials = tl.full((), 0, tl.float32)
@@ -38,7 +38,7 @@ def _reduce_row(  # type: ignore[no-untyped-def]
 
 
 def maximum_and_sums(logits: Tensor, temperature: float) -> Tensor:
-    """Of each row m = max x, sum exp(x - m) and sum exp(x - m) (x - m), where x = logits / temperature.
+    """Return m = max x, sum exp(x - m) and sum exp(x - m) (x - m) of each row, where x = logits / temperature.
 
     Args:
         logits: [tokens, vocabulary] in float32 or half precision.

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
-"""Logits that are converted to float32 at a time: 64 MiB; on a GPU 1 GiB, of which a compiled kernel keeps nothing."""
+"""Logits that are converted to float32 at a time: 64 MiB; on a GPU 1 GiB, which a fused kernel never materializes."""
 
 # exp() of anything below is 0 in float32 and float64; a floor keeps 0 * -inf out of p log p.
 _LOG_FLOOR = -1e4
@@ -39,7 +39,7 @@ def vocab_parallel_logprob_and_entropy(
     with_entropy: bool = False,
     overwrite: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """Natural log probability of each target, and optionally the entropy of each distribution.
+    """Return the natural log probability of each target, and optionally the entropy of each distribution.
 
     Both are differentiable once with respect to ``local_logits``. All ranks of the group must call it with the same
     number of tokens and the same targets, and get the same results; the gradient that a rank gets is that of its own
@@ -54,7 +54,7 @@ def vocab_parallel_logprob_and_entropy(
             their logits were -inf, and get zero gradients.
         temperature: divides the logits, after their conversion to float32.
         with_entropy: whether to compute the entropy, in nats.
-        overwrite: nobody reads the logits again, so the backward pass may put their gradient into their memory.
+        overwrite: let the backward pass overwrite the logits with their gradient; they must not be read again.
 
     Returns:
         ``(logprobs, entropy)``: float32 [tokens] (float64 for float64 logits), and the same or None. The log
@@ -151,7 +151,7 @@ class _LogprobAndEntropy(torch.autograd.Function):
 
 
 def _maximum_and_sums(logits: Tensor, temperature: float, with_entropy: bool) -> list[Tensor]:
-    """Of each row m = max x, sum exp(x - m), and with the entropy sum exp(x - m) (x - m)."""
+    """Return m = max x and sum exp(x - m) of each row, and with the entropy sum exp(x - m) (x - m)."""
     if runs_kernels(logits) and logits.dtype != torch.float64:
         from mbridge_train.losses.logit_kernels import maximum_and_sums
 
@@ -169,7 +169,7 @@ def _maximum_and_sums(logits: Tensor, temperature: float, with_entropy: bool) ->
 
 
 def _to_common_maximum(sums: Tensor, own: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """The maximum over all ranks, to which `sums` of exp(x - own) are brought in place."""
+    """Return the maximum over all ranks, and rescale `sums` of exp(x - own) to it in place."""
     common = own.clone()
     dist.all_reduce(common, dist.ReduceOp.MAX, group=group)
     sums.masked_fill_(own == -torch.inf, 0)  # nothing but -inf here: exp(x - own) is NaN
@@ -191,7 +191,7 @@ def _to_gradient(
     entropy: Tensor | None,
     temperature: float,
 ) -> None:
-    """Put their gradient in the place of some logits; `column` is that of each target, -1 where another rank has it."""
+    """Overwrite logits with their gradient; `column` is that of each target, -1 if another rank has it."""
     log_p = logits.to(log_normalizer.dtype) / temperature - log_normalizer[:, None]
     p = log_p.exp()
     # d/dx = -p * (grad_logprobs + grad_entropy * (log p + H)) + grad_logprobs at the target
@@ -216,7 +216,7 @@ def _chunks(logits: Tensor, columns: int) -> list[tuple[int, int]]:
 
 
 def _local_target(targets: Tensor, vocab_start: int, columns: int) -> tuple[Tensor, Tensor]:
-    """Column of each target, clamped to a valid one, and whether this rank holds it."""
+    """Return the column of each target, clamped to a valid one, and whether this rank holds it."""
     column = targets - vocab_start
     is_local = (column >= 0) & (column < columns)
     return column.clamp(0, columns - 1), is_local

@@ -2,11 +2,11 @@
 
 Every loss is ``sum(weights * token_loss)`` with the weights of :mod:`mbridge_train.engine.batch`, so the losses and
 gradients of micro-batches and data-parallel ranks add up to those of the global batch. So do all metrics, which are
-weighted sums too, except those named ``max_…``, which combine by maximum; :func:`combine_metrics` knows both.
+weighted sums too, except those named ``max_…``, which combine by maximum (:mod:`mbridge_train.engine.results`).
 """
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -25,24 +25,47 @@ KL_LIMIT = 10.0
 
 @dataclass(kw_only=True, slots=True)
 class LossInputs:
-    """Per-token values, all float32 [tokens] on one device. Where the weight is 0 the others may be NaN or infinite."""
+    """Per-token values on one device. Where the weight is 0 the others may be NaN or infinite."""
 
-    logprobs: Tensor
-    """Log probabilities under the policy in training; the loss is differentiated with respect to these."""
     weights: Tensor
-    """Loss weights over the global batch; 0 for tokens that are not trained and for padding."""
-    entropy: Tensor | None = None
-    """Entropies of the policy's distributions, differentiable as well."""
-    old_logprobs: Tensor | None = None
-    """Log probabilities under the policy that the importance ratio is taken to."""
-    reference_logprobs: Tensor | None = None
-    """Log probabilities under the reference policy of the KL penalty."""
-    advantages: Tensor | None = None
+    """float32 [tokens]: loss weights over the global batch; 0 for tokens that are not trained and for padding."""
+    outputs: Mapping[str, Tensor]
+    """float [tokens, ...] each: what the head gives, differentiable; `logprobs` and `entropy` of a `LogprobHead`."""
+    fields: Mapping[str, Tensor] = field(default_factory=dict)
+    """float32 [tokens] each: `Sample.fields` by name."""
+
+    def output(self, name: str) -> Tensor:
+        """Return an output of the head with zeros where there is no weight.
+
+        Raises:
+            ValueError: the head gives none of that name.
+        """
+        return self._trained(self.outputs, name, "output of the head")
+
+    def field(self, name: str) -> Tensor:
+        """Return a field of the samples with zeros where there is no weight.
+
+        Raises:
+            ValueError: the samples have no field of that name.
+        """
+        return self._trained(self.fields, name, "field of the samples")
+
+    def _trained(self, values: Mapping[str, Tensor], name: str, kind: str) -> Tensor:
+        """Return zeros without a weight: 0 * NaN is NaN, in the loss and in its gradient."""
+        if name not in values:
+            there = ", ".join(sorted(values)) or "none"
+            raise ValueError(f"this loss needs the {kind} {name!r}; there are: {there}")
+        value = values[name]
+        trained = (self.weights > 0).view(-1, *[1] * (value.dim() - 1))
+        return torch.where(trained, value, 0)
 
 
 @dataclass(kw_only=True, slots=True)
 class LossOutputs:
-    """A differentiable scalar, and detached scalars to log."""
+    """A differentiable scalar, and detached scalars to log: weighted sums, and maxima under names ``max_…``.
+
+    The engine adds the sum of weights, by which it divides the sums.
+    """
 
     loss: Tensor
     metrics: dict[str, Tensor]
@@ -58,7 +81,7 @@ def policy_loss(
     kl_beta: float = 0.0,
     entropy_bonus: float = 0.0,
 ) -> LossOutputs:
-    """Clipped policy-gradient loss of PPO and GRPO.
+    """Return the clipped policy-gradient loss of PPO and GRPO.
 
     With the ratio r = exp(logprob - old_logprob) and the advantage A, the loss of a token is
     ``max(-A r, -A clamp(r, 1 - clip_ratio_low, 1 + clip_ratio_high))`` (PPO, arXiv 1707.06347, eq. 7; separate bounds:
@@ -67,7 +90,8 @@ def policy_loss(
     ``kl_beta * KL - entropy_bonus * entropy`` is added (GRPO, arXiv 2402.03300, eq. 3).
 
     Args:
-        inputs: needs ``old_logprobs`` and ``advantages``; ``reference_logprobs`` with ``kl_penalty``; ``entropy`` with
+        inputs: needs the output ``logprobs`` and the fields ``old_logprobs``, of the policy that the ratio is taken
+            to, and ``advantages``; the field ``reference_logprobs`` with ``kl_penalty``; the output ``entropy`` with
             ``entropy_bonus``.
         clip_ratio_low: how far the ratio may fall below 1, in [0, 1].
         clip_ratio_high: how far the ratio may rise above 1, not negative.
@@ -78,7 +102,7 @@ def policy_loss(
 
     Returns:
         The loss and the metrics below, each summed over tokens with their weights. Which ones there are depends on
-        the options and on ``inputs.entropy`` being given, not on values.
+        the options and on the output ``entropy`` being given, not on values.
 
         ``loss``, ``policy_loss`` (without KL and entropy), ``weight`` (sum of weights: what the sums below are to be
         divided by), ``ratio``, ``approx_kl`` (of the old from the current policy, (r - 1) - log r, Schulman 2020),
@@ -95,10 +119,9 @@ def policy_loss(
     if kl_beta and kl_penalty is None:
         raise ValueError(f"kl_beta={kl_beta} needs a kl_penalty")
     weights = inputs.weights
-    trained = weights > 0
-    logprobs = _where_trained(trained, inputs.logprobs, "logprobs")
-    advantages = _where_trained(trained, inputs.advantages, "advantages")
-    log_ratio = logprobs - _where_trained(trained, inputs.old_logprobs, "old_logprobs")
+    logprobs = inputs.output("logprobs")
+    advantages = inputs.field("advantages")
+    log_ratio = logprobs - inputs.field("old_logprobs")
     max_abs_log_ratio = log_ratio.detach().abs().max() if log_ratio.numel() else log_ratio.new_zeros(())
     log_ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = log_ratio.exp()
@@ -121,12 +144,11 @@ def policy_loss(
     metrics["policy_loss"] = token_loss
 
     if kl_penalty is not None:
-        reference = _where_trained(trained, inputs.reference_logprobs, "reference_logprobs")
-        kl = kl_estimate(logprobs, reference, kl_penalty)
+        kl = kl_estimate(logprobs, inputs.field("reference_logprobs"), kl_penalty)
         metrics["kl"] = kl
         token_loss = token_loss + kl_beta * kl
-    if inputs.entropy is not None or entropy_bonus:
-        entropy = _where_trained(trained, inputs.entropy, "entropy")
+    if "entropy" in inputs.outputs or entropy_bonus:
+        entropy = inputs.output("entropy")
         metrics["entropy"] = entropy
         token_loss = token_loss - entropy_bonus * entropy
 
@@ -144,21 +166,20 @@ def policy_loss(
 
 
 def sft_loss(inputs: LossInputs) -> LossOutputs:
-    """Negative log likelihood of the targets, ``sum(weights * -logprobs)``.
+    """Return the negative log likelihood of the targets, ``sum(weights * -logprobs)``.
 
     Returns:
         The loss and the metrics ``loss``, ``weight`` (sum of weights), and ``entropy`` if it is given.
     """
-    trained = inputs.weights > 0
-    loss = -(inputs.weights * _where_trained(trained, inputs.logprobs, "logprobs")).sum()
+    loss = -(inputs.weights * inputs.output("logprobs")).sum()
     metrics = {"loss": loss.detach().clone(), "weight": inputs.weights.sum()}
-    if inputs.entropy is not None:
-        metrics["entropy"] = (inputs.weights * _where_trained(trained, inputs.entropy, "entropy").detach()).sum()
+    if "entropy" in inputs.outputs:
+        metrics["entropy"] = (inputs.weights * inputs.output("entropy").detach()).sum()
     return LossOutputs(loss=loss, metrics=metrics)
 
 
 def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, kind: KLPenalty) -> Tensor:
-    """Per-token estimate of KL(policy ‖ reference) from the log probabilities of a token that the policy sampled.
+    """Return per-token estimates of KL(policy ‖ reference) from log probabilities of tokens that the policy sampled.
 
     With d = logprob - reference_logprob, clamped to ±``LOG_RATIO_LIMIT`` (Schulman 2020, "Approximating KL
     Divergence"):
@@ -191,45 +212,3 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, kind: KLPenalty) -
             return (torch.expm1(-difference) + difference).clamp(max=KL_LIMIT)
         case _:
             raise ValueError(f"unknown kl_penalty {kind!r}: use one of k1, abs, k2, k3")
-
-
-def combine_metrics(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Metrics of several micro-batches or ranks as those of all of them: maxima of ``max_…``, sums of the others."""
-    total: dict[str, Tensor] = {}
-    for part in parts:
-        for name, value in part.items():
-            if name not in total:
-                total[name] = value
-            elif is_maximum(name):
-                total[name] = torch.maximum(total[name], value)
-            else:
-                total[name] = total[name] + value
-    return total
-
-
-def is_maximum(name: str) -> bool:
-    """Whether a metric combines by maximum instead of by sum."""
-    return name.startswith("max_")
-
-
-def mean_metrics(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """Combined metrics as numbers to log: weighted means of per-token values; losses and maxima as they are.
-
-    For token-mean and seq-mean-token-mean the weights of a global batch sum to 1 and this changes nothing; for
-    seq-mean-token-sum it turns sums over a sequence into means over tokens. ``weight`` itself is left out. Means over
-    no weight at all are 0.
-    """
-    weight = float(metrics["weight"])
-    unchanged = ("loss", "policy_loss")
-    return {
-        name: float(value) if name in unchanged or is_maximum(name) else (float(value) / weight if weight else 0.0)
-        for name, value in metrics.items()
-        if name != "weight"
-    }
-
-
-def _where_trained(trained: Tensor, value: Tensor | None, name: str) -> Tensor:
-    """Zero where there is no weight: 0 * NaN is NaN, in the loss and in its gradient."""
-    if value is None:
-        raise ValueError(f"this loss needs LossInputs.{name}")
-    return torch.where(trained, value, 0)

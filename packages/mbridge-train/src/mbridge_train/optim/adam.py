@@ -1,9 +1,9 @@
 """Adam for Megatron-Core where neither Transformer Engine nor Apex is installed, with the interface of their FusedAdam.
 
 Megatron-Core falls back to torch's AdamW, which keeps a `step` tensor for every parameter. `DistributedOptimizer` then
-gives all of them one shared tensor when it loads a checkpoint, each parameter counts it up, and the resumed run takes
-steps with wrong bias corrections, silently. With FusedAdam's interface the step is an int of the parameter group, and
-the state looks like that of a run on a GPU with Transformer Engine.
+makes all of them share one tensor when it loads a checkpoint, each parameter increments it, and the resumed run
+silently takes steps with wrong bias corrections. With FusedAdam's interface the step is an int of the parameter group,
+and the state looks like that of a run on a GPU with Transformer Engine.
 """
 
 import importlib
@@ -21,9 +21,10 @@ _NO_BIAS_CORRECTION_STEP = 1e9
 
 
 class Adam(torch.optim.Optimizer):
-    """AdamW (Loshchilov and Hutter 2019, algorithm 2), or Adam with L2 regularisation (Kingma and Ba 2015).
+    """AdamW (Loshchilov and Hutter 2019, algorithm 2), or Adam with L2 regularization (Kingma and Ba 2015).
 
-    One call of torch's fused kernel a device and dtype, on CPU and CUDA, bit for bit `torch.optim.AdamW(fused=True)`.
+    One call of torch's fused kernel for each device and dtype, on CPU and CUDA; equals `torch.optim.AdamW(fused=True)`
+    bit for bit.
     State of a parameter: `exp_avg` and `exp_avg_sq`, of its shape and dtype. State of a group: `step`, an int.
 
     Args:
@@ -76,7 +77,7 @@ class Adam(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient. Returns what `closure`, if given, returns."""
+        """Update every parameter that has a gradient, and return what `closure`, if given, returns."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -107,7 +108,7 @@ class Adam(torch.optim.Optimizer):
         return loss
 
     def _batches(self, parameters: list[Tensor]) -> Iterable[tuple[list[Tensor], ...]]:
-        """Parameters with a gradient, gradients and moments as four lists for each device and dtype."""
+        """Return parameters with a gradient, gradients and moments as four lists for each device and dtype."""
         batches: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], ...]] = defaultdict(
             lambda: ([], [], [], [])
         )
@@ -124,24 +125,24 @@ class Adam(torch.optim.Optimizer):
         return batches.values()
 
 
-# Module, name, value: what Megatron-Core is told, so that it builds this Adam and takes its state for FusedAdam's.
+# Module, name, value: assignments that make Megatron-Core build this Adam and treat its state as FusedAdam's.
 _TARGETS: tuple[tuple[str, str, Any], ...] = (
     ("megatron.core.optimizer", "Adam", Adam),
     ("megatron.core.optimizer", "USING_PYTORCH_OPTIMIZER", False),
     ("megatron.core.optimizer.distrib_optimizer", "Adam", Adam),
     ("megatron.core.optimizer.distrib_optimizer", "HAVE_APEX_OR_TE", True),
-    # Of the two kinds of FusedAdam that keep the step in the group, Apex's has no other abilities than this one.
+    # Of the two FusedAdams that keep the step in the group, Apex's has the same capabilities as this one.
     ("megatron.core.optimizer.distrib_optimizer", "USING_APEX_OPTIMIZER", True),
 )
 
 
 def install_adam() -> None:
-    """Make Megatron-Core build this Adam where it found neither Transformer Engine's nor Apex's; else do nothing.
+    """Make Megatron-Core build this Adam if it found neither Transformer Engine's nor Apex's; idempotent.
 
-    Call it before an optimizer is built, on CPUs and GPUs alike. A second call does nothing.
+    Call it before an optimizer is built, on CPUs and GPUs alike.
 
     Raises:
-        TrainError: a name that must be set is not in the installed megatron-core; nothing has been set then.
+        TrainError: a name that must be set is not in the installed megatron-core; nothing was set.
     """
     modules = {module: importlib.import_module(module) for module, _, _ in _TARGETS}
     gone = [f"{module}.{name}" for module, name, _ in _TARGETS if not hasattr(modules[module], name)]

@@ -1,6 +1,6 @@
-"""Norm and scaling of all gradients at once where neither Transformer Engine nor Apex is installed.
+"""Norm and scaling of all gradients in one call where neither Transformer Engine nor Apex is installed.
 
-Megatron-Core's substitutes for their kernels take one gradient after the other, and wait for the GPU after each norm.
+Megatron-Core's substitutes for their kernels handle one gradient at a time and wait for the GPU after each norm.
 These have the same interface and use torch's own kernels over lists of tensors.
 """
 
@@ -12,19 +12,19 @@ from torch.nn.utils import get_total_norm
 
 
 def l2_norm(chunk_size: int, overflow: Tensor, tensors: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:
-    """[1], the norm of all elements of the one list in `tensors`."""
+    """Return [1], the norm of all elements of the only list in `tensors`."""
     return get_total_norm(tensors[0]).view(1), None
 
 
 def scale(chunk_size: int, overflow: Tensor, tensors: list[list[Tensor]], factor: float) -> None:
-    """Multiply in place; Megatron-Core gives the one list of gradients twice, to be read and to be written."""
+    """Multiply in place; Megatron-Core passes the list of gradients twice, as source and as target."""
     _, gradients = tensors
     if gradients:
         torch._foreach_mul_(gradients, factor)
 
 
 def install_multi_tensor() -> None:
-    """Make Megatron-Core's clipping use them if it has no kernels. Again: no change."""
+    """Make Megatron-Core's clipping use these functions if it has no kernels; idempotent."""
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads
 

@@ -61,12 +61,12 @@ class OptimizerSettings:
 
 
 def wrap_data_parallel(model: list[nn.Module], settings: OptimizerSettings) -> list[DistributedDataParallel]:
-    """Give the model chunks gradient buffers in fp32 and their reduction over data-parallel ranks.
+    """Wrap the model chunks with gradient buffers in fp32, which are reduced over data-parallel ranks.
 
     Gradients are summed, not averaged: the loss is already a sum over the global batch (see `batch`).
 
     Raises:
-        TrainError: the model adds a loss of its routers.
+        TrainError: the model adds router losses.
     """
     config = get_model_config(model[0])
     _refuse_router_losses(config)
@@ -88,7 +88,7 @@ def wrap_data_parallel(model: list[nn.Module], settings: OptimizerSettings) -> l
 
 def _refuse_router_losses(config: Any) -> None:
     """Megatron-Core multiplies them by the tokens of a micro-batch, to divide by those of the step later. Here each
-    token's weight holds that division already, so they would outgrow the loss."""
+    token's weight includes that division, so they would outgrow the loss."""
     for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
         value = getattr(config, name, None)
         if config.num_moe_experts and (any(value) if isinstance(value, list) else value):
@@ -97,10 +97,10 @@ def _refuse_router_losses(config: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What one optimizer step did.
+    """The outcome of one optimizer step.
 
     Attributes:
-        grad_norm: global L2 norm before clipping; 0.0 where the update was skipped.
+        grad_norm: global L2 norm before clipping; 0.0 if the update was skipped.
         learning_rate: the rate that was used.
         applied: False when an fp16 overflow made the optimizer skip the update.
     """
@@ -115,7 +115,7 @@ class Optimizer:
 
     Args:
         model: chunks from `wrap_data_parallel`.
-        settings: as given there.
+        settings: those that `wrap_data_parallel` was given.
     """
 
     def __init__(self, model: list[DistributedDataParallel], settings: OptimizerSettings) -> None:
@@ -151,11 +151,11 @@ class Optimizer:
 
     @property
     def parts(self) -> list[Any]:
-        """Megatron-Core's optimizers behind the chain that it always returns; usually one."""
+        """Megatron-Core's optimizers, out of the chain that it always returns; usually one."""
         return list(getattr(self.megatron, "chained_optimizers", [self.megatron]))
 
     def tensors(self) -> list[Tensor]:
-        """What the update works on: fp32 copies of the weights, or the weights themselves, and their moments."""
+        """Return what the update works on: fp32 copies of the weights, or the weights themselves, and moments."""
         found: list[Tensor] = []
         for part in self.parts:
             if part.optimizer is None:  # no parameter of this rank is trained
@@ -165,11 +165,11 @@ class Optimizer:
         return [value for value in found if isinstance(value, Tensor)]
 
     def zero_grad(self) -> None:
-        """Forget the gradients of the optimizer's own copies; the model's buffers are the engine's."""
+        """Drop the gradients of the optimizer's copies of the weights; the engine clears the model's buffers."""
         self.megatron.zero_grad()
 
     def step(self) -> StepResult:
-        """Clip, update and move the schedule on. Collective over all ranks.
+        """Clip, update and advance the schedule. Collective over all ranks.
 
         A step skipped for an fp16 overflow does not count in the schedule.
 
@@ -188,12 +188,12 @@ class Optimizer:
 
 
 def _finite_norm(get_norm: Callable[[], float]) -> float:
-    """The norm, the same on every rank. Clipping would not help: NaN is not larger than any limit."""
+    """Return the norm, the same on every rank. Clipping would not help: NaN is not larger than any limit."""
     norm = get_norm()
     if not math.isfinite(norm):
         raise TrainError(
-            f"the gradients are not finite (norm {norm}), so the weights stay as they are; go on from the last "
+            f"the gradients are not finite (norm {norm}), so the weights stay as they are; continue from the last "
             "checkpoint with runner.resume_dir=auto and a lower learning rate (actor.optim.lr), or look for the batch "
-            "that does it"
+            "that causes it"
         )
     return norm
