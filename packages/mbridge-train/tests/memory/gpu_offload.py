@@ -67,7 +67,7 @@ def main() -> int:
         check("a snapshot has the weights of then", all(map(torch.equal, then, engine.logprobs(make_batch(9)))))
     check("and gives back those of now", digests(engine) == trained)
     check("which differ", not all(map(torch.equal, then, now)))
-    check("extra memory of a swap", extra <= 65 << 20, f"{extra / 2**20:.0f} MiB")
+    check("extra memory of a swap", extra <= 129 << 20, f"{extra / 2**20:.0f} MiB")
     leave()
     return int(not all(passed))
 

@@ -88,7 +88,7 @@ class HostCopy:
     def exchange(self, tensors: Iterable[Tensor]) -> None:
         """Swap the values of `tensors`, the same as in `save`, with those in host memory, on the current stream.
 
-        Needs memory for one piece of at most 64 MiB on the device.
+        Needs memory for two pieces of at most 64 MiB on the device.
         """
         for data, host in self._pairs(_storages(tensors, self.device)):
             held = data.clone()
