@@ -30,7 +30,6 @@ MAY_IMPORT = {
 """Everything beside the standard library that a package which is useful alone may import."""
 
 KNOWN_CIRCLES: dict[str, list[set[str]]] = {
-    "mbridge_model": [{"bridge", "families", "vision"}],
     "mbridge_reasoning": [],
 }
 """Packages whose rooms are not separated yet, with the rooms of each circle; their `Uses:` lines are not checked."""

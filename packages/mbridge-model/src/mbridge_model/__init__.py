@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from mbridge_model.loading import ModelHandle, load
     from mbridge_model.parallel import Parallel
     from mbridge_model.patches.cpu import enable_cpu
+    from mbridge_model.positions import MropeSettings, mrope_position_ids
     from mbridge_model.vision.freeze import Freeze
     from mbridge_model.vision.inputs import VisionInputs
-    from mbridge_model.vision.positions import MropeSettings, mrope_position_ids
 
 __all__ = [
     "Freeze",
@@ -40,7 +40,7 @@ _HOME = {
     "Freeze": "vision.freeze",
     "ModelError": "errors",
     "ModelHandle": "loading",
-    "MropeSettings": "vision.positions",
+    "MropeSettings": "positions",
     "Parallel": "parallel",
     "VisionInputs": "vision.inputs",
     "enable_cpu": "patches.cpu",
@@ -48,7 +48,7 @@ _HOME = {
     "export_recipe": "exporting",
     "forward": "forward_pass",
     "load": "loading",
-    "mrope_position_ids": "vision.positions",
+    "mrope_position_ids": "positions",
     "save_hf": "exporting",
 }
 

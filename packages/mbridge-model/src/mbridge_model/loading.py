@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from mbridge_model.bridge.bridge import Bridge, import_bridge
-from mbridge_model.bridge.checks import check_mrope, check_rotary, config_fields
-from mbridge_model.bridge.provider import Backend, configure_provider, resolve_backend
 from mbridge_model.directory import HFDirectory, open_directory
 from mbridge_model.families import GENERIC, Family, find_family
 from mbridge_model.parallel import Parallel, initialize_parallel
+from mbridge_model.provider.config_checks import check_mrope, check_rotary, config_fields
+from mbridge_model.provider.configure import Backend, configure_provider, resolve_backend
 from mbridge_model.vision import Freeze
 
 logger = logging.getLogger("mbridge_model")

@@ -1,4 +1,9 @@
-"""Model families: what each forces on the provider, one file a family, all of the same shape."""
+"""Model families: the provider fields that each one forces and how it sees, one file a family, all of one shape.
+
+In: the name of a HuggingFace architecture. Out: its `Family`.
+
+Uses: `vision`.
+"""
 
 from mbridge_model.families import llama, mistral, qwen2, qwen2_5_vl, qwen3, qwen3_vl, qwen3_vl_moe
 from mbridge_model.families.family import Family, Force

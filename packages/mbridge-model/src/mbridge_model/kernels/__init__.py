@@ -1,1 +1,6 @@
-"""kernels."""
+"""Fused GPU kernels with their gradients, and the attention layer that uses them.
+
+In: tensors, on a GPU for the kernels themselves. Out: what the plain torch or Megatron-Core code would compute.
+
+Uses: nothing of this package.
+"""

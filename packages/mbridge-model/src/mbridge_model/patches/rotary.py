@@ -6,24 +6,14 @@ sequences a loop over them that waits for the GPU. These two take their places, 
 
 from typing import Any
 
-import torch
 from megatron.core.models.common.embeddings import rope_utils
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from mbridge_model.kernels.compiled import compiled_on_gpu
+from mbridge_model.kernels.self_attention import gathered_angles
 
 _rotate = compiled_on_gpu(rope_utils._apply_rotary_pos_emb_bshd)
 _rotate_packed_with_context_parallelism = rope_utils._apply_rotary_pos_emb_thd
-_of_each_token = WeakTensorKeyDictionary()
-"""By the boundaries of a packed batch: the angles of all positions, and those of each token, which layers share."""
-
-
-def packed_positions(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """int64 [tokens]: place of each token in its own sequence; `cu_seqlens` [sequences + 1] are their boundaries."""
-    index = torch.arange(tokens, device=cu_seqlens.device)
-    sequence = torch.searchsorted(cu_seqlens, index, right=True) - 1
-    return index - cu_seqlens[sequence]
 
 
 def rotate_packed(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -37,15 +27,6 @@ def rotate_packed(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *args: Any, **kw
     if len(freqs) != len(t):  # Megatron-Core's rule, without asking the GPU for the last of `cu_seqlens`
         freqs = gathered_angles(cu_seqlens, freqs, len(t))
     return _rotate(t.unsqueeze(1), freqs, *args, **kwargs).squeeze(1)
-
-
-def gathered_angles(cu_seqlens: Tensor, freqs: Tensor, tokens: int) -> Tensor:
-    """Of each token [tokens, 1, 1, channels], from those of each position, for sequences with these boundaries."""
-    known, gathered = _of_each_token.get(cu_seqlens, (None, None))
-    if known is not freqs:
-        gathered = freqs[packed_positions(cu_seqlens, tokens)]
-        _of_each_token[cu_seqlens] = freqs, gathered
-    return gathered
 
 
 def install_rotary() -> None:

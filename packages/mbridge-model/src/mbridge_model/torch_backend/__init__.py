@@ -1,7 +1,10 @@
 """Megatron-Core layers in plain torch, under Transformer Engine's parameter names.
 
-A checkpoint of this backend loads in a Transformer Engine run and the other way round, and Megatron-Bridge's weight
-mappings apply unchanged, because every parameter has the name and the shape that Transformer Engine's layer gives it.
+In: a Megatron configuration. Out: the specification of its layers. A checkpoint of this backend loads in a Transformer
+Engine run and vice versa, and Megatron-Bridge's weight mappings apply unchanged, because every parameter has the name
+and the shape that Transformer Engine's layer gives it.
+
+Uses: `kernels`.
 """
 
 from mbridge_model.torch_backend.attention import TorchDotProductAttention

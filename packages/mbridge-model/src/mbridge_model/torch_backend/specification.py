@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_layer import (
     get_transformer_layer_offset,
 )
 
-from mbridge_model.patches.self_attention import RotarySelfAttention
+from mbridge_model.kernels.self_attention import RotarySelfAttention
 from mbridge_model.torch_backend.attention import TorchDotProductAttention
 from mbridge_model.torch_backend.linears import TorchLayerNormColumnParallelLinear
 from mbridge_model.torch_backend.norms import TorchNorm

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from mbridge_model.errors import ModelError
-from mbridge_model.transfer import to_device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,3 +54,14 @@ class VisionInputs:
     def to(self, device: torch.device | str) -> Self:
         """The same with the pixels on `device`, which the host does not wait for."""
         return type(self)(pixel_values=to_device(self.pixel_values, device), grid_thw=self.grid_thw)
+
+
+def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Copy `tensor` to `device` without waiting for the work that is in flight there.
+
+    A copy from pageable memory blocks the host until the GPU has run everything queued before it, and the host then
+    launches the next kernels too late. From pinned memory the copy is queued like a kernel.
+    """
+    if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -6,7 +6,7 @@ from typing import Any
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
 from mbridge_model.bridge.bridge import qwen_vl_parts
-from mbridge_model.patches.self_attention import layer_specs
+from mbridge_model.kernels.self_attention import layer_specs
 from mbridge_model.vision.deepstack import DeepstackLayer
 
 

@@ -12,8 +12,8 @@ from typing import Any, Literal
 import torch
 from mbridge_model.directory import open_directory
 from mbridge_model.errors import ModelError
+from mbridge_model.positions import MropeSettings, mrope_position_ids
 from mbridge_model.vision.inputs import VisionInputs
-from mbridge_model.vision.positions import MropeSettings, mrope_position_ids
 from torch import Tensor
 from transformers import AutoProcessor, AutoTokenizer
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize

@@ -11,7 +11,7 @@ from typing import Self
 
 import torch
 from mbridge_model import VisionInputs
-from mbridge_model.transfer import to_device
+from mbridge_model.vision.inputs import to_device
 from torch import Tensor
 
 from mbridge_train.engine.batch import Sample, common_fields

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 
 import torch
-from mbridge_model.transfer import to_device
+from mbridge_model.vision.inputs import to_device
 from torch import Tensor, distributed
 
 from mbridge_train.layout import RankLayout

@@ -21,7 +21,7 @@ def with_and_without(directory: Path, parallel: Parallel, overrides: dict[str, A
     """Runs in a worker: the largest difference of logits and gradients, dense and packed, and how many kernels ran."""
     from mbridge_model import load
     from mbridge_model.kernels import rotary as rotary_kernels
-    from mbridge_model.patches import self_attention
+    from mbridge_model.kernels import self_attention
     from megatron.core import parallel_state
     from torch import Tensor
 

@@ -88,7 +88,7 @@ def configure_provider(
     if backend == "torch":
         changes.update(_torch_backend_fields(), "the torch backend")
     elif family.vision is None and getattr(provider, "position_embedding_type", None) == "rope":
-        from mbridge_model.patches.self_attention import rotary_layers
+        from mbridge_model.kernels.self_attention import rotary_layers
 
         changes.set("apply_rope_fusion", True, "Transformer Engine's kernel")
         if hasattr(provider, "transformer_layer_spec"):  # not of hybrids with state-space layers

@@ -4,13 +4,17 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from mbridge_model.kernels.compiled import runs_kernels
-from mbridge_model.patches.rotary import gathered_angles
+
+_of_each_token = WeakTensorKeyDictionary()
+"""By the boundaries of a packed batch: the angles of all positions, and those of each token, which layers share."""
 
 
 class RotarySelfAttention(SelfAttention):
@@ -92,6 +96,22 @@ def _boundaries(packing: PackedSeqParams | None) -> Tensor | None:
     if packing is None or packing.qkv_format != "thd":
         return None
     return packing.cu_seqlens_q if packing.cu_seqlens_q_padded is None else packing.cu_seqlens_q_padded
+
+
+def gathered_angles(cu_seqlens: Tensor, freqs: Tensor, tokens: int) -> Tensor:
+    """Of each token [tokens, 1, 1, channels], from those of each position, for sequences with these boundaries."""
+    known, gathered = _of_each_token.get(cu_seqlens, (None, None))
+    if known is not freqs:
+        gathered = freqs[packed_positions(cu_seqlens, tokens)]
+        _of_each_token[cu_seqlens] = freqs, gathered
+    return gathered
+
+
+def packed_positions(cu_seqlens: Tensor, tokens: int) -> Tensor:
+    """int64 [tokens]: place of each token in its own sequence; `cu_seqlens` [sequences + 1] are their boundaries."""
+    index = torch.arange(tokens, device=cu_seqlens.device)
+    sequence = torch.searchsorted(cu_seqlens, index, right=True) - 1
+    return index - cu_seqlens[sequence]
 
 
 def rotary_layers(backend_spec: Callable[..., Any]) -> Callable[..., Any]:
