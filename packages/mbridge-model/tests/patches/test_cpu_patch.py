@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from mbridge_model.patches.cpu import Patch, PatchError, enable_cpu
+from mbridge_model.patches import Patch, PatchError, PatchTable
+from mbridge_model.patches.cpu import enable_cpu
 from mbridge_model.patches.cpu import torch_equivalents as equivalents
-from mbridge_model.patches.cpu.patch import apply_patches, rewrite_code
+from mbridge_model.patches.patch import rewrite_code
 
 from testing.gang import Gang, WorkerPool
 
@@ -35,12 +36,12 @@ def plain():
 def test_constants_are_rewritten_wherever_the_function_is_held(victim: types.ModuleType) -> None:
     held = victim.Thing.device
     patch = Patch(target="patch_victim:Thing.device", reason="test", constants={"cuda": "cpu"})
-    apply_patches((patch,))
+    PatchTable("run without a GPU", (patch,)).apply()
     # In a nested function and in a list, but neither inside another text nor a constant of another type.
     assert held(None) == ["cpu", False, "cuda:0", True]
     assert held(None, "cpu") == ["cpu", True, "cuda:0", True]
     with pytest.raises(PatchError, match="patch_victim:Thing.device: its code no longer has 'cuda'"):
-        apply_patches((patch,))
+        PatchTable("run without a GPU", (patch,)).apply()
 
 
 def test_constants_of_another_type_stay() -> None:
@@ -59,7 +60,7 @@ def test_whatever_has_gone_is_named_and_nothing_is_applied(victim: types.ModuleT
         Patch(target="patch_victim:Thing", reason="why six", constants={"cuda": "cpu"}),
     )
     with pytest.raises(PatchError) as caught:
-        apply_patches(patches)
+        PatchTable("run without a GPU", patches).apply()
     message = str(caught.value)
     for text in (
         f"torch {torch.__version__.partition('+')[0]}",
@@ -106,7 +107,7 @@ def describe_enabled_process() -> dict[str, object]:
     enable_cpu()
     patched = torch.cuda.current_device
     enable_cpu()
-    from mbridge_model.patches.cpu.table import PATCHES
+    from mbridge_model.patches.cpu import CPU
     from megatron.core.tensor_parallel import random
 
     copies = [
@@ -122,8 +123,8 @@ def describe_enabled_process() -> dict[str, object]:
     gelu(torch.ones(2))
     return {
         "same": torch.cuda.current_device is patched,
-        "targets": [patch.target for patch in PATCHES],
-        "reasons": [patch.reason for patch in PATCHES],
+        "targets": [patch.target for patch in CPU.patches],
+        "reasons": [patch.reason for patch in CPU.patches],
         "constants": "cuda" in str(by_name.__code__.co_consts),
         "copies": copies,
         "compiled frames": torch._dynamo.utils.counters["frames"]["total"],

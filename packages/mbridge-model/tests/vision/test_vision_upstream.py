@@ -183,7 +183,7 @@ def vision_frequencies(directory: Path) -> tuple[str, str, list[float]]:
 
     model, _ = load(directory, dtype=torch.bfloat16)
     tower: Any = unwrap_model(model[0]).visual
-    frequencies = tower.rotary_pos_emb.inv_freq
+    frequencies = tower.rotary_pos_emb.frequencies
     return str(tower.patch_embed.proj.weight.dtype), str(frequencies.dtype), frequencies.tolist()
 
 

@@ -16,7 +16,7 @@ import torch
 from mbridge_model.bridge.hf_views import Parts
 from mbridge_model.bridge.install import require_bridge
 from mbridge_model.bridge.slices import SlicedReader
-from mbridge_model.bridge.tasks import has_vocabulary, hf_names, pad_vocabulary, task_parts
+from mbridge_model.bridge.tasks import has_vocabulary, hf_names, load_only, task_parts
 from mbridge_model.errors import ModelError
 from mbridge_model.patches.cpu import allow_missing_transformer_engine, enable_cpu
 from mbridge_model.patches.quiet import quiet
@@ -32,9 +32,9 @@ def import_bridge() -> Any:
     enable_cpu()
     allow_missing_transformer_engine()
     with quiet():
-        from mbridge_model.patches.rotary import install_rotary
+        from mbridge_model.patches.rotary import ROTARY
 
-        install_rotary()
+        ROTARY.apply()
         from megatron.bridge import AutoBridge
     return AutoBridge
 
@@ -142,12 +142,8 @@ class Bridge:
                 # Not those that an export uses: loading marks them on the stages that own a tensor alone, after which
                 # the stages would not agree on what to send.
                 left = self._load_shares(model_bridge, self._bridge.get_conversion_tasks(model))
-                pad_vocabulary(model_bridge, left)
-                model_bridge.build_conversion_tasks = lambda *_: left
-                try:
+                with load_only(model_bridge, left):
                     model_bridge.load_weights_hf_to_megatron(self._bridge.hf_pretrained, model)
-                finally:
-                    del model_bridge.build_conversion_tasks
         except (AssertionError, RuntimeError, ValueError) as error:
             raise ModelError(
                 f"the weights of {self.path} do not fit the model: {error}; leave out overrides of sizes, which come "

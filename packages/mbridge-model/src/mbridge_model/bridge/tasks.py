@@ -1,8 +1,12 @@
 """What Megatron-Bridge's conversion tasks, one a Megatron parameter, say of its HuggingFace tensors."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+
+from mbridge_model.patches import Patch, PatchTable
 
 # Megatron pads these to a multiple of the tensor-parallel size.
 _VOCABULARY_PARAMETERS = ("embedding.word_embeddings.weight", "output_layer.weight")
@@ -13,25 +17,38 @@ def has_vocabulary(task: Any) -> bool:
     return task is not None and task.global_param_name.endswith(_VOCABULARY_PARAMETERS)
 
 
-def pad_vocabulary(model_bridge: Any, tasks: list[Any]) -> None:
-    """Make `model_bridge` read tensors with a row per token as long as the model's, zeros at the end.
+def load_only(model_bridge: Any, tasks: list[Any]) -> PatchTable:
+    """Patches of `model_bridge` under which it loads the parameters of `tasks` alone, with a padded vocabulary.
 
-    Megatron-Bridge pads them by itself, but only where they have the names of a model of text: those of a
-    vision-language model it refuses.
+    Megatron-Bridge pads tensors with a row a token by itself, but only those with the names of a text model.
     """
     rows = {
         hf_names(task)[0]: task.param_weight.shape[0] * task.mapping.tp_size
         for task in tasks
         if has_vocabulary(task) and task.param_weight is not None
     }
-    read = model_bridge.maybe_modify_loaded_hf_weight
 
-    def read_padded(hf_param: Any, hf_state_dict: Any) -> Any:
-        weight = read(hf_param, hf_state_dict)
-        missing = rows.get(hf_param, 0) - len(weight) if isinstance(hf_param, str) else 0
-        return torch.nn.functional.pad(weight, (0, 0, 0, missing)) if missing > 0 else weight
+    def padding(read: Callable[[Any, Any], Tensor]) -> Callable[[Any, Any], Tensor]:
+        def read_padded(hf_param: Any, hf_state_dict: Any) -> Tensor:
+            weight = read(hf_param, hf_state_dict)
+            missing = rows.get(hf_param, 0) - len(weight) if isinstance(hf_param, str) else 0
+            return torch.nn.functional.pad(weight, (0, 0, 0, missing)) if missing > 0 else weight
 
-    model_bridge.maybe_modify_loaded_hf_weight = read_padded
+        return read_padded
+
+    patches = (
+        Patch(
+            target="maybe_modify_loaded_hf_weight",
+            reason="it pads the vocabulary of text models only",
+            wrapper=padding,
+        ),
+        Patch(
+            target="build_conversion_tasks",
+            reason="it makes a task of every parameter, those that are filled included",
+            replacement=lambda *_: tasks,
+        ),
+    )
+    return PatchTable("load the rest of the weights", patches, owner=model_bridge)
 
 
 def hf_names(task: Any) -> list[str]:

@@ -6,13 +6,11 @@ docs/performance-log.md). Megatron-Core keeps gate and value side by side in one
 for two.
 """
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from megatron.core.fusions import fused_bias_swiglu
 from torch import Tensor
 
 _COLUMNS = 1024
@@ -72,17 +70,3 @@ def _launch(kernel: Any, shape: torch.Size, *tensors: Tensor) -> None:
     tokens, width = shape
     if tokens:
         kernel[(tokens, triton.cdiv(width, _COLUMNS))](*tensors, width, COLUMNS=_COLUMNS)
-
-
-def install_swiglu() -> None:
-    """Put it into Megatron-Core, whose own still serves activations stored in fp8 or on the host. Again: no change."""
-    own = fused_bias_swiglu.SwiGLUFunction
-    if isinstance(own, SimpleNamespace):
-        return
-
-    def apply(inputs: Tensor, fp8_input_store: bool, cpu_offload_input: bool) -> Tensor:
-        if fp8_input_store or cpu_offload_input:
-            return own.apply(inputs, fp8_input_store, cpu_offload_input)
-        return SwiGLU.apply(inputs)
-
-    fused_bias_swiglu.SwiGLUFunction = SimpleNamespace(apply=apply)

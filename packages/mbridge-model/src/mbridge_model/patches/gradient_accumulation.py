@@ -17,6 +17,8 @@ from megatron.core.utils import unwrap_model
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from mbridge_model.patches.patch import Patch, PatchTable
+
 
 def accumulate_weight_gradient(inputs: Tensor, output_gradient: Tensor, main_grad: Tensor) -> None:
     """`main_grad` [out, in] += `output_gradient` [tokens, out]ᵀ · `inputs` [tokens, in], in place."""
@@ -75,14 +77,39 @@ def mark_tied_embeddings(model: list[nn.Module]) -> None:
             weight.accumulates_rows, weight.zero_out_wgrad = True, False
 
 
-def install_gradient_accumulation() -> None:
-    """Put both into Megatron-Core: the product in Apex's place, unless Apex is there, the embedding in torch's.
+_LAYERS = "megatron.core.tensor_parallel.layers"
+EMBEDDING_GRADIENTS = PatchTable(
+    "add the gradients of tied embeddings to the fp32 buffer",
+    (
+        Patch(
+            target=f"{_LAYERS}:F",
+            reason="torch's embedding writes a gradient of all rows of the vocabulary",
+            replacement=SimpleNamespace(embedding=embedding),  # the only function of it that the module uses
+        ),
+    ),
+)
+WEIGHT_GRADIENTS = PatchTable(
+    "add weight gradients to the fp32 buffer without Apex",
+    (
+        Patch(
+            target=f"{_LAYERS}:fused_weight_gradient_mlp_cuda",
+            reason="the kernel is Apex's, which no package index has",
+            replacement=SimpleNamespace(
+                wgrad_gemm_accum_fp32=accumulate_weight_gradient, wgrad_gemm_accum_fp16=accumulate_weight_gradient
+            ),
+            adds=True,
+        ),
+        Patch(
+            target=f"{_LAYERS}:_grad_accum_fusion_available",
+            reason="it says that the kernel is missing",
+            replacement=True,
+        ),
+    ),
+)
 
-    Again: no change.
-    """
-    layers.F = SimpleNamespace(embedding=embedding)  # of which it uses nothing else
+
+def enable_gradient_accumulation() -> None:
+    """Apply both tables, the second one unless Apex is installed. Idempotent."""
+    EMBEDDING_GRADIENTS.apply()
     if not layers._grad_accum_fusion_available:
-        layers.fused_weight_gradient_mlp_cuda = SimpleNamespace(
-            wgrad_gemm_accum_fp32=accumulate_weight_gradient, wgrad_gemm_accum_fp16=accumulate_weight_gradient
-        )
-        layers._grad_accum_fusion_available = True
+        WEIGHT_GRADIENTS.apply()

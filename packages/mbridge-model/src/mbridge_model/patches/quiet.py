@@ -1,29 +1,53 @@
-"""Keeps the chatter of the libraries underneath off the terminal."""
+"""Keep the chatter of the libraries underneath off the terminal, and in our log."""
 
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+from mbridge_model.patches.patch import Patch, PatchTable
 
 logger = logging.getLogger("mbridge_model")
 
 
+def _divert(handle: Callable[..., None]) -> Callable[..., None]:
+    def handle_or_divert(self: logging.Logger, record: logging.LogRecord) -> Any:
+        if record.levelno >= logging.ERROR or record.name.startswith("mbridge_"):
+            return handle(self, record)
+        logger.debug("%s: %s", record.name, record.getMessage())
+
+    return handle_or_divert
+
+
+DIVERTED_LOGS = PatchTable(
+    "log quietly",
+    (
+        Patch(
+            target="logging:Logger.handle",
+            reason="some of upstream's loggers set their own level and handler, so no configuration reaches them all",
+            wrapper=_divert,
+        ),
+    ),
+)
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Hold back prints, Python warnings, and log records below ERROR; what was printed goes to our log at DEBUG.
+    """Send what upstream prints, warns of and logs below ERROR to our log, at DEBUG.
 
-    Upstream warns of every optional GPU library that is missing, of its own deprecated calls, and prints progress.
-    Some of its loggers set their own level and handler, so only the process-wide threshold reaches them all.
+    Upstream warns of every optional GPU library that is missing and of its own deprecated calls, and prints progress.
+    All three channels belong to the process, so another thread's output is diverted in the meantime, too.
     """
     printed = io.StringIO()
-    threshold = logging.root.manager.disable
-    logging.disable(max(threshold, logging.WARNING))
+    caught: list[warnings.WarningMessage] = []
     try:
-        with redirect_stdout(printed), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with DIVERTED_LOGS, redirect_stdout(printed), warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
             yield
     finally:
-        logging.disable(threshold)
         if text := printed.getvalue().strip():
             logger.debug("upstream printed: %s", text)
+        for text in dict.fromkeys(f"{warning.category.__name__}: {warning.message}" for warning in caught):
+            logger.debug("upstream warned: %s", text)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mbridge_model.kernels.compiled import compiled_on_gpu
 from mbridge_model.kernels.self_attention import gathered_angles
+from mbridge_model.patches.patch import Patch, PatchTable
 
 _rotate = compiled_on_gpu(rope_utils._apply_rotary_pos_emb_bshd)
 _rotate_packed_with_context_parallelism = rope_utils._apply_rotary_pos_emb_thd
@@ -29,7 +30,20 @@ def rotate_packed(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *args: Any, **kw
     return _rotate(t.unsqueeze(1), freqs, *args, **kwargs).squeeze(1)
 
 
-def install_rotary() -> None:
-    """Put both into Megatron-Core, before a module takes over the old ones by name. Again: no change."""
-    rope_utils._apply_rotary_pos_emb_bshd = _rotate
-    rope_utils._apply_rotary_pos_emb_thd = rotate_packed
+_ROPE_UTILS = "megatron.core.models.common.embeddings.rope_utils"
+ROTARY = PatchTable(
+    "rotate queries and keys in one kernel",
+    (
+        Patch(
+            target=f"{_ROPE_UTILS}:_apply_rotary_pos_emb_bshd",
+            reason="it launches ten kernels a layer",
+            replacement=_rotate,
+        ),
+        Patch(
+            target=f"{_ROPE_UTILS}:_apply_rotary_pos_emb_thd",
+            reason="it loops over the packed sequences and waits for the GPU",
+            replacement=rotate_packed,
+        ),
+    ),
+)
+"""Apply it before a module imports the functions by name."""

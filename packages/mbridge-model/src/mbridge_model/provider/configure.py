@@ -102,9 +102,9 @@ def configure_provider(
         plain = provider.activation_func_clamp_value is None and not provider.glu_linear_offset
         changes.set("bias_activation_fusion", plain, "one kernel of gate and product, which saves its input alone")
         if plain and not torch._dynamo.config.disable:
-            from mbridge_model.kernels.swiglu import install_swiglu
+            from mbridge_model.patches.swiglu import SWIGLU
 
-            install_swiglu()
+            SWIGLU.apply()
     if provider.num_moe_experts:
         changes.set("moe_aux_loss_coeff", 0.0, "the loss is the caller's, as in transformers without its router loss")
     if family.vision is not None:
@@ -123,9 +123,9 @@ def configure_provider(
     if provider.num_moe_experts and parallel.tensor > 1:
         changes.set("sequence_parallel", True, "Megatron-Core trains experts under tensor parallelism only with it")
     if provider.gradient_accumulation_fusion:
-        from mbridge_model.patches.gradient_accumulation import install_gradient_accumulation
+        from mbridge_model.patches.gradient_accumulation import enable_gradient_accumulation
 
-        install_gradient_accumulation()
+        enable_gradient_accumulation()
     try:
         with quiet():
             provider.finalize()

@@ -5,7 +5,6 @@ each of them, and there are hundreds of windows in a batch.
 """
 
 from contextlib import nullcontext
-from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -28,8 +27,10 @@ def build_tower(provider: Any, backend: Literal["te", "torch"]) -> nn.Module:
             )
     if provider.recompute_granularity == "full":
         tower.gradient_checkpointing_enable({"use_reentrant": False})
-    keep_frequencies_in_fp32(tower)
-    attend_to_all_at_once(tower)
+    tower.rotary_pos_emb = RotaryAngles(tower.rotary_pos_emb.inv_freq.float().to(torch.cuda.current_device()))
+    core = packed_core(tower.config)
+    for block in tower.blocks:
+        block.attn = PackedAttention(block.attn, core)
     return tower
 
 
@@ -46,7 +47,7 @@ def encode(tower: Any, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, 
         grid_thw=grid_thw,
         position_ids=get_vision_position_ids(grid_thw, tower.spatial_merge_size).to(device),
         window_index=window_index.to(device),
-        # What a block's attention gets as `cu_seqlens` is for `_attend` to read.
+        # A block passes them on to its `PackedAttention` as `cu_seqlens`.
         cu_seqlens=pack_frames(grid_thw, device),
         cu_window_seqlens=pack_segments(window_ends.diff(), device),
         return_dict=True,
@@ -54,38 +55,54 @@ def encode(tower: Any, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, 
     return output.pooler_output, []
 
 
-def keep_frequencies_in_fp32(tower: Any) -> None:
-    """Take the rotary frequencies out of the buffers, which a half-precision model would round to its dtype."""
-    rotary = tower.rotary_pos_emb
-    frequencies = rotary.inv_freq.float().to(torch.cuda.current_device())
-    del rotary.inv_freq
-    rotary.inv_freq = frequencies
+class RotaryAngles(nn.Module):
+    """transformers' rotary embedding of the tower with frequencies that stay in fp32.
+
+    There they are a buffer, which a half-precision model rounds to its dtype.
+    """
+
+    def __init__(self, frequencies: Tensor) -> None:
+        super().__init__()
+        self.frequencies = frequencies
+
+    def forward(self, position_ids: Tensor) -> Tensor:
+        """int64 [patches, row and column] in; radians [patches, 2 * frequencies] out."""
+        return (position_ids.unsqueeze(-1) * self.frequencies).flatten(1)
 
 
-def attend_to_all_at_once(tower: Any) -> None:
-    """Give each block's attention the packed attention of the torch backend."""
+class PackedAttention(nn.Module):
+    """transformers' attention of the tower, over all windows or images at once.
+
+    Args:
+        attention: the module whose parameters it takes over, under their names.
+        core: attends within the segments of a packed sequence.
+    """
+
+    def __init__(self, attention: Any, core: nn.Module) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.core = attention.qkv, attention.proj, core
+        self.num_heads = attention.num_heads
+
+    def forward(
+        self, hidden_states: Tensor, cu_seqlens: Any, position_embeddings: tuple[Tensor, Tensor], **unused: Any
+    ) -> Tensor:
+        """[patches, hidden] in and out; `cu_seqlens` is the `PackedSeqParams` of windows or frames."""
+        from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+
+        query, key, value = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)
+        query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
+        output: Tensor = self.proj(self.core(query, key, value, None, packed_seq_params=cu_seqlens))
+        return output
+
+
+def packed_core(settings: Any) -> nn.Module:
+    """The torch backend's attention in both directions, for a tower with this configuration."""
     from megatron.core.transformer.enums import AttnMaskType
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     from mbridge_model.torch_backend import TorchDotProductAttention
 
-    settings = tower.config
     config = TransformerConfig(
         num_layers=settings.depth, hidden_size=settings.hidden_size, num_attention_heads=settings.num_heads
     )
-    core = TorchDotProductAttention(config, 1, AttnMaskType.no_mask, "self", attention_dropout=0.0)
-    for block in tower.blocks:
-        block.attn.core = core
-        block.attn.forward = MethodType(_attend, block.attn)
-
-
-def _attend(
-    attention: Any, hidden_states: Tensor, cu_seqlens: Any, position_embeddings: tuple[Tensor, Tensor], **unused: Any
-) -> Tensor:
-    """[patches, hidden] in and out; `cu_seqlens` is the `PackedSeqParams` of windows or frames."""
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
-
-    projected = attention.qkv(hidden_states).unflatten(-1, (3, attention.num_heads, attention.head_dim))
-    query, key, value = projected.unbind(1)
-    query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
-    return attention.proj(attention.core(query, key, value, None, packed_seq_params=cu_seqlens))
+    return TorchDotProductAttention(config, 1, AttnMaskType.no_mask, "self", attention_dropout=0.0)

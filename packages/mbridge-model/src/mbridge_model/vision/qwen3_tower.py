@@ -4,7 +4,6 @@ Its layers and mergers are run here, in transformers' order and precision, with 
 """
 
 from functools import partial
-from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from mbridge_model.bridge.bridge import qwen_vl_parts
 from mbridge_model.errors import ModelError
+from mbridge_model.patches import Patch, PatchTable
 from mbridge_model.vision.packing import pack_frames
 
 ACTIVATION = "gelu_pytorch_tanh"
@@ -31,7 +31,7 @@ def build_tower(provider: Any, backend: Literal["te", "torch"]) -> nn.Module:
     config.params_dtype = provider.params_dtype
     config.perform_initialization = provider.perform_initialization
     modules = _backend_modules(backend)
-    tower = parts.vision_model(
+    tower: Any = parts.vision_model(
         config,
         _layer_spec(modules, parts.attention),
         parts.merger_submodules(
@@ -41,8 +41,9 @@ def build_tower(provider: Any, backend: Literal["te", "torch"]) -> nn.Module:
         ),
         pg_collection=provider._pg_collection,
     )
-    use_exact_gelu_in_mergers(tower)
-    track_features_under_recompute(tower)
+    for merger in (tower.merger, *tower.decoder.deepstack_merger_list):
+        MERGER_ACTIVATION.on(merger).apply()
+    recomputing(tower.decoder).apply()
     return tower
 
 
@@ -80,25 +81,10 @@ def build_rotary(provider: Any) -> nn.Module:
     )
 
 
-def use_exact_gelu_in_mergers(tower: Any) -> None:
-    """transformers' mergers have the exact GELU; Megatron-Bridge gives them the tanh approximation of the layers."""
-    for merger in (tower.merger, *tower.decoder.deepstack_merger_list):
-        merger.activation_func = torch.nn.functional.gelu
-
-
-def track_features_under_recompute(tower: Any) -> None:
-    """Let gradients reach the tower through the deepstack features when activations are recomputed in full.
-
-    Megatron-Bridge computes the features inside the checkpointed function and returns them as a list, of which
-    autograd knows nothing: neither the deepstack mergers nor the layers below would learn from them.
-    """
-    tower.decoder._checkpointed_forward = MethodType(_checkpointed_forward, tower.decoder)
-
-
-def _checkpointed_forward(
+def checkpoint_layers(
     block: Any, hidden_states: Tensor, rotary_pos_emb: Tensor, packed_seq_params: Any, **unused: Any
 ) -> tuple[Tensor, list[Tensor]]:
-    """Checkpoint each layer, and run the mergers outside."""
+    """Checkpoint each layer and run the mergers outside, so that gradients flow through their features."""
     from megatron.core.tensor_parallel import checkpoint
 
     def run(layer: nn.Module, hidden: Tensor, angles: Tensor) -> Tensor:
@@ -111,6 +97,35 @@ def _checkpointed_forward(
             merger = block.deepstack_merger_list[block.deepstack_visual_indexes.index(number)]
             features.append(merger(hidden_states))
     return hidden_states, features
+
+
+MERGER_ACTIVATION = PatchTable(
+    "compute the mergers of Qwen3-VL",
+    (
+        Patch(
+            target="activation_func",
+            reason="transformers' mergers have the exact GELU, Megatron-Bridge's the tanh approximation of the layers",
+            replacement=torch.nn.functional.gelu,
+        ),
+    ),
+)
+"""On each merger."""
+
+
+def recomputing(decoder: nn.Module) -> PatchTable:
+    """The patch of a tower's decoder with which it recomputes activations."""
+    return PatchTable(
+        "recompute the activations of Qwen3-VL's tower",
+        (
+            Patch(
+                target="_checkpointed_forward",
+                reason="it returns the deepstack features of the checkpointed function in a list, of which autograd "
+                "knows nothing: neither the mergers nor the layers below would learn from them",
+                replacement=partial(checkpoint_layers, decoder),
+            ),
+        ),
+        owner=decoder,
+    )
 
 
 def _backend_modules(backend: Literal["te", "torch"]) -> Any:

@@ -5,17 +5,15 @@ where there is a GPU. `allow_missing_transformer_engine()` lets megatron.bridge 
 not installed, with or without a GPU.
 """
 
-from mbridge_model.patches.cpu.enable import enable_cpu
 from mbridge_model.patches.cpu.missing_transformer_engine import (
     MissingTransformerEngineError,
     allow_missing_transformer_engine,
 )
-from mbridge_model.patches.cpu.patch import Patch, PatchError
+from mbridge_model.patches.cpu.table import CPU, enable_cpu
 
 __all__ = [
+    "CPU",
     "MissingTransformerEngineError",
-    "Patch",
-    "PatchError",
     "allow_missing_transformer_engine",
     "enable_cpu",
 ]

@@ -1,4 +1,4 @@
-"""The table of everything that `enable_cpu` changes, each entry with its reason. Nothing is changed outside it.
+"""Megatron-Core without a GPU: the table of everything that `enable_cpu` changes, each entry with its reason.
 
 Found by reading megatron-core 0.19.2 for every use of CUDA on the paths of a model's life: build, forward and backward
 (tensor, sequence, pipeline and expert parallel), DDP and the distributed optimizer, clipping, loss scaling,
@@ -6,8 +6,11 @@ recomputation, checkpoints. `torch.device("cuda")` that stays in other places (C
 inference) raises torch's own error when it is reached.
 """
 
+import torch
+
 from mbridge_model.patches.cpu import megatron_equivalents, torch_equivalents
-from mbridge_model.patches.cpu.patch import Patch
+from mbridge_model.patches.patch import Patch, PatchTable
+from mbridge_model.patches.quiet import quiet
 
 _RAISES = "it raises where there is no GPU"
 _DEVICE = {"cuda": "cpu"}
@@ -71,6 +74,11 @@ TORCH_PATCHES: tuple[Patch, ...] = (
         replacement=torch_equivalents.nothing,
     ),
     Patch(target="torch.nn:Module.cuda", reason=_RAISES, replacement=torch_equivalents.stay),
+    Patch(
+        target="torch._dynamo.eval_frame:_stance",
+        reason="compiling needs a C++ compiler and takes longer than the small models that one trains on a CPU",
+        wrapper=lambda stance: type(stance)("force_eager"),
+    ),
 )
 
 MEGATRON_PATCHES: tuple[Patch, ...] = (
@@ -212,4 +220,25 @@ MEGATRON_PATCHES: tuple[Patch, ...] = (
     ),
 )
 
-PATCHES: tuple[Patch, ...] = TORCH_PATCHES + MEGATRON_PATCHES
+CPU = PatchTable("run without a GPU", TORCH_PATCHES + MEGATRON_PATCHES)
+
+
+def enable_cpu() -> None:
+    """Make Megatron-Core run on the CPU of this process; a no-op where `torch.cuda.is_available()`.
+
+    Call it before or after megatron is imported, but before a model or an optimizer is built. It imports
+    megatron.core, since what it changes lies there. A second call is a no-op; `CPU.undo()` puts everything back.
+    Process groups must be gloo's.
+
+    Functions handed to `torch.compile` run eagerly, Megatron-Core's and all others of this process.
+
+    Raises:
+        PatchError: something that must be changed is no longer there, so this version of torch or megatron-core is
+            not supported; nothing has been changed then. The message names every such target and the versions.
+    """
+    if CPU.is_applied or torch.cuda.is_available():
+        return
+    with quiet():
+        import megatron.core  # noqa: F401
+
+        CPU.apply()

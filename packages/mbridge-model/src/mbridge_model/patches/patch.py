@@ -1,0 +1,243 @@
+"""Patches of libraries: each with its reason, checked before any is applied, and undone together.
+
+Megatron-Core names the device as a constant inside its functions (`torch.zeros(1, device="cuda")`,
+`param.type() == "torch.cuda.FloatTensor"`). Four ways to change that were weighed:
+
+- A `TorchFunctionMode` that maps "cuda" to "cpu" slows down every torch call, holds for one thread, is suspended inside
+  its own handlers, and cannot see a comparison with a type name. `torch.set_default_device` does not touch an explicit
+  `device=`.
+- A stand-in for the name `torch` in Megatron's modules also catches calls that nobody meant to change, silently, and
+  misses the type names.
+- A copy of each function with the constant changed drifts from upstream, silently.
+- Rewriting the constant in the function's code keeps upstream's logic, costs nothing when it runs, holds for every
+  module that already imported the function (the function object stays the same), and can be checked: where the
+  constant is gone, upstream has changed, and that is an error.
+
+So the last is used. Whole functions are replaced or wrapped only where no constant decides.
+"""
+
+import importlib
+import inspect
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from types import CodeType, FunctionType
+from typing import Any, Self
+
+from mbridge_model.errors import ModelError
+
+_ABSENT: Any = object()
+_lock = threading.RLock()
+
+
+class PatchError(ModelError):
+    """A name or constant that must be changed is not in the installed version, or somebody else has changed it."""
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class Patch:
+    """One change to a function, class or module that is not ours. Exactly one kind of change is given.
+
+    Attributes:
+        target: "module:qualified.name", or "qualified.name" within the object that the table is applied to.
+        reason: why the library does not do without the change.
+        replacement: what the name refers to while the patch is applied.
+        wrapper: called with the original, returns what the name refers to.
+        constants: constants in the function's code, and what they become.
+        names: names that the function's code looks up, and what they become.
+        adds: whether the library may lack the name, which the patch then adds.
+    """
+
+    target: str
+    reason: str
+    replacement: Any = _ABSENT
+    wrapper: Callable[[Any], Any] | None = None
+    constants: Mapping[Any, Any] = field(default_factory=dict)
+    names: Mapping[str, str] = field(default_factory=dict)
+    adds: bool = False
+
+    def __post_init__(self) -> None:
+        kinds = [self.replacement is not _ABSENT, self.wrapper is not None, bool(self.constants or self.names)]
+        if sum(kinds) != 1:
+            raise ValueError(f"{self.target}: give one of replacement, wrapper, or constants and names")
+
+
+class PatchTable:
+    """Patches that are applied together or not at all, and undone together. As a context manager: for the block.
+
+    Undoing restores the names. A module that copied one by `from ... import ...` in the meantime keeps the replacement,
+    so each replacement works without its table, too.
+
+    Args:
+        purpose: what is impossible without the patches, to complete "cannot ..." in an error.
+        patches: in the order in which they are applied.
+        owner: the object in which targets without a module are looked up.
+    """
+
+    def __init__(self, purpose: str, patches: tuple[Patch, ...], *, owner: Any = None) -> None:
+        self.purpose = purpose
+        self.patches = patches
+        self._owner = owner
+        self._changes: list[_Change] = []
+        self._entered: list[bool] = []
+
+    def on(self, owner: Any) -> Self:
+        """Return the table for one object, with a state of its own."""
+        return type(self)(self.purpose, self.patches, owner=owner)
+
+    @property
+    def is_applied(self) -> bool:
+        """Whether the patches are in place."""
+        return bool(self._changes)
+
+    def apply(self) -> bool:
+        """Apply the patches; a no-op while they are applied.
+
+        Returns:
+            Whether they were applied now.
+
+        Raises:
+            PatchError: naming each target, constant or name that is gone, and the installed versions. Nothing has been
+                changed then.
+        """
+        with _lock:
+            if self._changes:
+                return False
+            changes, problems = [], []
+            for patch in self.patches:
+                try:
+                    changes.append(_prepare(patch, self._owner))
+                except LookupError as error:
+                    problems.append(f"{patch.target}: {error.args[0]} (needed because {patch.reason})")
+            if problems:
+                raise PatchError(
+                    f"cannot {self.purpose} on torch {_version('torch')} and megatron-core "
+                    f"{_version('megatron-core')}: {'; '.join(problems)}. "
+                    "Install the versions that mbridge-model asks for"
+                )
+            for change in changes:
+                setattr(change.owner, change.name, change.new)
+            self._changes = changes
+            return True
+
+    def undo(self) -> None:
+        """Put back what was there; a no-op unless the patches are applied.
+
+        Raises:
+            PatchError: something else has changed a target since, and would be lost. Nothing has been put back then.
+        """
+        with _lock:
+            taken = [change.target for change in self._changes if _current(change.owner, change.name) is not change.new]
+            if taken:
+                raise PatchError(
+                    f"cannot put back {', '.join(taken)}: something else has replaced it since; undo that first"
+                )
+            for change in reversed(self._changes):
+                if change.old is _ABSENT:
+                    delattr(change.owner, change.name)
+                else:
+                    setattr(change.owner, change.name, change.old)
+            self._changes = []
+
+    def __enter__(self) -> Self:
+        self._entered.append(self.apply())
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._entered.pop():
+            self.undo()
+
+
+@dataclass(kw_only=True, slots=True, frozen=True)
+class _Change:
+    """An attribute to set. `old` is what `owner` itself has under the name, `_ABSENT` if it inherits or lacks it."""
+
+    target: str
+    owner: Any
+    name: str
+    old: Any
+    new: Any
+
+
+def _current(owner: Any, name: str) -> Any:
+    """What `owner` itself has under `name`, unbound; the code of a function is no entry of its dictionary."""
+    return owner.__code__ if name == "__code__" else vars(owner).get(name, _ABSENT)
+
+
+def _prepare(patch: Patch, owner: Any) -> _Change:
+    """Find the target and what it becomes."""
+    owner, name = _resolve(patch, owner)
+    original = getattr(owner, name, _ABSENT)
+    if patch.replacement is not _ABSENT:
+        new = patch.replacement
+    elif patch.wrapper is not None:
+        new = patch.wrapper(original)
+    else:
+        function = inspect.unwrap(getattr(original, "__func__", original))  # of a class method, of a decorated function
+        if not isinstance(function, FunctionType):
+            raise LookupError(f"is a {type(function).__name__}, not a Python function")
+        owner, name = function, "__code__"
+        new = rewrite_code(function.__code__, patch.constants, patch.names)
+    return _Change(target=patch.target, owner=owner, name=name, old=_current(owner, name), new=new)
+
+
+def _resolve(patch: Patch, owner: Any) -> tuple[Any, str]:
+    """The object that holds the target, and the target's name in it."""
+    module_name, _, qualified_name = patch.target.rpartition(":")
+    if module_name:
+        try:
+            owner = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise LookupError(f"there is no module {error.name}") from error
+    *path, name = qualified_name.split(".")
+    for part in path:
+        _require(owner, part)
+        owner = getattr(owner, part)
+    if not patch.adds:
+        _require(owner, name)
+    return owner, name
+
+
+def _require(owner: Any, name: str) -> None:
+    if not hasattr(owner, name):
+        raise LookupError(f"there is no {name!r} in {getattr(owner, '__name__', type(owner).__name__)}")
+
+
+def rewrite_code(code: CodeType, constants: Mapping[Any, Any], names: Mapping[str, str]) -> CodeType:
+    """A copy of `code`, functions nested in it included, with constants and looked-up names exchanged.
+
+    Raises:
+        LookupError: a constant or name is not in the code.
+    """
+    missing: set[object] = {*constants, *names}
+    rewritten = _rewrite(code, constants, names, missing)
+    if missing:
+        raise LookupError(f"its code no longer has {', '.join(sorted(map(repr, missing)))}")
+    return rewritten
+
+
+def _rewrite(code: CodeType, constants: Mapping[Any, Any], names: Mapping[str, str], missing: set[object]) -> CodeType:
+    def exchange(constant: object) -> object:
+        if isinstance(constant, CodeType):
+            return _rewrite(constant, constants, names, missing)
+        if isinstance(constant, tuple):  # `x in ["a", "b"]` keeps its list as a tuple
+            return tuple(exchange(item) for item in constant)
+        for old, new in constants.items():
+            if type(old) is type(constant) and old == constant:  # 1 == True, but they are two constants
+                missing.discard(old)
+                return new
+        return constant
+
+    missing.difference_update(names.keys() & set(code.co_names))
+    return code.replace(
+        co_consts=tuple(exchange(constant) for constant in code.co_consts),
+        co_names=tuple(names.get(name, name) for name in code.co_names),
+    )
+
+
+def _version(distribution: str) -> str:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return "(not installed)"
