@@ -5,12 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from mbridge_train.errors import TrainError
-from mbridge_train.optim import adam
-from mbridge_train.optim.adam import Adam, install_adam
+from mbridge_train.optim.adam import ADAM, Adam, enable_adam
 from torch import Tensor
 
 from testing.gang import Gang
+from testing.patch_tables import check_table
 
 SIZES = [(), (1,), (7,), (3, 11), (65, 33), (0,)]
 HYPER = {"lr": 1e-2, "betas": (0.8, 0.95), "eps": 1e-7, "weight_decay": 0.1}
@@ -97,8 +96,8 @@ def resume(precision: str | None) -> tuple[list[float], list[float], int]:
     from megatron.core import parallel_state
 
     enable_cpu()
-    install_adam()
-    install_adam()
+    enable_adam()
+    enable_adam()
     parallel_state.initialize_model_parallel()
     try:
         model, optimizer = build(seed=1, precision=precision)
@@ -162,28 +161,21 @@ def test_a_resumed_distributed_optimizer_takes_the_same_steps(gang2: Gang, preci
         assert saved_step == 2
 
 
-def install_twisted() -> None:
-    """Runs in a worker: a name has gone, and an Adam of Apex's is there."""
+def check_the_table() -> None:
+    """Runs in a worker: the table as any other, and with an Adam of Apex's."""
     import megatron.core.optimizer as core
 
-    found = core.distrib_optimizer.Adam
-    targets = adam._TARGETS
-    using_pytorch = core.USING_PYTORCH_OPTIMIZER
-    try:
-        adam._TARGETS = (*targets, ("megatron.core.optimizer", "GoneAdam", 1))
-        with pytest.raises(TrainError, match=r"megatron\.core\.optimizer\.GoneAdam is not in"):
-            install_adam()
-        assert core.distrib_optimizer.Adam is found
-        adam._TARGETS = targets
-        core.USING_PYTORCH_OPTIMIZER = False
-        core.distrib_optimizer.Adam = dict
-        install_adam()
+    check_table(ADAM)
+    was_applied = ADAM.is_applied
+    ADAM.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(core, "USING_PYTORCH_OPTIMIZER", False)
+        patch.setattr(core.distrib_optimizer, "Adam", dict)
+        enable_adam()
         assert core.distrib_optimizer.Adam is dict  # the faster one stays
-    finally:
-        adam._TARGETS = targets
-        core.distrib_optimizer.Adam = found
-        core.USING_PYTORCH_OPTIMIZER = using_pytorch
+    if was_applied:
+        ADAM.apply()
 
 
-def test_install(gang2: Gang) -> None:
-    gang2.run(install_twisted, timeout=200)
+def test_the_table(gang2: Gang) -> None:
+    gang2.run(check_the_table, timeout=200)

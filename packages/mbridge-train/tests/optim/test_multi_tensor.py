@@ -5,7 +5,9 @@ from mbridge_model import enable_cpu
 
 enable_cpu()
 
-from mbridge_train.optim.multi_tensor import install_multi_tensor, l2_norm, scale  # noqa: E402
+from mbridge_train.optim.multi_tensor import MULTI_TENSOR, enable_multi_tensor, l2_norm, scale  # noqa: E402
+
+from testing.patch_tables import check_table  # noqa: E402
 
 
 def gradients() -> list[torch.Tensor]:
@@ -16,7 +18,7 @@ def gradients() -> list[torch.Tensor]:
 def test_clips_as_torch_does() -> None:
     from megatron.core.optimizer import clip_grads
 
-    install_multi_tensor()
+    enable_multi_tensor()
     assert (clip_grads.l2_norm_impl, clip_grads.multi_tensor_scale_impl) == (l2_norm, scale)
     parameters = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients()]
     for parameter, gradient in zip(parameters, gradients(), strict=True):
@@ -34,3 +36,8 @@ def test_clips_as_torch_does() -> None:
 
 def test_a_rank_without_gradients() -> None:
     scale(1, torch.zeros(1), [[], []], 0.5)
+
+
+def test_the_table() -> None:
+    enable_multi_tensor()
+    check_table(MULTI_TENSOR)

@@ -6,15 +6,13 @@ silently takes steps with wrong bias corrections. With FusedAdam's interface the
 and the state looks like that of a run on a GPU with Transformer Engine.
 """
 
-import importlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any, overload
 
 import torch
+from mbridge_model.patches import Patch, PatchTable
 from torch import Tensor
-
-from mbridge_train.errors import TrainError
 
 # Bias corrections 1 - beta**step are exactly 1 from here on, in float64 and so in the fused kernels.
 _NO_BIAS_CORRECTION_STEP = 1e9
@@ -125,32 +123,32 @@ class Adam(torch.optim.Optimizer):
         return batches.values()
 
 
-# Module, name, value: assignments that make Megatron-Core build this Adam and treat its state as FusedAdam's.
-_TARGETS: tuple[tuple[str, str, Any], ...] = (
-    ("megatron.core.optimizer", "Adam", Adam),
-    ("megatron.core.optimizer", "USING_PYTORCH_OPTIMIZER", False),
-    ("megatron.core.optimizer.distrib_optimizer", "Adam", Adam),
-    ("megatron.core.optimizer.distrib_optimizer", "HAVE_APEX_OR_TE", True),
-    # Of the two FusedAdams that keep the step in the group, Apex's has the same capabilities as this one.
-    ("megatron.core.optimizer.distrib_optimizer", "USING_APEX_OPTIMIZER", True),
+_NO_ADAM = "it holds torch's AdamW where neither Transformer Engine nor Apex is installed"
+_NO_STATE = "it takes the state of this Adam for that of torch's AdamW"
+ADAM = PatchTable(
+    "train with Adam that resumes",
+    (
+        Patch(target="megatron.core.optimizer:Adam", reason=_NO_ADAM, replacement=Adam),
+        Patch(target="megatron.core.optimizer:USING_PYTORCH_OPTIMIZER", reason=_NO_STATE, replacement=False),
+        Patch(target="megatron.core.optimizer.distrib_optimizer:Adam", reason=_NO_ADAM, replacement=Adam),
+        Patch(target="megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE", reason=_NO_STATE, replacement=True),
+        # Of the two kinds of FusedAdam that keep the step in the group, Apex's has no other abilities than this one.
+        Patch(
+            target="megatron.core.optimizer.distrib_optimizer:USING_APEX_OPTIMIZER", reason=_NO_STATE, replacement=True
+        ),
+    ),
 )
 
 
-def install_adam() -> None:
-    """Make Megatron-Core build this Adam if it found neither Transformer Engine's nor Apex's; idempotent.
+def enable_adam() -> None:
+    """Make Megatron-Core build this Adam where it found neither Transformer Engine's nor Apex's. Idempotent.
 
     Call it before an optimizer is built, on CPUs and GPUs alike.
 
     Raises:
-        TrainError: a name that must be set is not in the installed megatron-core; nothing was set.
+        PatchError: a name that must be set is not in the installed megatron-core; nothing has been set then.
     """
-    modules = {module: importlib.import_module(module) for module, _, _ in _TARGETS}
-    gone = [f"{module}.{name}" for module, name, _ in _TARGETS if not hasattr(modules[module], name)]
-    if gone:
-        raise TrainError(
-            f"cannot install Adam: {', '.join(gone)} is not in the installed megatron-core; install 0.19.2"
-        )
-    if not modules["megatron.core.optimizer"].USING_PYTORCH_OPTIMIZER:
-        return
-    for module, name, value in _TARGETS:
-        setattr(modules[module], name, value)
+    from megatron.core import optimizer
+
+    if getattr(optimizer, "USING_PYTORCH_OPTIMIZER", True):
+        ADAM.apply()

@@ -4,9 +4,8 @@ Megatron-Core's substitutes for their kernels handle one gradient at a time and 
 These have the same interface and use torch's own kernels over lists of tensors.
 """
 
-from typing import Any
-
 import torch
+from mbridge_model.patches import Patch, PatchTable
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
@@ -23,11 +22,28 @@ def scale(chunk_size: int, overflow: Tensor, tensors: list[list[Tensor]], factor
         torch._foreach_mul_(gradients, factor)
 
 
-def install_multi_tensor() -> None:
-    """Make Megatron-Core's clipping use these functions if it has no kernels; idempotent."""
+_CLIP_GRADS = "megatron.core.optimizer.clip_grads"
+MULTI_TENSOR = PatchTable(
+    "clip all gradients at once",
+    (
+        Patch(
+            target=f"{_CLIP_GRADS}:l2_norm_impl",
+            reason="its substitute for a fused kernel waits for the GPU after each tensor",
+            replacement=l2_norm,
+        ),
+        Patch(
+            target=f"{_CLIP_GRADS}:multi_tensor_scale_impl",
+            reason="its substitute for a fused kernel launches one kernel a tensor",
+            replacement=scale,
+        ),
+    ),
+)
+
+
+def enable_multi_tensor() -> None:
+    """Make Megatron-Core's clipping use them if it has no fused kernels. Idempotent."""
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads
 
-    module: Any = clip_grads
-    if module.l2_norm_impl is utils.local_multi_tensor_l2_norm:
-        module.l2_norm_impl, module.multi_tensor_scale_impl = l2_norm, scale
+    if getattr(clip_grads, "l2_norm_impl", None) is utils.local_multi_tensor_l2_norm:
+        MULTI_TENSOR.apply()

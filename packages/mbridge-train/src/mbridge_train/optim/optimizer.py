@@ -12,8 +12,8 @@ from megatron.core.utils import get_model_config
 from torch import Tensor, nn
 
 from mbridge_train.errors import TrainError
-from mbridge_train.optim.adam import install_adam
-from mbridge_train.optim.multi_tensor import install_multi_tensor
+from mbridge_train.optim.adam import enable_adam
+from mbridge_train.optim.multi_tensor import enable_multi_tensor
 from mbridge_train.optim.schedule import Schedule
 
 
@@ -119,8 +119,8 @@ class Optimizer:
     """
 
     def __init__(self, model: list[DistributedDataParallel], settings: OptimizerSettings) -> None:
-        install_adam()
-        install_multi_tensor()
+        enable_adam()
+        enable_multi_tensor()
         config = get_model_config(model[0])
         self.settings = settings
         self.steps = 0
