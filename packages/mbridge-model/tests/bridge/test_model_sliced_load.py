@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mbridge_model import Parallel
+from mbridge_model.bridge.slices import SlicedReader
+from safetensors.torch import save_file
 
 from testing.gang import Gang
 from testing.tiny_models import VOCAB_SIZE, make_model
@@ -71,3 +74,12 @@ def test_a_pipeline_stage_reads_its_layers(gang2: Gang, tmp_path: Path) -> None:
     make_model("qwen2", False, tmp_path)
     for slices, whole, own in gang2.run(bytes_read, tmp_path, Parallel(pipeline=2)):
         assert whole == 0 and slices == own
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 4, 1), (3, 4)])
+def test_a_parameter_of_another_shape_is_left_to_megatron_bridge(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    save_file({"weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
+    reader = SlicedReader(tmp_path, {"weight": "model.safetensors"}, rank=0, size=2)
+    parameter = torch.zeros(shape)
+    assert not reader.fill(parameter, {"whole": "weight"}, queries=1, groups=1, pads_rows=False)
+    assert not parameter.any()

@@ -89,6 +89,14 @@ def error_of(directory: Path, arguments: dict[str, Any], existing: tuple[int, in
             r"override 'atention_dropout' is no field of \w+; did you mean 'attention_dropout'\?",
         ),
         (
+            {"overrides": {"tensor_model_parallel_size": 2}},
+            r"override tensor_model_parallel_size=2 contradicts the process groups, which have 1 rank\(s\)",
+        ),
+        (
+            {"overrides": {"expert_model_parallel_size": 2}},
+            r"override expert_model_parallel_size=2 contradicts the process groups, which have 1 rank\(s\)",
+        ),
+        (
             {"overrides": {"add_qkv_bias": False}},
             r"override add_qkv_bias=False cannot be: Qwen2 checkpoints hold .* biases, .*; leave it out",
         ),

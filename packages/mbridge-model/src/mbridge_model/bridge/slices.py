@@ -85,7 +85,7 @@ class SlicedReader:
         if whole == shape:
             return self._slice(name)[:]
         # A parallel layer cuts one dimension evenly; which one shows in the shapes.
-        cut = [dimension for dimension, (a, b) in enumerate(zip(whole, shape, strict=True)) if a != b]
+        cut = [dimension for dimension, (a, b) in enumerate(zip(whole, shape, strict=False)) if a != b]
         if len(whole) != len(shape) or len(cut) != 1 or whole[cut[0]] != shape[cut[0]] * self._size:
             return None
         begin, end = (part * shape[cut[0]] for part in (self._rank, self._rank + 1))

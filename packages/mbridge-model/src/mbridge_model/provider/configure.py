@@ -111,6 +111,7 @@ def configure_provider(
         changes.update((freeze or Freeze()).fields(), "what `freeze` says")
     elif freeze not in (None, Freeze()):
         raise ModelError(f"{freeze} asks to freeze parts of a model of text alone (family {family.name})")
+    check_layout_overrides(overrides)
     for name, value in overrides.items():
         forced = next((force for force in family.forces if force.field == name), None)
         if forced is not None and forced.value != value:
@@ -131,6 +132,33 @@ def configure_provider(
             provider.finalize()
     except (AssertionError, ValueError, RuntimeError) as error:
         raise ModelError(f"Megatron-Core refuses this combination of settings: {error}") from error
+
+
+# The size of each kind of group, as the provider and `parallel_state` call it. Groups are made before the provider.
+_GROUPS = {
+    "tensor_model_parallel_size": "get_tensor_model_parallel_world_size",
+    "pipeline_model_parallel_size": "get_pipeline_model_parallel_world_size",
+    "context_parallel_size": "get_context_parallel_world_size",
+    "expert_model_parallel_size": "get_expert_model_parallel_world_size",
+    "expert_tensor_parallel_size": "get_expert_tensor_parallel_world_size",
+}
+
+
+def check_layout_overrides(overrides: Mapping[str, Any]) -> None:
+    """Compare what the overrides say of the layout with the process groups that exist.
+
+    Raises:
+        ModelError: they differ, so that the model would be cut for other ranks than there are.
+    """
+    from megatron.core import parallel_state
+
+    for name in _GROUPS.keys() & overrides.keys():
+        size = getattr(parallel_state, _GROUPS[name])()
+        if overrides[name] != size:
+            raise ModelError(
+                f"override {name}={overrides[name]!r} contradicts the process groups, which have {size} rank(s) there; "
+                "leave it out, and give the layout as Parallel(...) or make the groups before load"
+            )
 
 
 def _set_vision_fields(changes: "_Changes", parallel: Parallel, overrides: Mapping[str, Any]) -> None:
