@@ -1,6 +1,6 @@
-"""A HuggingFace model directory: what must be there, checked before anything is built.
+"""A HuggingFace model directory, checked before anything is built.
 
-Only JSON and the headers of safetensors files are read, so a mistake costs milliseconds, not a loaded model.
+Only JSON files and the headers of safetensors files are read, so a mistake costs milliseconds, not a model load.
 """
 
 import json
@@ -46,7 +46,7 @@ def open_directory(path: str | Path, *, needs_weights: bool = True) -> HFDirecto
 
     Args:
         path: the directory. A model name on a hub is not resolved: download it first.
-        needs_weights: also check that the safetensors files are all there and whole.
+        needs_weights: also check that all safetensors files are present and complete.
 
     Raises:
         ModelError: naming the file, what is wrong with it, and the fix.

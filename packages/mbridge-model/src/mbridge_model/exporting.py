@@ -26,8 +26,8 @@ def export(model: list[nn.Module], handle: ModelHandle) -> Iterator[tuple[str, T
 
     Collective: every rank must run the iterator to its end, and every rank gets every tensor, on the model's device
     and in its dtype. At most one HuggingFace tensor and the shards it is made from exist beside the model. Padding
-    rows of the vocabulary are cut off; tied embeddings come once, as they lie in the source directory. A tensor may be
-    a view of a parameter, which changes with it: copy what is kept.
+    rows of the vocabulary are cut off; tied embeddings come once, as in the source directory. A tensor may be
+    a view of a parameter, which changes with it: copy a tensor that you keep.
 
     Args:
         model: the chunks that `load` returned, bare or wrapped (data parallel, half precision).
@@ -42,14 +42,14 @@ def export(model: list[nn.Module], handle: ModelHandle) -> Iterator[tuple[str, T
 
 
 def export_recipe(model: list[nn.Module], handle: ModelHandle) -> list[dict[str, Any]] | None:
-    """How each HuggingFace tensor is a part of one Megatron parameter, for exporting without Megatron later.
+    """Describe each HuggingFace tensor as a part of one Megatron parameter, for exporting later without Megatron.
 
     Collective over all ranks. Each entry has `name` (HuggingFace), `parameter` (Megatron's, layers numbered over the
     whole model) and `part`: "whole"; "query", "key" or "value" of a fused weight or bias, with `heads`, `groups` and
     `head_dim`; "gate" or "up" of a gated `linear_fc1`. `rows` are the real tokens of a padded vocabulary.
 
     Returns:
-        None for a model with a tensor that is not such a part (a permuted or computed one).
+        The entries; None if some tensor is no such part (a permuted or computed one).
     """
     return handle.bridge.recipe(model, handle.provider, handle.vocab_size)
 
@@ -57,15 +57,15 @@ def export_recipe(model: list[nn.Module], handle: ModelHandle) -> list[dict[str,
 def save_hf(
     model: list[nn.Module], handle: ModelHandle, directory: str | Path, *, max_shard_bytes: int = 5 * 10**9
 ) -> None:
-    """Write weights, config, tokenizer and whatever else the source directory holds. Collective over all ranks.
+    """Write weights, config, tokenizer and all other files of the source directory. Collective over all ranks.
 
-    The directory appears under its name only when it is complete: it is written beside it and renamed. Rank 0 writes,
-    holding at most one shard of the weights in host memory.
+    The directory appears under its name only when it is complete: it is written under a temporary name and renamed.
+    Rank 0 writes, holding at most one shard of the weights in host memory.
 
     Args:
         model: the chunks that `load` returned.
         handle: as `load` returned it.
-        directory: must not exist, or be empty.
+        directory: where to write; it must not exist, or be empty.
         max_shard_bytes: start a new safetensors file when the next tensor would make one larger than this.
 
     Raises:
@@ -105,7 +105,7 @@ def _raise_everywhere(error: Exception | None) -> None:
 
 
 def _write(tensors: Iterator[tuple[str, Tensor]], source: Path, target: Path, max_shard_bytes: int) -> None:
-    """Write the whole directory beside `target` and rename it; leave nothing behind on failure."""
+    """Write the directory under a temporary name and rename it to `target`; leave nothing behind on failure."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
@@ -125,7 +125,7 @@ def _write(tensors: Iterator[tuple[str, Tensor]], source: Path, target: Path, ma
 
 
 class _ShardWriter:
-    """Collects tensors into safetensors files of a limited size, and writes the index if there is more than one."""
+    """Collects tensors into safetensors files of limited size and writes the index if there is more than one file."""
 
     def __init__(self, directory: Path, max_shard_bytes: int) -> None:
         self.directory = directory

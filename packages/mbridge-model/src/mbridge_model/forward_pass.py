@@ -62,15 +62,15 @@ def forward(
             a copy of the logits into another one.
 
     Returns:
-        On the last pipeline stage what `head` returns, without one logits [batch, sequence, padded vocabulary / TP] in
-        the model's dtype; on the others what the schedule sends on.
+        On the last pipeline stage the result of `head`, or without one the logits [batch, sequence, padded vocabulary /
+        TP] in the model's dtype; on the others the tensor that the schedule sends on.
 
     Raises:
-        ModelError: the placeholders in `tokens` are not as many as the features of `vision`.
+        ModelError: the number of placeholders in `tokens` differs from the number of features of `vision`.
     """
     arguments: dict[str, Any] = {} if vision is None else {"vision": vision}
     if getattr(model, "config").params_dtype.itemsize == 2:  # noqa: B009 - the class declares no such attribute
-        # The half-precision wrapper would copy the logits to fp32; a loss reads them so piece by piece.
+        # The half-precision wrapper would copy the logits to fp32; a loss converts them piece by piece.
         arguments["fp32_output"] = False
     if head is not None:
         split: bool = getattr(model, "config").sequence_parallel  # noqa: B009 - likewise
@@ -88,7 +88,7 @@ def _apply_head(
     scale_logits: Callable[[Tensor], Tensor],
     **_: Any,
 ) -> Any:
-    """Megatron-Core's `output_processor`."""
+    """Apply `head`; an `output_processor` of Megatron-Core."""
 
     def logits(hidden: Tensor) -> Tensor:
         return scale_logits(output_layer(hidden, weight=output_weight)[0])

@@ -22,11 +22,11 @@ logger = logging.getLogger("mbridge_model")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelHandle:
-    """What belongs to a loaded model and is needed to train or export it.
+    """Everything beside the model itself that training or exporting it needs.
 
     Attributes:
-        directory: the HuggingFace directory it came from.
-        family: whose rules were applied.
+        directory: the HuggingFace directory that it was loaded from.
+        family: the family whose rules were applied.
         backend: "te" or "torch".
         parallel: the layout it was built for.
         provider: the finalized Megatron configuration that built it.
@@ -42,7 +42,7 @@ class ModelHandle:
 
     @property
     def vocab_size(self) -> int:
-        """True size of the vocabulary: the rows beyond it are padding and no token."""
+        """Size of the vocabulary; rows of the embedding beyond it are padding."""
         return self.directory.vocab_size
 
     @property
@@ -72,11 +72,12 @@ def load(
         hf_path: directory with config.json and safetensors weights.
         parallel: the layout; one rank by default.
         overrides: fields of the Megatron provider to set, by name.
-        backend: "torch", "te" (Transformer Engine), or "auto": the latter where it imports and a GPU is there.
+        backend: "torch", "te" (Transformer Engine), or "auto": "te" where it can be imported and there is a GPU, else
+            "torch".
         dtype: of parameters and activations.
-        weights: copy the weights; without, the parameters have Megatron's random initialisation.
-        seed: of Megatron's random streams, where they are not seeded yet.
-        trust_remote_code: let transformers run Python files that lie in the directory.
+        weights: copy the weights; if False, the parameters keep Megatron's random initialization.
+        seed: seed of Megatron's random streams, unless they have been seeded.
+        trust_remote_code: let transformers run Python files of the directory.
         freeze: parts of a vision-language model that are not trained; none by default.
 
     Returns:

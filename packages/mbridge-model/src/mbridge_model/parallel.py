@@ -37,7 +37,7 @@ class Parallel:
 
 
 def initialize_parallel(parallel: Parallel, seed: int) -> None:
-    """Make Megatron-Core's process groups for `parallel` and seed its random streams, unless they are there already.
+    """Make Megatron-Core's process groups for `parallel` and seed its random streams, unless they exist already.
 
     Without a process group this process joins the one that torchrun's variables describe; without those it becomes a
     world of one, so that a notebook needs no launcher.

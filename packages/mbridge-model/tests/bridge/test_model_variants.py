@@ -145,7 +145,7 @@ def test_agrees(worker_pool: WorkerPool, make: Callable[[str], Path], case: str)
     assert wrong == []
 
 
-# What tensor parallelism could treat in another way: windows, zero-centred norms, LayerNorm, fewer groups than ranks.
+# What tensor parallelism could treat in another way: windows, zero-centered norms, LayerNorm, fewer groups than ranks.
 @pytest.mark.parametrize("case", ["mistral, sliding window", "gemma", "nemotron (LayerNorm)", "one group of keys"])
 def test_agrees_on_two_ranks(gang2: Gang, make: Callable[[str], Path], case: str) -> None:
     for dense, packed, wrong in gang2.run(compare, make(case), Parallel(tensor=2)):

@@ -53,7 +53,7 @@ def changed_fields(directory: Path, overrides: dict[str, Any]) -> tuple[dict[str
 def test_only_what_was_logged_has_changed(worker_pool: WorkerPool, qwen2: Path) -> None:
     overrides = {"attention_dropout": 0.25, "rotary_percent": 1.0}
     ((changed, lines),) = Gang(1, worker_pool).run(changed_fields, qwen2, overrides)
-    # Weights are loaded, so none is initialised; `_pg_collection` is the provider's own note of the process groups.
+    # Weights are loaded, so none is initialized; `_pg_collection` is the provider's own note of the process groups.
     unlogged = {"perform_initialization", "_pg_collection", "vocab_size"}
     logged = {match[1] for line in lines if (match := re.match(r"provider\.(\w+): .+ -> .+ \(.+\)$", line))}
     assert set(changed) - unlogged <= logged

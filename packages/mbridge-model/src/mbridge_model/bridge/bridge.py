@@ -23,7 +23,7 @@ from mbridge_model.patches.quiet import quiet
 
 
 def import_bridge() -> Any:
-    """Import megatron.bridge where no GPU and no Transformer Engine need be, and return its `AutoBridge` class.
+    """Import megatron.bridge, with or without a GPU and Transformer Engine, and return its `AutoBridge` class.
 
     Raises:
         ModelError: megatron-bridge is not installed; the message has the line that installs it.
@@ -41,13 +41,13 @@ def import_bridge() -> Any:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QwenVLParts:
-    """What `mbridge_model.vision` puts together, of Megatron-Bridge's Qwen3-VL.
+    """The parts of Megatron-Bridge's Qwen3-VL that `mbridge_model.vision` builds on.
 
     Attributes:
         attention: self-attention that takes a rotary angle for each token, packed or not.
         rotary: the language model's interleaved rotary embedding.
-        vision_model: the vision tower, and the next two what it is built from.
-        vision_config: makes the tower's configuration from transformers' and the provider.
+        vision_model: the vision tower.
+        vision_config: makes the tower's configuration from transformers' configuration and the provider.
         merger_submodules: norm and linear layers of a merger.
     """
 
@@ -60,7 +60,7 @@ class QwenVLParts:
 
 @cache
 def qwen_vl_parts() -> QwenVLParts:
-    """Import them."""
+    """Import the parts once."""
     import_bridge()
     from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.attention import Qwen3VLSelfAttention
     from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope import Qwen3VLMultimodalRotaryEmbedding
@@ -82,7 +82,7 @@ class Bridge:
 
     Args:
         path: a directory that `open_directory` has checked.
-        trust_remote_code: let transformers run Python files that lie in the directory.
+        trust_remote_code: let transformers run Python files of the directory.
 
     Raises:
         ModelError: Megatron-Bridge has no conversion for the architecture, or cannot read the directory.
@@ -101,7 +101,7 @@ class Bridge:
             raise ModelError(f"Megatron-Bridge cannot convert {path}: {first_line}") from error
 
     def provider(self) -> Any:
-        """A fresh provider (a Megatron `TransformerConfig` that builds the model), without weights.
+        """Return a fresh provider: a Megatron `TransformerConfig` that builds the model, without weights.
 
         Raises:
             ModelError: config.json has a setting that Megatron-Bridge does not know.
@@ -113,7 +113,7 @@ class Bridge:
             raise ModelError(f"Megatron-Bridge cannot convert {self.path}: {error}") from error
 
     def build(self, provider: Any) -> list[torch.nn.Module]:
-        """The model chunks of this rank, not yet wrapped for data parallelism; half precision is wrapped.
+        """Build the model chunks of this rank, wrapped for half precision but not for data parallelism.
 
         Raises:
             ModelError: Megatron-Core or the backend cannot build it.
@@ -134,7 +134,7 @@ class Bridge:
         """Copy the directory's weights into the model, in place. Collective over all ranks.
 
         Raises:
-            ModelError: a tensor has another shape than the model's, as after an override of the geometry.
+            ModelError: a tensor's shape differs from the model's, for example after an override of the geometry.
         """
         try:
             with quiet():
@@ -151,7 +151,7 @@ class Bridge:
             ) from error
 
     def _load_shares(self, model_bridge: Any, tasks: list[Any]) -> list[Any]:
-        """Fill what this rank can read its own share of, without the other ranks; returns the tasks that are left."""
+        """Fill every parameter whose shard this rank can read by itself; return the remaining tasks."""
         if not type(model_bridge).maybe_modify_loaded_hf_weight.__qualname__.startswith("MegatronModelBridge."):
             return tasks  # this family changes tensors as they are read
         source = self._bridge.hf_pretrained.state.source
@@ -179,8 +179,8 @@ class Bridge:
     def stream_blocks(self, model: list[torch.nn.Module], vocab_size: int) -> Iterator[tuple[str, list[torch.Tensor]]]:
         """Yield (HuggingFace name, blocks of rows of the whole tensor) on every rank. Collective: all must iterate.
 
-        Tensors with a row per token are cut to `vocab_size` rows, which Megatron-Bridge leaves padded. Where this rank
-        has the whole model, most blocks are views of parameters, and Megatron-Bridge converts the others.
+        Tensors with a row per token are cut to `vocab_size` rows, since Megatron-Bridge leaves them padded. Where this
+        rank has the whole model, most blocks are views of parameters, and Megatron-Bridge converts the others.
 
         Raises:
             ModelError: the memory of the weights has been freed.
@@ -211,7 +211,7 @@ class Bridge:
             yield name, [tensor[:vocab_size] if name in vocabulary else tensor]
 
     def _parts_of(self, task: Any, vocab_size: int) -> Parts | None:
-        """Views of a parameter that this rank has whole; None if Megatron-Bridge must convert it."""
+        """Return views of a parameter that this rank holds whole; None if Megatron-Bridge must convert it."""
         if task is None or task.megatron_module is None:
             return None
         known = self._parts.get(task.global_param_name)
@@ -229,7 +229,7 @@ class Bridge:
         return known
 
     def _conversion_tasks(self, model: list[torch.nn.Module]) -> list[Any]:
-        """What Megatron-Bridge knows of each parameter; found once, as it takes longer than copying a small model."""
+        """Return the task of each parameter, cached: finding them takes longer than copying a small model."""
         known, tasks = self._tasks
         if len(known) != len(model) or any(one is not other for one, other in zip(known, model, strict=True)):
             with quiet():
@@ -239,12 +239,12 @@ class Bridge:
         return tasks
 
     def _changes_exported_weights(self) -> bool:
-        """Whether this family's HuggingFace tensors are more than parts of parameters."""
+        """Return whether this family computes its HuggingFace tensors instead of cutting them out of parameters."""
         function = type(self._bridge._model_bridge).maybe_modify_converted_hf_weight
         return not function.__qualname__.startswith("MegatronModelBridge.")
 
     def recipe(self, model: list[torch.nn.Module], provider: Any, vocab_size: int) -> list[dict[str, Any]] | None:
-        """What `mbridge_model.export_recipe` returns. Collective over all ranks."""
+        """Return the recipe of `mbridge_model.export_recipe`. Collective over all ranks."""
         entries: list[dict[str, Any]] = []
         for task in self._conversion_tasks(model):
             if task is None:
@@ -265,7 +265,7 @@ class Bridge:
     def check_coverage(self, model: list[torch.nn.Module]) -> None:
         """Check that each weight of the directory has a place in the model, and each parameter a weight.
 
-        Megatron-Bridge only warns of either, and would train with a randomly initialised or a lost tensor.
+        Megatron-Bridge only warns of either, so a random or a missing tensor would be trained.
         Collective over all ranks, so that all of them raise.
 
         Raises:

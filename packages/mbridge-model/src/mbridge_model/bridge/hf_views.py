@@ -1,4 +1,4 @@
-"""HuggingFace tensors as parts of Megatron parameters."""
+"""HuggingFace tensors as views of Megatron parameters."""
 
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -7,17 +7,17 @@ from torch import Tensor
 
 
 def part_views(parameter: Tensor, parts: Iterable[str], *, queries: int, groups: int) -> dict[str, Tensor]:
-    """Views of the parts of a parameter, or of a tensor-parallel rank's share of it.
+    """Return views of the parts of a parameter, or of a tensor-parallel rank's shard of it.
 
     Args:
-        parameter: whole or a share.
-        parts: what it is made of, as `export_recipe` calls it: "whole" alone; "query", "key" and "value"; or "gate" and
+        parameter: the whole parameter or a shard.
+        parts: its parts, as `export_recipe` names them: "whole" alone; "query", "key" and "value"; or "gate" and
             "up".
         queries: query heads in a group of a fused attention.
-        groups: such groups in `parameter`.
+        groups: number of such groups in `parameter`.
 
     Returns:
-        By name of the part: rows as in the HuggingFace tensor; of an attention [groups, rows of a group, ...].
+        A view for each part: rows as in the HuggingFace tensor; for an attention [groups, rows of a group, ...].
     """
     names = set(parts)
     if names == {"whole"}:
@@ -31,20 +31,20 @@ def part_views(parameter: Tensor, parts: Iterable[str], *, queries: int, groups:
 
 
 def join_blocks(blocks: list[Tensor]) -> Tensor:
-    """The tensor whose rows they are, without a copy if there is one alone."""
+    """Concatenate blocks of rows; a single block is returned without a copy."""
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
 
 
 class Parts:
-    """The HuggingFace tensors that one Megatron parameter consists of, as views of it that are made once.
+    """The HuggingFace tensors that one Megatron parameter consists of, as views that are created once.
 
-    Making a view takes longer than copying a small tensor. The views hold the parameter's memory.
+    Creating a view takes longer than copying a small tensor. The views keep the parameter's memory alive.
 
     Args:
         parameter: not cut by any parallelism.
         parts: name of each part and of its HuggingFace tensor.
         heads, groups: of the attention that the parameter belongs to.
-        rows: how many rows of "whole" are kept: the real tokens of a padded vocabulary. None: all.
+        rows: number of rows of "whole" to keep, the real tokens of a padded vocabulary; None keeps all.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class Parts:
         self._named = [(parts[part], list(view) if is_grouped else [view]) for part, view in views.items()]
 
     def are_of(self, parameter: Tensor) -> bool:
-        """Whether the parameter still is where it was: data parallelism, say, moves it into a buffer."""
+        """Return whether the parameter has not moved; data parallelism, for one, moves it into a buffer."""
         return parameter.data_ptr() == self._data.data_ptr()
 
     def __iter__(self) -> Iterator[tuple[str, list[Tensor]]]:
-        """(HuggingFace name, blocks of rows): one for each group of a fused attention, else one alone."""
+        """Yield (HuggingFace name, blocks of rows): a block per group for a fused attention, else a single one."""
         return iter(self._named)

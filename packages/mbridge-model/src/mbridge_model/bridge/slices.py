@@ -1,8 +1,8 @@
-"""Reading only the rows and columns of a weight that a rank holds, straight into the parameter.
+"""Read only the rows and columns of a weight that a rank holds, straight into the parameter.
 
-Megatron-Bridge makes copies of a tensor in host memory on its way, and under tensor parallelism lets the first rank
-read and convert whole tensors and scatter them, while the others wait. Where a parameter is a plain part of HuggingFace
-tensors (see `export_recipe`), each rank can copy its own share out of the safetensors file, which is mapped.
+Megatron-Bridge copies a tensor in host memory, and under tensor parallelism the first rank reads and converts whole
+tensors and scatters them while the others wait. Where a parameter consists of plain parts of HuggingFace tensors (see
+`export_recipe`), each rank can copy its own shard out of the memory-mapped safetensors file.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ from mbridge_model.bridge.hf_views import part_views
 
 
 class SlicedReader:
-    """Slices of the tensors of a safetensors directory, as one tensor-parallel rank needs them.
+    """Reads the slices of a safetensors directory that one tensor-parallel rank needs.
 
     Args:
         path: directory of the files.
@@ -33,19 +33,19 @@ class SlicedReader:
         self._open: dict[str, Any] = {}
 
     def fill(self, parameter: Tensor, parts: Mapping[str, str], *, queries: int, groups: int, pads_rows: bool) -> bool:
-        """Copy this rank's share of one Megatron parameter out of the mapped files, with nothing in between.
+        """Copy this rank's shard of one Megatron parameter out of the mapped files, without an intermediate copy.
 
         Args:
-            parameter: this rank's share.
-            parts: name of each part, as `export_recipe` calls them, and of its HuggingFace tensor.
+            parameter: this rank's shard.
+            parts: HuggingFace name of each part; parts are named as in `export_recipe`.
             queries, groups: query heads in a group, and groups, of the whole model.
-            pads_rows: the tensor has a row a token, and the ranks together may have more rows, which are zeros.
+            pads_rows: the tensor has a row per token, and the ranks together may have more rows, which become zeros.
 
         Returns:
-            False, and nothing is copied, if the parameter is not cut in a way that is known here.
+            Whether the parameter was filled. False, with nothing copied, if it is cut in a way that is unknown here.
 
         Raises:
-            ValueError: the shares of the tensors do not make up the parameter.
+            ValueError: the slices of the tensors do not make up the parameter.
         """
         if "query" in parts and groups % self._size:
             return False  # ranks share groups
@@ -76,7 +76,7 @@ class SlicedReader:
         return True
 
     def _whole(self, name: str, shape: torch.Size, pads_rows: bool) -> Tensor | None:
-        """Rows or columns of a tensor; of one with a row a token those that are there."""
+        """Return this rank's rows or columns of a tensor; of one with a row per token, the rows that exist."""
         whole = torch.Size(self._slice(name).get_shape())
         if pads_rows:
             begin, end = (min(rank * shape[0], whole[0]) for rank in (self._rank, self._rank + 1))

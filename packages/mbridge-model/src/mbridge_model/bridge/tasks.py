@@ -1,4 +1,4 @@
-"""What Megatron-Bridge's conversion tasks, one a Megatron parameter, say of its HuggingFace tensors."""
+"""Megatron-Bridge's conversion tasks: each maps one Megatron parameter to its HuggingFace tensors."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,14 +13,14 @@ _VOCABULARY_PARAMETERS = ("embedding.word_embeddings.weight", "output_layer.weig
 
 
 def has_vocabulary(task: Any) -> bool:
-    """Whether the parameter has a row a token."""
+    """Return whether the parameter has a row per token of the vocabulary."""
     return task is not None and task.global_param_name.endswith(_VOCABULARY_PARAMETERS)
 
 
 def load_only(model_bridge: Any, tasks: list[Any]) -> PatchTable:
     """Patches of `model_bridge` under which it loads the parameters of `tasks` alone, with a padded vocabulary.
 
-    Megatron-Bridge pads tensors with a row a token by itself, but only those with the names of a text model.
+    Megatron-Bridge pads such tensors, too, but only those with the names of a text model.
     """
     rows = {
         hf_names(task)[0]: task.param_weight.shape[0] * task.mapping.tp_size
@@ -52,12 +52,12 @@ def load_only(model_bridge: Any, tasks: list[Any]) -> PatchTable:
 
 
 def hf_names(task: Any) -> list[str]:
-    """The HuggingFace tensors that one Megatron parameter is made of: one, or several such as q, k and v."""
+    """Return the names of the HuggingFace tensors that one parameter holds: one, or several such as q, k and v."""
     names = task.mapping.hf_param
     return [names] if isinstance(names, str) else list(names.values())
 
 
-# Megatron-Bridge's mappings of one HuggingFace tensor that only gather what tensor parallelism has cut.
+# Megatron-Bridge's mappings of one HuggingFace tensor that only gather its tensor-parallel shards.
 _PLAIN_MAPPINGS = ("AutoMapping", "ColumnParallelMapping", "DirectMapping", "ReplicatedMapping", "RowParallelMapping")
 _FUSED_MAPPINGS = {
     "QKVMapping": {"q": "query", "k": "key", "v": "value"},
@@ -66,7 +66,7 @@ _FUSED_MAPPINGS = {
 
 
 def task_parts(task: Any) -> dict[str, str] | None:
-    """HuggingFace name of each part of a Megatron parameter; None if parts alone do not describe the mapping."""
+    """Return the HuggingFace name of each part of a parameter; None if the mapping is more than its parts."""
     kind, names = type(task.mapping).__name__, task.mapping.hf_param
     if isinstance(names, str):
         is_plain = kind in _PLAIN_MAPPINGS and getattr(task.mapping, "permute_dims", None) is None

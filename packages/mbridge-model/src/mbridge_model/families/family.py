@@ -1,4 +1,4 @@
-"""What a model family is to this package."""
+"""The description of a model family."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ from mbridge_model.vision.family import Vision
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Force:
-    """A provider field that the family's weights leave no choice about.
+    """A provider field whose value the family's weights determine.
 
     Attributes:
         field: name of a field of the Megatron provider.
@@ -29,7 +29,7 @@ class Family:
         name: for logs.
         architectures: HuggingFace model class names.
         forces: provider fields fixed by the family.
-        vision: how it sees, None for a family of text alone.
+        vision: how it processes images; None for text models.
     """
 
     name: str

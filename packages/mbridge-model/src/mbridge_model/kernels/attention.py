@@ -1,8 +1,8 @@
-"""Which of torch's attention kernels run.
+"""Choose among torch's attention kernels.
 
-On GPUs since Hopper torch takes cuDNN's first. That plans each shape in about 0.15 s before it runs it for the first
-time: nothing where all sequences have one length, more than half of a step where every micro-batch has another, and
-in sampling, where each token makes the sequences longer, nearly all of the time.
+On Hopper and later GPUs torch prefers cuDNN's kernel, which plans each new shape for about 0.15 s. That is negligible
+where all sequences have one length, more than half of a step where every micro-batch has a new length, and nearly all
+of the time in sampling, where each token lengthens the sequences.
 """
 
 from collections.abc import Iterator
@@ -21,16 +21,16 @@ _CUDNN_FIRST = [
 
 
 def cudnn_attention_first() -> AbstractContextManager[Any]:
-    """Within it `scaled_dot_product_attention` takes cuDNN's kernel if that can do what is asked."""
+    """Make `scaled_dot_product_attention` prefer cuDNN's kernel in the block, wherever that kernel applies."""
     return sdpa_kernel(_CUDNN_FIRST, set_priority=True)
 
 
 @contextmanager
 def no_cudnn_attention() -> Iterator[None]:
-    """Within it `scaled_dot_product_attention` does not take cuDNN's kernel.
+    """Keep `scaled_dot_product_attention` from cuDNN's kernel in the block.
 
-    The switch is torch's, of the process. To set an order of kernels would take twenty times as long, which is too long
-    for each layer of a short micro-batch.
+    The switch belongs to the process. Setting an order of kernels takes twenty times as long, too long for each layer
+    of a short micro-batch.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)

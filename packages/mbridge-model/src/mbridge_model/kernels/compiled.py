@@ -1,8 +1,8 @@
 """Elementwise functions as single GPU kernels.
 
-A rotation or a softmax written in plain torch reads and writes its tensors once an operation. On a GPU torch.compile
-makes one kernel of it; on a CPU it would need a C++ compiler and minutes, so there the function runs as it is written.
-`TORCHDYNAMO_DISABLE=1`, torch's own switch, leaves it so on a GPU, too.
+A rotation or a softmax in plain torch reads and writes its tensors once per operation. On a GPU torch.compile fuses it
+into one kernel; on a CPU that would need a C++ compiler and minutes, so there the function runs uncompiled. torch's own
+switch `TORCHDYNAMO_DISABLE=1` has the same effect on a GPU.
 """
 
 import logging
@@ -20,8 +20,8 @@ from torch import Tensor
 logger = logging.getLogger("mbridge_model")
 
 VARIANTS = 64
-"""Kernels of one function: for each number format, layout in memory, with and without gradients, for one sequence and
-for several. Behind torch's own limit of eight a function runs as it is written."""
+"""Limit on the compiled variants of one function: a variant per dtype, memory layout, gradient mode and number of
+sequences. Beyond torch's default limit of eight the function would run uncompiled."""
 
 
 def compiled_on_gpu[**P, R](function: Callable[P, R]) -> Callable[P, R]:
@@ -41,14 +41,14 @@ def compiled_on_gpu[**P, R](function: Callable[P, R]) -> Callable[P, R]:
 
 
 def runs_kernels(tensor: Tensor) -> bool:
-    """Whether Triton's kernels can take the tensor: on a GPU, unless compiling is switched off."""
+    """Return whether Triton's kernels can run on the tensor: on a GPU, unless compiling is disabled."""
     return tensor.is_cuda and not torch._dynamo.config.disable
 
 
 def run_uncompiled_without_compiler() -> None:
-    """Where Triton cannot build its launchers, switch compiling off, Megatron-Core's functions included, and say so.
+    """Disable compiling, Megatron-Core's functions included, and log it, where Triton cannot build its launchers.
 
-    It takes a C compiler and Python's header files, which slim images lack; torch would fail in the first step.
+    That needs a C compiler and Python's header files, which slim images lack; torch would fail in the first step.
     """
     if torch._dynamo.config.disable:
         return

@@ -1,7 +1,7 @@
 """The gradient of RMSNorm as one kernel, also of the weight.
 
-torch's own makes a second pass over activations and gradients for the weight. Here each program keeps the sum of its
-rows, and a sum over programs is left.
+torch's kernels make a second pass over activations and gradients for the weight. Here each program accumulates the sum
+of its rows, and only the sum over programs remains.
 """
 
 from typing import Any
@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _TILE = 2048
-"""Elements of a few short rows that a program takes at a time."""
+"""Elements that a program processes at a time, where rows are short."""
 _PROGRAMS = 4
-"""On each multiprocessor."""
+"""Programs per multiprocessor."""
 
 
 @triton.jit
@@ -41,14 +41,14 @@ def _write_gradients(  # type: ignore[no-untyped-def]
         row = (first + tl.arange(0, ROWS))[:, None].to(tl.int64)
         exists = (row < rows) & inside[None, :]
         place = row * width + column[None, :]
-        normalised = tl.load(inputs + place, mask=exists, other=0).to(tl.float32)
+        normalized = tl.load(inputs + place, mask=exists, other=0).to(tl.float32)
         outer = tl.load(output_gradient + place, mask=exists, other=0).to(tl.float32)
         inverse = tl.load(inverse_root + row, mask=row < rows, other=0)
-        normalised *= inverse
-        weight_sum += tl.sum(outer * normalised, axis=0)
+        normalized *= inverse
+        weight_sum += tl.sum(outer * normalized, axis=0)
         outer *= scale
-        along = tl.sum(outer * normalised, axis=1)[:, None] / width
-        tl.store(gradient + place, (outer - normalised * along) * inverse, mask=exists)
+        along = tl.sum(outer * normalized, axis=1)[:, None] / width
+        tl.store(gradient + place, (outer - normalized * along) * inverse, mask=exists)
         first += tl.num_programs(0) * ROWS
     tl.store(weight_sums + tl.program_id(0) * width + column, weight_sum, mask=inside)
 

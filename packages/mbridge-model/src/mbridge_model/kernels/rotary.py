@@ -1,7 +1,7 @@
 """Splitting a fused projection into rotated queries, rotated keys and values as one kernel each way.
 
-In plain torch it takes a copy of the queries, a rotation of queries and one of keys, and in the backward pass the
-same again and a concatenation; each reads and writes what it works on.
+In plain torch the forward pass copies the queries and rotates queries and keys, and the backward pass does the same and
+concatenates; each operation reads and writes its tensors.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 @triton.jit
 def _rotation(angles, token, scale, channel, inside, CHANNELS: tl.constexpr, DTYPE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Cosine and sine of a token, rounded as those of the models are."""
+    """Cosine and sine of a token, rounded to the model's dtype."""
     angle = tl.load(angles + token * CHANNELS + channel, mask=inside, other=0)
     cosine = (tl.cos(angle) * scale).to(DTYPE).to(tl.float32)
     sine = (tl.sin(angle) * scale).to(DTYPE).to(tl.float32)
@@ -81,7 +81,7 @@ def _join(  # type: ignore[no-untyped-def]
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """The gradient of `_split`: the same the other way round, turned back."""
+    """The gradient of `_split`: join the parts, rotated back."""
     token = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, HALF)[None, :]
     head = tl.arange(0, HEADS)[:, None]
@@ -113,13 +113,13 @@ class SplitAndRotate(torch.autograd.Function):
 
     * fused [sequence, batch, groups * (queries + 2) * channels] in float32 or half precision: of each group of heads
       its queries, its key and its value;
-    * what is still to be added to it, [groups * (queries + 2) * channels], or None;
+    * a bias to add to it, [groups * (queries + 2) * channels], or None;
     * angles, float32 [sequence, 1, 1, channels], whose second half repeats the first;
     * the number of groups, and the number of queries in each;
     * a factor of cosine and sine (YaRN's; else 1);
 
     and returns queries [sequence, batch, groups * queries, channels], keys and values [sequence, batch, groups,
-    channels], contiguous. Cosine and sine are rounded to the number format of `fused`, products and sums are not.
+    channels], contiguous. Cosine and sine are rounded to the dtype of `fused`, products and sums are not.
     """
 
     @staticmethod

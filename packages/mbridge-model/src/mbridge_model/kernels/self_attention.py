@@ -1,4 +1,4 @@
-"""Self-attention whose queries, keys and values come out of the fused projection split and rotated by one kernel."""
+"""Self-attention in which one kernel splits the fused projection and rotates queries and keys."""
 
 import inspect
 from collections.abc import Callable
@@ -18,11 +18,11 @@ _of_each_token = WeakTensorKeyDictionary()
 
 
 class RotarySelfAttention(SelfAttention):
-    """Megatron-Core's self-attention, on GPUs with the kernel; where that does not serve, as it is.
+    """Megatron-Core's self-attention, with the kernel on GPUs, and unchanged where the kernel does not apply.
 
-    The kernel does not serve: a norm of queries and keys between the split and the rotation, rotation of some channels
-    alone or of neighbouring ones, gates, fewer groups of heads than tensor-parallel ranks, context parallelism,
-    inference with a cache, and a machine without a C compiler.
+    The kernel does not support a norm of queries and keys between the split and the rotation, rotation of only some
+    channels or of adjacent pairs, gates, fewer groups of heads than tensor-parallel ranks, context parallelism,
+    inference with a cache, or a machine without a C compiler.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -92,14 +92,14 @@ class RotarySelfAttention(SelfAttention):
 
 
 def _boundaries(packing: PackedSeqParams | None) -> Tensor | None:
-    """Of the slots that packed sequences have, padding included."""
+    """Return the boundaries of the packed sequences' slots, padding included."""
     if packing is None or packing.qkv_format != "thd":
         return None
     return packing.cu_seqlens_q if packing.cu_seqlens_q_padded is None else packing.cu_seqlens_q_padded
 
 
 def gathered_angles(cu_seqlens: Tensor, freqs: Tensor, tokens: int) -> Tensor:
-    """Of each token [tokens, 1, 1, channels], from those of each position, for sequences with these boundaries."""
+    """Return the angles of each token [tokens, 1, 1, channels], given those of each position and the boundaries."""
     known, gathered = _of_each_token.get(cu_seqlens, (None, None))
     if known is not freqs:
         gathered = freqs[packed_positions(cu_seqlens, tokens)]
@@ -108,14 +108,14 @@ def gathered_angles(cu_seqlens: Tensor, freqs: Tensor, tokens: int) -> Tensor:
 
 
 def packed_positions(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """int64 [tokens]: place of each token in its own sequence; `cu_seqlens` [sequences + 1] are their boundaries."""
+    """Return each token's position in its own sequence, int64 [tokens]; `cu_seqlens` [sequences + 1] are boundaries."""
     index = torch.arange(tokens, device=cu_seqlens.device)
     sequence = torch.searchsorted(cu_seqlens, index, right=True) - 1
     return index - cu_seqlens[sequence]
 
 
 def rotary_layers(backend_spec: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap a provider's `transformer_layer_spec`: this attention in the place of Megatron-Core's."""
+    """Wrap a provider's `transformer_layer_spec`: this attention replaces Megatron-Core's."""
 
     def layers_with_rotary_attention(config: Any, vp_stage: int | None = None) -> Any:
         spec, layers = layer_specs(backend_spec, config, vp_stage)
@@ -130,7 +130,7 @@ def rotary_layers(backend_spec: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def layer_specs(backend_spec: Callable[..., Any], config: Any, vp_stage: int | None) -> tuple[Any, list[ModuleSpec]]:
-    """What a provider's `transformer_layer_spec` gives for a stage, and the specifications of layers in it."""
+    """Return the stage's specification by a provider's `transformer_layer_spec`, and its layers' specifications."""
     takes_stage = "vp_stage" in inspect.signature(backend_spec).parameters
     spec = backend_spec(config, vp_stage=vp_stage) if takes_stage else backend_spec(config)
     return spec, [spec] if isinstance(spec, ModuleSpec) else spec.layer_specs

@@ -1,9 +1,9 @@
-"""SwiGLU as one kernel each way, whatever the number of tokens.
+"""SwiGLU as one kernel each way, for any number of tokens.
 
-torch.compile makes good kernels of Megatron-Core's functions for one shape. For shapes that change, as those of packed
-batches do, its kernels of the forward and the backward pass reach half and a third of the memory's bandwidth (see
-docs/performance-log.md). Megatron-Core keeps gate and value side by side in one tensor, where libraries' kernels ask
-for two.
+For one shape torch.compile turns Megatron-Core's functions into good kernels. For changing shapes, as in packed
+batches, its kernels of the forward and the backward pass reach half and a third of the memory bandwidth (see
+docs/performance-log.md). Megatron-Core keeps gate and value side by side in one tensor, while the kernels of libraries
+take two.
 """
 
 from typing import Any

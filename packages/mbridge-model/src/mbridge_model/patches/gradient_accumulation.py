@@ -1,11 +1,12 @@
-"""Weight gradients that go to the fp32 buffer at once.
+"""Accumulate weight gradients directly in the fp32 buffer.
 
-Without it, each micro-batch writes a half-precision gradient of every weight and another kernel adds it to the buffer:
-ten bytes of memory traffic a parameter. Transformer Engine's layers do it by themselves; Megatron-Core's ask for a
-kernel of Apex, which no package index has. cuBLAS can add half-precision products to fp32, and torch calls it.
+Without this, each micro-batch writes a half-precision gradient of every weight and another kernel adds it to the
+buffer: ten bytes of memory traffic per parameter. Transformer Engine's layers accumulate by themselves; Megatron-Core's
+need a kernel of Apex, which no package index has. cuBLAS can add half-precision products to fp32, and torch exposes
+that.
 
-The gradient of embeddings that are also the output layer's weight is the worst case: all rows of the vocabulary, of
-which a micro-batch has few, are written as zeros, twice, and added up three times.
+Embeddings that are also the output layer's weight are the worst case: a micro-batch uses few rows of the vocabulary,
+but all of them are written as zeros twice and added three times.
 """
 
 from types import SimpleNamespace
@@ -55,7 +56,7 @@ class AccumulatingEmbedding(torch.autograd.Function):
 
 
 def embedding(tokens: Tensor, weight: Any) -> Tensor:
-    """torch's `embedding`, accumulating where `mark_tied_embeddings` found the weight and it has a buffer."""
+    """Embed like torch, but accumulate the gradient if `mark_tied_embeddings` marked the weight and it has a buffer."""
     accumulates = getattr(weight, "accumulates_rows", False) and hasattr(weight, "main_grad")
     if accumulates and weight.requires_grad and torch.is_grad_enabled():
         return AccumulatingEmbedding.apply(tokens, weight)
@@ -63,11 +64,11 @@ def embedding(tokens: Tensor, weight: Any) -> Tensor:
 
 
 def mark_tied_embeddings(model: list[nn.Module]) -> None:
-    """Let embeddings accumulate that are the weight of an output layer on this very stage, which accumulates, too.
+    """Make tied embeddings accumulate, where their output layer, which accumulates too, is on the same stage.
 
-    That layer tells Megatron-Core's data-parallel wrapper that the gradient is in the buffer. The wrapper's hook comes
-    after both, so the embeddings' is there as well. Megatron-Core's own mark would make the layer give a gradient of
-    zeros, for the embeddings' to be added to.
+    That layer tells Megatron-Core's data-parallel wrapper that the gradient is in the buffer. The wrapper's hook runs
+    after both, when the embeddings' gradient is there as well. Megatron-Core's own mark would make the layer return a
+    gradient of zeros for the embeddings' gradient to be added to.
     """
     for chunk in unwrap_model(model):
         language = getattr(chunk, "language_model", chunk)

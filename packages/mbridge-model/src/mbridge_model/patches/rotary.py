@@ -1,7 +1,7 @@
-"""Rotary positions in one kernel, also for packed sequences.
+"""Rotary positions in one kernel, for packed sequences too.
 
-Megatron-Core's own functions, where Transformer Engine's do not serve, launch ten kernels a layer, and for packed
-sequences a loop over them that waits for the GPU. These two take their places, with the same formula and arguments.
+Where Transformer Engine's kernel does not apply, Megatron-Core's functions launch ten kernels per layer, and for packed
+sequences run a loop that waits for the GPU. These two replace them, with the same formula and arguments.
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
-"""What config.json says and Megatron-Bridge drops without a word: sliding windows, rotary frequencies and sections.
+"""Carry over, or refuse, settings of config.json that Megatron-Bridge silently drops: windows, rotary frequencies.
 
-They change the logits and leave no trace in the weights, so `Bridge.check_coverage` cannot see them. What the provider
-can express is set; what it cannot is refused, since a model that computes something else is worse than none.
+They change the logits and leave no trace in the weights, so `Bridge.check_coverage` cannot see them. A setting that the
+provider can express is set; any other is refused, since a model that computes something else is worse than none.
 """
 
 from typing import Any
@@ -23,7 +23,7 @@ _YARN_DEFAULTS = {
 
 
 def config_fields(hf_config: Any, provider: Any) -> dict[str, Any]:
-    """Provider fields that follow from `hf_config` (a transformers configuration) and that `provider` lacks."""
+    """Return provider fields that follow from `hf_config` (a transformers configuration) and that `provider` lacks."""
     return _window_fields(hf_config, provider) | _yarn_fields(provider) | _mrope_fields(hf_config, provider)
 
 
@@ -52,7 +52,7 @@ def _mrope_fields(hf_config: Any, provider: Any) -> dict[str, Any]:
 
 
 def check_mrope(text_config: Any) -> None:
-    """Three-dimensional positions have one set of frequencies in Megatron-Core.
+    """Check the settings of three-dimensional positions, for which Megatron-Core has unscaled frequencies only.
 
     Raises:
         ModelError: config.json asks for scaled ones, or its sections do not add up to all of them.
@@ -75,7 +75,7 @@ def check_mrope(text_config: Any) -> None:
 def check_rotary(hf_config: Any, model: list[nn.Module]) -> None:
     """Compare the built model's rotary angles and scale with those of transformers.
 
-    Models of text alone with one set of frequencies; others have embeddings of their own, and pass.
+    Only text models with one set of frequencies are compared; others have their own embeddings, and pass.
 
     Raises:
         ModelError: they differ, or Megatron-Core cannot compute them.

@@ -1,4 +1,4 @@
-"""What is changed on the provider that Megatron-Bridge returns, and nothing else.
+"""Configure the provider that Megatron-Bridge returns.
 
 A provider is a Megatron `TransformerConfig` filled from the HuggingFace config.json. It is changed only in the fields
 that the layout, the precision, the backend or a family rule decides, or that the user sets; each change is logged with
@@ -27,7 +27,7 @@ Backend = Literal["auto", "te", "torch"]
 
 
 def resolve_backend(backend: Backend, dtype: torch.dtype) -> Literal["te", "torch"]:
-    """`auto` takes Transformer Engine in half precision, where it imports and a GPU is there, else plain torch.
+    """Resolve `auto`: Transformer Engine in half precision, if it can be imported and there is a GPU, else plain torch.
 
     In fp32 Transformer Engine multiplies matrices in TF32 (logprobs of a tiny model differ by 2e-3 from HuggingFace's)
     and has no attention kernel for packed sequences.
@@ -73,8 +73,8 @@ def configure_provider(
         parallel: tensor and pipeline sizes, sequence parallelism.
         dtype: of parameters and activations: float32, bfloat16 or float16.
         backend: which layers are built.
-        config_fields: provider field -> value, which config.json says and Megatron-Bridge does not carry over.
-        overrides: provider field -> value, from the user. They win over everything but a family's forced field.
+        config_fields: provider field -> value, from config.json, where Megatron-Bridge drops it.
+        overrides: provider field -> value, from the user. They take precedence over everything but a family's forces.
         freeze: parts of a vision-language model that are not trained; none by default.
 
     Raises:
@@ -175,7 +175,7 @@ def _set_vision_fields(changes: "_Changes", parallel: Parallel, overrides: Mappi
 
 
 class _Changes:
-    """Sets provider fields and logs those whose value changes."""
+    """Sets provider fields and logs each change of a value."""
 
     def __init__(self, provider: Any) -> None:
         self.provider = provider

@@ -22,7 +22,7 @@ from mbridge_model.kernels.attention import cudnn_attention_first, no_cudnn_atte
 
 
 class TorchDotProductAttention(MegatronModule):
-    """softmax(Q Kᵀ · scale) V over the heads of this tensor-parallel rank. It has no parameters.
+    """softmax(Q Kᵀ · scale) V over the heads of this tensor-parallel rank, without parameters.
 
     Raises:
         ValueError: a feature of `config` that this backend does not have (context parallelism, attention sinks).
@@ -71,7 +71,7 @@ class TorchDotProductAttention(MegatronModule):
                 (Megatron's convention). It adds to the causal mask.
             packed_seq_params: with `qkv_format == "thd"`, the boundaries of the packed sequences. Where
                 `cu_seqlens_q_padded` is given, sequence i occupies its slots and `cu_seqlens_q` its true length;
-                outputs of the padding slots mean nothing.
+                outputs of the padding slots are undefined.
 
         Returns:
             Dense [sequence, batch, heads * channels]; packed [tokens, heads * channels].
@@ -153,7 +153,7 @@ class TorchDotProductAttention(MegatronModule):
 
 
 def _kernels(query: Tensor, *, has_mask: bool) -> AbstractContextManager[Any]:
-    """Where cuDNN's attention pays, before all others; else without it, but for a mask, which flash does not take."""
+    """Prefer cuDNN's attention where it pays and exclude it elsewhere, except under a mask, which flash lacks."""
     if not query.is_cuda or has_mask:
         return nullcontext()
     if torch.cuda.get_device_capability(query.device) >= (9, 0) and cudnn_pays(query.shape[2]):
@@ -162,7 +162,7 @@ def _kernels(query: Tensor, *, has_mask: bool) -> AbstractContextManager[Any]:
 
 
 def cudnn_pays(length: int) -> bool:
-    """Whether cuDNN's attention is the faster one for sequences of this length, and it comes up again.
+    """Return whether cuDNN's attention is faster for sequences of this length, and the length is likely to recur.
 
     On an H100 it is nearly twice as fast as flash at 4,096 tokens, below 2,048 slower. Batches padded to whatever their
     longest sample is would each need a plan.

@@ -39,10 +39,10 @@ class TorchLayerNormColumnParallelLinear(ColumnParallelLinear):
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """[sequence, batch, input_size] in; [sequence, batch, output_size / TP] and the bias, if skipped, out."""
-        normalised = normalize(
+        normalized = normalize(
             self.config, input_, self.layer_norm_weight, self.layer_norm_bias, self.config.layernorm_epsilon
         )
-        output: tuple[Tensor, Tensor | None] = super().forward(normalised, weight, runtime_gather_output)
+        output: tuple[Tensor, Tensor | None] = super().forward(normalized, weight, runtime_gather_output)
         return output
 
     def without_bias(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -1,6 +1,6 @@
 """RMSNorm and LayerNorm with sequence-parallel marks.
 
-Megatron-Core's own torch fallback refuses sequence parallelism. Nothing in a norm forbids it: each rank normalises its
+Megatron-Core's own torch fallback refuses sequence parallelism. Nothing in a norm forbids it: each rank normalizes its
 slice of the sequence, and the weight's gradient, then partial, is summed over the tensor-parallel group by
 `finalize_model_grads` for every parameter marked `sequence_parallel`.
 """
@@ -13,10 +13,10 @@ from mbridge_model.kernels.compiled import runs_kernels
 
 
 def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float, zero_centered: bool) -> Tensor:
-    """Root mean square normalisation over the last dimension (Zhang & Sennrich 2019, eq. 4).
+    """Root mean square normalization over the last dimension (Zhang & Sennrich 2019, eq. 4).
 
     The order of operations is that of the HuggingFace models, which is what makes fp32 logits agree exactly:
-    normalise in fp32, cast back, then multiply by the weight. With `zero_centered` weights (Gemma) the scale
+    normalize in fp32, cast back, then multiply by the weight. With `zero_centered` weights (Gemma) the scale
     1 + weight is applied in fp32, before the cast.
     """
     dtype = hidden.dtype
@@ -27,15 +27,15 @@ def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float, zero_centered: bool
         from mbridge_model.kernels.rms_norm import RMSNorm
 
         return RMSNorm.apply(hidden, weight, epsilon)
-    normalised = hidden.float()
-    normalised = normalised * torch.rsqrt(normalised.square().mean(-1, keepdim=True) + epsilon)
+    normalized = hidden.float()
+    normalized = normalized * torch.rsqrt(normalized.square().mean(-1, keepdim=True) + epsilon)
     if zero_centered:
-        return (normalised * (1.0 + weight.float())).to(dtype)
-    return weight * normalised.to(dtype)
+        return (normalized * (1.0 + weight.float())).to(dtype)
+    return weight * normalized.to(dtype)
 
 
 def layer_norm(hidden: Tensor, weight: Tensor, bias: Tensor, epsilon: float, zero_centered: bool) -> Tensor:
-    """Layer normalisation over the last dimension (Ba et al. 2016)."""
+    """Layer normalization over the last dimension (Ba et al. 2016)."""
     scale = weight + 1.0 if zero_centered else weight
     return nn.functional.layer_norm(hidden, scale.shape, scale, bias, epsilon)
 
@@ -53,7 +53,7 @@ class TorchNorm(nn.Module):
     """RMSNorm or LayerNorm, as `config.normalization` says; parameters `weight` and, for LayerNorm, `bias`.
 
     Args:
-        config: decides normalisation, parameter dtype, zero-centred weights and the sequence-parallel mark.
+        config: decides normalization, parameter dtype, zero-centered weights and the sequence-parallel mark.
         hidden_size: size of the last dimension.
         eps: added to the mean square (RMSNorm) or to the variance (LayerNorm).
 
@@ -78,7 +78,7 @@ class TorchNorm(nn.Module):
 
 
 def check_normalization(config: TransformerConfig) -> None:
-    """Raise ValueError for a normalisation that this backend does not have."""
+    """Raise ValueError for a normalization that this backend does not have."""
     if config.normalization not in ("RMSNorm", "LayerNorm"):
         raise ValueError(
             f"normalization {config.normalization!r} is not built in the torch backend, which has RMSNorm and LayerNorm"

@@ -83,7 +83,7 @@ def torch_layer_spec(config: TransformerConfig, *, is_moe: bool, qk_l2_norm: boo
                 ),
             ),
             self_attn_bda=get_bias_dropout_add,
-            # A dense MLP has its norm fused into linear_fc1; a router needs the normalised input itself.
+            # A dense MLP has its norm fused into linear_fc1; a router needs the normalized input itself.
             pre_mlp_layernorm=backend.layer_norm() if is_moe else IdentityOp,
             mlp=get_mlp_module_spec_for_backend(
                 backend=backend, num_experts=config.num_moe_experts if is_moe else None, moe_grouped_gemm=False

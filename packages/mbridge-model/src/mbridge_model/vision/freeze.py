@@ -1,16 +1,16 @@
-"""Which parts of a vision-language model are not trained."""
+"""Freeze parts of a vision-language model."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Freeze:
-    """Parts whose weights stay as they are. Nothing is frozen by default.
+    """The parts whose weights are not trained. Nothing is frozen by default.
 
     Attributes:
         language_model: embeddings, layers and output layer.
-        vision_model: the vision tower but for its projection.
-        vision_projection: what maps the tower's features into the language model (Qwen's mergers).
+        vision_model: the vision tower without its projection.
+        vision_projection: the modules that map the tower's features into the language model (Qwen's mergers).
     """
 
     language_model: bool = False
@@ -18,7 +18,7 @@ class Freeze:
     vision_projection: bool = False
 
     def fields(self) -> dict[str, bool]:
-        """As fields of a Megatron-Bridge provider, which freezes two of the three in a Qwen3-VL-MoE by default."""
+        """Return the fields of a Megatron-Bridge provider. By default Qwen3-VL-MoE's freezes two of three."""
         return {
             "freeze_language_model": self.language_model,
             "freeze_vision_model": self.vision_model,

@@ -12,19 +12,19 @@ from mbridge_model.errors import ModelError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VisionInputs:
-    """Images and videos in the order in which their tokens stand in the batch, row after row.
+    """Images and videos in the order of their tokens in the batch, row after row.
 
     Both are cut into patches by the model's HuggingFace processor, which returns them as `pixel_values` and
     `image_grid_thw`, or `pixel_values_videos` and `video_grid_thw`. Where a batch has both, they are interleaved as
     their tokens are.
 
     Attributes:
-        pixel_values: float32 [patches, features]: normalised pixels, one flattened patch a row.
+        pixel_values: float32 [patches, features]: normalized pixels, one flattened patch a row.
         grid_thw: int64 [items, 3]: patches of each image or video along time, height and width. It stays on the host,
-            where indices are made of it.
+            where indices are computed from it.
 
     Raises:
-        ModelError: wrong dtypes, shapes or device, or the grids ask for another number of patches than there are.
+        ModelError: wrong dtypes, shapes or device, or a number of patches that differs from the grids'.
     """
 
     pixel_values: Tensor
@@ -43,7 +43,7 @@ class VisionInputs:
 
     @classmethod
     def concatenate(cls, parts: "Sequence[VisionInputs]") -> "VisionInputs | None":
-        """Those of several samples as one, in their order; None for no parts, a micro-batch of text alone."""
+        """Concatenate the inputs of several samples, in order; None for no parts (a micro-batch of text only)."""
         if not parts:
             return None
         return cls(
@@ -52,7 +52,7 @@ class VisionInputs:
         )
 
     def to(self, device: torch.device | str) -> Self:
-        """The same with the pixels on `device`, which the host does not wait for."""
+        """Return a copy with the pixels on `device`, without waiting for the transfer."""
         return type(self)(pixel_values=to_device(self.pixel_values, device), grid_thw=self.grid_thw)
 
 

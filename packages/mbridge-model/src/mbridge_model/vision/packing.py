@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def pack_frames(grid_thw: Tensor, device: torch.device) -> Any:
-    """Each image, and each frame of a video, attends to itself.
+    """Describe the frames as packed sequences: each image, and each frame of a video, attends to itself.
 
     Args:
         grid_thw: int64 [items, 3], on the host.
@@ -20,7 +20,7 @@ def pack_frames(grid_thw: Tensor, device: torch.device) -> Any:
 
 
 def pack_segments(lengths: Tensor, device: torch.device) -> Any:
-    """Likewise for segments of the given lengths, int [segments], on the host: a GPU would be waited for."""
+    """Describe segments of the given lengths, int [segments], as packed sequences. On the host, to avoid a sync."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
     ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device)

@@ -1,4 +1,4 @@
-"""Which language layers each pipeline stage holds when deepstack features are wanted early."""
+"""Assign language layers to pipeline stages so that the first stage uses the deepstack features."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ from mbridge_model.errors import ModelError
 
 
 def deepstack_stage_sizes(layers: int, stages: int, features: int) -> list[int] | None:
-    """Layers of each pipeline stage such that the first holds the layers that take deepstack features.
+    """Return the number of layers of each stage such that the first holds the layers that take deepstack features.
 
     Features that a later stage needs travel to it, which costs transfers of up to 1 + features times the size. So the
     first stage gets at least `features` layers where each other stage still gets one, and the rest is spread evenly.
 
     Returns:
-        The sizes; None where the even split that Megatron-Core makes by itself does, or nothing can be won.
+        The sizes; None where Megatron-Core's even split already fits, or no split would help.
     """
     if stages == 1 or features == 0 or layers // stages >= features or layers - features < stages - 1:
         return None
@@ -31,7 +31,7 @@ def layout_fields(provider: Any, stages: int, features: int) -> dict[str, Any]:
     return {"pipeline_model_parallel_layout": layout}
 
 
-# With any of these the user divides the layers.
+# With any of these set, the user divides the layers.
 SPLIT_FIELDS = (
     "num_layers_in_first_pipeline_stage",
     "num_layers_in_last_pipeline_stage",
@@ -43,7 +43,7 @@ SPLIT_FIELDS = (
 
 
 def check_deepstack(layers: int, features: int) -> None:
-    """Each feature is added after a layer of its own.
+    """Check that there is a language layer for each deepstack feature.
 
     Megatron-Bridge compares the number of features with the layers of the first stage instead, and so refuses layouts
     that work and reports the wrong number.
