@@ -1,6 +1,5 @@
-# What the launch scripts of the apps share: `start_torchrun PROGRAM PACKAGE [CONFIG] [key=value ...]`, called with the
-# variable `here`, the directory of the app, whose configs are below config/. The calling script's first comment is its
-# help.
+# Shared by the launch scripts of the apps: `start_torchrun PROGRAM PACKAGE [CONFIG] [key=value ...]`. The variable `here`
+# is the directory of the app, with its configs in config/. The first comment of the calling script is its help.
 
 fail() {
     printf '%s: %s\n' "$(basename "$0")" "$*" >&2
@@ -45,7 +44,7 @@ start_torchrun() {
         fi
     fi
     case $processes in *[!0-9]*) fail "launcher.nproc_per_node=$processes is not a number of processes" ;; esac
-    [ "$processes" -gt 0 ] || processes=1 # no GPU here: one process on the CPU
+    [ "$processes" -gt 0 ] || processes=1 # no GPU: one process on the CPU
 
     if [ "$nodes" -gt 1 ]; then
         [ -n "${MASTER_ADDR:-}" ] || fail "cluster.num_nodes=$nodes needs MASTER_ADDR: a name or address of host 0 that all hosts reach"
@@ -55,7 +54,7 @@ start_torchrun() {
         rendezvous=(--standalone --nnodes=1)
     fi
 
-    # A torchrun from another environment would not find the packages.
+    # A torchrun of another environment would not find the packages.
     root=$(cd -- "$here/../.." && pwd -P)
     torchrun=$(command -v torchrun || true)
     app=$(command -v "$program" || true)
@@ -67,7 +66,7 @@ start_torchrun() {
         fail "torchrun is not on PATH: activate the environment that $program is installed in"
     fi
 
-    # Each process computes with one thread unless told otherwise; torchrun would set this too, with a warning.
+    # One thread per process unless set otherwise; torchrun would set this as well, with a warning.
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     exec "${launch[@]}" "${rendezvous[@]}" --nproc-per-node="$processes" \
         -m "$package.cli" --config-name "$config" "$@"

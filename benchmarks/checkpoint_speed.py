@@ -1,14 +1,14 @@
-"""How fast checkpoints are saved, loaded and verified, beside plain writing and reading of the same bytes.
+"""Speed of saving, loading and verifying checkpoints, compared with plain writing and reading of the same bytes.
 
     ./uvw run python benchmarks/checkpoint_speed.py --gigabytes 1 --rounds 5
     ./uvw run python benchmarks/checkpoint_speed.py --gigabytes 1 --ranks 2 --json
 
-Each round does everything once, in another order than the last, so that other work on the machine falls on all alike;
-the figures are medians, and beside them the fastest round. "write" is os.write of the same bytes from memory into one
-file a rank, with one fsync; "read" is reading the checkpoint's file in blocks of 8 MiB into one buffer. "touch" fills
-as much fresh memory, which "load" must do and "read" need not; "map" is loading with mmap=True, which need not either.
-Both "…_and_verify" compare the checksum. Before all reading the files are dropped from the page cache
-(POSIX_FADV_DONTNEED). With two ranks, all rows are of both at once, and times are those of the slower one.
+Each round measures everything once, in a different order, so that other load of the machine affects all rows alike. The
+table shows medians and the fastest round. "write" is os.write of the same bytes from memory into one file per rank,
+with one fsync; "read" reads the checkpoint's file in blocks of 8 MiB into one buffer. "touch" fills as much fresh
+memory, which "load" needs and "read" does not; "map" loads with mmap=True, which does not need it either. Both
+"…_and_verify" compare the checksum. The files are dropped from the page cache before each read (POSIX_FADV_DONTNEED).
+With two ranks, both work at the same time, and the table shows the times of the slower one.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from mbridge_ckpt import AsyncSaver, CheckpointWriter, Layout, begin_save, load_
 
 WRITE_BLOCK = 64 << 20
 READ_BLOCK = 8 << 20
-# What is compared with what.
+# The plain operation to compare each operation with.
 BASELINE = {
     "save": "write",
     "async_total": "write",
@@ -42,7 +42,7 @@ BASELINE = {
 
 
 def make_tensors(gigabytes: float, rank: int) -> dict[str, torch.Tensor]:
-    """A state of float32 tensors of 4 to 64 MiB, as layers of a model have."""
+    """Return a state of float32 tensors of 4 to 64 MiB, the sizes of a model's layers."""
     generator = torch.Generator().manual_seed(rank)
     tensors: dict[str, torch.Tensor] = {}
     rest = int(gigabytes * 1e9)
@@ -94,14 +94,14 @@ def barrier() -> None:
 
 
 def process_memory(process: int | str) -> dict[str, int]:
-    """Private and shared resident bytes; of a peak only the sum is known to Linux."""
+    """Return private and shared resident bytes; for a peak Linux knows only the sum."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     fields = {line.split(":")[0]: line.split()[1] for line in lines if line.endswith(" kB")}
     return {name: int(fields[name]) * 1024 for name in ("VmHWM", "RssAnon", "RssShmem")}
 
 
 def measure(gigabytes: float, directory: Path, rounds: int) -> dict[str, Any]:
-    """Seconds of each round by what was done, and the memory it took."""
+    """Return the seconds of each round and the memory, by operation."""
     rank, size = rank_and_size()
     tensors = make_tensors(gigabytes, rank)
     layout = Layout(data=size)
@@ -112,7 +112,7 @@ def measure(gigabytes: float, directory: Path, rounds: int) -> dict[str, Any]:
     def timed(name: str, action: Callable[[], Any], *, cold: bool = False) -> None:
         if cold:
             drop_from_cache(directory)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         base = process_memory("self")["VmHWM"]
         barrier()
         begin = time.perf_counter()

@@ -8,7 +8,7 @@ from one_side import BETAS, CLIP_GRAD, EPSILON, LEARNING_RATE, WEIGHT_DECAY, Ste
 
 
 def build_engine(settings: dict[str, Any], *, trains: bool = True) -> Engine:
-    """The model of `settings["directory"]` on the backend that the case is named after."""
+    """Return the model of `settings["directory"]` on the backend of the case."""
     overrides: dict[str, Any] = {"calculate_per_token_loss": True, "gradient_accumulation_fusion": True}
     if settings["recompute"]:
         overrides |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
@@ -35,7 +35,7 @@ def build_engine(settings: dict[str, Any], *, trains: bool = True) -> Engine:
 
 
 def training_step(engine: Engine, micro_batching: MicroBatching) -> Step:
-    """An optimizer step over a list of samples."""
+    """Return an optimizer step over a list of samples."""
 
     def step(batch: list[Sample]) -> tuple[float, float]:
         engine.micro_batching = micro_batching
@@ -47,7 +47,7 @@ def training_step(engine: Engine, micro_batching: MicroBatching) -> Step:
 
 
 def logprob_step(engine: Engine, micro_batching: MicroBatching) -> Step:
-    """Log probabilities of a list of samples; the loss that they make stands for them."""
+    """Return a step that computes the log probabilities of a list of samples, with the loss made from them."""
 
     def step(batch: list[Sample]) -> tuple[float, None]:
         engine.micro_batching = micro_batching

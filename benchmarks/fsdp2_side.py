@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-# Inputs of a micro-batch in pinned memory, and its share of the trained tokens of the global batch.
+# Inputs of a micro-batch in pinned memory, and its share of the trained tokens in the global batch.
 MicroBatches = list[tuple[dict[str, Tensor], float]]
 
 
 def load_model(auto: Any, settings: dict[str, Any], device: torch.device, dtype: torch.dtype) -> Any:
-    """The model of `settings["directory"]` with parameters of `dtype`: its weights, or random ones of its own."""
+    """Return the model of `settings["directory"]` in `dtype`, with its weights or with new random ones."""
     if settings.get("lengths") != "fixed":
-        # The first that torch takes on Hopper, it plans each new length in 0.15 s, longer than such a micro-batch runs.
+        # Torch's first choice on Hopper, which plans each new length for 0.15 s, longer than such a micro-batch takes.
         torch.backends.cuda.enable_cudnn_sdp(False)
     options = {"dtype": dtype, "attn_implementation": settings["attention"]}
     if settings["same_weights"]:
@@ -31,11 +31,11 @@ def load_model(auto: Any, settings: dict[str, Any], device: torch.device, dtype:
 
 
 class Fsdp2Trainer:
-    """fp32 weights sharded block by block, compute in `settings["dtype"]`, fused AdamW.
+    """Shard fp32 weights block by block, compute in `settings["dtype"]`, and optimize with fused AdamW.
 
     Args:
-        model: of transformers, with parameters in fp32.
-        blocks: its lists of layers.
+        model: a model of transformers with fp32 parameters.
+        blocks: the lists of layers in `model`.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Fsdp2Trainer:
             "nccl" if device.type == "cuda" else "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
         )
         self.model, self.device, self.keep_gathered = model.train(), device, settings["keep_gathered"]
-        # Gradients are reduced and added up in fp32.
+        # Gradients are reduced and accumulated in fp32.
         sharding: dict[str, Any] = {
             "mesh": torch.distributed.device_mesh.init_device_mesh(device.type, (1,)),
             "mp_policy": MixedPrecisionPolicy(param_dtype=settings["dtype"], reduce_dtype=torch.float32),
@@ -53,7 +53,7 @@ class Fsdp2Trainer:
         }
         for layers in blocks:
             for number, block in enumerate(layers):
-                # Inside the sharded module, as torch advises: transformers' own switch would gather weights once more.
+                # Inside the sharded module, as torch recommends; transformers' switch would gather weights once more.
                 layers[number] = checkpoint_wrapper(block, preserve_rng_state=False) if settings["recompute"] else block
                 fully_shard(layers[number], **sharding)
         fully_shard(model, **sharding)
@@ -70,10 +70,10 @@ class Fsdp2Trainer:
         )
 
     def step(self, micro_batches: MicroBatches) -> tuple[float, float]:
-        """Loss and gradient norm of an optimizer step over the mean of all trained tokens."""
+        """Run an optimizer step over the mean of all trained tokens, and return its loss and gradient norm."""
         total = torch.zeros((), device=self.device)
         for number, (inputs, weight) in enumerate(micro_batches):
-            # Gradients are added up locally and reduced once, in the last backward pass.
+            # Gradients are accumulated locally and reduced once, in the last backward pass.
             self.model.set_requires_gradient_sync(not self.keep_gathered or number == len(micro_batches) - 1)
             moved = {name: value.to(self.device, non_blocking=True) for name, value in inputs.items()}
             loss = self.model(**moved, use_cache=False).loss * weight
@@ -88,7 +88,7 @@ class Fsdp2Trainer:
 def make_micro_batches(
     size: int, collate: Callable[[list[Any]], dict[str, Tensor]], device: torch.device, batch: list[Any]
 ) -> MicroBatches:
-    """Micro-batches of so many samples, in pinned memory as a DataLoader's workers leave them.
+    """Return micro-batches of `size` samples in pinned memory, as a DataLoader would.
 
     Samples of similar length share a micro-batch, as with the Trainer's `group_by_length`.
     """
@@ -105,7 +105,7 @@ def make_micro_batches(
 
 
 def collate_tokens(part: list[Example]) -> dict[str, Tensor]:
-    """Tokens, labels and mask, padded to the longest; the mask is left out where nothing is padded."""
+    """Return tokens, labels and mask, padded to the longest, without the mask if nothing is padded."""
     pad = torch.nn.utils.rnn.pad_sequence
     labels = [example.tokens.where(example.trained, -100) for example in part]
     mask = pad([torch.ones_like(example.tokens) for example in part], batch_first=True)

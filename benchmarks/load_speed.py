@@ -1,13 +1,13 @@
-"""How fast the weights of a HuggingFace directory get into a Megatron model, beside a plain read of the same bytes.
+"""Speed of loading a HuggingFace directory into a Megatron model, compared with a plain read of the same bytes.
 
     ./uvw run python benchmarks/load_speed.py --model 7b --tensor-parallel 2      # two GPUs
-    ./uvw run python benchmarks/load_speed.py --model tiny --tensor-parallel 2    # on a CPU, as a test does it
+    ./uvw run python benchmarks/load_speed.py --model tiny --tensor-parallel 2    # on a CPU, as in the test
 
-Random bf16 weights of the geometry of Qwen2.5 in safetensors files; one process a rank. "load" is what
-`mbridge_model.load` does once the model stands; "plain" reads an even share of the files' bytes on each rank, in blocks
-through a pinned buffer into the GPU's memory, on a CPU into memory that has been used before. Ranks share GPUs where
-there are fewer. Times are those of the slowest rank, medians of the rounds after a first one, files in the page cache.
-Extra memory is the peak of a rank's private host memory above what it has when the model stands.
+The files contain random bf16 weights with the geometry of Qwen2.5; each rank is a process. "load" is the part of
+`mbridge_model.load` after the model is built. "plain" reads an even share of the files' bytes on each rank, in blocks
+through a pinned buffer into GPU memory, or on a CPU into memory that has been used before. Ranks share GPUs if there
+are more ranks than GPUs. Times are those of the slowest rank, medians of the rounds after a warm-up round, with the
+files in the page cache. Extra memory is the peak of a rank's private host memory above its size with the model built.
 """
 
 import argparse
@@ -34,7 +34,7 @@ BLOCK = 64 << 20
 
 
 def seconds_of(action: Callable[[], Any], device: torch.device) -> float:
-    """Of the slowest rank, from when all are ready."""
+    """Return the seconds of the slowest rank, measured after all are ready."""
     distributed.barrier()
     begin = time.perf_counter()
     action()
@@ -51,7 +51,7 @@ def private_memory() -> int:
 
 
 def extra_memory(action: Callable[[], Any]) -> int:
-    """Peak of the private memory during `action` above what it was, on the rank that takes the most."""
+    """Return the peak of private memory during `action` above its size before, of the rank with the highest."""
     before, peak, done = private_memory(), 0, threading.Event()
 
     def watch() -> None:
@@ -72,7 +72,7 @@ def extra_memory(action: Callable[[], Any]) -> int:
 def read_share(files: list[Path], target: torch.Tensor, buffer: torch.Tensor) -> None:
     """Fill `target` with this rank's even share of the bytes of all files, one after the other."""
     begin = distributed.get_rank() * len(target)
-    filled, offset = 0, 0  # bytes of the share, and where the file begins among all
+    filled, offset = 0, 0  # bytes of the share, and the offset of the file among all
     for file in files:
         size = file.stat().st_size
         with file.open("rb", buffering=0) as stream:
@@ -96,7 +96,7 @@ def measure(rank: int, name: str, ranks: int, directory: Path, rounds: int, port
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     if 0 < gpus < ranks:
-        distributed.init_process_group("gloo")  # NCCL takes one rank a GPU
+        distributed.init_process_group("gloo")  # NCCL allows one rank per GPU
     device = join()
     model, handle = load(directory, Parallel(tensor=ranks), dtype=torch.bfloat16, weights=False)
     files = sorted(directory.glob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""Megatron-Core with Transformer Engine's layers in a minimal loop, as a side of a benchmark: no mbridge in a step."""
+"""Megatron-Core with Transformer Engine in a minimal loop as a side of a benchmark; its steps use no mbridge code."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,12 +17,12 @@ MicroBatch = tuple[Tensor, Tensor, Tensor]
 
 
 def build_model(settings: dict[str, Any], geometry: dict[str, Any], device: torch.device) -> Any:
-    """A GPTModel of Qwen2's architecture with the weights in `settings["directory"]`."""
+    """Return a GPTModel of Qwen2's architecture with the weights in `settings["directory"]`."""
     fields: dict[str, Any] = {}
     if settings["recompute"]:
         fields = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     dtype = settings["dtype"]
-    weights = _weights(settings)  # which makes process groups and seeds, as plain Megatron-Core leaves to its user
+    weights = _weights(settings)  # for process groups and seeds, which Megatron-Core leaves to its user
     config = TransformerConfig(
         num_layers=geometry["num_hidden_layers"],
         hidden_size=geometry["hidden_size"],
@@ -41,7 +41,7 @@ def build_model(settings: dict[str, Any], geometry: dict[str, Any], device: torc
         params_dtype=dtype,
         pipeline_dtype=dtype,
         calculate_per_token_loss=True,
-        # What TE and Megatron-Core have fused; gradient accumulation is not, as it asks for Apex.
+        # All fusions of TE and Megatron-Core except gradient accumulation, which requires Apex.
         gradient_accumulation_fusion=False,
         bias_activation_fusion=True,
         bias_dropout_fusion=True,
@@ -65,7 +65,7 @@ def build_model(settings: dict[str, Any], geometry: dict[str, Any], device: torc
 
 
 def _weights(settings: dict[str, Any]) -> dict[str, Any]:
-    """The weights under Megatron-Core's names, on the host."""
+    """Return the weights under Megatron-Core's names, on the host."""
     from mbridge_model import load
 
     ((model,), _) = load(settings["directory"], None, None, "te", dtype=settings["dtype"])
@@ -73,7 +73,7 @@ def _weights(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 class MegatronTrainer:
-    """Megatron-Core's DDP, distributed optimizer and schedule around the model."""
+    """Wrap the model in Megatron-Core's DDP, distributed optimizer and schedule."""
 
     def __init__(self, model: Any, settings: dict[str, Any], device: torch.device) -> None:
         self.device = device
@@ -98,13 +98,13 @@ class MegatronTrainer:
             [self.model],
         )
         for group in self.optimizer.param_groups:
-            # Megatron-Core marks biases and norms, and leaves applying it to the scheduler.
+            # Megatron-Core marks biases and norms, and leaves it to the scheduler to apply weight decay.
             group["weight_decay"] = WEIGHT_DECAY * group.get("wd_mult", 1.0)
         model.config.grad_scale_func = self.optimizer.scale_loss
         model.config.finalize_model_grads_func = _finalize
 
     def step(self, micro_batches: list[MicroBatch]) -> tuple[float, float]:
-        """Loss and gradient norm of an optimizer step over the mean of all trained tokens."""
+        """Run an optimizer step over the mean of all trained tokens, and return its loss and gradient norm."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
         loss = run(self.model, micro_batches, self.device, forward_only=False)
@@ -113,7 +113,7 @@ class MegatronTrainer:
 
 
 def run(model: Any, micro_batches: list[MicroBatch], device: torch.device, *, forward_only: bool) -> float:
-    """The loss of the global batch, by Megatron-Core's schedule."""
+    """Return the loss of the global batch, computed by Megatron-Core's schedule."""
 
     def forward_step(iterator: Iterator[MicroBatch], model: Any) -> tuple[Tensor, Callable[..., Any]]:
         tokens, labels, weights = (value.to(device, non_blocking=True) for value in next(iterator))
@@ -141,7 +141,7 @@ def run(model: Any, micro_batches: list[MicroBatch], device: torch.device, *, fo
 
 
 def make_micro_batches(size: int, device: torch.device, batch: list[Example]) -> list[MicroBatch]:
-    """Of examples that are equally long: labels are the next tokens, weights the share of each in the mean."""
+    """Collate examples of equal length: labels are the next tokens, weights their shares in the mean."""
     trained = sum(int(example.trained.sum()) for example in batch)
     result = []
     for start in range(0, len(batch), size):
@@ -153,5 +153,5 @@ def make_micro_batches(size: int, device: torch.device, batch: list[Example]) ->
 
 
 def _finalize(model: list[Any], num_tokens: Tensor | None, **arguments: Any) -> None:
-    """The weights of the tokens hold the normalisation already."""
+    """Leave gradients unscaled, because the weights of the tokens contain the normalization."""
     finalize_model_grads(model, None, **arguments)

@@ -1,15 +1,15 @@
-"""How fast weights and optimizer state are offloaded, and weights copied into another model, beside plain copies.
+"""Speed of offloading weights and optimizer state and of copying weights into another model, and of plain copies.
 
     ./uvw run python benchmarks/memory_moves.py --model 1.5b --what offload stream
     ./uvw run python benchmarks/memory_moves.py --model 7b --what stream
-    ./uvw run python benchmarks/memory_moves.py --model tiny            # on a CPU, as a test does it
+    ./uvw run python benchmarks/memory_moves.py --model tiny            # on a CPU, as in the test
 
-One process and one GPU, random bf16 weights of the geometry of Qwen2.5. "offload" moves weights, fp32 master weights
+One process and one GPU; random bf16 weights with the geometry of Qwen2.5. "offload" moves weights, fp32 master weights
 and moments to host memory and back; "plain" is as many bytes in copies between one pinned and one device buffer of up
 to 1 GiB. "stream" copies the exported weights into another model's tensors; "plain" is as many bytes in copies between
-two device buffers. Figures are medians of the rounds, with the first turn, which allocates the pinned memory, shown
-separately. Extra memory is the peak of torch's allocator above what was allocated before. The 7B model has the buffers
-of one that trains, but no optimizer, whose state does not fit on one GPU.
+two device buffers. Figures are medians of the rounds; the first round, which allocates the pinned memory, is shown
+separately. Extra memory is the peak of torch's allocator above the memory allocated before. The 7B model has gradient
+buffers but no optimizer, because the optimizer's state does not fit on one GPU.
 """
 
 import argparse
@@ -30,9 +30,9 @@ PLAIN_BYTES = 1 << 30
 
 
 def make_engine(name: str, directory: Path) -> Any:
-    """With an optimizer that has taken a step, so that there are moments; the 7B model with gradients' buffers alone.
+    """Build an engine whose optimizer has taken a step, so that moments exist; the 7B model has gradient buffers only.
 
-    The weights are random ones that lie in no file, but the export asks an index in `directory` for their names.
+    The random weights are in no file, but the export reads their names from an index in `directory`.
     """
     from mbridge_model import load
     from mbridge_train import Engine, MicroBatching, OptimizerSettings, Sample, Schedule, aggregation_weights, sft_loss
@@ -75,7 +75,7 @@ def allocated(device: torch.device) -> int:
 
 
 def extra_memory(action: Callable[[], Any], device: torch.device) -> int:
-    """Peak of the allocator during `action` above what is allocated before; 0 on a CPU."""
+    """Return the peak of the allocator during `action` above the memory allocated before; 0 on a CPU."""
     if device.type != "cuda":
         action()
         return 0
@@ -93,7 +93,7 @@ def copy_repeatedly(target: Tensor, source: Tensor, total: int) -> None:
 
 
 def plain_seconds(size: int, rounds: int, device: torch.device) -> float:
-    """Of copying `size` bytes from one buffer of the device to another."""
+    """Return the seconds to copy `size` bytes between two buffers of the device."""
     source, target = (torch.empty(min(size, PLAIN_BYTES), dtype=torch.uint8, device=device) for _ in range(2))
     runs = [seconds_of(lambda: copy_repeatedly(target, source, size), device) for _ in range(rounds + 1)]
     return statistics.median(runs[1:])
@@ -130,7 +130,7 @@ def measure_offload(engine: Any, rounds: int) -> dict[str, Any]:
 
 
 def engine_bytes(engine: Any) -> int:
-    """Of weights, master weights and moments: each storage once."""
+    """Return the bytes of weights, master weights and moments, counting each storage once."""
     tensors = [parameter for chunk in engine.model for parameter in chunk.parameters()]
     tensors += [] if engine.optimizer is None else engine.optimizer.tensors()
     sizes = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}

@@ -1,7 +1,7 @@
-"""What the process of one side of a benchmark does: it times variants, from small to large, and says what it found.
+"""The process of one side of a benchmark: time variants from small to large.
 
-Appends a line of JSON to the file `results` for each variant as soon as it is known. After one that is out of memory
-there is no other.
+Each result is appended to the file `results` at once, as a line of JSON. The process stops after the first variant that
+runs out of memory.
 """
 
 import json
@@ -19,7 +19,7 @@ STARTED = time.perf_counter()
 
 
 class Example(Protocol):
-    """A sequence: int64 [length] token ids, and bool [length], which of them are trained."""
+    """A sequence: int64 [length] token ids, and bool [length], True for trained tokens."""
 
     @property
     def tokens(self) -> Tensor: ...
@@ -28,14 +28,14 @@ class Example(Protocol):
     def trained(self) -> Tensor: ...
 
 
-# One step over what `prepare` made of a global batch: its loss, and the gradient norm or None of a forward pass alone.
+# One step over a prepared global batch; returns the loss and the gradient norm, or None for a forward pass alone.
 Prepare = Callable[[list[Any]], Any]
 Step = Callable[[Any], tuple[float, float | None]]
 Variant = tuple[str, Prepare, Step]
 
 
 def read_settings() -> tuple[dict[str, Any], torch.device]:
-    """What `side_by_side` gave on the command line, and the device."""
+    """Read the settings that `side_by_side` passed on the command line, and the device."""
     settings = json.loads(sys.argv[1])
     settings["dtype"] = getattr(torch, settings["dtype"])
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -51,7 +51,7 @@ def run_side(
     batches: Sequence[list[Any]],
     flops: Callable[[list[Any]], int],
 ) -> None:
-    """Measure all variants over the same global batches of examples, each of which costs `flops` operations."""
+    """Measure all variants over the same global batches of examples, each of `flops` operations."""
     ceiling = matmul_ceiling(device, settings["dtype"])
     say(f"matmul ceiling {ceiling / 1e12:.3g} TFLOP/s")
     label = "every variant"
@@ -61,11 +61,11 @@ def run_side(
         for number, (label, prepare, step) in enumerate(variants):
             result = measure(prepare, step, batches, settings["warmup"], device)
             result["flops"] = [flops(batch) for batch in batches[settings["warmup"] :]]
-            # Later variants go on from the weights that earlier ones have trained.
+            # Later variants continue from the weights that earlier ones trained.
             record(settings, {"variant": label, "ceiling": ceiling, "is_first": number == 0} | result)
     except torch.OutOfMemoryError as error:
         record(settings, {"variant": label, "error": f"out of memory: {str(error).splitlines()[0]}"})
-    except Exception as error:  # the other sides shall still run
+    except Exception as error:  # so that the other sides still run
         if settings["strict"]:
             raise
         record(settings, {"variant": label, "error": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
@@ -88,11 +88,11 @@ def synchronize(device: torch.device) -> None:
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second of a large square matrix product, the best of ten."""
+    """Return operations per second of a large square matrix product, the best of ten."""
     size = 8192 if device.type == "cuda" else 512
     left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     best = float("inf")
-    for _ in range(13):  # the first are warm-up, and cannot be the best
+    for _ in range(13):  # the first are warm-up, and never the best
         synchronize(device)
         begin = time.perf_counter()
         left @ right
@@ -104,7 +104,7 @@ def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
 def measure(
     prepare: Prepare, step: Step, batches: Sequence[list[Example]], warmup: int, device: torch.device
 ) -> dict[str, Any]:
-    """Seconds of each step after `warmup` ones, losses and gradient norms of all, and the peak of memory."""
+    """Return seconds of each step after `warmup` steps, losses and gradient norms of all, and peak memory."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

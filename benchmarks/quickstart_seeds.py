@@ -1,10 +1,10 @@
-"""Accuracy on held-out problems before and after the quickstart's GRPO, over seeds.
+"""Accuracy on held-out problems before and after the quickstart's GRPO, for several seeds.
 
     ./uvw run python benchmarks/quickstart_seeds.py            # seeds 1 2 3, one after another
 
-Each seed makes its own problems, model, warm-up and random streams. Accuracy is the share of 256 problems held out of
-training that one sampled answer (temperature 1) gets right. Exits with 1 if a seed rises by less than 0.3 or takes
-more than 5 minutes.
+Each seed has its own problems, model, warm-up and random streams. Accuracy is the share of 256 held-out problems that
+one sampled answer (temperature 1) solves. Exits with 1 if the accuracy of a seed rises by less than 0.3 or its run
+takes more than 5 minutes.
 """
 
 import json

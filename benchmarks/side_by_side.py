@@ -1,4 +1,4 @@
-"""Runs the sides of a benchmark, each in a process of its own, and sums up what they measured."""
+"""Run each side of a benchmark in a separate process, and summarize the results."""
 
 import json
 import os
@@ -18,7 +18,7 @@ def run_ladder(
     sizes: Sequence[int],
     choices: Sequence[dict[str, Any]],
 ) -> list[dict[str, Any]]:
-    """Results of the sizes, from small to large; each of `choices` takes those that fit none before it."""
+    """Return results from small to large sizes; each of `choices` takes the sizes that fit none before it."""
     found: list[dict[str, Any]] = []
     for choice in choices:
         lines = run(choice | {sizes_name: list(sizes)})
@@ -30,13 +30,13 @@ def run_ladder(
 
 
 def run_process(script: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
-    """Results of one process of `script`, which ends at its first failure; they lie in `settings["directory"]`."""
+    """Run `script` until its first failure, and return its results, which it writes to `settings["directory"]`."""
     results = Path(settings["directory"]) / "results.jsonl"
     results.unlink(missing_ok=True)
     settings = settings | {"results": str(results)}
     print(f"{settings['case']} {describe(settings)}", flush=True)
     command = [sys.executable, str(Path(__file__).with_name(script)), json.dumps(settings)]
-    # Micro-batches differ in length, which cuts the memory of a GPU to pieces otherwise.
+    # Micro-batches of different lengths would fragment GPU memory otherwise.
     environment = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"} | os.environ
     if settings.get("device") == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -51,7 +51,7 @@ def run_process(script: str, settings: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """How a side was run, in words."""
+    """Describe the settings of a side in words."""
     words = ["recomputed"] if result["recompute"] else []
     if result["keep_gathered"] is not None:
         words.append("weights kept gathered" if result["keep_gathered"] else "weights gathered twice")
@@ -59,7 +59,7 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def summarize(result: dict[str, Any]) -> dict[str, Any]:
-    """Median, least and most of the rates over the steps."""
+    """Return median, minimum and maximum of the rates over the steps."""
 
     def spread(amounts: list[float], unit: float) -> tuple[float, float, float]:
         rates = [amount / unit / second for amount, second in zip(amounts, result["seconds"], strict=True)]
@@ -75,7 +75,7 @@ def summarize(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(results: Sequence[dict[str, Any]]) -> str:
-    """In Markdown."""
+    """Format results as a Markdown table."""
     header = ("side", "variant", "tokens/s (least, most)", "TFLOP/s", "of matmul", "peak GiB", "first loss", "last")
     rows = [header, ("---",) * len(header)]
     for result in results:
@@ -102,13 +102,13 @@ def table(results: Sequence[dict[str, Any]]) -> str:
 
 
 def best(results: Sequence[dict[str, Any]], case: str) -> dict[str, Any] | None:
-    """The variant of a side with the most tokens a second."""
+    """Return the variant of a side with the most tokens per second."""
     done = [result for result in results if result["case"] == case and "summary" in result]
     return max(done, key=lambda result: float(result["summary"]["tokens_per_second"][0]), default=None)
 
 
 def speedups(results: Sequence[dict[str, Any]], cases: Sequence[str], baseline: str) -> dict[str, float]:
-    """Tokens a second of the best variant of each side over the best of `baseline`."""
+    """Return tokens per second of the best variant of each side over the best of `baseline`."""
     other = best(results, baseline)
     mine = {case: best(results, case) for case in cases}
     return {
@@ -119,7 +119,7 @@ def speedups(results: Sequence[dict[str, Any]], cases: Sequence[str], baseline: 
 
 
 def write_weights(auto: Any, directory: Path, dtype: torch.dtype) -> None:
-    """Random weights that all sides load, made on the GPU if there is one."""
+    """Write random weights for all sides to load, made on the GPU if there is one."""
     import transformers
 
     torch.manual_seed(0)

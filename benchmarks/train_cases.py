@@ -1,4 +1,4 @@
-"""One side of `train_speed.py`, in a process of its own, so that its memory is its own.
+"""One side of `train_speed.py`, in a separate process, so that the sides do not share memory.
 
 python benchmarks/train_cases.py '{"case": "ours-torch", ...}'
 """
@@ -18,7 +18,7 @@ from train_data import GEOMETRIES, Example, make_batches
 def main() -> None:
     settings, device = read_settings()
     if settings["case"] == "ours-torch":
-        sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # as where it is not installed
+        sys.modules["transformer_engine"] = None  # type: ignore[assignment]  # as if it were not installed
     facts = HFFacts.load(settings["directory"])
     batches = make_batches(
         settings["model"],
@@ -32,14 +32,14 @@ def main() -> None:
 
 
 def flops(facts: HFFacts, forward_only: bool, batch: list[Example]) -> int:
-    """Operations of a step that the model needs, whatever a program spends."""
+    """Return the operations of a step that the model needs, without recomputation or padding."""
     work = forward_flops(facts, [len(example.tokens) for example in batch])
     assert work is not None
     return work.total if forward_only else work.training()
 
 
 def ours_variants(settings: dict[str, Any], device: torch.device) -> list[Variant]:
-    """The engine, on each micro-batch size, padded where lengths differ, or packed to each token budget."""
+    """Return variants of the engine on each micro-batch size, padded, or packed to each token budget."""
     from engine_side import build_engine, logprob_step, training_step
     from mbridge_train import MicroBatching, Sample, aggregation_weights
 
@@ -64,7 +64,7 @@ def micro_batch_label(settings: dict[str, Any], size: int) -> str:
 
 
 def fsdp2_variants(settings: dict[str, Any], device: torch.device) -> list[Variant]:
-    """transformers under FSDP2, on micro-batches of each size, padded where lengths differ."""
+    """Return variants of transformers under FSDP2 on micro-batches of each size, padded if lengths differ."""
     from fsdp2_side import Fsdp2Trainer, collate_tokens, load_model, make_micro_batches
     from transformers import AutoModelForCausalLM
 
@@ -85,7 +85,7 @@ def fsdp2_variants(settings: dict[str, Any], device: torch.device) -> list[Varia
 def hf_logprobs(
     model: Any, device: torch.device, micro_batches: list[tuple[dict[str, Tensor], float]]
 ) -> tuple[float, None]:
-    """Log probabilities of all tokens in fp32, brought to the host as the engine does; the loss stands for them."""
+    """Compute fp32 log probabilities of all tokens, copy them to the host like the engine, and return the loss."""
     total = 0.0
     for inputs, weight in micro_batches:
         moved = {name: value.to(device, non_blocking=True) for name, value in inputs.items()}
@@ -97,7 +97,7 @@ def hf_logprobs(
 
 
 def megatron_variants(settings: dict[str, Any], device: torch.device) -> list[Variant]:
-    """Megatron-Core in a minimal loop, on each micro-batch size."""
+    """Return variants of Megatron-Core in a minimal loop on each micro-batch size."""
     from megatron_side import MegatronTrainer, build_model, make_micro_batches, run
 
     model = build_model(settings, GEOMETRIES[settings["model"]], device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 _QWEN2_5 = {"max_position_embeddings": 131072, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
-# Of config.json of Qwen/Qwen2.5-1.5B and Qwen/Qwen2.5-7B on the HuggingFace hub.
+# From config.json of Qwen/Qwen2.5-1.5B and Qwen/Qwen2.5-7B on the HuggingFace hub.
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "1.5b": _QWEN2_5
     | {
@@ -31,7 +31,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "tie_word_embeddings": False,
     },
-    # For trying the benchmark on a CPU.
+    # To try the benchmark on a CPU.
     "tiny": _QWEN2_5
     | {
         "vocab_size": 512,
@@ -62,7 +62,7 @@ class Example:
 
 
 def write_config(name: str, directory: Path) -> None:
-    """Write config.json of the model."""
+    """Write the model's config.json."""
     import transformers
 
     config = transformers.Qwen2Config(architectures=["Qwen2ForCausalLM"], **GEOMETRIES[name])
@@ -70,12 +70,13 @@ def write_config(name: str, directory: Path) -> None:
 
 
 def make_batches(name: str, lengths: str, longest: int, samples: int, batches: int) -> list[list[Example]]:
-    """Global batches of random tokens, the same for the same arguments.
+    """Return global batches of random tokens, the same for the same arguments.
 
-    `lengths` is "fixed", all of them `longest` and trained but for the first token; "mixed": log-uniform from 1/64 of
-    `longest` on, as questions with answers are, with the last half to nine tenths of each trained; or "grpo": groups of
-    `GROUP_SIZE` answers to one question of 1/64 to 1/8 of `longest`, log-normal with a median of 1/6 of `longest` and
-    cut off there, of which the answers are trained.
+    Args:
+        lengths: "fixed": every sequence has the length `longest`, and all tokens but the first are trained. "mixed":
+            lengths are log-uniform from 1/64 of `longest` to `longest`, and the last half to nine tenths of each
+            sequence is trained. "grpo": groups of `GROUP_SIZE` answers to one question. Questions have 1/64 to 1/8 of
+            `longest`; answers, which are trained, are log-normal with a median of 1/6 of `longest`, cut at `longest`.
     """
     generator = torch.Generator().manual_seed(0)
     vocabulary = GEOMETRIES[name]["vocab_size"]

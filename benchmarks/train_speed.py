@@ -6,24 +6,24 @@
     ./uvw run python benchmarks/train_speed.py --forward-only                  # log probabilities
     ./uvw run python benchmarks/train_speed.py --model tiny --device cpu       # on any laptop
 
-Sides, each in a process of its own, one after the other, on the same weights and the same global batches of random
-tokens; the loss is the mean over all trained tokens of a global batch, the optimizer AdamW on fp32 master weights with
-clipping:
+The sides run one after the other in separate processes, on the same weights and the same global batches of random
+tokens. The loss is the mean over all trained tokens of a global batch; the optimizer is AdamW on fp32 master weights
+with clipping:
 
-  fsdp2                transformers and torch's `fully_shard`, SDPA, without cuDNN's where lengths vary, fused AdamW
+  fsdp2                transformers and torch's `fully_shard`, SDPA, without cuDNN if lengths vary, fused AdamW
   megatron-te          Megatron-Core with Transformer Engine's layers, DDP and distributed optimizer in a minimal loop
   ours-te              the engine on Transformer Engine's layers
   ours-torch           the engine on plain torch layers, in a process that cannot import Transformer Engine
 
-A step is everything from samples in memory to updated weights. Times are medians (least, most) over the steps after
-warm-up; tokens are real ones, without padding. TFLOP/s count what the model needs (`mbridge_config.plan.flops`), as a
-share of a matrix product's of 8192 x 8192 in the same process. The first losses of all sides must agree, or the command
-says so and fails. With --lengths mixed or grpo the engine packs to each --token-budget, and pads to each --micro-batch-
-size, as fsdp2 does with samples sorted by length; the minimal loop of megatron-te, which does neither, is left out.
---forward-only measures log probabilities of all tokens without gradients; transformers then runs without sharding, with
-weights in the number format of the computation.
+A step is everything from samples in memory to updated weights. Times are medians (minimum, maximum) over the steps
+after warm-up; padding does not count as tokens. TFLOP/s count the operations that the model needs
+(`mbridge_config.plan.flops`), and are compared with a matrix product of 8192 x 8192 in the same process. If the first
+losses of the sides differ, the command fails with a message. With --lengths mixed or grpo, the engine packs to each
+--token-budget and pads to each --micro-batch-size; fsdp2 pads, with samples sorted by length. The minimal loop of
+megatron-te does neither and is left out. --forward-only measures log probabilities of all tokens without gradients;
+transformers then runs without sharding, with weights in the dtype of the computation.
 
---output DIRECTORY gets figures.json, table.md and plot.svg.
+--output DIRECTORY writes figures.json, table.md and plot.svg.
 """
 
 import argparse
@@ -41,12 +41,12 @@ from train_data import GEOMETRIES, LENGTHS, write_config
 from transformers import AutoModelForCausalLM
 
 CASES = ("fsdp2", "megatron-te", "ours-te", "ours-torch")
-# Largest relative difference of the first losses: rounding of the number format, averaged over thousands of tokens.
+# Largest relative difference of the first losses: rounding of the dtype, averaged over thousands of tokens.
 TOLERANCE = {"float32": 1e-5, "bfloat16": 2e-3}
 
 
 def why_skipped(case: str, arguments: argparse.Namespace) -> str | None:
-    """Why a side cannot run here; None if it can."""
+    """Return why a side cannot run here, or None."""
     if case.endswith("-te"):
         if arguments.device == "cpu":
             return "Transformer Engine needs a GPU"
@@ -58,14 +58,14 @@ def why_skipped(case: str, arguments: argparse.Namespace) -> str | None:
 
 
 def run_case(case: str, arguments: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
-    """Results of all variants of one side, failures among them."""
+    """Return the results of all variants of one side, including failures."""
     if reason := why_skipped(case, arguments):
         print(f"{case} is skipped: {reason}", flush=True)
         return []
     settings = {name: value for name, value in vars(arguments).items() if name not in ("cases", "output")}
     settings |= {"case": case, "directory": str(directory), "same_weights": True}
     packs = case.startswith("ours") and arguments.lengths != "fixed"
-    # Weights stay gathered between micro-batches where memory allows, which is faster.
+    # Weights stay gathered between micro-batches if memory allows, which is faster.
     keeps = [True, False] if case == "fsdp2" and not arguments.forward_only else [None]
 
     results = []
@@ -80,18 +80,18 @@ def run_case(case: str, arguments: argparse.Namespace, directory: Path) -> list[
 
 
 def first_losses(results: list[dict[str, Any]]) -> dict[str, float]:
-    """Loss of the first step from the weights that all sides load, by side and variant."""
+    """Return the loss of the first step from the common weights, by side and variant."""
     firsts = [result for result in results if result.get("is_first")]
     return {f"{result['case']}, {result['variant']}": result["losses"][0] for result in firsts}
 
 
 def disagreement(losses: dict[str, float]) -> float:
-    """Largest relative difference."""
+    """Return the largest relative difference."""
     return max(losses.values(), default=1.0) / min(losses.values(), default=1.0) - 1
 
 
 def draw(results: list[dict[str, Any]], title: str, file: Path) -> None:
-    """TFLOP/s of every variant, with the least and most, below the matrix product's."""
+    """Plot TFLOP/s of every variant, with minimum and maximum, and of the matrix product."""
     from matplotlib.figure import Figure
 
     done = [result for result in results if "summary" in result][::-1]

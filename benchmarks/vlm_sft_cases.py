@@ -1,4 +1,4 @@
-"""One side of `vlm_sft_speed.py`, in a process of its own, so that its memory is its own.
+"""One side of `vlm_sft_speed.py`, in a separate process, so that the sides do not share memory.
 
 python benchmarks/vlm_sft_cases.py '{"case": "ours-torch", ...}'
 """
@@ -23,7 +23,7 @@ def main() -> None:
 
 
 def training_flops(facts: HFFacts, batch: list[Example]) -> int:
-    """Operations of a step that the model needs, whatever a program spends."""
+    """Return the operations of a step that the model needs, without recomputation or padding."""
     images = [grid for example in batch for grid in example.grid_thw.tolist()]
     work = forward_flops(facts, [len(example.tokens) for example in batch], images)
     assert work is not None
@@ -31,7 +31,7 @@ def training_flops(facts: HFFacts, batch: list[Example]) -> int:
 
 
 def ours_variants(settings: dict[str, Any], device: torch.device) -> list[Variant]:
-    """The engine, on packed micro-batches of each token budget."""
+    """Return variants of the engine on packed micro-batches of each token budget."""
     from engine_side import build_engine, training_step
     from mbridge_model import MropeSettings, VisionInputs, mrope_position_ids
     from mbridge_train import MicroBatching, Sample, aggregation_weights
@@ -58,7 +58,7 @@ def ours_variants(settings: dict[str, Any], device: torch.device) -> list[Varian
 
 
 def fsdp2_variants(settings: dict[str, Any], device: torch.device) -> list[Variant]:
-    """transformers under FSDP2, on padded micro-batches of each size."""
+    """Return variants of transformers under FSDP2 on padded micro-batches of each size."""
     from fsdp2_side import Fsdp2Trainer, load_model, make_micro_batches
     from transformers import AutoModelForImageTextToText
 
@@ -76,7 +76,7 @@ def fsdp2_variants(settings: dict[str, Any], device: torch.device) -> list[Varia
 
 
 def collate(model: Any, part: list[Example]) -> dict[str, Tensor]:
-    """What a processor and a collator make of some samples."""
+    """Return the model inputs that a processor and a collator would make from samples."""
     from fsdp2_side import collate_tokens
 
     inputs = collate_tokens(part)

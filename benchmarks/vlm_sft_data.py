@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IMAGES = (1, 3)  # least and most of a sample
+IMAGES = (1, 3)  # minimum and maximum per sample
 
 _VISION = {"spatial_merge_size": 2, "temporal_patch_size": 2, "num_heads": 16, "in_channels": 3}
 _QWEN3_VISION = _VISION | {"hidden_act": "gelu_pytorch_tanh", "patch_size": 16}
@@ -27,16 +27,16 @@ _TINY_VISION |= {"patch_size": 4}
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Geometry:
-    """A model's sizes and the samples it is fed.
+    """The sizes of a model and of its samples.
 
     Attributes:
-        architecture: transformers' class.
-        config: name of transformers' configuration class.
-        text, vision: its two parts.
+        architecture: class of transformers.
+        config: name of the configuration class of transformers.
+        text, vision: the two parts of the configuration.
         sides: shortest and longest side of an image, in pixels.
-        text_tokens: fewest and most tokens of a sample that are no image's, question and answer together.
-        special_tokens: the first of five ids, for the start and end of an image, padding, an image, a video; text is
-            of ids below.
+        text_tokens: minimum and maximum number of text tokens in a sample, question and answer together.
+        special_tokens: the first of five ids, for the start and end of an image, padding, an image, a video. Ids of
+            text are smaller.
     """
 
     architecture: str
@@ -49,11 +49,11 @@ class Geometry:
 
     @property
     def image_token(self) -> int:
-        """The placeholder."""
+        """The id of the placeholder for image features."""
         return self.special_tokens + 3
 
     def make_config(self) -> Any:
-        """transformers' configuration object."""
+        """Return the configuration object of transformers."""
         import transformers
 
         return getattr(transformers, self.config)(
@@ -68,9 +68,9 @@ class Geometry:
         )
 
 
-# Of config.json of Qwen/Qwen2.5-VL-3B-Instruct and Qwen/Qwen3-VL-4B-Instruct on the HuggingFace hub. What is not named
-# is transformers' default, equal there. The first's tower has the sizes of all Qwen2.5-VL but for out_hidden_size
-# (arXiv 2502.13923, table 1).
+# From config.json of Qwen/Qwen2.5-VL-3B-Instruct and Qwen/Qwen3-VL-4B-Instruct on the HuggingFace hub; fields that are
+# not listed have transformers' defaults there. The vision tower has the same sizes in all Qwen2.5-VL models except
+# out_hidden_size (arXiv 2502.13923, table 1).
 GEOMETRIES = {
     "2.5-3b": Geometry(
         architecture="Qwen2_5_VLForConditionalGeneration",
@@ -128,7 +128,7 @@ GEOMETRIES = {
             "deepstack_visual_indexes": [5, 11, 17],
         },
     ),
-    # For trying the benchmark on a CPU.
+    # To try the benchmark on a CPU.
     "tiny-2.5": Geometry(
         architecture="Qwen2_5_VLForConditionalGeneration",
         config="Qwen2_5_VLConfig",
@@ -181,19 +181,19 @@ class Example:
 
 
 def write_config(name: str, directory: Path) -> None:
-    """Write config.json alone: the models get random weights."""
+    """Write config.json only, since the models get random weights."""
     GEOMETRIES[name].make_config().save_pretrained(directory)
 
 
 def make_batches(name: str, samples: int, batches: int) -> list[list[Example]]:
-    """Global batches, the same for the same arguments. Sides and lengths are uniform between their bounds."""
+    """Return global batches, the same for the same arguments; sides and lengths are uniform between their bounds."""
     geometry = GEOMETRIES[name]
     generator = torch.Generator().manual_seed(0)
     merge, patch = geometry.vision["spatial_merge_size"], geometry.vision["patch_size"]
     sides = tuple(side // (merge * patch) for side in geometry.sides)
     features = 3 * geometry.vision["temporal_patch_size"] * patch**2
     start, end = geometry.special_tokens, geometry.special_tokens + 1
-    # All images are windows of one noise: tens of gigabytes of fresh noise would take longer than the training.
+    # All images are windows of one noise, because fresh noise for all would take longer than the training.
     noise = torch.randn(4 * IMAGES[1] * (sides[1] * merge) ** 2 // 3, features, generator=generator)
 
     def draw(least: int, most: int) -> int:

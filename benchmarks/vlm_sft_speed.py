@@ -1,27 +1,27 @@
-"""Fine-tuning speed of vision-language models on one GPU, beside transformers under FSDP2 on the same data.
+"""Fine-tuning speed of vision-language models on one GPU, compared with transformers under FSDP2 on the same data.
 
     ./uvw run python benchmarks/vlm_sft_speed.py --model 2.5-3b
     ./uvw run python benchmarks/vlm_sft_speed.py --model 3-4b --output 3-4b.json
     ./uvw run python benchmarks/vlm_sft_speed.py --model tiny --dtype float32 --same-weights    # on any laptop
 
-Models have the real geometry and random weights, samples 1 to 3 images with sides of 224 to 896 pixels and 30 to 400
-tokens of text; the loss is the mean over all answer tokens of the global batch, the optimizer AdamW on fp32 master
-weights with clipping. Sides:
+Models have the real geometry and random weights. Samples have 1 to 3 images with sides of 224 to 896 pixels and 30 to
+400 tokens of text. The loss is the mean over all answer tokens of the global batch; the optimizer is AdamW on fp32
+master weights with clipping. Sides:
 
-  ours-torch, ours-te  the engine on plain torch layers or Transformer Engine's, packed to each --token-budget   fsdp2
-transformers and torch's `fully_shard`, SDPA without cuDNN's kernels, fused AdamW, samples sorted
-by length and padded to the longest of each micro-batch, which are collated beforehand in pinned
-memory
+  ours-torch, ours-te  the engine on plain torch layers or Transformer Engine's, packed to each --token-budget
+  fsdp2                transformers and torch's `fully_shard`, SDPA without cuDNN's kernels, fused AdamW; samples are
+                       sorted by length, padded to the longest of each micro-batch, and collated beforehand in pinned
+                       memory
 
-Each runs in a process of its own, one after the other, over the same global batches. A step is everything from samples
-in memory to updated weights; decoding of images is no part of it. Times are medians (least, most) over the steps after
-warm-up, tokens are real ones, without padding. TFLOP/s count what the model needs (`mbridge_config.plan.flops`), as a
-share of a matrix product's of 8192 x 8192 in the same process. Without --same-weights the sides draw their own random
-weights, so that the losses agree only in size.
+The sides run one after the other in separate processes, over the same global batches. A step is everything from samples
+in memory to updated weights, without decoding of images. Times are medians (minimum, maximum) over the steps after
+warm-up; padding does not count as tokens. TFLOP/s count the operations that the model needs
+(`mbridge_config.plan.flops`), and are compared with a matrix product of 8192 x 8192 in the same process. Without
+--same-weights, each side draws its own random weights, so the losses agree only roughly.
 
-Memory a parameter: ours 18 bytes (weight 2, gradient 4, master weight 4, moments 8), fsdp2 16 and copies in bf16 of
-the layers in use. Where activations do not fit besides, a side is run again with activations recomputed
-(--recompute auto), and what still fits nowhere is said to be out of memory.
+Memory per parameter: ours 18 bytes (weight 2, gradient 4, master weight 4, moments 8), fsdp2 16 and bf16 copies of the
+layers in use. If activations do not fit, a side runs again with recomputation (--recompute auto). A variant that still
+does not fit is reported as out of memory.
 """
 
 import argparse
@@ -40,14 +40,14 @@ CASES = ("ours-torch", "ours-te", "fsdp2")
 
 
 def attempts(case: str, recompute: str) -> list[list[dict[str, bool | None]]]:
-    """Settings to run, fastest and largest first; of an inner list each takes the variants that fit none before it."""
+    """Return the settings to try, fastest first; each of an inner list takes the sizes that fit none before it."""
     kept = [True, False] if case == "fsdp2" else [None]
     off, on = ([{"recompute": value, "keep_gathered": keep} for keep in kept] for value in (False, True))
     return {"off": [off], "on": [on], "both": [off, on], "auto": [off + on]}[recompute]
 
 
 def run_case(case: str, arguments: argparse.Namespace, directory: Path) -> list[dict[str, Any]]:
-    """Results of all variants of one side, failures among them."""
+    """Return the results of all variants of one side, including failures."""
     sizes_name = "micro_batch_size" if case == "fsdp2" else "token_budget"
     settings = {name: value for name, value in vars(arguments).items() if name not in ("cases", "output")}
     settings |= {"case": case, "directory": str(directory)}

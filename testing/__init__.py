@@ -1,1 +1,1 @@
-"""Helpers of this repository's own tests; no part of any package."""
+"""Helpers of the tests of this repository; not part of any package."""

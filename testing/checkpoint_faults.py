@@ -1,4 +1,4 @@
-"""Make checkpoints in processes that are killed or whose system calls fail, and look at what is left."""
+"""Save checkpoints in processes that are killed or whose system calls fail, and check the files that remain."""
 
 import json
 import os
@@ -15,7 +15,7 @@ WORKER = Path(__file__).parents[1] / "packages/mbridge-ckpt/tests/store/fault_wo
 
 
 class Worker:
-    """The process of fault_worker.py."""
+    """Start fault_worker.py."""
 
     def __init__(self, scratch: Path) -> None:
         self._scratch = scratch
@@ -27,7 +27,7 @@ class Worker:
         self._count = 0
 
     def save(self, directory: Path, step: int, world: int = 1, **fault: object) -> list[Any]:
-        """Result of every rank, a dict with `error`, `kind`, `calls` and `trace`; None for a rank that was killed."""
+        """Return for every rank a dict with `error`, `kind`, `calls` and `trace`, or None if the rank was killed."""
         self._count += 1
         command = {"directory": str(directory), "step": step, "world": world} | fault
         command["rendezvous"] = str(self._scratch / f"rendezvous_{self._count}")
@@ -43,8 +43,8 @@ def content(step: int, rank: int) -> dict[str, Any]:
 
 
 def assert_newest_is_whole(directory: Path, at_least: int, world: int = 1) -> int:
-    """The newest checkpoint is committed, needs no passing over, and equals what its save was given."""
-    latest = open_checkpoint(directory / "latest").step  # first, since a writer may be at work yet
+    """Assert that the newest checkpoint is committed and holds what was saved, and that resuming skips none."""
+    latest = open_checkpoint(directory / "latest").step  # first, because a writer may still be running
     resume = find_resume(directory)
     assert resume.checkpoint is not None and resume.checkpoint.step >= at_least
     assert all("unfinished" in item.reason for item in resume.passed_over), resume.passed_over
@@ -56,7 +56,7 @@ def assert_newest_is_whole(directory: Path, at_least: int, world: int = 1) -> in
         assert found["iteration"] == moments["step"] == step
         for name, tensor in expected["model"].items():
             assert torch.equal(found["model"][name], tensor) and torch.equal(moments["exp_avg"][name], tensor)
-    assert latest <= step  # behind, if the kill came between rename and link
+    assert latest <= step  # older, if the kill came between rename and link
     return step
 
 

@@ -1,4 +1,4 @@
-"""Which keys of a config some code reads, so that no setting is silently without effect."""
+"""Find the keys of a config that no code reads, so that no setting is silently ignored."""
 
 import ast
 from importlib.util import find_spec
@@ -7,15 +7,15 @@ from pathlib import Path
 from mbridge_config import key_table
 from mbridge_config.schema.keys import Status
 
-# These declare, fill in and describe keys; none of them acts on a value.
+# These files declare, fill in and describe keys; none acts on a value.
 NOT_READERS = ("schema", "compat", "defaults.py", "plan.py")
 
 
 def unread_keys(schema: type, packages: tuple[str, ...], status: Status) -> tuple[list[str], int]:
-    """Keys of `schema` with this status that nothing in the packages reads, and how many keys have the status.
+    """Return the keys of `schema` with this status that no package reads, and how many keys have the status.
 
-    A key counts as read if an attribute of its name is, or if its full name is in the sources. Keys that leave no
-    choice, as every value but the default is refused or means the same, are not listed.
+    A key counts as read if an attribute of its name is read, or if its full name occurs in the sources. Keys without a
+    choice, because every value but the default is refused or means the same, are not listed.
     """
     names = _names_read(packages)
     infos = [info for info in key_table(schema) if info.spec.status is status]
@@ -28,7 +28,7 @@ def unread_keys(schema: type, packages: tuple[str, ...], status: Status) -> tupl
 
 
 def _names_read(packages: tuple[str, ...]) -> set[str]:
-    """Attributes that the sources read, and all text in them, since some keys are looked up by their full name."""
+    """Return the attributes that the sources read, and their text, since some keys are looked up by full name."""
     found = set()
     for file in _sources(packages):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):

@@ -6,10 +6,10 @@
     def test_ranks(gang2: Gang) -> None:
         assert gang2.run(on_rank, 10) == [10, 11]
 
-Importing Megatron takes 10 s or more, so one process does it, from which all workers are forked. The workers outlive
-the tests, too: a `WorkerPool` starts a worker when a rank is first needed, and gangs of every size share the workers of
-the lower ranks (4 processes serve gangs of 2 and of 4). Every call gets a fresh process group. After a failure the
-workers are ended and new ones start with the next call.
+Importing Megatron takes 10 s or more, so one process imports it, and all workers are forked from that process. Workers
+also outlive the tests: a `WorkerPool` starts a worker when a rank is first needed, and gangs of every size share the
+workers of the lower ranks (4 processes serve gangs of 2 and of 4). Every call gets a fresh process group. After a
+failure the pool ends the workers, and the next call starts new ones.
 """
 
 import atexit
@@ -30,15 +30,15 @@ from testing import gang_worker
 
 FORK_SERVER = multiprocessing.get_context("forkserver")
 FORK_SERVER.set_forkserver_preload(["testing.gang_preload"])
-# Importing the test file, and with it Megatron, is not part of a case's own time.
+# The time to import the test file, and with it Megatron, does not count as time of the call.
 IMPORT_TIMEOUT = 300.0
-# How long the other ranks may still run once one has failed: time to fail by themselves, with their own message.
+# After one rank failed, the others have this long to fail with a message of their own.
 GRACE = 2.0
 DUMP_TIME = 0.5
 
 
 class GangError(AssertionError):
-    """A call failed on some rank. The text holds every rank's traceback and output."""
+    """A call failed on some rank. The text contains the traceback and the output of every rank."""
 
 
 class Worker:
@@ -50,7 +50,7 @@ class Worker:
         self.log_offset = 0
         self.log.touch()
         self.connection, child_connection = FORK_SERVER.Pipe()
-        # Only this process holds the write end, so it closes with this process.
+        # Only this process has the write end, so the pipe closes when this process ends.
         lifeline_read, self._lifeline = FORK_SERVER.Pipe(duplex=False)
         arguments = (child_connection, lifeline_read, str(self.log))
         self.process = FORK_SERVER.Process(target=gang_worker.main, args=arguments)
@@ -63,7 +63,7 @@ class Worker:
         return self.process.is_alive()
 
     def output(self) -> str:
-        """What the worker wrote since the current call began."""
+        """Return the output of the worker since the current call began."""
         with self.log.open("rb") as log:
             log.seek(self.log_offset)
             return log.read().decode(errors="replace").strip()
@@ -71,7 +71,7 @@ class Worker:
     def end(self) -> None:
         assert self.process.pid is not None
         self.process.kill()
-        with contextlib.suppress(ProcessLookupError):  # what the worker has started
+        with contextlib.suppress(ProcessLookupError):  # children of the worker
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.join()
         self.connection.close()
@@ -79,7 +79,7 @@ class Worker:
 
 
 class WorkerPool:
-    """Workers by rank, started when first needed."""
+    """Workers by rank, each started on first use."""
 
     def __init__(self) -> None:
         self._directory = tempfile.TemporaryDirectory(prefix="mbridge-gang-")
@@ -106,7 +106,7 @@ class WorkerPool:
             self._workers.pop(worker.rank, None)
 
     def close(self) -> None:
-        """End every worker and remove the log files. The pool can be closed twice."""
+        """End every worker and remove the log files. Idempotent."""
         self.end(list(self._workers.values()))
         self._directory.cleanup()
         atexit.unregister(self.close)
@@ -120,16 +120,16 @@ class Gang:
         self._pool = pool
 
     def run(self, function: Callable[..., Any], *args: Any, timeout: float = 300.0, **kwargs: Any) -> list[Any]:
-        """Call `function(*args, **kwargs)` on every rank at once; return what each returned, by rank.
+        """Call `function(*args, **kwargs)` on all ranks concurrently and return the results by rank.
 
         Args:
-            function: defined at the top level of a test file (or of any importable module); it is found by name.
-                Gloo is initialised when it starts, and every process group is destroyed when it returns.
-            timeout: seconds the call may take once the function's module is imported on every rank.
-            args, kwargs, and the results are pickled. Results should be small.
+            function: defined at the top level of a test file or another importable module, because workers find it by
+                name. Gloo is initialized before the call, and every process group is destroyed after it.
+            timeout: seconds that the call may take after the function's module is imported on every rank.
+            args, kwargs: pickled, as are the results, which should be small.
 
         Raises:
-            GangError: a rank raised, ended, or was not done in time; with all ranks' tracebacks and output.
+            GangError: a rank raised, ended, or exceeded the timeout.
         """
         module = sys.modules[function.__module__]
         if "<" in function.__qualname__ or module.__file__ is None:
@@ -150,10 +150,10 @@ class Gang:
                     timeout=timeout,
                     search_path=sys.path,
                 )
-                with contextlib.suppress(BrokenPipeError):  # an ended worker is reported by `_collect`
+                with contextlib.suppress(BrokenPipeError):  # `_collect` reports a worker that has ended
                     worker.connection.send_bytes(pickle.dumps(case))
             results = _collect(workers, timeout, f"{function.__name__} on {self.world_size} ranks")
-        except BaseException:  # Ctrl-C and pytest-timeout leave the ranks in the middle of the call, too
+        except BaseException:  # Ctrl-C and pytest-timeout also leave the ranks in the middle of a call
             self._pool.end(workers)
             raise
         for worker in workers:
@@ -163,7 +163,7 @@ class Gang:
 
 
 def _collect(workers: list[Worker], timeout: float, title: str) -> list[Any]:
-    """Wait for every rank's answer; on any failure gather what every rank was doing."""
+    """Wait for the answers of all ranks; on a failure, gather the tracebacks of all ranks."""
     results: dict[int, Any] = {}
     failures: dict[int, str] = {}
     importing = {worker.rank for worker in workers}
@@ -198,7 +198,7 @@ def _collect(workers: list[Worker], timeout: float, title: str) -> list[Any]:
 
 
 def _ready(pending: list[Worker], seconds: float) -> list[Worker]:
-    """The workers that have an answer or have ended."""
+    """Return the workers that have answered or ended."""
     ready = wait([worker.connection for worker in pending], max(seconds, 0))
     return [worker for worker in pending if worker.connection in ready]
 

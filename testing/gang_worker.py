@@ -1,7 +1,7 @@
-"""One worker of a gang: runs the cases that `testing.gang` sends through a pipe, until the pipe closes.
+"""One worker of a gang: run the calls that `testing.gang` sends through a pipe until the pipe closes.
 
-Every case gets a fresh default process group, so that no case sees groups, threads or sockets of the one before. What a
-case imports stays imported.
+Every call gets a fresh default process group, so no call sees groups, threads or sockets of an earlier one. Imported
+modules stay imported.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from typing import Any
 
 @dataclass(kw_only=True, slots=True)
 class Case:
-    """A call, as the parent sends it. `arguments` is pickled on its own: it may name classes of the test file."""
+    """A call from the parent. `arguments` is pickled separately, because it may contain classes of the test file."""
 
     module_name: str
     path: str
@@ -41,8 +41,8 @@ class Case:
 
 
 def main(connection: Connection, lifeline: Connection, log: str) -> None:
-    """Run in a process of its own; everything that it prints goes to the end of `log`."""
-    # A process group of its own: Ctrl-C reaches pytest alone, and the pool reaches children of a worker.
+    """Run a worker process, which appends its output to `log`."""
+    # A separate process group: Ctrl-C reaches only pytest, and the pool can end the children of a worker.
     os.setsid()
     descriptor = os.open(log, os.O_WRONLY | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
@@ -50,7 +50,7 @@ def main(connection: Connection, lifeline: Connection, log: str) -> None:
     os.close(descriptor)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    # The dump is written by the signal handler itself, so it also shows a thread stuck in native code.
+    # The signal handler writes the dump, so it also shows a thread that hangs in native code.
     faulthandler.register(signal.SIGUSR1, all_threads=True)
     faulthandler.enable()
     threading.Thread(target=_end_with_parent, args=(lifeline,), daemon=True).start()
@@ -77,13 +77,13 @@ def _load(message: bytes) -> Case:
 
 
 def _end_with_parent(lifeline: Connection) -> None:
-    """The parent never writes: there is something to read when the parent has ended, however it ended."""
+    """End this process with its parent, which never writes to the pipe and closes it by ending."""
     lifeline.poll(None)
     os._exit(1)
 
 
 def _below_worker(error: BaseException) -> BaseException:
-    """Cut this file's own frames off the top of the traceback."""
+    """Remove the frames of this file from the top of the traceback."""
     frames = error.__traceback__
     while frames is not None and frames.tb_next is not None and frames.tb_frame.f_code.co_filename == __file__:
         frames = frames.tb_next
@@ -102,7 +102,7 @@ def _find(case: Case) -> Callable[..., Any]:
 
 
 def _module(name: str, path: str) -> ModuleType:
-    """Under the parent's name for it, so that pickled classes of a test file are found on both sides."""
+    """Import the module under the parent's name, so that pickled classes of a test file are found on both sides."""
     if name in sys.modules:
         return sys.modules[name]
     with contextlib.suppress(ModuleNotFoundError, ValueError):
@@ -133,8 +133,8 @@ def _process_group(case: Case) -> Iterator[None]:
     os.environ.update(LOCAL_WORLD_SIZE=str(case.world_size))
     random.seed(seed)
     torch.manual_seed(seed)
-    # A file needs no port, so nothing can be taken by another run on the machine. Gloo's own timeout is longer
-    # than the parent's, which has the better message.
+    # A file store needs no port that another run could take. Gloo's timeout is longer than the parent's, which has the
+    # better message.
     dist.init_process_group(
         "gloo",
         init_method=f"file://{case.store_path}",
@@ -143,7 +143,7 @@ def _process_group(case: Case) -> Iterator[None]:
         timeout=timedelta(seconds=case.timeout + 60),
     )
     yield
-    # Reached on success only: after a failure the parent ends the gang.
+    # Reached only on success, since the parent ends the gang after a failure.
     if not dist.is_initialized():
         raise RuntimeError("the case destroyed the default process group, which belongs to the gang")
     dist.barrier()
@@ -159,8 +159,8 @@ def _process_group(case: Case) -> Iterator[None]:
 def _share_gloo_device() -> None:
     """Let all of the process's groups use one gloo device.
 
-    Each device has a thread that wakes up a hundred times a second, and Megatron-Core makes a dozen groups a case:
-    with a device a group, as torch makes them, waking up takes as much of two cores as the tests do.
+    Each device has a thread that wakes up a hundred times per second, and Megatron-Core creates a dozen groups per
+    call. With one device per group, torch's default, these threads take as much of two cores as the tests.
     """
     from torch.distributed import distributed_c10d
 
@@ -179,7 +179,7 @@ def _share_gloo_device() -> None:
 
 
 def _release_models() -> None:
-    """Free the models that a case has made, and the process groups they hold, each with threads of its own.
+    """Free the models that a call has created and the process groups that they hold, each with its threads.
 
     Megatron-Core's gradient hooks tie a model into cycles through autograd, which the garbage collector cannot see.
     """
@@ -189,5 +189,5 @@ def _release_models() -> None:
         model.grad_accs.clear()
         model.config.grad_scale_func = model.config.finalize_model_grads_func = model.config.no_sync_func = None
     gc.collect()
-    # What is left are modules, a million objects. Looking through them again took half a second a case.
+    # Only modules remain, a million objects. Traversing them again would take half a second per call.
     gc.freeze()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def pack(sequences: list[Tensor], multiple: int) -> tuple[Tensor, Any, list[int]]:
-    """One row of all sequences, each padded to a multiple, and where each starts."""
+    """Return all sequences in one row, each padded to a multiple, and the start of each."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
     lengths = torch.tensor([len(sequence) for sequence in sequences])
@@ -31,7 +31,7 @@ def pack(sequences: list[Tensor], multiple: int) -> tuple[Tensor, Any, list[int]
 
 
 def run_forward(model: list[torch.nn.Module], tokens: Tensor, vocab_size: int, packing: Any = None) -> Tensor | None:
-    """Logits [batch, sequence, vocabulary] without padding rows, on the last pipeline stage; None on the others."""
+    """Return logits [batch, sequence, vocabulary] without padding on the last pipeline stage, None on the others."""
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region

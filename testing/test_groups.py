@@ -1,4 +1,4 @@
-"""Tests that share what takes long to make run in one process."""
+"""Tests that share expensive fixtures run in one process."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""The benchmark of loading HuggingFace weights runs, on the ranks and the bytes that it says."""
+"""The benchmark of loading HuggingFace weights runs, and reports its ranks and bytes correctly."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The benchmark of offloading and of copying weights runs, and counts its bytes right."""
+"""The benchmark of offloading and of copying weights runs, and counts its bytes correctly."""
 
 import json
 import subprocess
@@ -20,7 +20,7 @@ def test_on_a_cpu(tmp_path: Path) -> None:
     layer = 64 * (64 + 2 * 32 + 64 + 3 * 96) + 2 * 64 + 64 + 2 * 32  # matrices, norms, biases
     parameters = 512 * 64 + 3 * layer + 64
     assert report["stream"]["bytes"] == 2 * parameters
-    # Beside bf16 weights there are three numbers of fp32, all in flat buffers with some padding.
+    # For each bf16 weight there are three fp32 numbers, all in flat buffers with some padding.
     assert 14 * parameters <= report["offload"]["bytes"] <= 14.2 * parameters
     for row in (report["stream"]["weights"], report["offload"]["onload"]):
         assert row["seconds"] > 0 and row["share_of_plain"] > 0

@@ -1,4 +1,4 @@
-"""The program that pins versions: what it reads from a lock, what it writes, and what it finds wrong."""
+"""Pinning versions: reading a lock, writing pins, and finding pins that are wrong."""
 
 import importlib.util
 import os
@@ -70,7 +70,7 @@ def test_differences_name_every_package(pins: ModuleType) -> None:
 def test_workspace_is_pinned_by_a_real_resolution(
     pins: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A workspace of one package without dependencies: uv resolves it with no network."""
+    """A workspace with one package without dependencies, which uv resolves without a network."""
     uv = os.environ.get("UV") or shutil.which("uv") or shutil.which("uv", path=ROOT / ".uv" / "bin")
     if uv is None:
         pytest.skip("uv is not on PATH; `./uvw run` puts it there")

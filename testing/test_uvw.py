@@ -1,6 +1,6 @@
-"""`uvw` on machines that lack things: real venv and pip, in a PATH that holds only what a case allows.
+"""`uvw` on machines without some programs: real venv and pip, with a PATH of only the programs that a test allows.
 
-What is installed is a tiny wheel named `uv`, found through pip's own settings, so that no network is needed.
+The tests install a tiny wheel named `uv`, which pip finds through its settings, so that no network is needed.
 """
 
 import compileall
@@ -22,7 +22,7 @@ TOOLS = ("sh", "sed", "dirname", "mkdir", "mv", "rm", "sleep")
 PINNED = next(
     line.split("=")[1].split()[0] for line in (ROOT / "uvw").read_text().splitlines() if line.startswith("uv_version=")
 )
-# Prints what it was given; fails with 7 if told to.
+# Prints its arguments; exits with 7 on the argument `fail`.
 UV_PROGRAM = """#!/bin/sh
 if [ "$1" = --version ]; then echo "uv {version} (x86_64)"; exit 0; fi
 printf '{label}'; printf ' <%s>' "$@"; echo; echo "PATH=$PATH"; echo "compile=${{UV_COMPILE_BYTECODE:-}}"
@@ -38,7 +38,7 @@ def executable(path: Path, text: str) -> Path:
 
 
 def install_python(prefix: Path, *, ensurepip: bool, pip: bool) -> Path:
-    """A Python of its own: the running one's program and library, less the parts a machine does without."""
+    """Make a Python from the program and library of the running one, without the parts that the machine lacks."""
     standard_library = Path(sysconfig.get_path("stdlib", vars={"base": sys.base_prefix}))
     library = prefix / "lib" / standard_library.name
     library.mkdir(parents=True)
@@ -75,7 +75,7 @@ def with_neither(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Machine:
-    """A fresh clone (`uvw` and `pyproject.toml`) and a PATH with the POSIX tools and nothing else."""
+    """A fresh clone (`uvw` and `pyproject.toml`) and a PATH with only the POSIX tools."""
 
     def __init__(self, directory: Path) -> None:
         self.clone = directory / "clone with a space"
@@ -104,7 +104,7 @@ class Machine:
             wheel.writestr(f"{info}/RECORD", "")
 
     def add(self, name: str, program: Path) -> None:
-        # Not a link: environments made by it would look for the library beside the link.
+        # Not a link: its environments would look for the library beside the link.
         executable(self.bin / name, f'#!/bin/sh\nexec "{program}" "$@"\n')
 
     def add_uv(self, version: str) -> None:
@@ -174,7 +174,7 @@ def test_own_uv_is_installed_once_with_venv(machine: Machine, with_venv: Path) -
 
 def test_pip_serves_where_ensurepip_is_missing(machine: Machine, with_pip: Path, tmp_path: Path) -> None:
     machine.add("python3", with_pip)
-    # Settings that would send the installation elsewhere, or forbid it.
+    # Settings that would redirect the installation, or forbid it.
     settings = {"PIP_USER": "1", "PIP_REQUIRE_VIRTUALENV": "1", "PIP_PREFIX": str(tmp_path / "elsewhere")}
     done = machine.run("run", **settings)
     assert (done.returncode, done.stdout.splitlines()[0]) == (0, "own <run>"), done.stderr
@@ -193,7 +193,7 @@ def test_neither_venv_nor_pip_says_what_to_install(machine: Machine, with_neithe
 
 
 def test_no_python_says_what_to_install(machine: Machine) -> None:
-    # An old Python, as far as uvw can see: it fails the question for its version.
+    # An old Python from uvw's point of view: it fails the check of its version.
     executable(machine.bin / "python3", "#!/bin/sh\nexit 1\n")
     done = machine.run("run")
     assert done.returncode == 1
@@ -202,7 +202,7 @@ def test_no_python_says_what_to_install(machine: Machine) -> None:
 
 
 def test_python_may_have_another_name(machine: Machine, with_venv: Path) -> None:
-    executable(machine.bin / "python3", "#!/bin/sh\nexit 127\n")  # a shim that leads nowhere
+    executable(machine.bin / "python3", "#!/bin/sh\nexit 127\n")  # a shim without a target
     machine.add("python", with_venv)
     assert machine.run("run").stdout.startswith("own <run>")
 

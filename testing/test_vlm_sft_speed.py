@@ -26,7 +26,7 @@ def data() -> ModuleType:
 
 
 def test_both_sides_take_the_same_steps(tmp_path: Path) -> None:
-    """From the same weights, in fp32: losses and gradient norms of three steps."""
+    """Losses and gradient norms of three steps agree in fp32 from the same weights."""
     output = tmp_path / "figures.json"
     options = "--model tiny --dtype float32 --same-weights --cases ours-torch fsdp2 --token-budget 256"
     options += " --micro-batch-size 3 --samples 4 --steps 1 --warmup 2 --strict --recompute off"
@@ -46,7 +46,7 @@ def test_both_sides_take_the_same_steps(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "billions"), [("2.5-3b", 3.75), ("3-4b", 4.44)])
 def test_real_geometry(data: ModuleType, name: str, billions: float, tmp_path: Path) -> None:
-    """Sizes as published, and sequences that fit the smallest default token budget."""
+    """Sizes are those published, and sequences fit the smallest default token budget."""
     data.write_config(name, tmp_path)
     parameters = count_parameters(HFFacts.load(tmp_path))
     assert parameters is not None and parameters / 1e9 == pytest.approx(billions, abs=0.005)

@@ -1,4 +1,4 @@
-"""Tiny random HuggingFace models of each family, with sizes that nothing divides evenly."""
+"""Tiny random HuggingFace models of each family, with sizes that no parallel size divides evenly."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("LlamaConfig", {}),
     "qwen2": ("Qwen2Config", {}),
     "qwen3": ("Qwen3Config", {"head_dim": 32}),
-    # The geometry of DeepSeek-R1-Distill-Qwen-1.5B but for vocabulary and depth: 12 heads in 2 groups, wide RoPE base.
+    # The geometry of DeepSeek-R1-Distill-Qwen-1.5B except vocabulary and depth: 12 heads in 2 groups, large RoPE base.
     "r1-distill-qwen-1.5b": (
         "Qwen2Config",
         {
@@ -77,7 +77,7 @@ VISION_CONFIGS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 def make_model(family: str, tied: bool, directory: Path, **changes: int) -> PreTrainedModel:
     """Write a random fp32 model to `directory` and return it in evaluation mode.
 
-    Norm weights and biases are random too, so that a lost or misplaced one shows.
+    Norm weights and biases are random, too, so that tests notice a lost or misplaced one.
     """
     name, overrides = CONFIGS[family]
     config = getattr(transformers, name)(**(GEOMETRY | overrides | changes), tie_word_embeddings=tied)
@@ -87,7 +87,7 @@ def make_model(family: str, tied: bool, directory: Path, **changes: int) -> PreT
 def make_vision_model(
     family: str, tied: bool, directory: Path, text: dict[str, Any] | None = None, vision: dict[str, Any] | None = None
 ) -> PreTrainedModel:
-    """Likewise a vision-language model, with changes of its text and vision configurations."""
+    """Write a random fp32 vision-language model, with changes to its text and vision configurations."""
     config = vision_config(family, tied, text, vision)
     return _write(transformers.AutoModelForImageTextToText.from_config(config), directory)
 

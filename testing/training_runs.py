@@ -19,7 +19,7 @@ OVERLAPPED = {"use_distributed_optimizer": True, "overlap_grad_reduce": True, "o
 
 
 def make_batch(step: int) -> list[Sample]:
-    """A global batch to learn by heart, a function of the step alone."""
+    """Return a global batch to memorize, a function of the step alone."""
     generator = torch.Generator().manual_seed(step)
     weights = aggregation_weights([torch.arange(length) > 0 for length in LENGTHS], "token-mean")
     return [
@@ -31,10 +31,10 @@ def make_batch(step: int) -> list[Sample]:
 def policy_samples(
     masks: list[torch.Tensor], generator: torch.Generator, aggregation: Any = "token-mean", *, spread: float = 1.0
 ) -> list[Sample]:
-    """Samples with all that a policy loss reads: random tokens, advantages, and log probabilities around -5.
+    """Return samples with all fields of a policy loss: random tokens, advantages, and log probabilities around -5.
 
     Args:
-        masks: bool [length] of each sample: which tokens are trained.
+        masks: bool [length] for each sample: True for trained tokens.
         spread: standard deviation of the log probabilities.
     """
 
@@ -68,7 +68,7 @@ def build(
     frozen: str | None = None,
     backend: Any = "auto",
 ) -> Any:
-    """An engine of its own, whatever ran in this process before; parameters with `frozen` in their name stay."""
+    """Return a new engine, independent of earlier ones; parameters with `frozen` in their name are not trained."""
     from mbridge_model import load
     from mbridge_train.engine.engine import Engine, MicroBatching
     from mbridge_train.optim.optimizer import OptimizerSettings
@@ -117,7 +117,7 @@ def leave() -> None:
 
 
 def train(engine: Any, first: int, last: int) -> list[tuple[float, float, float, bool]]:
-    """Loss, gradient norm, learning rate, and whether the step was applied, of steps `first` to `last` - 1."""
+    """Return loss, gradient norm, learning rate, and whether it was applied, for steps `first` to `last` - 1."""
     from mbridge_train.losses.policy import sft_loss
 
     record = []
@@ -129,7 +129,7 @@ def train(engine: Any, first: int, last: int) -> list[tuple[float, float, float,
 
 
 def digests(engine: Any) -> dict[str, str]:
-    """A hash of each weight, and of each tensor and number of the optimizer's state."""
+    """Return a hash of each weight, and of each tensor and number of the optimizer state."""
     from mbridge_train.checkpoint import optimizer_state
     from mbridge_train.checkpoint.placement import model_state, parameter_names
 
@@ -143,6 +143,6 @@ def digests(engine: Any) -> dict[str, str]:
 
 def _digest(value: Any) -> str:
     if isinstance(value, torch.Tensor):
-        # A copy: numpy would make a live tensor's memory one that cannot be freed.
+        # A copy, because numpy would keep the memory of a live tensor from being freed.
         return hashlib.sha256(value.detach().cpu().clone().view(-1).view(torch.uint8).numpy()).hexdigest()
     return str(value)

@@ -28,7 +28,7 @@ def vision_of(samples: list[dict[str, Any]]) -> VisionInputs | None:
 
 
 def packed_batch(samples: list[dict[str, Any]], settings: MropeSettings, multiple: int) -> tuple[Batch, list[int]]:
-    """All samples in one row, each padded to a multiple, and where each starts in it."""
+    """Return all samples in one row, each padded to a multiple, and the start of each."""
     row, packing, starts = pack([sample["tokens"] for sample in samples], multiple)
     positions = torch.zeros(3, *row.shape, dtype=torch.int64)
     for start, sample in zip(starts, samples, strict=True):
@@ -38,7 +38,7 @@ def packed_batch(samples: list[dict[str, Any]], settings: MropeSettings, multipl
 
 
 def dense_batch(samples: list[dict[str, Any]], settings: MropeSettings, multiple: int) -> tuple[Batch, list[int]]:
-    """One row for each sample, padded to the longest, and where each starts in the flattened rows."""
+    """Return one row per sample, padded to the longest, and the start of each in the flattened rows."""
     longest = max(len(sample["tokens"]) for sample in samples)
     width = (longest + multiple - 1) // multiple * multiple
     tokens = torch.zeros(len(samples), width, dtype=torch.int64)
@@ -53,10 +53,10 @@ def dense_batch(samples: list[dict[str, Any]], settings: MropeSettings, multiple
 def run(
     model: list[nn.Module], batch: Batch, starts: list[int], lengths: list[int], vocab_size: int, *, backward: bool
 ) -> list[Tensor] | None:
-    """Logits [length, vocabulary] of each sample on the last pipeline stage, None on the others.
+    """Return logits [length, vocabulary] of each sample on the last pipeline stage, None on the others.
 
-    With `backward` the gradient of the cross entropy, summed over all samples, is left in the parameters' `main_grad`;
-    the chunks must then be wrapped for data parallelism.
+    With `backward`, the gradient of the cross entropy summed over all samples is in the parameters' `main_grad`; the
+    chunks must then be wrapped for data parallelism.
     """
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -64,7 +64,7 @@ def run(
 
     def step(iterator: Any, chunk: nn.Module) -> tuple[Tensor, Any]:
         is_first = parallel_state.is_pipeline_first_stage()
-        # Only the first stage sees images.
+        # Only the first stage reads images.
         output = forward(chunk, **(batch if is_first else batch | {"vision": None}))
 
         def collect(output: Tensor) -> tuple[Tensor, dict[str, list[Tensor]]]:

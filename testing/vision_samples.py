@@ -1,4 +1,4 @@
-"""Sequences with images and videos of several sizes, and what transformers makes of each of them alone."""
+"""Sequences with images and videos of several sizes, and the results of transformers for each alone."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ SECONDS_PER_GRID = 2.0
 
 
 def make_sample(layout: list[Any], frames_are_runs: bool, generator: torch.Generator) -> dict[str, Any]:
-    """Tokens of one sequence, and its images and videos in order."""
+    """The tokens of one sequence, and its images and videos in order."""
     tokens: list[int] = []
     grids: list[tuple[int, int, int]] = []
     is_video: list[bool] = []
@@ -38,7 +38,7 @@ def make_sample(layout: list[Any], frames_are_runs: bool, generator: torch.Gener
         frames, per_frame = part[0], part[1] * part[2] // MERGE_SIZE**2
         placeholder = VIDEO_TOKEN if before == "v" else IMAGE_TOKEN
         if before == "v" and frames_are_runs:
-            for frame in range(frames):  # text between the frames says the time
+            for frame in range(frames):  # text between the frames gives the time
                 tokens += [100 + frame, VISION_START, *[placeholder] * per_frame, VISION_END]
         else:
             tokens += [VISION_START, *[placeholder] * (frames * per_frame), VISION_END]
@@ -52,7 +52,7 @@ def make_sample(layout: list[Any], frames_are_runs: bool, generator: torch.Gener
 
 
 def transformers_inputs(sample: dict[str, Any]) -> dict[str, Any]:
-    """The sample as transformers' models take it: images and videos apart."""
+    """Return the inputs of a transformers model, with images and videos separate."""
     tokens: Tensor = sample["tokens"]
     inputs: dict[str, Any] = {
         "input_ids": tokens[None],
@@ -75,9 +75,9 @@ def transformers_inputs(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_reference(model: PreTrainedModel, directory: Path, *, frames_are_runs: bool) -> None:
-    """Beside `directory`: a .pt file of samples with positions and logits, and a directory of gradients.
+    """Write a .pt file of samples with positions and logits, and a directory of gradients, beside `directory`.
 
-    The gradients are those of the cross entropy summed over all samples, saved under the names of the weights.
+    The gradients are those of the cross entropy summed over all samples, under the names of the weights.
     """
     generator = torch.Generator().manual_seed(1)
     samples = {name: make_sample(layout, frames_are_runs, generator) for name, layout in LAYOUTS.items()}

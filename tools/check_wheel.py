@@ -1,4 +1,4 @@
-"""Is a package complete and alone in the environment whose Python runs this? Used by `nox -s wheel`.
+"""Check that a package is complete and alone in the environment of the running Python. Used by `nox -s wheel`.
 
 python check_wheel.py PACKAGE EXPECTED_PACKAGE…
 """
@@ -7,20 +7,20 @@ import importlib.metadata
 import subprocess
 import sys
 
-# The best of a few starts, since the first compiles the modules.
+# The best of a few starts, because the first one compiles the modules.
 STARTS = 3
 CONFIG_IMPORT_SECONDS = 0.3
 
 
 def import_seconds(module: str) -> float:
-    """Import time in a new process, in seconds of processor time: the same on a machine busy with other work."""
+    """Return the import time in a new process, in CPU seconds, which do not depend on other load of the machine."""
     program = f"import time; start = time.process_time(); import {module}; print(time.process_time() - start)"
     done = subprocess.run([sys.executable, "-I", "-c", program], stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
 def problems(package: str, expected: set[str]) -> list[str]:
-    """What is wrong with the environment; empty if nothing is."""
+    """Return the faults of the environment."""
     found = []
     seconds = min(import_seconds(package.replace("-", "_")) for _ in range(STARTS))
     installed = {distribution.metadata["Name"] for distribution in importlib.metadata.distributions()}

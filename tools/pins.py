@@ -1,10 +1,10 @@
 """Pin every version of the workspace's resolution in the root `pyproject.toml`, or check that all are pinned.
 
-    nox -s pins              # resolve afresh, rewrite the pins
+    nox -s pins              # resolve anew and rewrite the pins
     nox -s pins -- --check   # fail if a package of the resolution has no pin
 
-A lock file names download addresses, which differ from site to site, so git holds these pins instead: with them
-uv resolves to the same set everywhere. The lines between the two markers belong to this program.
+A lock file contains download addresses, which differ from site to site, so git has these pins instead: with them uv
+resolves to the same versions everywhere. This program owns the lines between the two markers.
 """
 
 import argparse
@@ -18,16 +18,16 @@ from pathlib import Path
 
 BEGIN = "# pins: begin (written by `nox -s pins`)\n"
 END = "# pins: end\n"
-# Sources without a build system of their own are built with these.
+# For sources that do not declare a build system.
 LEGACY_BUILD_REQUIREMENTS = ("setuptools", "wheel")
 
 
 class PinError(Exception):
-    """The pins and the resolution do not agree, or there is no place for the pins."""
+    """The pins differ from the resolution, or `pyproject.toml` has no place for pins."""
 
 
 def member_files(root: Path) -> list[Path]:
-    """The `pyproject.toml` of every workspace member, in order."""
+    """Return the `pyproject.toml` of every workspace member, in order."""
     settings = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["uv"]
     return sorted(
         path for pattern in settings["workspace"]["members"] for path in root.glob(f"{pattern}/pyproject.toml")
@@ -35,7 +35,7 @@ def member_files(root: Path) -> list[Path]:
 
 
 def replace_pins(text: str, pins: list[str], build_pins: list[str]) -> str:
-    """`pyproject.toml` with these pins between the markers; without any, with nothing between them."""
+    """Return the text of `pyproject.toml` with `pins` between the markers, possibly none."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
         raise PinError(f"pyproject.toml needs one line each of {BEGIN.strip()!r} and {END.strip()!r} in [tool.uv]")
     head, rest = text.split(BEGIN)
@@ -48,7 +48,7 @@ def replace_pins(text: str, pins: list[str], build_pins: list[str]) -> str:
 
 
 def locked_versions(lock: str) -> list[str]:
-    """`name==version` for every package of a `uv.lock` that comes from a registry, sorted."""
+    """Return `name==version` of every package of a `uv.lock` that comes from a registry, sorted."""
     versions: dict[str, str] = {}
     for package in tomllib.loads(lock)["package"]:
         if "registry" not in package["source"]:
@@ -73,7 +73,7 @@ def resolve(root: Path, text: str) -> list[str]:
 
 
 def resolve_build(root: Path) -> list[str]:
-    """Resolve what building the members, and sources without a build system, takes."""
+    """Resolve the build requirements of the members, and of sources without a build system."""
     requirements = set(LEGACY_BUILD_REQUIREMENTS)
     for path in member_files(root):
         requirements.update(tomllib.loads(path.read_text())["build-system"]["requires"])
@@ -86,7 +86,7 @@ def resolve_build(root: Path) -> list[str]:
 
 
 def differences(pins: list[str], resolution: list[str]) -> list[str]:
-    """One line for every pin that is missing, different, or of no use."""
+    """Return one line for every pin that is missing, different or unused."""
     pinned, resolved = (dict(entry.split("==") for entry in entries) for entries in (pins, resolution))
     lines = [f"{name}=={version} is not pinned" for name, version in resolved.items() if name not in pinned]
     lines += [
@@ -98,7 +98,7 @@ def differences(pins: list[str], resolution: list[str]) -> list[str]:
 
 
 def check(root: Path) -> None:
-    """Raise `PinError` unless the resolution is what is pinned, no more and no less."""
+    """Raise `PinError` unless the pins equal the resolution."""
     text = (root / "pyproject.toml").read_text()
     settings = tomllib.loads(text)["tool"]["uv"]
     problems = differences(settings.get("constraint-dependencies", []), resolve(root, text))
@@ -111,7 +111,7 @@ def check(root: Path) -> None:
 
 
 def _uv(*arguments: str) -> str:
-    # `uv run` says which uv it is.
+    # set by `uv run`
     done = subprocess.run([os.environ.get("UV", "uv"), *arguments], stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode != 0:
         raise PinError(f"uv {arguments[0]} failed (its message is above)")
@@ -128,7 +128,7 @@ def main() -> None:
         else:
             path = root / "pyproject.toml"
             pins = resolve(root, replace_pins(path.read_text(), [], []))
-            # Read again: resolving takes a while.
+            # Read again, because the file may have changed while uv resolved.
             path.write_text(replace_pins(path.read_text(), pins, resolve_build(root)))
             print(f"{len(pins)} packages pinned in {path.name}")
     except PinError as error:

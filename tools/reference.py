@@ -1,6 +1,6 @@
-"""Write the pages that are made from the schema and the rules of mbridge-config: `nox -s reference`.
+"""Generate the pages of the schema and the rules of mbridge-config: `nox -s reference`.
 
-With `--check` nothing is written, and the exit code is 1 where a page is stale.
+With `--check`, write nothing and exit with 1 if a page is stale.
 """
 
 import sys
@@ -12,7 +12,7 @@ DOCS = Path(__file__).parent.parent / "docs"
 
 
 def main(check: bool) -> int:
-    """The exit code."""
+    """Write or check the pages and return the exit code."""
     stale = []
     for name, page in PAGES.items():
         text, file = page(), DOCS / name
