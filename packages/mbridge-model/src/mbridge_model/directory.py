@@ -4,16 +4,16 @@ Only JSON files and the headers of safetensors files are read, so a mistake cost
 """
 
 import json
-import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError, safe_open
 
 from mbridge_model.errors import ModelError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_LARGEST_HEADER = 100 * 2**20  # safetensors' own limit on the header, in bytes
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +71,6 @@ def open_directory(path: str | Path, *, needs_weights: bool = True) -> HFDirecto
             "the embedding"
         )
     files = _weight_files(directory) if needs_weights else ()
-    for file in files:
-        check_safetensors(file)
     return HFDirectory(path=directory, config=config, weight_files=files)
 
 
@@ -96,8 +94,16 @@ def _weight_files(directory: Path) -> tuple[Path, ...]:
                 f"{index_path} names {len(missing)} file(s) that are not there, first {missing[0]!r}; "
                 "complete the download"
             )
+        for name in names:
+            lost = {tensor for tensor, file in weight_map.items() if file == name} - tensor_names(directory / name)
+            if lost:
+                raise ModelError(
+                    f"{index_path} says that {name!r} holds {len(lost)} tensor(s) that it does not, first "
+                    f"{min(lost)!r}; download both again"
+                )
         return tuple(directory / name for name in names)
     if (directory / _SINGLE).is_file():
+        tensor_names(directory / _SINGLE)
         return (directory / _SINGLE,)
     raise ModelError(
         f"{directory} has neither {_SINGLE} nor {_INDEX}; only safetensors weights are read "
@@ -105,29 +111,19 @@ def _weight_files(directory: Path) -> tuple[Path, ...]:
     )
 
 
-def check_safetensors(path: Path) -> None:
-    """Check that a safetensors file is as long as its header says.
+def tensor_names(path: Path) -> set[str]:
+    """Return the names of the tensors in a safetensors file, whose header must describe the whole file.
 
     Raises:
-        ModelError: the file is cut short, too long, or its header is not a safetensors header.
+        ModelError: the file is cut short or too long, or its header is broken.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        header_size = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if header_size < 2 or header_size > _LARGEST_HEADER or 8 + header_size > size:
-            raise ModelError(f"{path} is not a whole safetensors file ({size} bytes); download it again")
-        try:
-            header = json.loads(file.read(header_size))
-            ends = [int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__"]
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-            raise ModelError(f"{path} has a broken safetensors header ({error}); download it again") from None
-    expected = 8 + header_size + max(ends, default=0)
-    if size != expected:
-        word = "truncated" if size < expected else "too long"
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return set(file.keys())
+    except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"{path} is {word}: its header describes {expected} bytes, the file has {size}; download it again"
-        )
+            f"{path} is not a whole safetensors file ({path.stat().st_size} bytes; {error}); download it again"
+        ) from None
 
 
 def _read_json(path: Path, hint: str) -> dict[str, Any]:
