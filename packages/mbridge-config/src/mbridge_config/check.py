@@ -1,4 +1,4 @@
-"""All that is wrong with a config, at once, before anything is loaded.
+"""Find everything that is wrong with a config at once, before anything is loaded.
 
 report = check(config, world_size=8)
 report.raise_for_errors()
@@ -26,7 +26,7 @@ _Read = TypeVar("_Read")
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class Report:
-    """What `check` found. `facts` and `plan` are None where they could not be made out."""
+    """What `check` found. `facts` and `plan` are None if they could not be determined."""
 
     problems: list[Problem]
     facts: HFFacts | None = None
@@ -36,7 +36,7 @@ class Report:
 
     @property
     def errors(self) -> list[Problem]:
-        """The problems that keep the config from running."""
+        """Return the problems that keep the config from running."""
         return [problem for problem in self.problems if problem.severity is Severity.ERROR]
 
     def raise_for_errors(self) -> None:
@@ -51,8 +51,8 @@ class Report:
 def check(config: RunConfig, world_size: int | None = None) -> Report:
     """Apply every rule to `config`, and add what `compose(..., strict=False)` found.
 
-    Rules on ranks need `world_size`; without it they use launcher.nproc_per_node x cluster.num_nodes, and are
-    skipped where that is not set either. Reads config.json and tokenizer files; raises nothing.
+    Rules about ranks need `world_size`; without it they use launcher.nproc_per_node x cluster.num_nodes, and are
+    skipped if that is not set either. Reads config.json and tokenizer files; raises nothing.
     """
     problems = list(config.provenance.problems)
     world_size = expected_world_size(config) if world_size is None else world_size
@@ -76,16 +76,16 @@ def check(config: RunConfig, world_size: int | None = None) -> Report:
 
 
 def refuse_short_run(config: RunConfig, *, rows: int) -> None:
-    """Raise `ConfigError` where the learning rate's schedule does not fit into a run over so many rows.
+    """Raise `ConfigError` if the learning rate's schedule does not fit into a run over `rows` rows.
 
-    For apps: `check` reads no data, and says this only where the config alone decides how long the run is.
+    For apps: `check` reads no data, so it can tell this only if the config alone decides how long the run is.
     """
     if problems := list(over_the_run.problems(Context(config=config, rows=rows))):
         raise ConfigError(problems)
 
 
 def rules_of(config: RunConfig) -> tuple[Rule, ...]:
-    """The rules of this kind of run."""
+    """Return the rules of this kind of run."""
     return SFT if isinstance(config, SFTConfig) else REASONING
 
 
@@ -96,7 +96,7 @@ def _read(
     read: Callable[[Path], _Read],
     problems: list[Problem],
 ) -> _Read | None:
-    """What `read` finds in the directory that `key` names; its problems get the key and the place of the key."""
+    """Return what `read` finds in the directory that `key` names; add the key and its place to its problems."""
     if key in config.provenance.failed:
         return None
     try:

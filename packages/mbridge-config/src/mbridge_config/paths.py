@@ -1,6 +1,6 @@
-"""Paths that a user wrote. Nothing here raises: what cannot be looked at, or cannot be a path, is not there.
+"""Look at paths that a user wrote. Nothing here raises: a path that cannot be inspected counts as missing.
 
-`pathlib` raises for a home directory that nobody has, for names that are too long, and for directories of others.
+`pathlib` raises for the home directory of an unknown user, for names that are too long, and without permission.
 """
 
 import os
@@ -8,27 +8,27 @@ from pathlib import Path
 
 
 def user_path(text: str | Path) -> Path:
-    """The path, with the home directory in place of `~` where there is one."""
+    """Return the path with `~` expanded to the home directory, if there is one."""
     return Path(os.path.expanduser(text))
 
 
 def is_directory(path: str | Path) -> bool:
-    """Whether there is such a directory."""
+    """Return whether the directory exists."""
     return os.path.isdir(path)
 
 
 def is_file(path: str | Path) -> bool:
-    """Whether there is such a file."""
+    """Return whether the file exists."""
     return os.path.isfile(path)
 
 
 def is_there(path: str | Path) -> bool:
-    """Whether there is such a file or directory."""
+    """Return whether the file or directory exists."""
     return os.path.exists(path)
 
 
 def fault(path: Path) -> str | None:
-    """Why nothing can be at `path`, nor be made there: a name that is too long, a directory of others; else None."""
+    """Return why nothing can exist or be created at `path` (name too long, no permission), or None."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -41,7 +41,7 @@ def fault(path: Path) -> str | None:
 
 
 def same_place(one: Path, other: Path) -> bool:
-    """Whether both lead to one place, over whatever links."""
+    """Return whether both paths lead to the same place, links resolved."""
     try:
         return os.path.realpath(one) == os.path.realpath(other)
     except (OSError, ValueError):
@@ -49,7 +49,7 @@ def same_place(one: Path, other: Path) -> bool:
 
 
 def files_in(directory: Path) -> list[Path]:
-    """What the directory holds; nothing where it may not be read."""
+    """Return the entries of the directory, sorted; none if it may not be read."""
     try:
         return sorted(directory.iterdir())
     except OSError:

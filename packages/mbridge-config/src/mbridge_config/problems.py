@@ -1,4 +1,4 @@
-"""What is wrong with a config: one `Problem` per finding, one `ConfigError` for all of them."""
+"""Describe what is wrong with a config: one `Problem` per finding, one `ConfigError` for all of them."""
 
 import dataclasses
 import enum
@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 
 class Severity(enum.IntEnum):
-    """How bad a problem is; lower sorts first."""
+    """How serious a problem is; lower sorts first."""
 
     ERROR = 0
     WARNING = 1
@@ -52,7 +52,7 @@ class Problem:
         return f"{self.severity.name.lower()}[{self.id}] {subject}{self.reason}{place}\n    fix: {self.fix}"
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain JSON-ready values."""
+        """Return the same as plain JSON-ready values."""
         return {
             "id": self.id,
             "severity": self.severity.name.lower(),
@@ -65,20 +65,20 @@ class Problem:
 
 
 def short(value: Any, limit: int = 100) -> str:
-    """`value` as YAML would spell it, cut to `limit` characters."""
+    """Return `value` as YAML would spell it, cut to `limit` characters."""
     spelled = {None: "null", True: "true", False: "false"}.get(value) if isinstance(value, bool | None) else None
     text = spelled if spelled is not None else (value if isinstance(value, str) and value else repr(value))
     return text if len(text) <= limit else text[: limit - 3] + "..."
 
 
 def shown(path: Path) -> str:
-    """`path` as messages show it: relative to the working directory where that is shorter."""
+    """Return `path` as messages show it: relative to the working directory if it lies below it."""
     relative = os.path.relpath(path)
     return str(path) if relative.startswith("..") else relative
 
 
 def json_ready(value: Any) -> Any:
-    """`value` with everything JSON has no type for turned into text."""
+    """Return `value` with everything turned into text that JSON has no type for."""
     if isinstance(value, dict):
         return {str(name): json_ready(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
@@ -87,12 +87,12 @@ def json_ready(value: Any) -> Any:
 
 
 def ordered(problems: Iterable[Problem]) -> list[Problem]:
-    """Errors first, then warnings, then notes; within one severity in the order they were found."""
+    """Sort errors first, then warnings, then notes; keep the order in which they were found within a severity."""
     return sorted(problems, key=lambda problem: problem.severity)
 
 
 def render(problems: Sequence[Problem]) -> str:
-    """All problems as text, errors first; notes with one reason share one line."""
+    """Return all problems as text, errors first; notes with the same reason share a line."""
     lines: list[str] = []
     notes: dict[tuple[str, str], list[str]] = {}
     for problem in ordered(problems):

@@ -1,4 +1,4 @@
-"""The command line that all apps share: `--config-name`, `--config-path`, `key=value`."""
+"""Parse the command line that all apps share: `--config-name`, `--config-path`, `key=value`."""
 
 import argparse
 import dataclasses
@@ -15,7 +15,7 @@ from mbridge_config.problems import ConfigError, Problem
 
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
 class Arguments:
-    """What `compose` takes: `compose(**dataclasses.asdict(arguments), package_config=...)`."""
+    """The arguments of `compose`: `compose(**dataclasses.asdict(arguments), package_config=...)`."""
 
     config_name: str
     config_path: Path | None
@@ -33,7 +33,7 @@ class Parser(argparse.ArgumentParser):
 def parse_arguments(
     argv: Sequence[str] | None = None, *, program: str, package_config: str, default_config: str | None = None
 ) -> Arguments:
-    """The arguments of an app; `argv` is `sys.argv[1:]` if None.
+    """Return the arguments of an app; `argv` is `sys.argv[1:]` if None.
 
     `package_config` is the import name of the app, whose configs `--help` lists; `default_config` is the name
     used without `--config-name`. `--help`, and `-sc` for shell completion, print and exit with 0. Raises `ConfigError`
@@ -51,7 +51,7 @@ def parse_arguments(
 
 
 def argument_parser(program: str, epilog: str) -> argparse.ArgumentParser:
-    """A parser with `--config-path` and `key=value`, whose errors are `ConfigError`."""
+    """Return a parser with `--config-path` and `key=value`, whose errors are `ConfigError`."""
     parser = Parser(prog=program, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key; ~key puts its default back")
     parser.add_argument(
@@ -82,7 +82,7 @@ def _usage(reason: str, fix: str) -> ConfigError:
 
 
 def memory_size(text: str) -> float:
-    """A `--memory` in GiB; raises `argparse.ArgumentTypeError`."""
+    """Return a `--memory` in GiB; raise `argparse.ArgumentTypeError`."""
     try:
         size = float(text)
     except ValueError:

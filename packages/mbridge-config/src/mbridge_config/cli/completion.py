@@ -1,8 +1,8 @@
-"""Shell completion of config names, keys and values, by Hydra's protocol.
+"""Complete config names, keys and values in a shell, by Hydra's protocol.
 
 `eval "$(mbridge-config -sc install=bash)"`, and the same for each app, after which the shell asks
-`mbridge-config -sc query=bash` with the line so far in COMP_LINE. Hydra's plugins know how a shell is told; what comes
-next is worked out here from the schema, without Hydra, which would take most of a second for each answer.
+`mbridge-config -sc query=bash` with the line so far in COMP_LINE. Hydra's plugins install the completion in a shell.
+The answers come from the schema, without Hydra, which would take most of a second each time.
 """
 
 import os
@@ -63,7 +63,7 @@ def answer(words: Sequence[str], complete: Complete) -> bool:
 
 
 def how(program: str) -> str:
-    """How a shell is told to complete the command lines of `program`."""
+    """Return how to switch on completion for `program`."""
     return f'shell completion:\n  eval "$({program} -sc install=bash)"'
 
 
@@ -73,7 +73,7 @@ def _wrong(request: str) -> ConfigError:
 
 
 def complete_app(package: str, default_config: str | None) -> Complete:
-    """What comes next on the command line of the app with the import name `package`."""
+    """Return the completion of the command line of the app with the import name `package`."""
 
     def complete(before: Sequence[str], word: str) -> Iterable[str]:
         path = _after(before, _PATH_FLAGS)
@@ -93,7 +93,7 @@ def complete_app(package: str, default_config: str | None) -> Complete:
 
 
 def complete_config(*flags: str) -> Complete:
-    """What comes next behind a command that takes the name of a config, overrides and these flags."""
+    """Return the completion of a command that takes the name of a config, overrides and these flags."""
 
     def complete(before: Sequence[str], word: str) -> Iterable[str]:
         path = _after(before, _PATH_FLAGS)
@@ -123,7 +123,7 @@ def _after(words: Sequence[str], flags: Sequence[str]) -> str | None:
 
 
 def _schemas(find: Callable[[], Path]) -> list[type]:
-    """The schema of the file that `find` returns; all of them where its own cannot be told."""
+    """Return the schema of the file that `find` returns, or all schemas if that cannot be told."""
     import yaml
 
     try:
@@ -139,7 +139,7 @@ def _schemas(find: Callable[[], Path]) -> list[type]:
 
 
 def _overrides(schemas: Sequence[type], word: str) -> Iterable[str]:
-    """Keys one level at a time, `actor.` before `actor.optim.`; behind `key=` the values that it takes."""
+    """Complete keys one level at a time, `actor.` before `actor.optim.`; after `key=`, the values of the key."""
     sign = word[: len(word) - len(word.lstrip("+~"))]
     key, equals, _ = word[len(sign) :].partition("=")
     for schema in schemas:

@@ -19,7 +19,7 @@ _APPS = {"reasoning": "mbridge-reasoning", "sft": "mbridge-sft"}
 
 
 def run(words: Sequence[str]) -> int:
-    """Write a config and check it; returns 0, or 2 where the check has errors. Raises `ConfigError`."""
+    """Write a config and check it; return 0, or 2 if the check finds errors. Raises `ConfigError`."""
     parser = Parser(prog="mbridge-config init", description="Write a config for a model, and check it.")
     parser.add_argument("task", choices=list(_LONGEST), help="what to train")
     parser.add_argument("--model", metavar="DIR", required=True, help="HuggingFace directory: config.json, weights")
@@ -51,10 +51,10 @@ def run(words: Sequence[str]) -> int:
 
 
 def config_text(task: str, model: str | Path, data: Sequence[str] = ()) -> str:
-    """A commented YAML for `task` with the model in the directory `model`.
+    """Return a commented YAML for `task` with the model in the directory `model`.
 
     Without `data`, a reasoning run solves arithmetic of reasoning-gym, and one of a vision-language model reads
-    handwritten digits. Raises `ConfigError` where the model is not there, or cannot be trained so.
+    handwritten digits. Raises `ConfigError` if the model is missing, or cannot be trained this way.
     """
     facts = HFFacts.load(model)
     directory = facts.directory.resolve()
@@ -83,7 +83,7 @@ def config_text(task: str, model: str | Path, data: Sequence[str] = ()) -> str:
 
 
 def _has_chat_template(directory: Path) -> bool:
-    """Whether the tokenizer knows how to wrap a prompt."""
+    """Return whether the tokenizer has a chat template."""
     if any(is_file(directory / name) for name in ("chat_template.jinja", "chat_template.json")):
         return True
     settings = directory / "tokenizer_config.json"
@@ -91,7 +91,7 @@ def _has_chat_template(directory: Path) -> bool:
 
 
 def _text(value: object) -> str:
-    """`value` so that OmegaConf does not take it for an interpolation."""
+    """Return `value` escaped, so that OmegaConf does not take it for an interpolation."""
     return str(value).replace("${", "\\${")
 
 

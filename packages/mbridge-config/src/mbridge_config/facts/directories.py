@@ -1,4 +1,4 @@
-"""Which directories a run reads its model and tokenizer from. Decided here, once."""
+"""Decide which directories a run reads its model and tokenizer from."""
 
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ _STRAYS = {REASONING_KEY: (SFT_KEY, "rollout.model.model_path"), SFT_KEY: (REASO
 
 
 def hf_key(config: Any) -> str:
-    """The key that names the HuggingFace directory of this kind of run."""
+    """Return the key that names the HuggingFace directory of this kind of run."""
     return SFT_KEY if config.runner.task_type == "sft" else REASONING_KEY
 
 
 def hf_directory(config: Any) -> Path:
-    """The HuggingFace directory of the model. Raises `ConfigError` if its key is empty."""
+    """Return the HuggingFace directory of the model. Raises `ConfigError` if its key is empty."""
     key = hf_key(config)
     if value := get(config, key):
         return user_path(value)
@@ -35,7 +35,7 @@ def hf_directory(config: Any) -> Path:
 
 
 def tokenizer_directory(config: Any) -> Path:
-    """The directory of the tokenizer. Raises `ConfigError` if its key is empty."""
+    """Return the directory of the tokenizer. Raises `ConfigError` if its key is empty."""
     if value := get(config, TOKENIZER_KEY):
         return user_path(value)
     key = hf_key(config)

@@ -1,4 +1,4 @@
-"""What a HuggingFace directory says about its model, read as plain JSON: no torch, no transformers, no code run."""
+"""Read what a HuggingFace directory says about its model as plain JSON, without torch, transformers or its code."""
 
 import contextlib
 import dataclasses
@@ -12,20 +12,20 @@ from mbridge_config.paths import is_directory, is_file, is_there, user_path
 from mbridge_config.problems import ConfigError, Problem, Where, shown
 from mbridge_config.schema.model import MOST_LAYERS
 
-# config.json leaves this out where it is the family's default, which is true only for these
+# config.json omits this field if it has the family's default, which is true for these families only.
 _TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3", "gemma3_text", "gpt2")
-# families whose Megatron model always has these, whatever their config.json says
+# Families whose Megatron model always has these, regardless of config.json.
 QKV_BIAS_FAMILIES = ("qwen2", "qwen2_moe", "qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text")
 QK_LAYERNORM_FAMILIES = ("qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_text", "qwen3_vl_moe", "qwen3_vl_moe_text")
 
-_NESTED = ("text_config", "llm_config", "language_config")  # where vision-language models keep their text model
+_NESTED = ("text_config", "llm_config", "language_config")  # where vision-language models keep the text model
 
 
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
 class HFFacts:
-    """Geometry in `directory/config.json`, that of the text model where the name does not say vision.
+    """Geometry in `directory/config.json`: that of the text model, unless the name says vision.
 
-    None: config.json does not say.
+    None means that config.json does not say.
     """
 
     directory: Path
@@ -80,7 +80,7 @@ class HFFacts:
 
 
 class _Reader:
-    """Reads fields of one config.json, gathering what is wrong."""
+    """Read the fields of one config.json, and collect everything that is wrong."""
 
     def __init__(self, file: Path, config: Mapping[str, Any], text: Mapping[str, Any]):
         self.file, self.config, self.text = file, config, text
@@ -166,7 +166,7 @@ class _Reader:
         )
 
     def check_layer_types(self, layers: int | None) -> None:
-        """transformers builds no model whose list of the layers' kinds has another length than the model has layers."""
+        """Report a list of layer kinds whose length is not the number of layers: transformers refuses such a model."""
         kinds = self.text.get("layer_types")
         if kinds is None:
             return
@@ -181,7 +181,7 @@ class _Reader:
             )
 
     def deepstack(self) -> tuple[int, ...]:
-        """`deepstack_visual_indexes` of the vision part, none where it has none."""
+        """Return `deepstack_visual_indexes` of the vision part; empty if it has none."""
         value = self.vision.get("deepstack_visual_indexes")
         if value is None:
             return ()
@@ -192,13 +192,13 @@ class _Reader:
         return ()
 
     def dense_layers(self, layers: int) -> tuple[int, ...]:
-        """Layers without experts: those of `mlp_only_layers`, and all but every `decoder_sparse_step`-th."""
+        """Return the layers without experts: those of `mlp_only_layers`, and all but every `decoder_sparse_step`-th."""
         named, step = self.text.get("mlp_only_layers"), _whole(self.text.get("decoder_sparse_step")) or 1
         names = named if isinstance(named, list) else []
         return tuple(number for number in range(layers) if number in names or (number + 1) % step)
 
     def count(self, *names: str, required: bool = False) -> int | None:
-        """The first of the fields `names` that is there, a positive whole number."""
+        """Return the first of the fields `names` that is present, a positive integer."""
         for name in names:
             value = self.text.get(name)
             if value is None:
@@ -212,7 +212,7 @@ class _Reader:
         return None
 
     def rotary(self, name: str) -> float | None:
-        """A number of the rotary embeddings, which newer files keep in a section of their own."""
+        """Return a number of the rotary embeddings, which newer files keep in a separate section."""
         parameters = self.text.get("rope_parameters")
         nested = parameters.get(name) if isinstance(parameters, dict) else None
         return _number(self.text.get(name, nested))
@@ -226,7 +226,7 @@ class _Reader:
 
 
 def existing_directory(directory: str | Path) -> Path:
-    """`directory` as a path; raises `ConfigError` if it is none."""
+    """Return `directory` as a path; raise `ConfigError` if it is not one."""
     path = user_path(directory)
     if is_directory(path):
         return path
@@ -236,7 +236,7 @@ def existing_directory(directory: str | Path) -> Path:
 
 
 def read_json_object(file: Path, identity: str) -> dict[str, Any]:
-    """The JSON object in `file`; raises `ConfigError` with the problem id `identity` and the line."""
+    """Return the JSON object in `file`; raise `ConfigError` with the problem id `identity` and the line."""
     where = Where(file=shown(file))
     try:
         value = json.loads(file.read_text(encoding="utf-8"))

@@ -1,4 +1,7 @@
-"""The facts of the tiny models that quickstarts make, before they are made."""
+"""State the facts of the tiny models that quickstarts create, before their config.json exists.
+
+A quickstart is checked like any other run, which needs the geometry before the app writes the model.
+"""
 
 from pathlib import Path
 
@@ -10,7 +13,7 @@ from mbridge_config.schema.sft import SFTConfig
 
 
 def made_model_facts(config: RunConfig, directory: Path) -> HFFacts:
-    """The facts of the model that the quickstart is going to make in `directory`."""
+    """Return the facts of the model that the quickstart is going to create in `directory`."""
     if isinstance(config, SFTConfig):
         return _vision_language(config, directory)
     return _text(config, directory)

@@ -12,7 +12,7 @@ _FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "tokenizer_config.j
 
 
 def tokenizer_size(directory: str | Path) -> int | None:
-    """The largest token id of the tokenizer in `directory` plus one, added tokens included.
+    """Return the largest token id of the tokenizer in `directory` plus one, added tokens included.
 
     None where no JSON file lists the ids (a bare SentencePiece model). Raises `ConfigError` for a missing
     directory, one without tokenizer files, and broken JSON.
@@ -43,7 +43,7 @@ def tokenizer_size(directory: str | Path) -> int | None:
 
 
 def token_ids(directory: Path) -> dict[str, int]:
-    """The tokens that `tokenizer.json` or `vocab.json` in `directory` lists, with their ids; empty without them.
+    """Return the tokens that `tokenizer.json` or `vocab.json` in `directory` lists, with their ids; empty without them.
 
     Raises `ConfigError` for broken JSON.
     """

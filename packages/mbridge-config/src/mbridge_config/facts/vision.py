@@ -1,4 +1,4 @@
-"""The vision tower that a config.json describes."""
+"""Read the sizes of the vision tower that a config.json describes."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -44,22 +44,22 @@ class VisionFacts:
 
     @property
     def patch_features(self) -> int:
-        """Numbers of one patch: channels x frames x height x width."""
+        """Return the numbers in a patch: channels x frames x height x width."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
     @property
     def patches_per_token(self) -> int:
-        """Patches that are merged into one token of the language model."""
+        """Return the patches that are merged into one token of the language model."""
         return self.spatial_merge_size**2
 
     @property
     def merged_size(self) -> int:
-        """Width of the patches of one token beside each other."""
+        """Return the width of the concatenated patches of one token."""
         return self.hidden_size * self.patches_per_token
 
 
 def vision_facts(family: str, vision: Mapping[str, Any]) -> VisionFacts | None:
-    """The tower of `vision_config` in a config.json of `family`; None for another architecture or missing sizes."""
+    """Return the tower of `vision_config` in a config.json of `family`; None if unknown or incomplete."""
     kind = _KINDS.get(family.removesuffix("_text"))
     sizes: dict[str, int] = {}
     names = [*_REQUIRED, *_DEFAULTS, *(["num_position_embeddings"] if kind == "qwen3_vl" else [])]

@@ -1,7 +1,8 @@
-"""`mbridge-config fit NAME [key=value ...] --gpus N --memory GIB`: layouts that fit the GPUs, best first, and why.
+"""Find layouts that fit given GPUs, best first, and say why; tell whether a plan exceeds a GPU.
 
-Best is what communicates least: the smallest tensor parallelism, then the smallest pipeline; then micro-batches large
-enough to keep a GPU busy, then least recomputation. Of layouts with the same two sizes the best is shown.
+The best layout communicates least: it has the smallest tensor parallelism, then the smallest pipeline; then
+micro-batches large enough to keep a GPU busy, then the least recomputation. Of the layouts with the same two sizes only
+the best is shown.
 """
 
 import dataclasses
@@ -49,7 +50,7 @@ class Fit:
     least: ProposedLayout | None
 
     def as_dict(self) -> dict[str, Any]:
-        """The same as plain JSON-ready values."""
+        """Return the same as plain JSON-ready values."""
         return {
             "gpus": self.gpus,
             "memory_gib": self.memory / GIB,
@@ -83,7 +84,7 @@ class Fit:
 def fit(config: RunConfig, report: Report, gpus: int, memory_gib: float) -> Fit:
     """Propose layouts of `config` on `gpus` GPUs of `memory_gib` GiB; `report` is that of `check` on it.
 
-    Raises `ConfigError` where the model is not known or not counted.
+    Raises `ConfigError` if the model is unknown, or its parameters are not counted.
     """
     memory = memory_gib * GIB
     everything = layouts(config, report, gpus)
@@ -96,13 +97,13 @@ def fit(config: RunConfig, report: Report, gpus: int, memory_gib: float) -> Fit:
 
 
 def title(layout: ProposedLayout) -> str:
-    """The layout in a line."""
+    """Return the layout in a line."""
     plan = layout.plan
     return f"tensor {plan.tensor_parallel} x pipeline {plan.pipeline_parallel} x data {plan.data_parallel}"
 
 
 def reasons(layout: ProposedLayout) -> list[str]:
-    """Why the layout stands where it does, and how much it takes."""
+    """Return why the layout ranks where it does, and how much memory it takes."""
     plan, stage = layout.plan, layout.plan.peak
     assert stage is not None
     tensor = "whole layers on each GPU: no communication inside them"
@@ -122,7 +123,7 @@ def reasons(layout: ProposedLayout) -> list[str]:
 
 
 def as_arguments(values: Mapping[str, Any]) -> str:
-    """`values` as the command line takes them."""
+    """Return `values` as arguments of the command line."""
     return " ".join(f"{key}={short(value)}" for key, value in values.items())
 
 
@@ -136,9 +137,9 @@ def _layout_as_dict(layout: ProposedLayout) -> dict[str, Any]:
 
 
 def memory_problems(config: RunConfig, report: Report, memory_gib: float) -> list[Problem]:
-    """One problem if a rank needs more than `USABLE` of a GPU of `memory_gib` GiB; none if the plan is not known.
+    """Return a problem if a rank needs more than `USABLE` of a GPU of `memory_gib` GiB; none if the plan is unknown.
 
-    The fix is the layout on as many ranks that changes fewest keys, of those that fit.
+    The fix is the fitting layout on the same number of ranks that changes the fewest keys.
     """
     plan = report.plan
     if plan is None or plan.peak is None or plan.peak.peak <= USABLE * memory_gib * GIB:

@@ -1,4 +1,4 @@
-"""Layouts of one run on so many GPUs that pass the rules: who shares layers, what is recomputed, how much at a time."""
+"""List the layouts of a run on given GPUs that pass the rules: parallel sizes, recomputation, micro-batches."""
 
 import copy
 import dataclasses
@@ -41,15 +41,15 @@ KEYS = (
     NODES,
     PROCESSES,
 )
-"""What a layout may set. A rule that reads none of them says the same of all layouts."""
+"""The keys that a layout may set. A rule that reads none of them finds the same in all layouts."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
 class ProposedLayout:
-    """One way to run on `plan.world_size` GPUs: the values of its keys, those that the config has not got already,
-    and the plan with them.
+    """One way to run on `plan.world_size` GPUs: the values of its keys, those among them that differ from the config,
+    and the resulting plan.
 
-    `recomputed` is the share of layers that are run again in the backward pass.
+    `recomputed` is the share of layers that the backward pass recomputes.
     """
 
     values: Mapping[str, Any]
@@ -60,33 +60,33 @@ class ProposedLayout:
 
     @property
     def peak(self) -> int:
-        """Bytes on the rank that takes the most."""
+        """Return the bytes on the rank that takes the most."""
         assert self.plan.peak is not None
         return self.plan.peak.peak
 
     @property
     def is_short(self) -> bool:
-        """Whether the micro-batch is too small to keep a GPU busy, although there are more sequences."""
+        """Return whether the micro-batch is too small to keep a GPU busy, although it could hold more sequences."""
         return self.tokens < ENOUGH_TOKENS and self.plan.micro_batches_of_longest > 1
 
     @property
     def rank(self) -> tuple[Any, ...]:
-        """Best first: least communication in layers, least pipeline, busy GPUs, least recomputation."""
+        """Return the sort key, best first: least communication, least pipeline, busy GPUs, least recomputation."""
         plan = self.plan
         wait = max(plan.pipeline_bubble, HIGH_BUBBLE)
         return (plan.tensor_parallel, plan.pipeline_parallel, wait, self.is_short, self.recomputed, -self.tokens)
 
 
 def layouts(config: RunConfig, report: Report, gpus: int) -> list[ProposedLayout]:
-    """All layouts on `gpus` GPUs that pass every rule on them, best first, whatever memory they take.
+    """Return all layouts on `gpus` GPUs that pass every rule, best first, regardless of memory.
 
     Args:
-        config: what to lay out.
-        report: that of `check` on it, whose facts are used.
-        gpus: ranks of the run.
+        config: the run.
+        report: the report of `check` on it, whose facts are used.
+        gpus: the ranks of the run.
 
     Raises:
-        ConfigError: the model is not known, or its architecture is not counted.
+        ConfigError: the model is unknown, or its parameters are not counted.
     """
     facts = report.facts
     if facts is None or not can_count(facts):
@@ -112,13 +112,13 @@ def layouts(config: RunConfig, report: Report, gpus: int) -> list[ProposedLayout
 
 
 def other_errors(config: RunConfig, report: Report) -> list[Problem]:
-    """The errors of `report` that no layout mends."""
+    """Return the errors of `report` that no layout fixes."""
     about = {rule.id for rule in rules_of(config) if set(rule.reads) & set(KEYS)}
     return [problem for problem in report.errors if problem.id not in about]
 
 
 def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """A config that differs from `config` in these keys; what is the same is shared."""
+    """Return a config that differs from `config` in these keys and shares everything else with it."""
     changed = copy.copy(config)
     copied: dict[str, Any] = {"": changed}
     for key, value in values.items():
@@ -135,7 +135,7 @@ def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
 
 
 def _candidates(config: RunConfig, layers: int, gpus: int) -> Iterator[tuple[float, dict[str, Any]]]:
-    """Share of recomputed layers, and values of the keys."""
+    """Iterate over shares of recomputed layers and values of the keys."""
     hosts, rest = divmod(gpus, GPUS_PER_HOST)
     processes = {NODES: hosts, PROCESSES: GPUS_PER_HOST} if hosts > 1 and not rest else {NODES: 1, PROCESSES: gpus}
     for tensor in _divisors(gpus, GPUS_PER_HOST):
@@ -151,14 +151,14 @@ def _candidates(config: RunConfig, layers: int, gpus: int) -> Iterator[tuple[flo
 
 
 def _splits(config: RunConfig) -> list[dict[str, Any]]:
-    """The config's own sizes of the first and last stage, which some numbers of stages do not allow, and none."""
+    """Return the config's sizes of the first and last stage, which not every number of stages allows, and none."""
     even: dict[str, Any] = {FIRST_STAGE: None, LAST_STAGE: None}
     own = {key: get(config, key) for key in even}
     return [even] if own == even else [own, even]
 
 
 def _micro_batches(config: RunConfig) -> Iterator[dict[str, Any]]:
-    """The config's own size, and powers of two of the longest sequence up to `MOST_TOKENS`."""
+    """Iterate over the config's own size, and powers of two of the longest sequence up to `MOST_TOKENS`."""
     longest = config.runner.seq_length
     counts = [1]
     while 2 * counts[-1] * longest <= MOST_TOKENS:

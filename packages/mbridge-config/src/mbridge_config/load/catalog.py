@@ -1,4 +1,4 @@
-"""Finding configs: directories of installed apps, names in them, and the one that a name means."""
+"""Find configs: the directories of installed apps, the names in them, and the file that a name means."""
 
 import difflib
 import functools
@@ -14,10 +14,10 @@ SUFFIX = ".yaml"
 
 
 def config_directory(package: str) -> Path:
-    """The directory of the configs that come with the app whose import name is `package`.
+    """Return the directory of the configs of the app whose import name is `package`.
 
     An installed app has them inside its package; an app that runs from its source tree has them beside `src`.
-    The package is located, not imported. Raises `ConfigError` where neither place exists.
+    The package is located, not imported. Raises `ConfigError` if neither directory exists.
     """
     try:
         spec = importlib.util.find_spec(package)
@@ -41,7 +41,7 @@ def config_directory(package: str) -> Path:
 
 @functools.cache
 def installed_directories() -> dict[str, Path]:
-    """Config directories of all installed apps by app name (entry point group `mbridge.configs`), looked for once."""
+    """Return the config directories of all installed apps by name (entry point group `mbridge.configs`)."""
     import importlib.metadata  # slow to import, and only this function needs it
 
     found: dict[str, Path] = {}
@@ -54,16 +54,16 @@ def installed_directories() -> dict[str, Path]:
 
 
 def config_names(directory: Path) -> list[str]:
-    """Names of all configs in `directory` and below, such as `math/qwen2.5-1.5b-grpo-megatron`."""
+    """Return the names of all configs in `directory` and below, such as `math/qwen2.5-1.5b-grpo-megatron`."""
     files = (path.relative_to(directory) for path in directory.rglob(f"*{SUFFIX}"))
     return sorted(file.as_posix().removesuffix(SUFFIX) for file in files)
 
 
 def find_config(name: str, directories: Iterable[Path]) -> tuple[Path, Path]:
-    """The file that `name` means, and the directory of `directories` it is under.
+    """Return the file that `name` means, and the one of `directories` that contains it.
 
     `name` is a path below a directory without its suffix, or the last part of one, or the path of a YAML file.
-    Raises `ConfigError` for a name that means nothing, or more than one file.
+    Raises `ConfigError` for an unknown or ambiguous name.
     """
     directories = list(directories)
     labels = [(known, known) for directory in directories for known in config_names(directory)]
@@ -99,9 +99,9 @@ def _find(name: str, directories: list[Path], available: list[tuple[str, str]]) 
 
 
 def find_installed_config(name: str) -> tuple[Path, Path]:
-    """`find_config` among all installed apps; `sft/quickstart` means the one of the app sft.
+    """Do as `find_config` among all installed apps; `sft/quickstart` is the config of the app sft.
 
-    Raises `ConfigError`, also where several apps have a config of this name.
+    Raises `ConfigError`, also if several apps have a config of this name.
     """
     apps = installed_directories()
     app, _, rest = name.partition("/")
@@ -116,7 +116,7 @@ def find_installed_config(name: str) -> tuple[Path, Path]:
 
 
 def _matches(wanted: str, directory: Path) -> list[str]:
-    """Names in `directory` that `wanted` may mean: itself, or all whose last part it is."""
+    """Return the names in `directory` that `wanted` may mean: itself, or all that end with it."""
     names = config_names(directory)
     return [wanted] if wanted in names else [known for known in names if known.rpartition("/")[2] == wanted]
 
@@ -126,7 +126,7 @@ def _wrong_name(name: str, reason: str, fix: str) -> ConfigError:
 
 
 def given_directory(path: str | Path) -> Path:
-    """`--config-path` as an absolute directory; raises `ConfigError` if it is none."""
+    """Return `--config-path` as an absolute directory; raise `ConfigError` if it is not one."""
     if is_directory(path):
         return Path(path).resolve()
     reason = "it is a file, not a directory" if is_there(path) else "there is no such directory"

@@ -1,4 +1,4 @@
-"""Hydra YAML and `key=value` arguments into a typed config.
+"""Compose Hydra YAML and `key=value` arguments into a typed config.
 
     config = compose("qwen2.5-1.5b-grpo-megatron", package_config="mbridge_reasoning")
 
@@ -57,7 +57,7 @@ def compose(
     schema: type[Any] | None = None,
     strict: bool = True,
 ) -> Any:
-    """The config `config_name` with `overrides` (`key=value`, `+key=value`, `++key=value`, `~key`).
+    """Return the config `config_name` with `overrides` (`key=value`, `+key=value`, `++key=value`, `~key`).
 
     The name is looked up in `config_path`; without one, in the configs of the app with the import name
     `package_config`; without both, in those of all installed apps (`sft/quickstart` is that of the app sft). `schema`
@@ -74,7 +74,7 @@ def compose(
 
 
 def from_tree(tree: Mapping[Any, Any], provenance: Provenance, schema: type[Schema], *, strict: bool = True) -> Schema:
-    """A config of the kind `schema` from a plain tree with unresolved interpolations. Raises as `compose` does."""
+    """Return a config of the kind `schema` from a tree with unresolved interpolations. Raises as `compose` does."""
     complete = resolve_interpolations(laid_over(tree, defaults_tree(schema)), provenance)
     config = convert(schema, complete, provenance)
     config.provenance = provenance
@@ -105,7 +105,7 @@ def defaults_tree(schema: type) -> dict[str, Any]:
 
 
 def laid_over(tree: Mapping[Any, Any], under: Mapping[Any, Any]) -> dict[Any, Any]:
-    """`tree` with what it lacks taken from `under`; sections are merged, everything else is replaced."""
+    """Return `tree` with what it lacks taken from `under`; sections are merged, everything else is replaced."""
     merged = dict(under)
     for name, value in tree.items():
         below = under.get(name)

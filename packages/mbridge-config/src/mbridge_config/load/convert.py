@@ -1,4 +1,4 @@
-"""Plain values of a YAML tree into the typed sections of the schema, finding every mistake on the way."""
+"""Convert the plain values of a YAML tree to the typed sections of the schema, and find every mistake in them."""
 
 import copy
 import dataclasses
@@ -25,7 +25,7 @@ from mbridge_config.schema.provenance import Provenance
 
 
 class Unfit(Exception):
-    """A value that does not fit its key: reason and fix."""
+    """A value that does not fit its key, with reason and fix."""
 
     def __init__(self, reason: str, fix: str, identity: str = "wrong-type"):
         super().__init__(reason)
@@ -36,10 +36,10 @@ _LARGEST = 2**63 - 1  # what torch and files hold
 
 
 def convert(kind: type, tree: Mapping[Any, Any], provenance: Provenance) -> Any:
-    """An instance of the section `kind` with the values of `tree`.
+    """Return an instance of the section `kind` with the values of `tree`.
 
-    Keys that are missing, or whose value does not fit, get their default. What was wrong is added to
-    `origin.problems`, and the key to `origin.failed`.
+    A key that is missing, or whose value does not fit, gets its default. What was wrong is added to
+    `provenance.problems`, and the key to `provenance.failed`.
     """
     return _Converter(kind, provenance).section(kind, tree, "")
 
@@ -108,7 +108,7 @@ class _Converter:
 
 
 def nearest_key(root: type, path: str) -> str | None:
-    """The full name of the known key or section that `path` may mean: a sibling if one's name is alike, else any."""
+    """Return the known key or section that `path` may mean: a sibling if one has a similar name, else any; or None."""
     candidates = [*known_keys(root), *known_sections(root)]
     parent, _, leaf = path.rpartition(".")
     by_leaf: dict[str, list[str]] = {}
@@ -122,7 +122,7 @@ def nearest_key(root: type, path: str) -> str | None:
 
 
 def fit(raw: Any, hint: Any, spec: KeySpec) -> Any:
-    """`raw` as a value of the type `hint`; raises `Unfit`."""
+    """Return `raw` as a value of the type `hint`; raise `Unfit` if it is none."""
     if hint is Any:
         return raw
     origin, parts = typing.get_origin(hint), typing.get_args(hint)

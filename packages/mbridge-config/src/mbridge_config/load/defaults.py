@@ -1,4 +1,4 @@
-"""After conversion: other spellings are moved to their key, and what was left null gets its value."""
+"""Move aliases to their key, and fill in what null stands for. Nothing else in the project resolves defaults."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def fill_defaults(config: Any) -> None:
 
 
 def _move_aliases(config: Any, provenance: Provenance) -> None:
-    """Give each key the value of its other spelling, where only that one was set, or set on the command line."""
+    """Give each key the value of its alias if only the alias was set, or only it on the command line."""
     schema: type = type(config)
     keys = known_keys(schema)
     for path, info in keys.items():
@@ -64,14 +64,14 @@ def _is_argument(place: Where | None) -> bool:
 
 
 def _fill_runner(runner: RunnerConfig) -> None:
-    """Directory and name of the logs, and the token budget of a dynamic batch."""
+    """Fill in directory and name of the logs, and the token budget of a dynamic batch."""
     runner.max_tokens_per_mbs = runner.max_tokens_per_mbs or runner.seq_length
     runner.logger.experiment_name = runner.logger.experiment_name or runner.experiment_name
     runner.logger.log_path = runner.logger.log_path or f"{runner.output_dir}/{runner.experiment_name}"
 
 
 def _fill_actor(actor: ActorConfig, runner: RunnerConfig) -> None:
-    """Lengths, number formats, learning rates."""
+    """Fill in lengths, number formats, learning rates, weight decay."""
     model, optim, schedule = actor.model, actor.optim, actor.lr_sched
     model.seq_length = model.seq_length or runner.seq_length
     optim.bf16 = model.precision == "bf16" if optim.bf16 is None else optim.bf16
@@ -85,7 +85,7 @@ def _fill_actor(actor: ActorConfig, runner: RunnerConfig) -> None:
 
 
 def _fill_algorithm(algorithm: AlgorithmConfig, runner: RunnerConfig, data: DataConfig) -> None:
-    """Clip ranges and the longest answer."""
+    """Fill in clip ranges and the longest answer."""
     if algorithm.clip_ratio_low is None:
         algorithm.clip_ratio_low = algorithm.ratio_clip_eps
     if algorithm.clip_ratio_high is None:
@@ -96,7 +96,7 @@ def _fill_algorithm(algorithm: AlgorithmConfig, runner: RunnerConfig, data: Data
 
 
 def _fill_batches(actor: ActorConfig, algorithm: AlgorithmConfig, data: DataConfig, *, minibatches_set: bool) -> None:
-    """Each of the global batch and the number of minibatches from the other: equal shares of the step's answers."""
+    """Fill in the global batch from the number of minibatches, or the reverse: equal shares of the step's answers."""
     answers = data.rollout_batch_size * algorithm.group_size
     if actor.global_batch_size is None:
         actor.global_batch_size = max(1, answers // algorithm.n_minibatches)
@@ -105,7 +105,7 @@ def _fill_batches(actor: ActorConfig, algorithm: AlgorithmConfig, data: DataConf
 
 
 def _fill_sft(config: SFTConfig) -> None:
-    """The longest sequence under either of its names, the size of an evaluation batch, and the tokenizer's place."""
+    """Fill in the longest sequence (it has two names), the evaluation batch and the directory of the tokenizer."""
     actor, runner = config.actor, config.runner
     if actor.model.seq_length is not None and not config.provenance.was_set("runner.seq_length"):
         runner.seq_length = actor.model.seq_length

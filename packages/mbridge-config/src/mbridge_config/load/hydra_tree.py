@@ -1,4 +1,4 @@
-"""One plain tree of a YAML file, its defaults list and the command line's arguments, made by Hydra."""
+"""Let Hydra merge a YAML file, its defaults list and the arguments into one tree, and find where keys were set."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from mbridge_config.problems import ConfigError, Problem, Where, shown
 
 
 def hydra_tree(file: Path, directory: Path, overrides: Sequence[str]) -> tuple[dict[Any, Any], dict[str, Where]]:
-    """The tree of `file` under the config directory `directory`, and the place where each of its keys was set.
+    """Return the tree of `file` in the config directory `directory`, and the place where each of its keys was set.
 
     Interpolations are left as they are. Defaults are looked up beside `file`, then in `directory`. Raises
     `ConfigError`.
@@ -59,14 +59,14 @@ def hydra_tree(file: Path, directory: Path, overrides: Sequence[str]) -> tuple[d
             places[key] = place
             while key := key.rpartition(".")[0]:
                 places.setdefault(key, place)  # a section that no file has
-    # what an argument deleted or replaced is no longer set
+    # A key that an argument deleted or replaced is no longer set.
     places = {key: place for key, place in places.items() if _has(tree, key)}
     _complete(tree, places, Where(file=shown(file)), "")
     return tree, places
 
 
 def _argument(override: str, folders: Sequence[Path]) -> str:
-    """`override` so that Hydra sets the key whether or not a file has it: the schema knows what there is."""
+    """Return `override` in the form that sets a key whether or not a file has it; the schema knows which keys exist."""
     key = override.partition("=")[0].lstrip("+")
     is_group = "@" in key or "/" in key or any(is_directory(folder / key) for folder in folders if key)
     if override.startswith("~") or is_group or key.startswith("hydra."):
@@ -98,7 +98,7 @@ def _has(tree: Any, path: str) -> bool:
 
 
 def _complete(tree: Mapping[Any, Any], places: dict[str, Where], around: Where, prefix: str) -> None:
-    """Give each key of `tree` that has no place yet that of the section around it."""
+    """Give each key of `tree` without a place the place of the section around it."""
     for name, value in tree.items():
         path = f"{prefix}{name}"
         places.setdefault(path, around)
@@ -107,7 +107,7 @@ def _complete(tree: Mapping[Any, Any], places: dict[str, Where], around: Where, 
 
 
 def _failed(error: Exception, where: Where, overrides: Sequence[str]) -> ConfigError:
-    """Hydra's error as a problem, with the argument it is about if there is one, else with the place `where`."""
+    """Return Hydra's error as a problem, with the argument that caused it if there is one, else with `where`."""
     from hydra.errors import OverrideParseException
 
     text = str(error).partition("Config search path:")[0]  # the directories are known
@@ -142,7 +142,7 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def places_of(file: Path, prefix: str = "") -> dict[str, Where]:
-    """Place of each key of the YAML `file`, sections included, by full name under `prefix`.
+    """Return the place of each key and section of the YAML `file`, by full name under `prefix`.
 
     Raises `ConfigError` for a file that cannot be read, is not YAML, or holds no keys.
     """
@@ -173,7 +173,7 @@ def places_of(file: Path, prefix: str = "") -> dict[str, Where]:
 
 
 def yaml_error(error: yaml.MarkedYAMLError, name: str) -> ConfigError:
-    """A YAML error as a `ConfigError` with its line."""
+    """Return a YAML error as a `ConfigError` with its line."""
     mark = error.problem_mark or error.context_mark
     line = None if mark is None else mark.line + 1
     reason = f"not valid YAML: {error.problem or error.context}"

@@ -1,4 +1,4 @@
-"""Interpolations: `${runner.seq_length}`, `${oc.env:HOME}`, `${subtract:4,1}`; each is resolved by itself."""
+"""Resolve interpolations one by one: `${runner.seq_length}`, `${oc.env:HOME}`, `${subtract:4,1}`."""
 
 import functools
 import operator
@@ -69,7 +69,7 @@ def resolve_interpolations(tree: dict[Any, Any], provenance: Provenance) -> dict
 
 
 def _names(raw: str, reason: str) -> bool:
-    """Whether what is not found stands in the value itself, and not in one that it refers to."""
+    """Return whether the unknown name occurs in the value itself, not in one that it refers to."""
     name = re.search(r"'([^']+)' not found", reason)
     return name is not None and name[1] in raw
 
@@ -143,7 +143,7 @@ RESOLVERS: dict[str, Callable[..., Any]] = {
 
 
 def register() -> None:
-    """Make the resolvers known to OmegaConf; names that are taken are left as they are."""
+    """Register the resolvers with OmegaConf, except under names that are taken."""
     from omegaconf import OmegaConf
 
     for name, resolver in RESOLVERS.items():

@@ -1,4 +1,4 @@
-"""A config as plain values, to be written into files."""
+"""Return a config as plain values, to be printed or written into files."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ from mbridge_config.schema.kinds import RunConfig
 
 
 def plain(value: Any) -> Any:
-    """The config (or a part of it) as YAML and JSON can hold it, without the record of where its keys were set."""
+    """Return a config or a part of it as YAML and JSON can hold it, without the record of where its keys were set."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
             field.name: plain(getattr(value, field.name))
@@ -28,7 +28,7 @@ _IN_USE = (Status.HONOURED, Status.REFUSED, Status.CHECKED)
 
 
 def values_in_use(config: RunConfig, *, defaults: bool = True) -> dict[str, Any]:
-    """The keys that a run reads, with plain JSON-ready values, in sections; without `defaults` those that differ."""
+    """Return the keys that a run uses, with JSON-ready values; without `defaults`, only those that differ from them."""
     tree: dict[str, Any] = {}
     schema: type = type(config)
     for path, info in known_keys(schema).items():
@@ -43,7 +43,7 @@ def values_in_use(config: RunConfig, *, defaults: bool = True) -> dict[str, Any]
 
 
 def values_in_use_text(config: RunConfig) -> str:
-    """The keys that are not at their defaults, as YAML."""
+    """Return the keys that differ from their defaults, as YAML."""
     import yaml
 
     changed = values_in_use(config, defaults=False)

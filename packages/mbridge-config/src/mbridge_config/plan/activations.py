@@ -1,4 +1,4 @@
-"""What the layers keep for the backward pass, in bytes for each token or patch.
+"""Count what the layers keep for the backward pass, in bytes for each token or patch.
 
 The method is that of Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models", section
 4: go through the operations of a layer and add up the inputs that each one's gradient needs, once each. The layers

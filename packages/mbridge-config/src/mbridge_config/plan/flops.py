@@ -1,4 +1,4 @@
-"""Floating-point operations that a batch costs, from the model's geometry and the real lengths. No torch.
+"""Count the floating-point operations of a batch from the model's geometry and the real lengths. No torch.
 
 Counted are matrix products, 2 operations a multiplication and addition: each weight of a matrix is used once for each
 of its rows, and attention multiplies queries by keys and probabilities by values, 2 * 2 * length**2 * width, of which a
@@ -45,7 +45,7 @@ class Part:
 
     @property
     def forward(self) -> int:
-        """The sum."""
+        """Return the sum."""
         return self.matrices + self.attention
 
 
@@ -59,7 +59,7 @@ class ForwardFlops:
 
     @property
     def total(self) -> int:
-        """Of the forward pass."""
+        """Return the operations of the forward pass."""
         return self.language_model.forward + self.vision_model.forward + self.vision_projection.forward
 
     def training(self, frozen: Collection[str] = ()) -> int:
@@ -76,7 +76,7 @@ class ForwardFlops:
 
 
 def forward_flops(facts: HFFacts, lengths: Iterable[int], images: Iterable[Grid] = ()) -> ForwardFlops | None:
-    """Operations of the forward pass over a batch; None for an architecture that `can_count` does not know.
+    """Return the operations of the forward pass over a batch; None for an architecture that `can_count` does not know.
 
     Args:
         facts: the model's geometry.

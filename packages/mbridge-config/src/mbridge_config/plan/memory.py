@@ -1,4 +1,4 @@
-"""GPU memory of one rank, term by term, as the training engine allocates it.
+"""Estimate the GPU memory of one rank, term by term, as the training engine allocates it.
 
 Per trained parameter: the weight; its gradient in fp32 (Megatron-Core's buffer); in half precision a master weight in
 fp32; and Adam's two moments in fp32. The distributed optimizer divides master weights and moments over the
@@ -37,7 +37,7 @@ _CHUNK_LOGITS = 2**28
 
 
 def gib(size: float) -> str:
-    """Bytes as GiB, or as MiB where that is less than a tenth of one."""
+    """Return bytes as text in GiB, or in MiB below a tenth of a GiB."""
     return f"{size / GIB:,.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:,.1f} MiB"
 
 
@@ -112,13 +112,13 @@ class StageMemory:
 
     @property
     def terms(self) -> dict[str, int]:
-        """What is there at the peak, by name."""
+        """Return the terms at the peak by name."""
         largest = max(self.moments.values(), key=lambda terms: sum(terms.values()))
         return {name: value for name, value in largest.items() if value}
 
     @property
     def moments(self) -> dict[str, dict[str, int]]:
-        """What is there in training, in generation, and while weights are copied from the one to the other."""
+        """Return the terms in training, in generation, and while weights are copied between the two."""
         policy = {"weights": self.weights, "gradients": self.gradients, "optimizer": self.optimizer}
         sampler = {"rollout weights": self.rollout_weights}
         training = policy | ({} if "weights" in self.offloads else sampler)
@@ -132,18 +132,18 @@ class StageMemory:
 
     @property
     def peak(self) -> int:
-        """All terms together."""
+        """Return the sum of all terms."""
         return sum(self.terms.values())
 
     @property
     def largest(self) -> str:
-        """Name of the largest term."""
+        """Return the name of the largest term."""
         terms = self.terms
         return max(terms, key=lambda name: terms[name])
 
 
 def estimate_memory(training: Training) -> tuple[StageMemory, ...]:
-    """The memory of each pipeline stage. The architecture must be known (`parameters.can_count`)."""
+    """Return the memory of each pipeline stage. The architecture must be known (`parameters.can_count`)."""
     return tuple(_stage(training, stage) for stage in range(len(training.stage_sizes)))
 
 

@@ -1,4 +1,4 @@
-"""How many parameters a model has, by hand from its config.json, and how tensor parallelism shares them.
+"""Count the parameters of a model from its config.json, and how tensor parallelism shares them.
 
 The layers are those of the HuggingFace classes: Llama's (grouped queries: Ainslie et al. 2023; SwiGLU: Shazeer 2020),
 with biases or norms in attention where the family has them, and the two vision towers of `vision_facts`.

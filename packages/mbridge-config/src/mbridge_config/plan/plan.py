@@ -1,4 +1,4 @@
-"""The parallel plan of a run: how ranks, layers and sequences are shared, and what a rank holds. No torch."""
+"""Plan how a run shares ranks, layers and sequences, and what a rank holds; print the plan. No torch."""
 
 import contextlib
 import dataclasses
@@ -58,11 +58,11 @@ class ParallelPlan:
 
     @property
     def peak(self) -> StageMemory | None:
-        """The stage that takes the most memory."""
+        """Return the stage that takes the most memory."""
         return max(self.memory, key=lambda stage: stage.peak, default=None)
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it as plain JSON-ready values, with the sums."""
+        """Return the plan as plain JSON-ready values, with the sums."""
         values = dataclasses.asdict(self)
         for stage, found in zip(values["memory"], self.memory, strict=True):
             stage |= {"peak": found.peak, "largest": found.largest}
@@ -73,9 +73,9 @@ class ParallelPlan:
 
 
 def pipeline_bubble(stages: int, micro_batches: int) -> float:
-    """Share of a step in which a stage waits, (p - 1) / (m + p - 1) for p stages and m micro-batches.
+    """Return the share of a step in which a stage waits, (p - 1) / (m + p - 1) for p stages and m micro-batches.
 
-    All stages are taken to be equally long: that is what sizes of their own are for, beside embedding and output layer.
+    All stages are assumed to take equally long, which is the purpose of uneven stage sizes.
 
     Filling and draining the pipeline take p - 1 times the time of a micro-batch beside the m that are needed
     (Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM",
@@ -85,13 +85,13 @@ def pipeline_bubble(stages: int, micro_batches: int) -> float:
 
 
 def expected_world_size(config: Any) -> int | None:
-    """Ranks that the config itself asks for; None where that depends on the host."""
+    """Return the ranks that the config asks for; None if that depends on the host."""
     processes = config.launcher.nproc_per_node
     return None if processes is None else processes * config.cluster.num_nodes
 
 
 def make_plan(config: Any, facts: HFFacts | None, world_size: int) -> ParallelPlan | None:
-    """The plan of `config` on `world_size` ranks; None where layers, ranks or batches cannot be shared evenly."""
+    """Return the plan of `config` on `world_size` ranks; None if layers, ranks or batches cannot be shared evenly."""
     actor, model, runner = config.actor, config.actor.model, config.runner
     tensor, pipeline = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     sizes = None if facts is None else planned_sizes(model, facts)
@@ -146,7 +146,7 @@ def make_plan(config: Any, facts: HFFacts | None, world_size: int) -> ParallelPl
 
 
 def describe_recompute(model: Any) -> str:
-    """What is recomputed in the backward pass, in words."""
+    """Return in words what the backward pass recomputes."""
     number = model.recompute_num_layers or 1
     if model.recompute_granularity == "full" and model.recompute_method == "block":
         return f"the first {number} layer{'s' if number > 1 else ''} of each stage recomputed"
@@ -156,7 +156,7 @@ def describe_recompute(model: Any) -> str:
 
 
 def plan_text(plan: ParallelPlan, memory_gib: float | None = None) -> str:
-    """The lines of a plan; with `memory_gib`, beside a GPU of that size."""
+    """Return the lines of a plan; with `memory_gib`, compared with a GPU of that size."""
     lines = [*_model(plan), *_ranks(plan), *_batches(plan), *_memory(plan, memory_gib)]
     return "".join(f"{label:<{_WIDTH}}{text}\n" for label, text in lines)
 

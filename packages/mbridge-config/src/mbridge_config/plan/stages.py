@@ -1,4 +1,4 @@
-"""What each pipeline stage holds: language layers, embedding, output layer, vision tower, deepstack features."""
+"""Assign language layers, embedding, output layer, vision tower and deepstack features to pipeline stages."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ from mbridge_config.schema.model import ModelConfig
 
 
 def planned_sizes(model: ModelConfig, facts: HFFacts) -> tuple[int, ...] | None:
-    """`stage_sizes` of the layout that `actor.model` asks for."""
+    """Return `stage_sizes` of the layout that `actor.model` asks for."""
     return stage_sizes(
         facts.num_layers,
         model.pipeline_model_parallel_size,
@@ -20,7 +20,7 @@ def planned_sizes(model: ModelConfig, facts: HFFacts) -> tuple[int, ...] | None:
 def stage_sizes(
     layers: int, stages: int, deepstack: int = 0, *, first: int | None = None, last: int | None = None
 ) -> tuple[int, ...] | None:
-    """Layers of each stage, in order; None where they cannot be shared.
+    """Return the layers of each stage, in order; None if they cannot be shared.
 
     Megatron-Core shares layers evenly or not at all. `first` and `last` take the layers of the first and of the last
     stage out of that: the stages between them, or all but the one that is given, share the rest evenly, at least one
@@ -70,7 +70,7 @@ class Stage:
 
 
 def make_stages(sizes: tuple[int, ...], facts: HFFacts) -> tuple[Stage, ...]:
-    """The stages that hold so many layers each."""
+    """Return the stages that hold `sizes` layers."""
     stages, first = [], 0
     for number, size in enumerate(sizes):
         is_last = number == len(sizes) - 1

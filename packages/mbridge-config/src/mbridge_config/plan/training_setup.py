@@ -1,4 +1,4 @@
-"""From a config to what its memory is estimated from."""
+"""Derive from a config what its memory estimate depends on."""
 
 from typing import Any
 
@@ -11,10 +11,10 @@ from mbridge_config.schema.sft import SFTConfig
 def training_setup(
     config: Any, facts: HFFacts, stage_sizes: tuple[int, ...], data_parallel: int, world_size: int, micro_batches: int
 ) -> Training:
-    """The largest micro-batch that `config` allows, under its layout, on its layers.
+    """Return the setup with the largest micro-batch that `config` allows.
 
-    In SFT of a vision-language model each of its tokens is taken for an image's, which is the most there can be.
-    With `backend: auto` the layers are taken for plain torch's, which keep more than Transformer Engine's.
+    In SFT of a vision-language model every token is assumed to belong to an image, which is the upper bound. With
+    `backend: auto` the layers are assumed to be plain torch's, which keep more than Transformer Engine's.
     """
     model, is_sft = config.actor.model, isinstance(config, SFTConfig)
     dynamic, tensor = config.runner.enable_dynamic_batch_size, model.tensor_model_parallel_size

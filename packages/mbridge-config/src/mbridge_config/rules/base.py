@@ -1,4 +1,4 @@
-"""What a rule is: a pure function from a `Context` to its findings, with a stable id."""
+"""Define a rule: a pure function from a `Context` to its findings, with a stable id."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -11,9 +11,9 @@ from mbridge_config.problems import Problem, Severity, json_ready
 
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
 class Context:
-    """All that rules look at. Beside the config each is None where it is not known.
+    """Everything that rules look at. Apart from the config, each field is None if it is unknown.
 
-    `rows` is how many rows there are to train on, which only an app knows that has read them.
+    `rows` is the number of rows to train on, which is known once an app has read them.
     """
 
     config: Any
@@ -28,7 +28,7 @@ class Context:
 
     @property
     def data_parallel(self) -> int | None:
-        """Data-parallel ranks, where the world size is known and can be shared."""
+        """Return the number of data-parallel ranks; None if the world size is unknown or not divisible."""
         model = self.config.actor.model
         share: int = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
         if self.world_size is None or self.world_size % share:
@@ -38,7 +38,7 @@ class Context:
 
 @dataclasses.dataclass(slots=True, frozen=True)
 class Finding:
-    """What a rule found wrong with `key`: the reason, and the fix."""
+    """What is wrong with `key`, and how to fix it."""
 
     key: str
     reason: str
@@ -57,7 +57,7 @@ Check = Callable[[Context], Iterable[Finding]]
 class Rule:
     """A check, its id, and the keys it reads.
 
-    The docstring of the check is what the reference of errors says: the cause, and after "Fix: " what to do.
+    The docstring of the check becomes the reference of errors: the cause, and after "Fix: " what to do.
     """
 
     id: str
@@ -66,17 +66,17 @@ class Rule:
 
     @property
     def cause(self) -> str:
-        """When the rule speaks."""
+        """Return when the rule reports a problem."""
         return _words((self.check.__doc__ or "").partition("\n\n")[0])
 
     @property
     def fix(self) -> str:
-        """What to do about it, for all cases; each finding has a fix of its own."""
+        """Return what to do about it in general; each finding also has a specific fix."""
         text = _words((self.check.__doc__ or "").partition("Fix: ")[2])
         return text[:1].upper() + text[1:]
 
     def problems(self, context: Context) -> Iterable[Problem]:
-        """The findings as problems; none if a key that the rule reads could not be used."""
+        """Return the findings as problems; none if a key that the rule reads could not be used."""
         provenance = context.config.provenance
         if any(key in provenance.failed for key in self.reads):
             return
@@ -93,5 +93,5 @@ class Rule:
 
 
 def rule(identity: str, *reads: str) -> Callable[[Check], Rule]:
-    """Make a check function into the rule `identity`, which reads the keys `reads`."""
+    """Turn a check function into the rule `identity`, which reads the keys `reads`."""
     return lambda check: Rule(id=identity, reads=reads, check=check)

@@ -1,4 +1,4 @@
-"""Every problem id: its cause and its fix. Rules say theirs in their docstrings; those of loading are here."""
+"""Explain every problem id: its cause and its fix. The docstrings of rules explain theirs; the others are here."""
 
 import collections
 import dataclasses
@@ -18,7 +18,7 @@ class Explanation:
 
 
 def explanations() -> dict[str, list[Explanation]]:
-    """All explanations by id, in alphabetical order."""
+    """Return all explanations by id, in alphabetical order."""
     found: dict[str, list[Explanation]] = {}
     for explanation in (*_of_loading(), *_of_rules()):
         found.setdefault(explanation.id, []).append(explanation)
@@ -40,7 +40,7 @@ def _of_loading() -> Iterator[Explanation]:
 
 LOADING = {
     "usage": (
-        "The command line itself is wrong: an unknown option, a missing name, a number out of range.",
+        "The command line is wrong: an unknown option, a missing name, a number out of range.",
         "See the `--help` of the command.",
     ),
     "no-such-config": (
@@ -61,19 +61,19 @@ LOADING = {
     ),
     "yaml-syntax": (
         "A file is not YAML, cannot be read, or holds no keys.",
-        "Mend the line that the message names.",
+        "Correct the line that the message names.",
     ),
     "compose-failed": (
-        "Hydra cannot put the file and its defaults list together.",
-        "Mend the defaults list; its entries are looked up beside the file and in the config directory.",
+        "Hydra cannot compose the file with its defaults list.",
+        "Correct the defaults list; its entries are looked up next to the file and in the config directory.",
     ),
     "override-syntax": (
         "An argument is not `key=value`, or its value is not YAML.",
         "Put quotes around a value with commas, brackets, blanks or nested `${…}`: `key='\"a, b\"'`.",
     ),
     "interpolation": (
-        "What stands between `${` and `}` names no key, no resolver or no environment variable, has arguments of "
-        "the wrong type, or leads back to itself.",
+        "The expression between `${` and `}` names no key, resolver or environment variable, has arguments of "
+        "the wrong type, or refers to itself.",
         "Correct the expression, or set the environment variable.",
     ),
     "missing-value": (
@@ -81,31 +81,31 @@ LOADING = {
         "Add `key=value` to the command line, or write the value into the file.",
     ),
     "unknown-key": (
-        "There is no such key, so it would be without effect unnoticed.",
+        "There is no such key, so that it would silently have no effect.",
         "Use the name that the message suggests, or remove the key; [all keys](configuration.md).",
     ),
     "wrong-type": (
-        "The value is not of the key's type.",
+        "The value does not have the type of the key.",
         "Write a value of the type that the message names, numbers without quotes.",
     ),
     "wrong-value": (
-        "The value is none of those that the key takes.",
-        "Use one of those that the message lists.",
+        "The key does not take this value.",
+        "Use one of the values that the message lists.",
     ),
     "out-of-range": (
         "The number is outside the range of the key, or not finite.",
         "Use a number within the range.",
     ),
     "refused-value": (
-        "Other trainers take the value and this version does not; the message says why.",
+        "Other trainers accept the value and this version does not; the message says why.",
         "Use a value that the message lists.",
     ),
     "alias-conflict": (
-        "Two spellings of one key are set to different values.",
+        "Two spellings of the same key are set to different values.",
         "Remove the one that the message names.",
     ),
     "no-effect": (
-        "The key is one that other trainers read. It is accepted and changes nothing here; the message says why.",
+        "Other trainers read the key. It is accepted and changes nothing here; the message says why.",
         "Nothing has to be done; the key can be removed.",
     ),
     "hf-path-empty": (
@@ -113,7 +113,7 @@ LOADING = {
         "Set `actor.megatron.ckpt_convertor.hf_model_path`, for SFT `actor.model.model_path`.",
     ),
     "hf-directory-missing": (
-        "The directory of the model or the tokenizer is not there; nothing is downloaded.",
+        "The directory of the model or the tokenizer does not exist; nothing is downloaded.",
         "Give a local directory.",
     ),
     "hf-config-missing": (
@@ -126,7 +126,7 @@ LOADING = {
     ),
     "hf-config-architectures": (
         "config.json does not name the model's class in `architectures`.",
-        "Take the config.json that was published with the model.",
+        "Use the config.json that was published with the model.",
     ),
     "hf-config-field": (
         "A field of config.json that gives the model's geometry is missing, of another type, or contradicts another: "
@@ -146,19 +146,19 @@ LOADING = {
         "Copy the file again.",
     ),
     "gpu-memory": (
-        "`check --memory`: a rank is estimated to take more than can be planned of a GPU's memory.",
-        "Set what the message names, which is the smallest change that fits.",
+        "`check --memory`: the estimate for a rank exceeds the share of a GPU's memory that may be planned.",
+        "Make the change that the message names; it is the smallest that fits.",
     ),
     "no-estimate": (
-        "`fit` cannot estimate memory: the model is not known, or its parameters are not counted.",
+        "`fit` cannot estimate memory: the model is unknown, or its parameters are not counted.",
         "Correct the errors above, or use a model of a family that the README names.",
     ),
     "init-refused": (
-        "`init` cannot write a config for this model or to this place; the message says why.",
+        "`init` cannot write a config for this model or to this file; the message says why.",
         "Do what the message says.",
     ),
     "run-exists": (
-        "The run's directory holds the checkpoints of an earlier run, which a new one would mix with its own.",
+        "The run's directory holds the checkpoints of an earlier run, with which those of a new one would be mixed.",
         "Continue that run with `runner.resume_dir=auto`, or set another `runner.experiment_name`.",
     ),
     "incomplete-environment": (
@@ -166,8 +166,8 @@ LOADING = {
         "Type the line that the message shows, unless the run takes place elsewhere.",
     ),
     "one-host": (
-        "`cluster.num_nodes` is above 1, and the command, started by itself, starts ranks on one host alone.",
+        "`cluster.num_nodes` is above 1, and the command on its own starts ranks on one host only.",
         "Start the run on every host with torchrun, as the message spells out, or set `cluster.num_nodes=1`.",
     ),
 }
-"""Cause and fix of what is found before or beside the rules."""
+"""Cause and fix of the problems that no rule finds."""

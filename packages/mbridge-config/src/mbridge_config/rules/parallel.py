@@ -145,8 +145,8 @@ def _ends(layers: int, stages: int) -> tuple[int, int]:
 
 @rule("pipeline-split", FIRST_STAGE, LAST_STAGE, PP)
 def split(context: Context) -> Iterable[Finding]:
-    """The first or the last pipeline stage is given a number of layers with which the other stages cannot share the
-    rest evenly, at least one each; or there is only one stage.
+    """The first or the last pipeline stage has a number of layers that leaves the other stages a rest which they cannot
+    share evenly, at least one layer each; or there is only one stage.
 
     Fix: change the number so that the other stages can share the rest evenly, or remove it.
     """
@@ -180,7 +180,7 @@ def _more_than_one(context: Context, key: str, value: int | None, what: str) -> 
 
 @rule("context-parallel-not-built", CP)
 def context_parallel(context: Context) -> Iterable[Finding]:
-    """Context parallelism was asked for, which this version refuses.
+    """Context parallelism was requested, which this version does not have.
 
     Fix: set the size to 1, or remove the key.
     """
@@ -189,7 +189,7 @@ def context_parallel(context: Context) -> Iterable[Finding]:
 
 @rule("expert-parallel-not-built", EP, ETP)
 def expert_parallel(context: Context) -> Iterable[Finding]:
-    """Expert parallelism was asked for, which this version refuses.
+    """Expert parallelism was requested, which this version does not have.
 
     Fix: set the sizes to 1, or remove the keys; tensor parallelism splits experts too.
     """
@@ -200,7 +200,7 @@ def expert_parallel(context: Context) -> Iterable[Finding]:
 
 @rule("virtual-pipeline-not-built", VPP)
 def virtual_pipeline(context: Context) -> Iterable[Finding]:
-    """A virtual (interleaved) pipeline was asked for, which this version refuses.
+    """A virtual (interleaved) pipeline was requested, which this version does not have.
 
     Fix: remove the key.
     """
@@ -210,7 +210,7 @@ def virtual_pipeline(context: Context) -> Iterable[Finding]:
 
 @rule("sequence-parallel-without-tensor-parallel", SP, TP)
 def sequence_parallel(context: Context) -> Iterable[Finding]:
-    """Sequence parallelism splits activations over the tensor-parallel ranks, and there is only one.
+    """Sequence parallelism splits activations over the tensor-parallel ranks, but there is only one.
 
     Fix: switch it off, or use more than one tensor-parallel rank.
     """

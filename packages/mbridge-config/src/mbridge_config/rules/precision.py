@@ -16,7 +16,7 @@ OPTIM = "actor.optim."
 
 @rule("precision-conflict", PRECISION, f"{OPTIM}bf16", f"{OPTIM}fp16")
 def precision(context: Context) -> Iterable[Finding]:
-    """The optimizer's number format is not that of the model.
+    """The optimizer's number format differs from the model's.
 
     Fix: remove `actor.optim.bf16` and `actor.optim.fp16`; they follow `actor.model.precision`.
     """
@@ -31,7 +31,7 @@ def precision(context: Context) -> Iterable[Finding]:
 
 @rule("loss-scale-without-fp16", PRECISION, f"{OPTIM}loss_scale")
 def loss_scale(context: Context) -> Iterable[Finding]:
-    """A loss scale is set, which only fp16 uses.
+    """A loss scale is set, but only fp16 uses one.
 
     Fix: remove the key.
     """

@@ -17,7 +17,7 @@ USED = "actor.megatron.use_profiler"
     *LENGTH_KEYS,
 )
 def steps(context: Context) -> Iterable[Finding]:
-    """The profiler is on and would record no step, or one that is none.
+    """The profiler is on, but would record no step, or names a step that does not exist.
 
     Fix: name steps that the run has in `actor.megatron.profiler.steps`, or set `actor.megatron.use_profiler=false`.
     """
@@ -43,7 +43,7 @@ def steps(context: Context) -> Iterable[Finding]:
 
 @rule("profiler-activities", USED, f"{PROFILER}activities")
 def activities(context: Context) -> Iterable[Finding]:
-    """The profiler is on and told to record nothing.
+    """The profiler is on, but set to record nothing.
 
     Fix: set `actor.megatron.profiler.activities=[cpu, cuda]`, or one of the two.
     """
@@ -54,7 +54,7 @@ def activities(context: Context) -> Iterable[Finding]:
 
 @rule("profiler-files", USED, *(f"{PROFILER}{name}" for name in ("export_tensorboard", "export_chrome_trace")))
 def files(context: Context) -> Iterable[Finding]:
-    """The profiler is on and told to write nothing.
+    """The profiler is on, but set to write nothing.
 
     Fix: set `actor.megatron.profiler.export_chrome_trace=true`, or `actor.megatron.use_profiler=false`.
     """
@@ -67,7 +67,7 @@ def files(context: Context) -> Iterable[Finding]:
 
 @rule("profiler-prefix", USED, f"{PROFILER}chrome_filename_prefix")
 def prefix(context: Context) -> Iterable[Finding]:
-    """The beginning of the traces' names would lead out of their directory.
+    """The prefix of the trace files would lead out of their directory.
 
     Fix: use a plain name such as `chrome_trace`; `actor.megatron.profiler.output_dir` is the directory.
     """

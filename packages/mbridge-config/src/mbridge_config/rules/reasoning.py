@@ -1,4 +1,4 @@
-"""What concerns RL alone: sampling, groups and minibatches, reference, reward, prompts."""
+"""Rules of RL runs alone: sampling, groups and minibatches, reference, reward, prompts."""
 
 from collections.abc import Iterable
 
@@ -27,7 +27,7 @@ _SUFFIXES = (".json", ".jsonl")
 
 @rule("reference-weights", CHECKPOINT, USE_HF, RESUME, KL)
 def reference(context: Context) -> Iterable[Finding]:
-    """A run with a KL penalty is resumed, and the weights it began with, which are its reference, are not named.
+    """A run with a KL penalty is resumed, but its initial weights, which are the reference, are not named.
 
     Fix: name the checkpoint that the run began with, or set `algorithm.kl_beta=0`.
     """
@@ -81,7 +81,7 @@ def minibatches(context: Context) -> Iterable[Finding]:
 
 @rule("group-of-one", GROUP)
 def group_of_one(context: Context) -> Iterable[Finding]:
-    """Rewards are compared within a group of answers to one prompt, and a group has one answer.
+    """Rewards are compared within a group of answers to one prompt, but a group has only one answer.
 
     Fix: set `algorithm.group_size` to 2 or more.
     """
@@ -154,7 +154,7 @@ def least_answer(context: Context) -> Iterable[Finding]:
 
 @rule("critic-not-built", "critic")
 def critic(context: Context) -> Iterable[Finding]:
-    """A critic was asked for (PPO), which this version refuses.
+    """A critic (PPO) was requested, which this version does not have.
 
     Fix: train without a critic: `algorithm.adv_type=grpo`.
     """
@@ -165,7 +165,7 @@ def critic(context: Context) -> Iterable[Finding]:
 
 @rule("rollout-backend", "rollout.rollout_backend")
 def rollout_backend(context: Context) -> Iterable[Finding]:
-    """A serving engine was asked for; this version generates with transformers.
+    """A serving engine was requested; this version generates with transformers.
 
     Fix: nothing has to be done; `rollout.rollout_backend=transformers` silences it.
     """
@@ -176,7 +176,7 @@ def rollout_backend(context: Context) -> Iterable[Finding]:
 
 @rule("reasoning-gym-task", TYPE, TASK)
 def task(context: Context) -> Iterable[Finding]:
-    """Made problems are to be trained on, and no task is named.
+    """The problems come from reasoning-gym, but no task is named.
 
     Fix: set `data.reasoning_gym.task`.
     """
@@ -187,7 +187,7 @@ def task(context: Context) -> Iterable[Finding]:
 
 @rule("reward-type", TYPE, "reward.reward_type")
 def reward_type(context: Context) -> Iterable[Finding]:
-    """The scorer of reasoning-gym was asked for on data that it did not make.
+    """The scorer of reasoning-gym was requested for data that it did not generate.
 
     Fix: score with `reward.reward_type=math`.
     """
@@ -199,8 +199,8 @@ def reward_type(context: Context) -> Iterable[Finding]:
 
 @rule("quickstart-width", "quickstart")
 def quickstart_width(context: Context) -> Iterable[Finding]:
-    """The model that the quickstart is to make would have heads of another width than 32, the least that serving
-    engines' kernels take, or key-value heads that do not divide its query heads.
+    """The model of the quickstart would have heads of another width than 32, the smallest that the kernels of serving
+    engines support, or key-value heads that do not divide its query heads.
 
     Fix: set `quickstart.hidden_size` to 32 times the query heads, and a divisor of them as groups.
     """
@@ -218,7 +218,7 @@ def quickstart_width(context: Context) -> Iterable[Finding]:
 
 @rule("train-data-missing", TYPE, TRAIN)
 def train_data(context: Context) -> Iterable[Finding]:
-    """Files are to be trained on, and none is named.
+    """The data come from files, but none is named.
 
     Fix: set `data.train_data_paths`, or `data.type=reasoning_gym`.
     """
@@ -229,7 +229,7 @@ def train_data(context: Context) -> Iterable[Finding]:
 
 @rule("data-path", TYPE, TRAIN, VALIDATION)
 def data_paths(context: Context) -> Iterable[Finding]:
-    """A data file is not there, or is not json or jsonl.
+    """A data file does not exist, or is neither json nor jsonl.
 
     Fix: correct the path; it is relative to where you run.
     """

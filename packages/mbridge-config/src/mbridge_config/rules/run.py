@@ -25,7 +25,7 @@ def task_type(context: Context) -> Iterable[Finding]:
 
 @rule("no-steps", "runner.max_steps")
 def no_steps(context: Context) -> Iterable[Finding]:
-    """A run of no steps at all was asked for.
+    """A run of 0 steps was requested.
 
     Fix: set `runner.max_steps` to -1 for all of `runner.max_epochs`, or to 1 or more.
     """
@@ -51,7 +51,7 @@ def output(context: Context) -> Iterable[Finding]:
 
 @rule("shard-size", "runner.checkpoint.max_shard_size")
 def shard_size(context: Context) -> Iterable[Finding]:
-    """The largest file of a HuggingFace copy is no size.
+    """The largest file size of a HuggingFace copy is not a size.
 
     Fix: write a size such as `5GB` or `512MiB`.
     """
@@ -64,7 +64,7 @@ def shard_size(context: Context) -> Iterable[Finding]:
 
 @rule("async-torch-dist", "runner.checkpoint.async_save", "actor.megatron.ckpt_format", "actor.megatron.use_dist_ckpt")
 def async_torch_dist(context: Context) -> Iterable[Finding]:
-    """Distributed checkpoints are to be written in the background, which only the other format is.
+    """Distributed checkpoints are to be written in the background, which only the other format supports.
 
     Fix: use `actor.megatron.ckpt_format=torch`, or save while training waits.
     """
@@ -78,7 +78,7 @@ def async_torch_dist(context: Context) -> Iterable[Finding]:
 
 @rule("keep-best-metric", "runner.checkpoint.keep_best", "runner.checkpoint.keep_best_metric")
 def keep_best(context: Context) -> Iterable[Finding]:
-    """The best checkpoints by a validation metric are to be kept, and nothing is validated on the way.
+    """The best checkpoints by a validation metric are to be kept, but nothing is validated before the last step.
 
     Fix: validate every n steps, or choose a metric of training.
     """

@@ -29,7 +29,7 @@ def train_data(context: Context) -> Iterable[Finding]:
 
 @rule("evaluation-data-missing", VALIDATION, ONLY_EVAL, "runner.val_check_interval")
 def evaluation_data(context: Context) -> Iterable[Finding]:
-    """An evaluation was asked for, and no data for it is named.
+    """An evaluation was requested, but no data is named for it.
 
     Fix: set `data.val_data_paths`, or evaluate nothing.
     """
@@ -45,7 +45,7 @@ def evaluation_data(context: Context) -> Iterable[Finding]:
 
 @rule("data-path", TRAIN, VALIDATION, FORMAT)
 def data_paths(context: Context) -> Iterable[Finding]:
-    """A data file or directory is not there, or has no file of the kind that is read.
+    """A data file or directory does not exist, or has no file of the kind that is read.
 
     Fix: correct the path; it is relative to where you run. `data.dataset_name` says which files are read.
     """
@@ -71,7 +71,7 @@ def data_paths(context: Context) -> Iterable[Finding]:
 
 @rule("pixel-range", SMALLEST, LARGEST)
 def pixels(context: Context) -> Iterable[Finding]:
-    """Images would have to be larger than they may be.
+    """The smallest allowed image is larger than the largest.
 
     Fix: lower `data.min_pixels`, or raise `data.max_pixels`.
     """
@@ -82,7 +82,7 @@ def pixels(context: Context) -> Iterable[Finding]:
 
 @rule("offload-without-turns", *OFFLOAD)
 def offload(context: Context) -> Iterable[Finding]:
-    """Something is to leave the GPU while nothing else needs it: SFT does nothing but train.
+    """Offloading was requested, but SFT only trains, so that nothing else needs the GPU's memory.
 
     Fix: set `actor.offload_weight`, `offload_grad` and `offload_optimizer` to false.
     """
@@ -95,8 +95,8 @@ def offload(context: Context) -> Iterable[Finding]:
 
 @rule("quickstart-model", "quickstart")
 def quickstart_model(context: Context) -> Iterable[Finding]:
-    """The vision-language model that the quickstart is to make has heads that do not fit together, or deepstack
-    features of layers that its vision tower has not got.
+    """The vision-language model of the quickstart has head counts that do not fit together, or deepstack
+    features of layers that its vision tower does not have.
 
     Fix: choose heads and deepstack layers that the message names.
     """
@@ -123,7 +123,7 @@ FREEZE = tuple(f"actor.model.freeze_{part}" for part in ("language_model", "visi
 
 @rule("rope-fusion", ROPE_FUSION)
 def rope_fusion(context: Context) -> Iterable[Finding]:
-    """The fused rotary kernel was asked for with a Qwen3-VL, whose angles it cannot take.
+    """The fused rotary kernel was requested for a Qwen3-VL model, whose angles it does not support.
 
     Fix: remove the key.
     """
@@ -165,7 +165,7 @@ def deepstack(context: Context) -> Iterable[Finding]:
 
 @rule("freeze-without-vision", *FREEZE)
 def freeze(context: Context) -> Iterable[Finding]:
-    """A part of a vision-language model is to be frozen, and the model has no vision; or nothing is left to train.
+    """Parts of a vision-language model are frozen, but the model has no vision tower; or nothing is left to train.
 
     Fix: remove the keys, or train one of the parts.
     """

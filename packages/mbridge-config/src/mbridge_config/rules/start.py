@@ -50,7 +50,7 @@ def forbidden(context: Context) -> Iterable[Finding]:
 
 @rule("mbridge-off", MBRIDGE, USE_HF)
 def mbridge_off(context: Context) -> Iterable[Finding]:
-    """HuggingFace weights are to be loaded with mbridge switched off; there is no other way to load them.
+    """HuggingFace weights are to be loaded with mbridge switched off, but there is no other way to load them.
 
     Fix: set `actor.megatron.mbridge=true`, or start from a Megatron checkpoint made by mbridge.
     """
@@ -65,7 +65,7 @@ def mbridge_off(context: Context) -> Iterable[Finding]:
 
 @rule("megatron-checkpoint-missing", CHECKPOINT)
 def checkpoint_missing(context: Context) -> Iterable[Finding]:
-    """The Megatron checkpoint to start from is not there.
+    """The Megatron checkpoint to start from does not exist.
 
     Fix: correct the path; it is relative to where you run.
     """
@@ -76,7 +76,7 @@ def checkpoint_missing(context: Context) -> Iterable[Finding]:
 
 @rule("resume-directory", RESUME)
 def resume(context: Context) -> Iterable[Finding]:
-    """The run to resume is not there, or is not a `global_step_<n>` directory with a Megatron checkpoint.
+    """The run to resume does not exist, or is not a `global_step_<n>` directory with a Megatron checkpoint.
 
     Fix: give `auto`, or a `global_step_<n>` directory of an earlier run.
     """
@@ -145,7 +145,7 @@ def damaged(context: Context) -> Iterable[Finding]:
 
 @rule("tokenizer-vocabulary", TOKENIZER_KEY, *HF_KEYS)
 def vocabulary(context: Context) -> Iterable[Finding]:
-    """The tokenizer makes token ids that the model has no embedding for.
+    """The tokenizer produces token ids for which the model has no embedding.
 
     Fix: use the tokenizer that belongs to the model.
     """
@@ -161,7 +161,7 @@ def vocabulary(context: Context) -> Iterable[Finding]:
 
 @rule("tokenizer-directory", TOKENIZER_KEY, *HF_KEYS)
 def tokenizer(context: Context) -> Iterable[Finding]:
-    """The tokenizer lies in another directory than the model, and gives a token another id than the model's own.
+    """The tokenizer is in another directory than the model, and assigns another id to a token than the model's own.
 
     Fix: name the model's own directory as that of the tokenizer.
     """

@@ -1,4 +1,4 @@
-"""Where a run writes, and whether it may."""
+"""Decide where a run writes, and refuse places where it must not or cannot."""
 
 import tempfile
 from pathlib import Path
@@ -9,17 +9,17 @@ from mbridge_config.schema.kinds import RunConfig
 
 
 def run_directory(config: RunConfig) -> Path:
-    """Where everything that the run writes goes."""
+    """Return the directory of everything that the run writes."""
     return user_path(config.runner.output_dir) / config.runner.experiment_name
 
 
 def checkpoint_directory(config: RunConfig) -> Path:
-    """Where the checkpoints of the run are: `global_step_<n>` directories."""
+    """Return the directory that holds the checkpoints of the run, `global_step_<n>`."""
     return run_directory(config) / "checkpoints"
 
 
 def take_free_name(config: RunConfig) -> None:
-    """Give a second quickstart a name of its own in `config`, so that the README's command works twice."""
+    """Give a repeated quickstart an unused name in `config`, so that the README's command works twice."""
     runner = config.runner
     if not config.quickstart.enabled or runner.resume_dir is not None:
         return
@@ -30,9 +30,9 @@ def take_free_name(config: RunConfig) -> None:
 
 
 def refuse_existing_run(config: RunConfig) -> None:
-    """Raise `ConfigError` where an earlier run's checkpoints would be mixed with those of a new one.
+    """Raise `ConfigError` if the checkpoints of a new run would be mixed with those of an earlier one.
 
-    A quickstart takes a new name by itself.
+    A quickstart is exempt: it takes a new name.
     """
     if config.runner.resume_dir is not None or config.quickstart.enabled:
         return
@@ -50,9 +50,9 @@ def refuse_existing_run(config: RunConfig) -> None:
 
 
 def refuse_unwritable_directory(config: RunConfig) -> None:
-    """Raise `ConfigError` where the run could not write; nothing is left behind.
+    """Raise `ConfigError` if the run could not write; nothing is left behind.
 
-    Tried with a file that has no name; permissions alone do not say it (root, read-only and network systems).
+    An unnamed file is created to find out, since permissions do not tell (root, read-only and network file systems).
     """
     directory = run_directory(config).absolute()
     existing = next(place for place in (directory, *directory.parents) if is_there(place))

@@ -20,14 +20,14 @@ LENGTH_KEYS = (
     "algorithm.group_size",
     "actor.global_batch_size",
 )
-"""What a rule on the length of a run reads; not all kinds of runs have all of them."""
+"""The keys that decide the length of a run; no kind of run has all of them."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
 class RunLength:
-    """Training steps of a run from its start to its end, and the optimizer steps in them.
+    """Training steps of a whole run, and the optimizer steps in them.
 
-    `reason` names the keys that make it so long, for messages.
+    `reason` names the keys that decide it, for messages.
     """
 
     steps: int
@@ -36,17 +36,17 @@ class RunLength:
 
 
 def run_length(config: Any, *, rows: int) -> RunLength:
-    """The length of a run with so many rows or problems to train on.
+    """Return the length of a run that trains on `rows` rows or problems.
 
-    `runner.max_steps` and `runner.max_epochs` both end it, whichever is reached first. An epoch is counted in whole
-    batches, as a batch goes over its end into the next one; there is at least one step.
+    It ends with `runner.max_steps` or `runner.max_epochs`, whichever is reached first. Batches continue across the end
+    of an epoch, so only the last one is dropped if it is incomplete; there is at least one step.
     """
     limits = [limit for limit in (_by_steps(config), _by_epochs(config, rows)) if limit is not None]
     return min(limits, key=lambda limit: limit.steps)
 
 
 def longest_run(config: Any, rows: int | None = None) -> RunLength | None:
-    """The most that the config alone says; None where the data decides, which is not read here."""
+    """Return the longest run that the config alone allows; None if the data decides, which is not read here."""
     data = config.data
     if rows is None and not isinstance(config, SFTConfig) and data.type == "reasoning_gym":
         rows = data.reasoning_gym.train_size
@@ -85,19 +85,19 @@ def _many(number: int, noun: str) -> str:
 
 
 def decay_steps(schedule: LrScheduleConfig, optimizer_steps: int) -> int:
-    """The optimizer step at which the lowest rate is reached, in a run of `optimizer_steps`."""
+    """Return the optimizer step at which a run of `optimizer_steps` reaches the lowest rate."""
     return schedule.lr_decay_iters or max(1, optimizer_steps)
 
 
 def warmup_steps(schedule: LrScheduleConfig, decay_steps: int) -> int:
-    """Optimizer steps of the warm-up, of a schedule that ends after `decay_steps`."""
+    """Return the optimizer steps of the warm-up of a schedule that ends after `decay_steps`."""
     if schedule.lr_warmup_fraction is None:
         return schedule.lr_warmup_iters
     return int(schedule.lr_warmup_fraction * decay_steps)
 
 
 def is_recorded(settings: ProfilerConfig, step: int) -> bool:
-    """Whether the step, counted from 1, leaves a trace."""
+    """Return whether the profiler records `step`, counted from 1."""
     if settings.steps is not None:
         return step in settings.steps
     idle = settings.schedule_wait + settings.schedule_warmup
@@ -106,6 +106,6 @@ def is_recorded(settings: ProfilerConfig, step: int) -> bool:
 
 
 def is_warmup(settings: ProfilerConfig, step: int) -> bool:
-    """Whether the profiler runs in the step although it leaves no trace."""
+    """Return whether the profiler runs in `step` without recording it."""
     ahead = range(step + 1, step + 1 + settings.schedule_warmup)
     return not is_recorded(settings, step) and any(is_recorded(settings, later) for later in ahead)

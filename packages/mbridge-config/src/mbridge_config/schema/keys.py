@@ -1,4 +1,4 @@
-"""Declaring a key: a dataclass field that also says what it means, what it may be, and what it does here."""
+"""Declare a key: a dataclass field that also says what it means, which values it takes, and what becomes of it."""
 
 import dataclasses
 import enum
@@ -24,7 +24,7 @@ class Status(enum.Enum):
 
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
 class KeySpec:
-    """What is declared about one key beside its type and default."""
+    """What is declared about a key besides its type and default."""
 
     doc: str
     unit: str | None = None
@@ -51,12 +51,12 @@ class KeyInfo:
 
     @property
     def type_name(self) -> str:
-        """The type as the reference table spells it."""
+        """Return the type as the reference table spells it."""
         return describe_type(self.type)
 
 
 def key(default: Any, doc: str, **spec: Any) -> Any:
-    """A field with `default`; the keyword arguments are those of `KeySpec`."""
+    """Return a field with `default`; the keyword arguments are those of `KeySpec`."""
     metadata = {"spec": KeySpec(doc=doc, **spec)}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=functools.partial(type(default), default), metadata=metadata)
@@ -64,28 +64,28 @@ def key(default: Any, doc: str, **spec: Any) -> Any:
 
 
 def section(kind: type, doc: str) -> Any:
-    """A field that holds a section, a dataclass of keys."""
+    """Return a field that holds a section, a dataclass of keys."""
     return dataclasses.field(default_factory=kind, metadata={"spec": KeySpec(doc=doc)})
 
 
 @functools.cache
 def hints(kind: type) -> dict[str, Any]:
-    """Type hints of a section by field name."""
+    """Return the type hints of a section by field name."""
     return typing.get_type_hints(kind)
 
 
 def spec_of(field: "dataclasses.Field[Any]") -> KeySpec | None:
-    """What was declared of a field; None for a field that is not a key."""
+    """Return what was declared of a field; None if it is not a key."""
     return field.metadata.get("spec")
 
 
 def is_section(kind: Any) -> bool:
-    """Whether a type hint names a section."""
+    """Return whether a type hint names a section."""
     return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
 def default_of(field: "dataclasses.Field[Any]") -> Any:
-    """The default of a field, made new where it is mutable."""
+    """Return the default of a field; a new object if it is mutable."""
     return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
 
 
@@ -104,7 +104,7 @@ def schema_keys(kind: type, prefix: str = "") -> Iterator[KeyInfo]:
 
 @functools.cache
 def known_sections(kind: type, prefix: str = "") -> tuple[str, ...]:
-    """Full names of all sections under `kind`."""
+    """Return the full names of all sections under `kind`."""
     names: list[str] = []
     for field in dataclasses.fields(kind):
         hint = hints(kind)[field.name]
@@ -114,7 +114,7 @@ def known_sections(kind: type, prefix: str = "") -> tuple[str, ...]:
 
 
 def get(config: Any, path: str) -> Any:
-    """The value at the full key `path`."""
+    """Return the value at the full key `path`."""
     for name in path.split("."):
         config = getattr(config, name)
     return config
@@ -137,7 +137,7 @@ def filled(value: Value | None) -> Value:
 
 
 def describe_type(kind: Any) -> str:
-    """`int | null`, `fp32 | bf16`, `list of text` and the like."""
+    """Return the type as text: `integer | null`, `fp32 | bf16`, `list of text`."""
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
         return " | ".join(describe_type(part) for part in typing.get_args(kind))

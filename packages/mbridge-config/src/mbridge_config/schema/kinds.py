@@ -1,4 +1,4 @@
-"""The kinds of runs: which schema and which rules a config has."""
+"""List the kinds of runs and their schemas."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +12,7 @@ SCHEMAS: Mapping[str, type[RunConfig]] = {"reasoning": ReasoningConfig, "sft": S
 
 
 def schema_of(tree: Mapping[Any, Any]) -> type[RunConfig]:
-    """The schema that `runner.task_type` of a composed tree asks for; without one, that of a reasoning run."""
+    """Return the schema that `runner.task_type` of a composed tree asks for; without it, that of a reasoning run."""
     runner = tree.get("runner")
     task = runner.get("task_type") if isinstance(runner, Mapping) else None
     return SCHEMAS.get(str(task).lower(), ReasoningConfig)
