@@ -15,6 +15,7 @@ from mbridge_ckpt import (
     begin_save,
     find_resume,
     open_checkpoint,
+    reshard,
     verify,
 )
 from mbridge_ckpt.files.hashing import hash_bytes
@@ -138,3 +139,25 @@ def test_manifests_that_lie(change, message):
 def test_numbers_that_json_has_not(number):
     with pytest.raises(CorruptCheckpointError, match=f"{number} is no finite number"):
         Manifest.from_bytes(signed(BODY).replace(b'"metadata":{}', b'"metadata":{"a":%s}' % number.encode()))
+
+
+class _MakesDirectory:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_with_code_is_a_fault_though_its_checksum_is_right(tmp_path):
+    """Whoever writes the file may write the manifest too."""
+    with begin_save(tmp_path / "run", step=1, layout=Layout()) as save:
+        torch.save({"x": _MakesDirectory(tmp_path / "mark")}, save.file("state/more.pt"))
+        path = save.commit()
+    for contents in (True, False):
+        (fault,) = verify(path, contents=contents).faults
+        assert "its pickle calls posix.mkdir" in fault.message
+    assert find_resume(tmp_path / "run").checkpoint is None
+    with pytest.raises(CorruptCheckpointError, match="its pickle calls posix.mkdir"):
+        reshard(path, tmp_path / "other", tensor=1, pipeline=1)
+    assert not (tmp_path / "mark").exists() and not (tmp_path / "other").exists()

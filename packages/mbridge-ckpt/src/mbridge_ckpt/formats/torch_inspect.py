@@ -249,7 +249,8 @@ def _check_memo(data: bytes) -> None:
 
 def _check_tuples(data: bytes) -> None:
     """Refuse tuples nested so deep that hashing one, as a dict's key, would end the process without an error."""
-    depths: list[int] = []  # of the tuples in each thing on the unpickler's stack; -1 for a mark
+    depths: list[int] = []  # of the tuples in each item on the unpickler's stack; -1 for a mark
+    marks: list[int] = []  # positions of the marks in `depths`: searching for the last one would be quadratic
     memo: dict[int, int] = {}
     for operation, argument, _ in pickletools.genops(data):
         name, taken = operation.name, operation.stack_before
@@ -258,11 +259,12 @@ def _check_tuples(data: bytes) -> None:
         elif name.endswith("GET"):
             depths.append(memo[int(argument or 0)])
         elif name == "MARK":
+            marks.append(len(depths))
             depths.append(-1)
         else:
             begin = len(depths) - len(taken)
             if pickletools.markobject in taken:
-                begin = len(depths) - 1 - depths[::-1].index(-1) - taken.index(pickletools.markobject)
+                begin = marks.pop() - taken.index(pickletools.markobject)
             depth = max(depths[begin:], default=0) + name.startswith("TUPLE")
             if depth > HARMLESS_TUPLE_DEPTH:
                 raise UnsafeCheckpointError("its pickle nests tuples without measure, to overflow the stack")

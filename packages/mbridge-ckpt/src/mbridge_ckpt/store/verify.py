@@ -1,4 +1,4 @@
-"""Does a checkpoint on the disk equal what was committed? By sizes and headers in a moment, by checksums in full."""
+"""Compare a checkpoint on the disk with its manifest: by sizes and headers within moments, by checksums in full."""
 
 import os
 import stat
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A file that is not what was committed. `needed_to_resume` is False for the HuggingFace export."""
+    """A file that differs from what was committed. `needed_to_resume` is False for the HuggingFace export."""
 
     path: str
     message: str
@@ -33,7 +33,7 @@ class Fault:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifyReport:
-    """Outcome of `verify`. `contents` says whether checksums were compared; `notes` are no faults."""
+    """Outcome of `verify`. `contents` says whether checksums were compared; `notes` are remarks that are not faults."""
 
     path: Path
     step: int
@@ -95,36 +95,36 @@ def verify(
 def require_whole(
     path: Path, *, only_needed_to_resume: bool = False, progress: Callable[[int], None] | None = None
 ) -> None:
-    """Raise CorruptCheckpointError for the first file of a checkpoint that `verify` finds a fault in."""
+    """Raise CorruptCheckpointError for the first file in which `verify` finds a fault."""
     report = verify(path, only_needed_to_resume=only_needed_to_resume, progress=progress)
     if report.faults:
         raise CorruptCheckpointError(report.faults[0].message)
 
 
 def check_file(root: Path, record: FileRecord, *, contents: bool = True) -> Path:
-    """Compare one file with its record; returns its path. Errors (CheckpointError's classes) name the file.
+    """Compare one file with its record and return its path. Errors (CheckpointError's classes) name the file.
 
-    Sizes always; with `contents` the checksum, without it the headers and tensor lists.
+    Sizes, headers and tensor lists always; with `contents` the checksum too. A checksum says nothing of what the file
+    would run when it is loaded.
     """
     path = inside(root, record.path)
     with _named_errors(path, record):
         _check_size(path, record)
         if contents:
             _check_digest(path, record, hash_file(path)[1])
-        else:
-            _check_header(path, record)
+        _check_header(path, record)
     return path
 
 
 def load_checked[T](root: Path, record: FileRecord, load: Callable[[Path], tuple[T, str]]) -> T:
-    """What `load` makes of a file, if the checksum that it gives too is right; raises as `check_file` does."""
+    """Return what `load` reads from a file, if the checksum that it also returns is right; raises as `check_file`."""
     path = inside(root, record.path)
     with _named_errors(path, record):
         _check_size(path, record)
         try:
             value, digest = load(path)
         except CheckpointError:
-            _check_digest(path, record, hash_file(path)[1])  # a changed file may be anything: say that it changed
+            _check_digest(path, record, hash_file(path)[1])  # a changed file may hold anything: report the change
             raise
         _check_digest(path, record, digest)
         return value
@@ -145,7 +145,7 @@ def _named_errors(path: Path, record: FileRecord) -> Iterator[None]:
 def _check_size(path: Path, record: FileRecord) -> None:
     status = path.stat()
     size = status.st_size
-    if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for without end
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait forever
         raise CorruptCheckpointError(f"{path}: is no regular file; put the file that was written in its place")
     if size != record.bytes:
         raise CorruptCheckpointError(
@@ -182,7 +182,7 @@ def _name(tensor: TensorRecord) -> str:
 def _plan(
     root: Path, only_needed_to_resume: bool
 ) -> tuple[int, list[FileRecord], tuple[str, ...], CheckpointError | None]:
-    """Step, files to check, notes, and the error that stands in the way of all three."""
+    """Return the step, the files to check, notes, and the error that prevented all three."""
     try:
         manifest = read_manifest(root)
     except CheckpointError as error:
@@ -203,7 +203,7 @@ def _plan(
 
 
 def _share(records: list[FileRecord], rank: int, size: int) -> list[FileRecord]:
-    """This rank's files, largest first to the rank with least so far; the same split is computed on every rank."""
+    """Return this rank's files: largest first, each to the rank with the fewest bytes, alike on every rank."""
     loads = [0] * size
     shares: list[list[FileRecord]] = [[] for _ in range(size)]
     for record in sorted(records, key=lambda item: (-item.bytes, item.path)):
