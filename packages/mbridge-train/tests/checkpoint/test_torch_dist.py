@@ -40,6 +40,31 @@ def write_as_megatron_does(directory: Path) -> Any:
         leave()
 
 
+def save_and_read_as_megatron_does(directory: Path) -> list[str]:
+    """Names of weights that Megatron-Core, at its default strictness, read otherwise than they were saved."""
+    from mbridge_train.checkpoint.placement import model_state, named_chunks
+    from mbridge_train.checkpoint.save import save_checkpoint
+    from megatron.core import dist_checkpointing
+
+    try:
+        engine = build(directory / "model", Parallel(tensor=2), SHARDED)
+        train(engine, 0, 1)
+        path = save_checkpoint(
+            engine, directory / "ours", step=1, loop_state={}, export_hf=False, file_format="torch_dist"
+        )
+        saved = {name: tensor.clone() for name, tensor in model_state(engine).items()}
+        train(engine, 1, 2)
+        ((_, model),) = named_chunks(engine)
+        loaded = dist_checkpointing.load(model.sharded_state_dict(), str(path / "actor/iter_0000001"))
+        return [name for name, tensor in saved.items() if not torch.equal(loaded[name], tensor)]
+    finally:
+        leave()
+
+
+def test_megatron_core_reads_what_is_saved(gang2: Gang, directory: Path) -> None:
+    assert gang2.run(save_and_read_as_megatron_does, directory) == [[], []]
+
+
 def read(model: Path, checkpoint: Path, parallel: Parallel) -> Any:
     """Weights after reading, or the class and message of what was raised."""
     from mbridge_train.checkpoint.load import load_start

@@ -74,6 +74,9 @@ CASES_2 = [
     ("DP 2 overlap dropout", "tied", Parallel(), OVERLAPPED, {"overrides": DROPOUT}),
     ("TP 2 SP dropout", "untied", Parallel(tensor=2, sequence=True), SHARDED, {"overrides": DROPOUT}),
     ("PP 2 tied", "tied", Parallel(pipeline=2), SHARDED, {}),
+    # Nothing is trained on the last stage.
+    ("PP 2 frozen stage", "untied", Parallel(pipeline=2), SHARDED, {"frozen": "layer"}),
+    ("PP 2 frozen stage unsharded", "untied", Parallel(pipeline=2), PLAIN, {"frozen": "layer"}),
     ("DP 2 bf16 overlap", "tied", Parallel(), OVERLAPPED, {"dtype": "bfloat16"}),
     ("TP 2 bf16", "tied", Parallel(tensor=2), PLAIN, {"dtype": "bfloat16"}),
     ("DP 2 fp16", "tied", Parallel(), SHARDED | DYNAMIC_SCALE, {"dtype": "float16"}),

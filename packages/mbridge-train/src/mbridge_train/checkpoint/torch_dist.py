@@ -63,7 +63,7 @@ def write(engine: Engine, save: Save, relative: str, state: dict[str, Any] | Non
     if save.is_first:
         directory.mkdir(parents=True)
     torch.distributed.barrier()
-    content: dict[str, Any] = {"model": _sharded_model(engine)}
+    content: dict[str, Any] = {"model": _sharded_state(engine)}
     if engine.optimizer is not None:
         content[_FACTS] = optimizer_state.facts(engine.optimizer)
     if state is not None:
@@ -107,17 +107,22 @@ def read_optimizer(engine: Engine, directory: Path) -> dict[str, Any] | None:
     return state | loaded[_FACTS]
 
 
-def _sharded_model(engine: Engine) -> dict[str, Any]:
+def _sharded_state(engine: Engine) -> dict[str, Any]:
     """Return Megatron-Core's description of each weight's place in the whole model, by our names.
 
-    Transformer Engine's fp8 metadata is left out: it would be pickled, and this product does not train in fp8.
+    Beside the weights it has each layer's `_extra_state`, Transformer Engine's fp8 metadata, which is empty here. It is
+    written because Megatron-Core by default refuses a checkpoint without it, and never read: it is pickled.
     """
     return {
         prefix + name: value
         for prefix, chunk in named_chunks(engine)
         for name, value in chunk.sharded_state_dict().items()  # type: ignore[operator]  # a Megatron module
-        if not isinstance(value, ShardedObject)
     }
+
+
+def _sharded_model(engine: Engine) -> dict[str, Any]:
+    """Return the weights alone of `_sharded_state`."""
+    return {name: value for name, value in _sharded_state(engine).items() if not isinstance(value, ShardedObject)}
 
 
 def _sharded_optimizer(engine: Engine, state: dict[str, Any]) -> dict[str, Any]:
