@@ -1,4 +1,4 @@
-"""What can go wrong with a checkpoint, one class a kind of fault, so that a caller can tell them apart."""
+"""The errors of this package: one class for each kind of fault, so that a caller can tell them apart."""
 
 from typing import ClassVar
 
@@ -10,11 +10,11 @@ class CheckpointError(Exception):
 
 
 class IncompleteCheckpointError(CheckpointError):
-    """Not a committed checkpoint: no manifest, or a file that the manifest lists is not there."""
+    """Not a committed checkpoint: it has no manifest, or lacks a file that the manifest lists."""
 
 
 class CorruptCheckpointError(CheckpointError):
-    """A file is there but is not what was written: wrong size, wrong checksum, malformed content."""
+    """A file differs from what was written: wrong size, wrong checksum, malformed content."""
 
 
 class UnsafeCheckpointError(CheckpointError):
@@ -26,12 +26,12 @@ class SaveError(CheckpointError):
 
 
 class RanksLostError(SaveError):
-    """A save could not reach its other ranks: one of them died or went another way. No save with them can follow."""
+    """A save could not reach its other ranks: one of them died or is out of step. No save with them can follow."""
 
 
 class LayoutError(CheckpointError):
-    """The parallel layout asked for cannot hold this checkpoint, or the checkpoint does not say enough to be cut."""
+    """The requested parallel layout cannot hold this checkpoint, or the checkpoint does not say enough to be cut."""
 
 
 class SaverBusyError(SaveError):
-    """A save in the background was refused, for the one before it is still being written."""
+    """A save in the background was refused because the one before it is still being written."""

@@ -1,4 +1,4 @@
-"""Reading: open a committed checkpoint, load its files with their checksums checked, find the one to resume from."""
+"""Open a committed checkpoint, load its files with their checksums verified, and find the one to resume from."""
 
 import json
 from dataclasses import dataclass
@@ -42,21 +42,21 @@ class Checkpoint:
         return self.manifest.metadata
 
     def has(self, path: str) -> bool:
-        """Whether the checkpoint was committed with this file."""
+        """Return whether the checkpoint was committed with this file."""
         return any(record.path == path for record in self.manifest.files)
 
     def verified(self, path: str) -> Path:
-        """Absolute path of a file after its size and checksum were found right, which reads it once."""
+        """Return the absolute path of a file after verifying its size and checksum, which reads it once."""
         return check_file(self.path, self._record(path))
 
     def load_torch(self, path: str, *, map_location: Any = "cpu", mmap: bool = False) -> Any:
-        """Content of a torch.save file, see `load_torch`; read once, for the content and for its checksum."""
+        """Load a torch.save file, see `load_torch`; it is read once, for the content and for its checksum."""
         if mmap:
             return load_torch(self.verified(path), map_location=map_location, mmap=True)
         return load_checked(self.path, self._record(path), lambda file: load_torch_hashed(file, map_location))
 
     def load_json(self, path: str) -> Any:
-        """Content of a JSON file."""
+        """Load a JSON file."""
         file = self.verified(path)
         try:
             return json.loads(file.read_bytes())
@@ -70,7 +70,7 @@ class Checkpoint:
             raise IncompleteCheckpointError(f"{self.path}: {error}") from None
 
     def load_rank_state(self, rank: int) -> dict[str, Any] | None:
-        """What rank `rank` stored with `Save.write_rank_state`; None if the writing job had no such rank."""
+        """Return what rank `rank` stored with `Save.write_rank_state`; None if the writing job had no such rank."""
         path = rank_state_file(rank)
         if not self.has(path):
             return None
@@ -79,7 +79,7 @@ class Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class PassedOver:
-    """A directory that `find_resume` did not take, and why."""
+    """A directory that `find_resume` passed over, and why."""
 
     path: Path
     reason: str
@@ -87,7 +87,7 @@ class PassedOver:
 
 @dataclass(frozen=True, slots=True)
 class Resume:
-    """What `find_resume` found: the checkpoint (None if there is none), and what it passed over, newest first."""
+    """The result of `find_resume`: the checkpoint (None if there is none), and what it passed over, newest first."""
 
     checkpoint: Checkpoint | None
     passed_over: tuple[PassedOver, ...]
@@ -112,7 +112,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def list_checkpoints(directory: str | Path) -> list[Path]:
-    """Directories named `global_step_N` in a checkpoints directory, largest step first; nothing in them is read."""
+    """List the directories named `global_step_N` in a checkpoints directory, largest step first."""
     root = Path(directory)
     if not root.is_dir():
         return []
@@ -121,9 +121,9 @@ def list_checkpoints(directory: str | Path) -> list[Path]:
 
 
 def newest_first(directory: str | Path) -> list[Path]:
-    """What `list_checkpoints` finds as it was committed, the last one first; before them what has no manifest to read.
+    """Return what `list_checkpoints` finds, the last committed first, after those whose manifest cannot be read.
 
-    A run that went back to an earlier step leaves later steps of an abandoned branch behind: its own are newer.
+    A run that went back to an earlier step leaves later steps of an abandoned branch behind; its own are newer.
     """
     order: dict[Path, tuple[str, int]] = {}
     unreadable = []
@@ -136,17 +136,17 @@ def newest_first(directory: str | Path) -> list[Path]:
 
 
 def find_resume(directory: str | Path, *, group: "ProcessGroup | None" = None) -> Resume:
-    """The last committed checkpoint in `directory` whose every file needed to resume has its checksum.
+    """Find the last committed checkpoint in `directory` whose files needed to resume match their checksums.
 
-    Collective over `group` (see `begin_save`): each rank reads a share of the files, all get the same answer. Faults
-    of a HuggingFace export do not count. Directories that were not taken come with the reason.
+    Collective over `group` (see `begin_save`): each rank reads a share of the files, and all get the same answer.
+    Faults of a HuggingFace export do not count. Directories that were passed over come with the reason.
     """
     ranks = Ranks(group)
     root = Path(directory)
     candidates: list[Path] = ranks.from_first(newest_first(root) if ranks.rank == 0 else None)
     leftovers = ranks.from_first(find_leftovers(root) if ranks.rank == 0 and root.is_dir() else [])
     passed_over = [
-        PassedOver(item.path, f"an unfinished save or removal ({item.kind}); `mbridge-ckpt prune` sees to it")
+        PassedOver(item.path, f"an unfinished save or removal ({item.kind}); `mbridge-ckpt prune` cleans it up")
         for item in leftovers
     ]
     for path in candidates:

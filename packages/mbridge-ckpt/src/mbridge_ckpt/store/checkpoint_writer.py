@@ -1,4 +1,4 @@
-"""What goes into a save, whichever way it reaches the disk: at once (`Save`) or in the background (`SnapshotSave`)."""
+"""The interface of a save in progress, written at once (`Save`) or in the background (`SnapshotSave`)."""
 
 import json
 from abc import ABC, abstractmethod
@@ -47,7 +47,7 @@ class CheckpointWriter(ABC):
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the first rank of the save, the one that writes what exists once."""
+        """Whether this is the first rank of the save, which writes what exists only once."""
         return self._ranks.rank == 0
 
     def write_torch(self, path: str, value: Any, *, placements: Sequence[ParameterPlacement] = ()) -> None:
@@ -57,45 +57,45 @@ class CheckpointWriter(ABC):
             stream.placements = tuple(placements)
 
     def write_json(self, path: str, value: Any) -> None:
-        """Write `value` as JSON text; ValueError for NaN and infinities, TypeError for what JSON does not know."""
+        """Write `value` as JSON text; raises ValueError for NaN and infinities, TypeError for types that JSON lacks."""
         self.write_bytes(path, json.dumps(value, indent=2, allow_nan=False).encode() + b"\n")
 
     def write_bytes(self, path: str, data: bytes) -> None:
-        """Write `data` as it is."""
+        """Write `data` unchanged."""
         with self.stream(path) as stream:
             stream.write(data)
 
     def write_rank_state(self, state: dict[str, Any]) -> None:
-        """Store what this rank of the job needs to go on (random state, data position, loop); one call a rank."""
+        """Store what this rank needs to resume (random state, data position, loop); called once on each rank."""
         rank = self._ranks.global_rank
         self.write_torch(rank_state_file(rank), wrap_rank_state(rank, state))
 
     @abstractmethod
     def stream(self, path: str) -> AbstractContextManager[SaveStream]:
-        """A new file to write piece by piece."""
+        """Open a new file to be written piece by piece."""
 
     @abstractmethod
     def rename(self, old: str, new: str) -> None:
-        """Give a file that this rank wrote in this save another name."""
+        """Rename a file that this rank wrote in this save."""
 
     @abstractmethod
     def to_host(self, tensor: "Tensor") -> "Tensor":
-        """`tensor` detached, contiguous and on the CPU, to be written to a stream before anything else changes it."""
+        """Return `tensor` detached, contiguous and on the CPU, to be written to a stream before anything changes it."""
 
     @abstractmethod
     def host_copy(self, tensor: "Tensor") -> "Tensor":
-        """As `to_host`, but a copy that stays as it is whatever becomes of `tensor`."""
+        """As `to_host`, but always a copy, which later changes of `tensor` do not reach."""
 
     @abstractmethod
     def commit(self, metadata: dict[str, Any] | None = None, *, writer: dict[str, str] | None = None) -> Path:
-        """Make the save a checkpoint; returns the directory it has then.
+        """Make the save a checkpoint and return its directory.
 
         `metadata` is a JSON object (retention by metric reads `metadata["metrics"]`), `writer` versions to record
         beside our own; both are taken from the group's first rank.
         """
 
     def _claim(self, path: str) -> None:
-        """Take the name of a new file; raises if it cannot be had."""
+        """Reserve the name of a new file; raises if it is not available."""
         if not self._open:
             raise RuntimeError(f"{path}: the save is over, nothing more can be written")
         if path in _RESERVED or path in self._names:

@@ -1,4 +1,4 @@
-"""Turn a finished temporary directory into a checkpoint: the rename, and the names a save leaves while it runs."""
+"""Turn a finished temporary directory into a checkpoint: the rename, and the names that a save uses while it runs."""
 
 import os
 import platform
@@ -37,7 +37,7 @@ def temporary_directory(directory: Path, step: int, kind: str = "saving") -> Pat
 
 
 def find_leftovers(directory: Path) -> list[Leftover]:
-    """What interrupted saves and removals left in a checkpoints directory, by name."""
+    """List what interrupted saves and removals left in a checkpoints directory, by name."""
     found = []
     for path in sorted(directory.iterdir()):
         match = _LEFTOVER.fullmatch(path.name)
@@ -50,7 +50,7 @@ def find_leftovers(directory: Path) -> list[Leftover]:
 
 
 def commit_time(directory: Path) -> str:
-    """The time for a manifest that is about to be committed: now, or later if the last one is of a clock ahead."""
+    """Return the time of a manifest that is about to be committed: now, or later if the last one had a fast clock."""
     now = datetime.now(UTC)
     with suppress(OSError, RuntimeError, CheckpointError, ValueError, TypeError, OverflowError):
         last = datetime.fromisoformat(read_manifest((directory / LATEST_LINK).resolve(strict=True)).created)
@@ -89,7 +89,7 @@ def publish(temporary: Path, step: int) -> Path:
 
 
 def _take_name(temporary: Path, final: Path, step: int) -> Path | None:
-    """Rename `temporary` to `final`; where the checkpoint is now that had this name, if one had."""
+    """Rename `temporary` to `final`; returns where a checkpoint that had this name is now, if there was one."""
     if not os.path.lexists(final):
         os.rename(temporary, final)
         return None
@@ -106,7 +106,7 @@ def _take_name(temporary: Path, final: Path, step: int) -> Path | None:
 
 
 def writer_versions() -> dict[str, str]:
-    """Versions of what writes the bytes."""
+    """Return the versions of the software that writes the checkpoint."""
     versions = {"python": platform.python_version()}
     for name in ("mbridge-ckpt", "torch"):
         try:

@@ -1,4 +1,4 @@
-"""What a rank needs beside weights to go on exactly: random number generators, and what its loop remembers."""
+"""What a rank needs besides weights to resume exactly: its random number generators and the state of its loop."""
 
 import random
 import sys
@@ -10,7 +10,7 @@ RANK_STATE_VERSION = 1
 
 
 def capture_random_state() -> dict[str, Any]:
-    """States of Python's, NumPy's legacy global, torch's CPU and this process's current CUDA generator, as tensors.
+    """Return the states of Python's, NumPy's legacy global, torch's CPU and this process's current CUDA generator.
 
     Generators a program makes itself (numpy.random.Generator, torch.Generator, Megatron's tensor-parallel tracker)
     are the program's to store.
@@ -32,7 +32,7 @@ def capture_random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Set the generators back to a state of `capture_random_state`; those it does not hold are left alone.
+    """Restore the generators to a state of `capture_random_state`; those that it does not hold are left alone.
 
     Raises CheckpointError when a state was captured from other versions of the generators.
     """
@@ -58,12 +58,12 @@ def restore_random_state(state: dict[str, Any]) -> None:
 
 
 def wrap_rank_state(rank: int, state: dict[str, Any]) -> dict[str, Any]:
-    """The stored form of a rank's state: versioned, and naming its rank."""
+    """Return the stored form of a rank's state, which has a version and names its rank."""
     return {"version": RANK_STATE_VERSION, "rank": rank, "state": state}
 
 
 def unwrap_rank_state(value: Any, rank: int, where: object) -> dict[str, Any]:
-    """The state inside; raises CorruptCheckpointError, or CheckpointError for a later version."""
+    """Return the state inside; raises CorruptCheckpointError, or CheckpointError for a later version."""
     match value:
         case {"version": int(version), **_others} if version > RANK_STATE_VERSION:
             raise CheckpointError(f"{where}: rank state of version {version}; install a later mbridge-ckpt")

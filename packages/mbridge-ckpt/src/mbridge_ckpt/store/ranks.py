@@ -11,24 +11,24 @@ class Ranks:
     """The ranks that take part in a save or in a verification.
 
     `group` is a torch.distributed group, best a gloo one (objects then never pass through a GPU); None means the
-    default group, or this process alone if torch.distributed is not initialised.
+    default group, or this process alone if torch.distributed is not initialized.
     """
 
     def __init__(self, group: "ProcessGroup | None" = None) -> None:
         # A process that never imported torch.distributed has no process group; importing it here would cost seconds.
         module: Any = sys.modules.get("torch.distributed")
-        initialised = module is not None and module.is_available() and module.is_initialized()
-        if group is not None and not initialised:
-            raise ValueError("a process group was given but torch.distributed is not initialised")
-        self._distributed: Any = module if initialised else None
+        initialized = module is not None and module.is_available() and module.is_initialized()
+        if group is not None and not initialized:
+            raise ValueError("a process group was given but torch.distributed is not initialized")
+        self._distributed: Any = module if initialized else None
         self._group = group
         self.rank, self.size, self.global_rank = 0, 1, 0
-        if initialised:
+        if initialized:
             self.rank, self.size = module.get_rank(group), module.get_world_size(group)
             self.global_rank = module.get_rank()
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's `value`, on every rank, in rank order."""
+        """Return every rank's `value`, on every rank, in rank order."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -36,7 +36,7 @@ class Ranks:
         return values
 
     def from_first(self, value: Any) -> Any:
-        """The first rank's `value`, on every rank."""
+        """Return the first rank's `value`, on every rank."""
         if self.size == 1:
             return value
         source = self._distributed.get_global_rank(self._group, 0) if self._group is not None else 0

@@ -1,4 +1,4 @@
-"""Which checkpoints to keep, and the removal of the others and of what dead saves left behind."""
+"""Decide which checkpoints to keep, and remove the others and what dead saves left behind."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ class Retention:
 
     last: the n last committed. every: those whose step is a multiple. best: the n best by `metric`, which saves store
     in `metadata["metrics"]`; `best_is` says whether the largest or the smallest value is best (ties: the newer one).
-    Where no checkpoint has the metric, `best` keeps all: it may be misspelt.
+    Where no checkpoint has the metric, `best` keeps all: it may be misspelled.
     """
 
     last: int | None = None
@@ -48,7 +48,7 @@ class Retention:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """One directory and what becomes of it, with the reason."""
+    """One directory and what happens to it, with the reason."""
 
     path: Path
     action: Literal["keep", "remove", "restore"]
@@ -69,7 +69,7 @@ class PruneReport:
 def prune(
     directory: str | Path, retention: Retention, *, protect: Iterable[str | Path] = (), dry_run: bool = False
 ) -> PruneReport:
-    """Remove what `retention` does not keep, and what dead saves left; call it on one rank only.
+    """Remove what `retention` does not keep and what dead saves left behind; call it on one rank only.
 
     Never removed: the newest checkpoint, what `latest` points to, those in `protect` (give the one a run was resumed
     from), and whatever is not wholly ours: a directory without our manifest or with files that are not in it. A
@@ -114,7 +114,7 @@ def _own(path: Path) -> Manifest:
 
 
 def _wanted(manifests: dict[Path, Manifest], retention: Retention) -> dict[Path, str]:
-    """Reason to keep, for each of the checkpoints (given newest first) that a rule wants."""
+    """Return the reason to keep each checkpoint (given newest first) that a rule keeps."""
     paths = list(manifests)
     if retention.last is None and retention.every is None and retention.best is None:
         return dict.fromkeys(paths, "no retention rule was given")
@@ -158,12 +158,12 @@ def _settle(leftover: Leftover, dry_run: bool) -> Verdict:
     final = leftover.path.parent / step_directory(leftover.step)
     if leftover.kind == "link":
         if time.time() - leftover.path.lstat().st_mtime < 60:
-            return Verdict(leftover.path, "keep", "its save is running, or was until lately")
+            return Verdict(leftover.path, "keep", "its save is running, or was until recently")
         if not dry_run:
             leftover.path.unlink(missing_ok=True)
         return Verdict(leftover.path, "remove", "left by an interrupted save")
     if leftover.kind == "saving" and _alive(leftover.path):
-        return Verdict(leftover.path, "keep", "its save is running, or was until lately")
+        return Verdict(leftover.path, "keep", "its save is running, or was until recently")
     if leftover.kind == "replaced" and not os.path.lexists(final):
         if not dry_run:
             os.rename(leftover.path, final)
@@ -177,7 +177,7 @@ def _settle(leftover: Leftover, dry_run: bool) -> Verdict:
 
 
 def _alive(path: Path) -> bool:
-    """Whether a save's process lives: it holds a lock on its mark, which it deletes just before the rename."""
+    """Return whether a save's process is alive: it holds a lock on its mark, deleted just before the rename."""
     with suppress(FileNotFoundError):
         descriptor = os.open(path / WRITER_FILE, os.O_RDWR | os.O_CLOEXEC)
         try:

@@ -1,4 +1,4 @@
-"""Saving: every rank writes into one temporary directory, all agree, and one rename makes it a checkpoint.
+"""Save on all ranks or on none: every rank writes into one temporary directory, and one rename makes it a checkpoint.
 
 Order of events, each on the disk before the next begins: files of every rank (fsync), agreement of all ranks,
 manifest, directories, rename to `global_step_N`, `latest`. A process that dies at any point leaves either the new
@@ -51,7 +51,7 @@ def begin_save(
     """Begin a save of `global_step_<step>` in the checkpoints directory `directory`; collective over `group`.
 
     `group` is best a gloo group of its own; None is the default group, or this process alone without one.
-    `existing` says what becomes of a committed checkpoint of the same step: "replace" keeps it until the new one is
+    `existing` says what happens to a committed checkpoint of the same step: "replace" keeps it until the new one is
     complete and then exchanges the two, "refuse" raises here, before anything is written.
 
     Raises SaveError on every rank if one rank cannot begin.
@@ -109,7 +109,7 @@ class Save(CheckpointWriter):
 
     @contextmanager
     def stream(self, path: str) -> Iterator[SaveStream]:
-        """A new file to write piece by piece; hashed on the way, on the disk when the block ends."""
+        """Open a new file to be written piece by piece: hashed on the way, and on the disk when the block ends."""
         target = self._new_file(path)
         file: HashingFile | None = None
         if self._failure is None:
@@ -147,7 +147,7 @@ class Save(CheckpointWriter):
         return target
 
     def rename(self, old: str, new: str) -> None:
-        """One system call; the content is not written again."""
+        """Rename with one system call; the content is not written again."""
         target = self._new_file(new)
         if self._failure is None:
             try:
@@ -158,11 +158,11 @@ class Save(CheckpointWriter):
                 self._note_writing(new, error)
 
     def to_host(self, tensor: "Tensor") -> "Tensor":
-        """`tensor` itself where that will do: it is written before the caller goes on."""
+        """Return `tensor` itself where possible: it is written before the caller goes on."""
         return host_tensor(tensor)
 
     def host_copy(self, tensor: "Tensor") -> "Tensor":
-        """A copy in ordinary memory."""
+        """Copy `tensor` to ordinary memory."""
         return tensor.detach().to("cpu", copy=True).contiguous()
 
     @property
@@ -173,8 +173,8 @@ class Save(CheckpointWriter):
     def commit(self, metadata: dict[str, Any] | None = None, *, writer: dict[str, str] | None = None) -> Path:
         """Make the save a checkpoint and return its directory, on every rank; collective.
 
-        Raises SaveError on every rank, naming the ranks that failed and why; then no checkpoint was made and those of
-        before are as they were. For the arguments see `CheckpointWriter.commit`.
+        Raises SaveError on every rank, naming the ranks that failed and why; then no checkpoint was made and earlier
+        ones are untouched. For the arguments see `CheckpointWriter.commit`.
         """
         self._hash_external()
         self._open = False

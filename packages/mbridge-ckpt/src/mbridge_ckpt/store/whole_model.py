@@ -1,7 +1,7 @@
 """Read any piece of any parameter of the whole model from a checkpoint, whatever layout wrote it.
 
-The manifest's placements say where each rank's piece belongs; a piece for another tensor-parallel size is put together
-from the rows or columns of the pieces that overlap it. Memory: the piece asked for and one stored piece.
+The manifest's placements say where each rank's piece belongs; a piece for another tensor-parallel size is assembled
+from the rows or columns of the pieces that overlap it. Memory: the requested piece and one stored piece.
 """
 
 import re
@@ -75,15 +75,15 @@ class WholeModel:
         )
 
     def copied_names(self) -> set[str]:
-        """Names under which a last stage holds copies of tied embeddings; other layouts may have none."""
+        """Return the names under which a last stage holds copies of tied embeddings; other layouts may have none."""
         return {p.placement.last_stage_copy for p in self.parameters.values() if p.placement.last_stage_copy}
 
     def first_value(self, file: str) -> Any:
-        """What a file of the first rank holds, with StoredTensors."""
+        """Return the content of a file of the first rank, with StoredTensors in place of tensors."""
         return self.reader(file).value
 
     def load(self, file: str) -> dict[str, Any]:
-        """What a file holds apart from its parameters' state: its small values, tensors among them read."""
+        """Load what a file holds besides the state of parameters: its small values, including tensors."""
         reader = self.reader(file)
         names = {parameter.placement.name for parameter in self.parameters.values()}
         return {
@@ -93,19 +93,19 @@ class WholeModel:
         }
 
     def reader(self, file: str) -> TorchFileReader:
-        """The open file."""
+        """Return the open file."""
         if file not in self._readers:
             self._readers[file] = self._open.enter_context(TorchFileReader(self.checkpoint.path / file))
         return self._readers[file]
 
     def has(self, kind: str, name: str) -> bool:
-        """Whether the parameter has this kind of state (a frozen one has no optimizer state)."""
+        """Return whether the parameter has this kind of state (a frozen one has no optimizer state)."""
         parameter = self.parameters[name]
         file = _file_of(kind, parameter.files[0])
         return self.checkpoint.has(file) and parameter.placement.name in self._table(kind, file)
 
     def shape(self, kind: str, name: str, *, size: int = 1, rows: int | None = None) -> tuple[tuple[int, ...], str]:
-        """Shape and dtype of a piece for tensor-parallel size `size`, with `rows` rows of the vocabulary in all."""
+        """Return shape and dtype of a piece for tensor-parallel size `size`; `rows`: of the whole vocabulary."""
         parameter = self.parameters[name]
         placement = parameter.placement
         stored = self._stored(kind, parameter, 0)
@@ -121,7 +121,7 @@ class WholeModel:
         return tuple(shape), stored.dtype
 
     def read(self, kind: str, name: str, *, rank: int = 0, size: int = 1, rows: int | None = None) -> "Tensor":
-        """The piece of tensor rank `rank` of `size`; the whole parameter by default.
+        """Read the piece of tensor rank `rank` of `size`; the whole parameter by default.
 
         `rows` is the padded number of rows of a vocabulary (embedding, output layer) for this size; rows beyond those
         that were stored are zero.
