@@ -69,8 +69,8 @@ def make_linear(hidden: int) -> nn.Linear:
     return linear
 
 
-def train(directory: Path, parallel: Parallel, batching: dict[str, Any], *, values: bool) -> dict[str, Any]:
-    """Losses, norms and what the head gives before the first step, on each rank."""
+def build(directory: Path, parallel: Parallel, batching: dict[str, Any], *, values: bool) -> tuple[Any, Any]:
+    """An engine and the head to train it with."""
     from mbridge_model import load
     from mbridge_train.engine.engine import Engine, MicroBatching
     from mbridge_train.engine.heads import LogprobHead
@@ -86,8 +86,13 @@ def train(directory: Path, parallel: Parallel, batching: dict[str, Any], *, valu
         model[-1].add_module("value_head", linear)
     settings = OptimizerSettings(schedule=Schedule(max_lr=LEARNING_RATE), clip_grad=CLIP)
     engine = Engine(model, handle, micro_batching=MicroBatching(**batching), optimizer=settings)
+    return engine, ValueHead(linear) if values else LogprobHead()
+
+
+def train(directory: Path, parallel: Parallel, batching: dict[str, Any], *, values: bool) -> dict[str, Any]:
+    """Losses, norms and what the head gives before the first step, on each rank."""
+    engine, head = build(directory, parallel, batching, values=values)
     try:
-        head: Any = ValueHead(linear) if values else LogprobHead()
         given = engine.forward(make_batch(0), head)
         losses, norms, tides = [], [], []
         for step in range(STEPS):
@@ -183,3 +188,31 @@ def test_a_head_of_its_own(gang2: Gang, model: Path, parallel: Parallel, batchin
     for result in gang2.run(train, model, parallel, batching, values=True):
         check(result, expected, "values")
         assert result["has_head"] == result["is_last"]
+
+
+def resume(directory: Path, checkpoints: Path, parallel: Parallel) -> tuple[Any, Any]:
+    """Losses of two steps without a break, and with a checkpoint and another engine between them."""
+    from mbridge_train.checkpoint.load import load_checkpoint
+    from mbridge_train.checkpoint.save import save_checkpoint
+
+    def step(engine: Any, head: Any, number: int) -> tuple[float, float]:
+        loss = engine.forward_backward(make_batch(number), value_loss, head=head)["loss"]
+        return loss, engine.step().grad_norm
+
+    try:
+        engine, head = build(directory, parallel, PACKED, values=True)
+        step(engine, head, 0)
+        path = save_checkpoint(engine, checkpoints, step=1, loop_state={})
+        unbroken = step(engine, head, 1)
+        leave()
+        engine, head = build(directory, parallel, PACKED, values=True)
+        load_checkpoint(engine, path)
+        return unbroken, step(engine, head, 1)
+    finally:
+        leave()
+
+
+@pytest.mark.parametrize("parallel", [Parallel(), Parallel(pipeline=2)], ids=["DP 2", "PP 2"])
+def test_a_head_of_its_own_is_in_checkpoints(gang2: Gang, model: Path, tmp_path: Path, parallel: Parallel) -> None:
+    for unbroken, resumed in gang2.run(resume, model, tmp_path, parallel):
+        assert resumed == unbroken

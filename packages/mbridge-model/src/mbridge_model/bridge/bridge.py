@@ -187,9 +187,10 @@ class Bridge:
         """
         from megatron.core import parallel_state
 
-        tasks = self._conversion_tasks(model)
+        # Megatron-Bridge has no task for what the HuggingFace format lacks, such as the head of a critic.
+        tasks = [task for task in self._conversion_tasks(model) if task is not None]
         for task in tasks:
-            weight = None if task is None else task.param_weight
+            weight = task.param_weight
             if weight is not None and weight.numel() and not weight.untyped_storage().nbytes():
                 raise ModelError(
                     f"the memory of {task.global_param_name} has been freed (offloaded): bring the weights back first"
