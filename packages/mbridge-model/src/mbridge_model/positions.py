@@ -1,8 +1,8 @@
 """Positions of tokens in three dimensions: time, height and width (M-RoPE, Qwen2-VL, arXiv 2409.12191, section 2.1).
 
-A text token has the same position in all three. The tokens of an image or video span its grid, and the text after
-them goes on behind the larger of its height and width. The positions of a sequence depend on that sequence alone, so
-they are computed for each sample where it is prepared; padding and packing then move them about as they do tokens.
+A text token has the same position in all three. The tokens of an image or video span its grid, and the text after them
+continues after the larger of its height and width. The positions of a sequence depend on that sequence alone, so
+they are computed once, where the sample is prepared; padding and packing then move them like its tokens.
 """
 
 from collections.abc import Sequence
@@ -20,14 +20,14 @@ from mbridge_model.families import find_family
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MropeSettings:
-    """What the positions depend on.
+    """Settings of a model that its positions depend on.
 
     Attributes:
-        image_token_id: the placeholder that stands for one merged patch of an image.
-        video_token_id: likewise of a video.
+        image_token_id: the placeholder of one merged patch of an image.
+        video_token_id: the placeholder of one merged patch of a video.
         spatial_merge_size: patches along height, and along width, that become one token.
-        tokens_per_second: positions along time for a second of video; None where positions in time do not count
-            seconds: there each frame is a run of tokens of its own, and text between the runs says the time.
+        tokens_per_second: positions along time per second of video; None for models whose positions do not count
+            seconds: each frame is a separate run of tokens, and text between the runs gives the time.
     """
 
     image_token_id: int
@@ -40,7 +40,7 @@ class MropeSettings:
         """Read a HuggingFace directory's config.json.
 
         Raises:
-            ModelError: it is no vision-language model of a family that stands here, or a setting is missing.
+            ModelError: it is no vision-language model of a known family, or a setting is missing.
         """
         directory = open_directory(path, needs_weights=False)
         vision = find_family(directory.architecture).vision
@@ -67,7 +67,7 @@ def mrope_position_ids(
     *,
     seconds_per_grid: Sequence[float] | None = None,
 ) -> Tensor:
-    """Positions of the tokens of one sequence, as transformers' `get_rope_index` has them.
+    """Compute the positions of one sequence's tokens, equal to those of transformers' `get_rope_index`.
 
     Args:
         tokens: int64 [length], without padding.
@@ -120,7 +120,7 @@ def mrope_position_ids(
 
 
 def _runs(grid_thw: Tensor | None, kinds: Tensor, settings: MropeSettings) -> list[list[int]]:
-    """One grid for each run of placeholders: a video whose frames are runs of their own has one for each frame."""
+    """Return one grid for each run of placeholders; a video whose frames are separate runs has one per frame."""
     if grid_thw is None:
         return []
     if settings.tokens_per_second is not None:

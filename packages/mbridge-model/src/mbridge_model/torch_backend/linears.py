@@ -1,4 +1,4 @@
-"""The one linear layer that Megatron-Core lacks: norm and column-parallel linear under one name.
+"""The one linear layer that Megatron-Core lacks: a norm and a column-parallel linear layer in one module.
 
 Transformer Engine fuses the input norm of attention and of the MLP into the linear layer that follows it, so that the
 parameters are called `linear_qkv.layer_norm_weight`, `linear_qkv.weight`, ... This layer has the same names, and is
@@ -46,7 +46,7 @@ class TorchLayerNormColumnParallelLinear(ColumnParallelLinear):
         return output
 
     def without_bias(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The same without the bias, and the bias, for a kernel that adds it."""
+        """Return the output without the bias, and the bias, for a kernel that adds it."""
         skips, self.skip_bias_add = self.skip_bias_add, True
         try:
             output: tuple[Tensor, Tensor | None] = self(input_)

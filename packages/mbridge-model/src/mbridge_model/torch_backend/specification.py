@@ -30,7 +30,7 @@ from mbridge_model.torch_backend.norms import TorchNorm
 
 
 class TorchSpecProvider(BackendSpecProvider):
-    """Which module serves each place of a layer. The counterpart of Megatron-Core's `TESpecProvider`."""
+    """The modules of each part of a layer. The counterpart of Megatron-Core's `TESpecProvider`."""
 
     def column_parallel_linear(self) -> Any:
         return ColumnParallelLinear
@@ -61,7 +61,7 @@ class TorchSpecProvider(BackendSpecProvider):
 
 
 def torch_layer_spec(config: TransformerConfig, *, is_moe: bool, qk_l2_norm: bool = False) -> ModuleSpec:
-    """One transformer layer; the same places as Megatron-Core's Transformer Engine layer, filled with torch modules."""
+    """Specify one transformer layer with the parts of Megatron-Core's Transformer Engine layer, as torch modules."""
     backend = TorchSpecProvider()
     qk_norm: Any = IdentityOp
     if qk_l2_norm:
@@ -94,7 +94,7 @@ def torch_layer_spec(config: TransformerConfig, *, is_moe: bool, qk_l2_norm: boo
 
 
 def torch_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
-    """The layers of this pipeline stage and the final norm.
+    """Specify the layers of this pipeline stage and the final norm.
 
     A bare layer specification would make Megatron-Core choose the final norm itself, and its torch fallback refuses
     sequence parallelism.
@@ -113,7 +113,7 @@ def torch_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> 
 
 
 def _layer_numbers(config: TransformerConfig, vp_stage: int | None) -> list[int]:
-    """Global, zero-based numbers of the layers on this stage."""
+    """Return the global, zero-based numbers of the layers on this stage."""
     layout = config.pipeline_model_parallel_layout
     if isinstance(layout, PipelineParallelLayerLayout):
         return list(layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage))

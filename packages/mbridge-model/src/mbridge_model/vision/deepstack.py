@@ -1,11 +1,11 @@
 """Deepstack (arXiv 2406.04334): features of the vision tower's inner layers, added after the first language layers.
 
-A pipeline stage other than the first has no tower, but may hold some of those layers. So the features travel with the
-hidden states: behind them, along the last dimension, [sequence, batch, hidden * (1 + features left)]. A layer takes its
-own feature off and adds it; whatever comes between two layers (the pipeline's transfer, whose shapes are exchanged
-first; recomputation; the split over sequence-parallel ranks, and the gradients of all of them) carries one tensor, as
-it does without deepstack. Text positions carry zeros: n (n + 1) / 2 hidden sizes a token of activation memory for n
-features in all, for n = 3 a third of the 17 or so that each layer keeps (Korthikanti et al. 2022, section 4.1).
+A later pipeline stage has no tower, but may hold some of those layers. So the features travel with the hidden states,
+appended along the last dimension: [sequence, batch, hidden * (1 + remaining features)]. Each layer splits off its own
+feature and adds it. Everything between two layers (the pipeline's transfer, which exchanges shapes first;
+recomputation; the split over sequence-parallel ranks; and the gradients of all of them) still handles a single tensor.
+Text positions carry zeros: for n features n (n + 1) / 2 hidden sizes of activation memory per token in total, for n = 3
+a third of the 17 or so that each layer keeps (Korthikanti et al. 2022, section 4.1).
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class DeepstackLayer(TransformerLayer):
-    """A transformer layer that adds the next feature, if there is one, to what it computes."""
+    """A transformer layer that adds the next feature, if there is one, to its output."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
         """[sequence, batch, hidden * (1 + n)] in; [sequence, batch, hidden * n] out, or hidden where n is 0."""
@@ -30,16 +30,16 @@ class DeepstackLayer(TransformerLayer):
 
 
 def place_features(embeddings: Tensor, mask: Tensor, features: Tensor, deepstack: list[Tensor]) -> Tensor:
-    """Put the tower's features where their placeholders stand, the deepstack ones behind them.
+    """Replace the placeholders' embeddings by the tower's features, and append the deepstack features.
 
     Args:
         embeddings: [sequence, batch, hidden].
-        mask: bool [batch, sequence], True at placeholders; row after row they take the features in order.
+        mask: bool [batch, sequence], True at placeholders, which take the features in order, row by row.
         features: [tokens, hidden].
         deepstack: one [tokens, hidden] for each of the first language layers.
 
     Returns:
-        [sequence, batch, hidden * (1 + len(deepstack))], zeros behind the embeddings of text.
+        [sequence, batch, hidden * (1 + len(deepstack))], with zeros appended to the embeddings of text.
     """
     wide = torch.cat([features, *deepstack], dim=-1).to(embeddings.dtype)
     base = torch.nn.functional.pad(embeddings, (0, wide.shape[-1] - embeddings.shape[-1]))

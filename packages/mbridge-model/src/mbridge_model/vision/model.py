@@ -1,8 +1,8 @@
 """The vision-language model: a tower on the first pipeline stage, and Megatron-Core's GPT model.
 
-Megatron-Bridge has a model class for each family, from which the names of the parameters come. This one takes their
-place: the forward pass is the same for all families, takes positions instead of deriving them (so it can be packed),
-and lets deepstack features cross pipeline stages.
+Megatron-Bridge has a model class for each family, which determines the names of the parameters. This class replaces
+them all: it has one forward pass, takes positions instead of deriving them (so batches can be packed), and lets
+deepstack features cross pipeline stages.
 """
 
 from collections.abc import Callable
@@ -26,8 +26,8 @@ class VisionLanguageModel(MegatronModule):
 
     Args:
         config: the Megatron provider.
-        vision: the family's part.
-        language_model: this stage's part of it, whose embedding does not split the sequence.
+        vision: the family's description.
+        language_model: this stage's part of the language model, whose embedding does not split the sequence.
         tower: the vision tower on the first pipeline stage, None on the others.
     """
 
@@ -46,7 +46,7 @@ class VisionLanguageModel(MegatronModule):
         self.shared_embedding_or_output_weight = language_model.shared_embedding_or_output_weight
 
     def set_input_tensor(self, input_tensor: Any) -> None:
-        """Take what the previous pipeline stage sent."""
+        """Set the tensor that the previous pipeline stage sent."""
         self.language_model.set_input_tensor(input_tensor)
 
     def forward(
@@ -59,22 +59,22 @@ class VisionLanguageModel(MegatronModule):
         vision: VisionInputs | None = None,
         output_processor: Callable[..., Any] | None = None,
     ) -> Any:
-        """Logits of the next token, or what the next stage needs.
+        """Compute the logits of the next token, or the tensor that the next stage needs.
 
         Args:
-            input_ids: int64 [batch, sequence], needed on the first stage; images and videos as their placeholders.
-            position_ids: int64 [3, batch, sequence], from `mrope_position_ids`, needed on every stage. For text alone
-                [batch, sequence] does, too.
+            input_ids: int64 [batch, sequence], needed on the first stage; images and videos appear as placeholders.
+            position_ids: int64 [3, batch, sequence], from `mrope_position_ids`, needed on every stage. For text only,
+                [batch, sequence] is accepted too.
             attention_mask: None for causal attention.
             packed_seq_params: boundaries of the sequences of a packed batch, needed on every stage.
             vision: the images and videos of the batch, read on the first stage only; None for text alone.
-            output_processor: takes the place of the output layer, as in Megatron-Core's GPT model.
+            output_processor: replaces the output layer, as in Megatron-Core's GPT model.
 
         Returns:
-            [batch, sequence, vocabulary / TP] on the last stage, or what `output_processor` returns.
+            [batch, sequence, vocabulary / TP] on the last stage, or the result of `output_processor`.
 
         Raises:
-            ModelError: the placeholders are not as many as the tower's features.
+            ModelError: the number of placeholders differs from the number of the tower's features.
         """
         if position_ids.dim() == 2:
             position_ids = position_ids.expand(3, -1, -1)
@@ -117,7 +117,7 @@ def blank_image(config: Any, device: torch.device) -> VisionInputs:
     """The smallest image, for a micro-batch of text whose tower is trained.
 
     Data-parallel ranks reduce gradients and gather weights bucket by bucket, in the order in which their own passes
-    come to them. So a rank without images runs its tower, too: in the same order as the others, with gradients of zero.
+    reach them. So a rank without images runs its tower, too: in the same order as the others, with gradients of zero.
     """
     settings = config.vision_config
     side = settings.spatial_merge_size
@@ -135,7 +135,7 @@ def provide(
     post_process: bool | None = None,
     vp_stage: int | None = None,
 ) -> VisionLanguageModel:
-    """Build one pipeline stage; in place of the provider's own `provide`."""
+    """Build one pipeline stage; replaces the provider's own `provide`."""
     language_model = provider.provide_language_model(pre_process, post_process, vp_stage)
     if vision.build_rotary is not None:
         language_model.rotary_pos_emb = vision.build_rotary(provider)
@@ -155,8 +155,8 @@ def bind(provider: Any, vision: Vision, backend: Literal["te", "torch"]) -> None
 def average_over_tensor_parallel(tower: nn.Module, provider: Any) -> None:
     """Mark the tower's parameters that each tensor-parallel rank holds whole, so that their gradients stay the same.
 
-    They are equal already but for the rounding of GPU kernels that add in no fixed order, which would make the copies
-    drift apart. Gloo has no average; on a CPU the order is fixed.
+    They already agree up to the rounding of GPU kernels that add in no fixed order, which would make the copies drift
+    apart. Gloo cannot average, but on a CPU the order is fixed.
     """
     group = provider._pg_collection.tp
     if group.size() > 1 and torch.distributed.get_backend(group) == "nccl":
@@ -166,7 +166,7 @@ def average_over_tensor_parallel(tower: nn.Module, provider: Any) -> None:
 
 
 def freeze(model: VisionLanguageModel, provider: Any) -> None:
-    """Exclude from training what the provider's freeze fields name."""
+    """Freeze the parts that the provider's freeze fields name."""
     if provider.freeze_language_model:
         model.language_model.requires_grad_(False)
     if not model.pre_process:

@@ -1,7 +1,7 @@
-"""Qwen2.5-VL's vision tower: transformers' own module, a whole copy on each tensor-parallel rank.
+"""Qwen2.5-VL's vision tower: transformers' own module, replicated on each tensor-parallel rank.
 
-Its index arithmetic runs on the host and its attention over all windows or images at once: transformers' runs once for
-each of them, and there are hundreds of windows in a batch.
+Its index arithmetic runs on the host, and one attention call covers all windows or images: transformers attends to one
+at a time, and a batch has hundreds of windows.
 """
 
 from contextlib import nullcontext
@@ -14,7 +14,7 @@ from mbridge_model.vision.packing import pack_frames, pack_segments
 
 
 def build_tower(provider: Any, backend: Literal["te", "torch"]) -> nn.Module:
-    """The tower of `provider.vision_config` in the model's dtype; the backend makes no difference."""
+    """Build the tower of `provider.vision_config` in the model's dtype, the same for both backends."""
     from transformers.initialization import no_init_weights
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
@@ -35,7 +35,7 @@ def build_tower(provider: Any, backend: Literal["te", "torch"]) -> nn.Module:
 
 
 def encode(tower: Any, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Features [tokens, hidden]; there is no deepstack."""
+    """Return the features [tokens, hidden]; there is no deepstack."""
     from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
     device = pixel_values.device

@@ -18,10 +18,10 @@ ACTIVATION = "gelu_pytorch_tanh"
 
 
 def build_tower(provider: Any, backend: Literal["te", "torch"]) -> nn.Module:
-    """The tower of `provider.vision_config`, from the backend's modules.
+    """Build the tower of `provider.vision_config` from the backend's modules.
 
     Raises:
-        ModelError: the tower has another activation than Megatron-Bridge's module computes.
+        ModelError: the tower's activation differs from the one that Megatron-Bridge's module computes.
     """
     activation = provider.vision_config.hidden_act
     if activation != ACTIVATION:
@@ -48,7 +48,7 @@ def build_tower(provider: Any, backend: Literal["te", "torch"]) -> nn.Module:
 
 
 def encode(tower: Any, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Features [tokens, hidden], and one more [tokens, hidden] for each entry of `deepstack_visual_indexes`."""
+    """Return the features [tokens, hidden], and [tokens, hidden] for each entry of `deepstack_visual_indexes`."""
     from transformers.vision_utils import get_vision_bilinear_indices_and_weights, get_vision_position_ids
 
     device, merge = pixel_values.device, tower.spatial_merge_size
@@ -71,7 +71,7 @@ def encode(tower: Any, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, 
 
 
 def build_rotary(provider: Any) -> nn.Module:
-    """The language model's rotary embedding: time, height and width interleave along the frequencies."""
+    """Build the language model's rotary embedding, which interleaves time, height and width along the frequencies."""
     return qwen_vl_parts().rotary(
         kv_channels=provider.kv_channels,
         rotary_percent=provider.rotary_percent,

@@ -1,4 +1,4 @@
-"""The language model's layers: those of the backend, with deepstack and with rotary angles taken as they are."""
+"""The language model's layers: the backend's, with deepstack and with ready-made rotary angles."""
 
 from collections.abc import Callable
 from typing import Any
