@@ -34,7 +34,6 @@ WRONG: list[tuple[str, Any, str]] = [
     ("multi_latent_attention", "true", "false"),
     ("share_embeddings_and_output_weights", "false", "true"),
     ("num_moe_experts", 4, "8"),
-    ("moe_router_topk", 3, "2"),
 ]
 SAID = {
     "partial_rotary_factor": 0.25,
@@ -152,3 +151,12 @@ def test_numbers_beyond_all_reason(checked: Checked, model: Path, make_model: Ma
     assert problem.id == "hf-config-json" and "cannot be read" in problem.reason
     made = ["quickstart.enabled=true", "quickstart.num_hidden_layers=20000", f"{HF}=made", f"{TOKENIZER}=made"]
     assert [problem.key for problem in checked(*made).errors] == ["quickstart.num_hidden_layers"]
+
+
+def test_the_experts_of_a_token_are_left_to_the_model(checked: Checked, model: Path, make_model: MakeModel) -> None:
+    """RLinf overwrites the key with config.json's value, and its files for mixtures of experts say something else."""
+    make_model(model, **SAID)
+    report = checked("actor.model.moe_router_topk=8")
+    assert report.errors == []
+    (note,) = [problem for problem in report.problems if problem.key == "actor.model.moe_router_topk"]
+    assert (note.id, note.severity) == ("no-effect", Severity.NOTE)

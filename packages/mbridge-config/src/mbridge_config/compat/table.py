@@ -40,6 +40,7 @@ NO_EFFECT: NoEffect = {
             str: "moe_router_load_balancing_type",
             bool: "moe_router_pre_softmax",
             float: "moe_router_bias_update_rate",
+            int: "moe_router_topk",
         },
         "no auxiliary loss is added": {float: "moe_aux_loss_coeff"},
     },
@@ -284,7 +285,6 @@ CHECKED = {
         bool, "Input and output embeddings are one tensor.", "tied_embeddings", "tie_word_embeddings"
     ),
     "num_moe_experts": Repeated(int, "Experts of each MoE layer.", "num_experts", "num_experts"),
-    "moe_router_topk": Repeated(int, "Experts that each token uses.", "experts_per_token", "num_experts_per_tok"),
     "activation": Repeated(str, "swiglu, geglu or gelu."),
     "normalization": Repeated(str, "rmsnorm or layernorm."),
     "position_embedding_type": Repeated(str, "rope."),
