@@ -29,9 +29,7 @@ MAY_IMPORT = {
 }
 """Everything beside the standard library that a package which is useful alone may import."""
 
-KNOWN_CIRCLES: dict[str, list[set[str]]] = {
-    "mbridge_reasoning": [],
-}
+KNOWN_CIRCLES: dict[str, list[set[str]]] = {}
 """Packages whose rooms are not separated yet, with the rooms of each circle; their `Uses:` lines are not checked."""
 
 

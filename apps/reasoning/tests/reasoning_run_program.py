@@ -9,6 +9,7 @@ short, with a reference policy, minibatches and shuffled answers.
 import contextlib
 import io
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -110,6 +111,29 @@ def mistakes(directory: Path) -> None:
     run("damaged", directory, "runner.resume_dir=auto", "runner.max_steps=3")
 
 
+def own_reward(directory: Path, model: Path) -> None:
+    """Two steps with the reward function and the data of the README, and one with a function that raises."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(# rewards\.py\n.*?)```", readme, re.DOTALL)
+    (row,) = re.findall(r"```json\n(\{\"question\".*?\n)```", readme, re.DOTALL)
+    file, data = directory / "rewards.py", directory / "questions.jsonl"
+    file.write_text(code)
+    data.write_text(row * 2)
+    own = (
+        "quickstart.enabled=false",
+        f"actor.megatron.ckpt_convertor.hf_model_path={model}",
+        "data.type=math",
+        "data.prompt_key=question",
+        f"data.train_data_paths=[{data}]",
+        "data.rollout_batch_size=2",
+        "runner.max_steps=2",
+    )
+    run("own-reward", directory, *own, f"reward.function={file}:brief")
+    file.write_text("def broken(text, row, end):\n    return 1 / (len(row) - 3)\n")
+    said = mistake("broken", directory, *own, f"reward.function={file}:broken")
+    (directory / "broken.json").write_text(json.dumps(said))
+
+
 def split(directory: Path) -> None:
     """The unbroken run's step 3 on two ranks, saved by all of them, and its step 4 on one again."""
     run(
@@ -167,6 +191,7 @@ def main() -> None:
     run("filtered", directory, *mine, *left_out, "data.rollout_batch_size=1", "runner.max_steps=1")
     written(directory, last / "actor" / "hf_model")
 
+    own_reward(directory, last / "actor" / "hf_model")
     split(directory)
     mistakes(directory)
 

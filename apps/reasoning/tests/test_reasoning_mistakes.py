@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from mbridge_ckpt import Layout, begin_save
 from mbridge_reasoning import cli
-from mbridge_reasoning.quickstart.tiny import TinyGeometry, write_tiny_model
+from mbridge_reasoning.quickstart.model import TinyGeometry, write_tiny_model
 
 from testing.app_runs import tree
 
@@ -112,7 +112,7 @@ def test_line_that_is_not_json(fail: Fail, place: Path) -> None:
 
 def test_empty_data(fail: Fail, place: Path) -> None:
     (place / "train.jsonl").write_text("\n")
-    assert fail().startswith("error: train.jsonl holds no problems")
+    assert fail().startswith("error: train.jsonl holds no examples")
 
 
 def test_missing_data_file(fail: Fail) -> None:
@@ -124,6 +124,17 @@ def test_missing_data_file(fail: Fail) -> None:
 def test_record_without_solutions(fail: Fail) -> None:
     said = fail("data.answer_key=answer")
     assert said.startswith("error: train.jsonl:1: no key 'answer'; the keys here are 'prompt', 'solutions'")
+
+
+def test_reward_function_without_file_or_name(fail: Fail, place: Path) -> None:
+    said = fail("reward.function=reward.py:score")
+    assert "error[reward-function] reward.function = reward.py:score: there is no file reward.py" in said
+    assert "it does not name a function" in fail("reward.function=reward.py")
+    (place / "reward.py").write_text("def points(text, row, end): return 1.0")
+    said = fail("reward.function=reward.py:score")
+    assert said == (
+        "error: reward.function=reward.py:score: reward.py holds no function 'score'; its functions are points\n"
+    )
 
 
 def test_prompt_that_leaves_no_room(fail: Fail) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from mbridge_config import HFFacts
 from mbridge_config.plan.flops import forward_flops
-from mbridge_reasoning.report import TIME_SPLIT
+from mbridge_reasoning.metrics import TIME_SPLIT
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from testing.app_runs import assert_same_state, execute, leaves, metrics, saved
@@ -131,7 +131,7 @@ MISTAKES = {
     "damaged": r"/iter_0000004/mp_rank_00/distrib_optim\.pt: its content changed",
     "layout": "global_step_1 holds no model parameters with placements",
     "task": "is not a reasoning-gym task: did you mean 'basic_arithmetic'",
-    "data": "the number of problems was 200 when the checkpoint was saved and is 201 now",
+    "data": "the number of rows to train on was 200 when the checkpoint was saved and is 201 now",
 }
 
 
@@ -200,3 +200,29 @@ def test_the_config_that_init_writes_runs(runs: tuple[Path, str]) -> None:
     directory, _ = runs
     assert 1 in metrics(directory / "init")
     assert (directory / "init" / "checkpoints" / "global_step_1" / "actor" / "hf_model").is_dir()
+
+
+def test_a_reward_function_of_ones_own_trains(runs: tuple[Path, str]) -> None:
+    """The README's: -1 for an answer that is cut off, else what is right less 0.01 a character."""
+    directory, _ = runs
+    record = metrics(directory / "own-reward")
+    assert list(record) == [1, 2]
+    for step in (1, 2):
+        assert record[step]["train/verifier_failures"] == record[step]["train/verifier_timeouts"] == 0
+        assert -1 <= record[step]["train/reward"] < 0 == record[step]["train/accuracy"]
+    assert record[2]["policy/grad_norm"] > 0  # rewards differ in a group
+
+
+def test_a_broken_reward_function_is_said_with_its_traceback(runs: tuple[Path, str]) -> None:
+    directory, _ = runs
+    found = json.loads((directory / "broken.json").read_text())
+    assert found["code"] == 2
+    said = [line for line in found["said"].splitlines() if set(line) - set(" ~^")]
+    file = directory / "rewards.py"
+    assert said == [
+        f"error: reward.function={file}:broken raised on the answer to {directory}/questions.jsonl:1:",
+        "Traceback (most recent call last):",
+        f'  File "{file}", line 2, in broken',
+        "    return 1 / (len(row) - 3)",
+        "ZeroDivisionError: division by zero",
+    ]

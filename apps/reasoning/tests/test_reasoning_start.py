@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from mbridge_config import ConfigError, ReasoningConfig, compose
-from mbridge_reasoning.start import check_start
+from mbridge_reasoning.cli import check_start
 
 WARMUP = "actor.lr_sched.lr_warmup_iters"
 

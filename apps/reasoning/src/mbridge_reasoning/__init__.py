@@ -1,1 +1,1 @@
-"""x."""
+"""RL of language models on problems whose answers can be verified: GRPO on Megatron-Core."""

@@ -1,11 +1,31 @@
-"""`mbridge-reasoning`: the command line. Nothing heavy is imported before the config is checked."""
+"""`mbridge-reasoning`: the command line. No torch here: a mistake is said at once, not after its import."""
 
 import sys
 
-from mbridge_config import ReasoningConfig
+from mbridge_config import ReasoningConfig, refuse_existing_run, refuse_short_run, refuse_unwritable_directory
 from mbridge_train.run.application import Application, run_application
 
-from mbridge_reasoning.start import check_start
+from mbridge_reasoning.data.prompts import read_data_files
+from mbridge_reasoning.rewards.pool import RewardPool
+
+
+def check_start(config: ReasoningConfig) -> None:
+    """Check, before any rank starts, what the config alone does not say. Nothing is left behind.
+
+    Raises:
+        DataError: a data file cannot be used.
+        ConfigError: the run is too short for its schedule, or cannot write where it is to.
+        RewardError: `reward.function` cannot be imported.
+    """
+    if config.data.type == "math":
+        training, _ = read_data_files(config)
+        refuse_short_run(config, rows=len(training))
+    if config.reward.function is not None:
+        with RewardPool.of(config) as rewards:
+            rewards.wait_until_ready()
+    refuse_existing_run(config)
+    refuse_unwritable_directory(config)
+
 
 APPLICATION = Application(
     program="mbridge-reasoning", package="mbridge_reasoning", schema=ReasoningConfig, check_start=check_start
@@ -13,7 +33,7 @@ APPLICATION = Application(
 
 
 def main() -> int:
-    """Exit code: 0; 2 for a mistake of the user, printed without a traceback; 130 for Ctrl-C; 1 for a crash."""
+    """Return the exit code: 0; 2 for a mistake of the user, without a traceback; 130 for Ctrl-C; 1 for a crash."""
     return run_application(APPLICATION, sys.argv[1:])
 
 

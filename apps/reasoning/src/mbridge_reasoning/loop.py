@@ -1,7 +1,9 @@
 """A reasoning run on one rank, from start to end. `cli.main` starts it on every rank."""
 
+import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from mbridge_config import (
@@ -18,6 +20,7 @@ from mbridge_train.build import DTYPES, build_engine, save_settings
 from mbridge_train.checkpoint.resume import find_checkpoint, restore, say_if_finished
 from mbridge_train.checkpoint.runs import RunSaver, is_due
 from mbridge_train.data.errors import DataError
+from mbridge_train.data.order import RowOrder, require_same_data
 from mbridge_train.engine.snapshot import Snapshot
 from mbridge_train.engine.throughput import Throughput
 from mbridge_train.run.hf_files import from_directory
@@ -25,14 +28,12 @@ from mbridge_train.run.output import RunOutput
 from mbridge_train.run.processes import broadcast, join, leave, seed_all
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mbridge_reasoning.data.order import ProblemSampler
-from mbridge_reasoning.data.problems import Problem, tokenize_problems
-from mbridge_reasoning.data.tasks import make_problems
-from mbridge_reasoning.quickstart.quickstart import prepare_quickstart
-from mbridge_reasoning.report import DISPLAY
+from mbridge_reasoning.data.gym import make_prompts
+from mbridge_reasoning.data.prompts import Prompt, read_data_files, tokenize_prompts
+from mbridge_reasoning.metrics import DISPLAY
+from mbridge_reasoning.quickstart.prepare import prepare_quickstart
 from mbridge_reasoning.rewards.pool import RewardPool
 from mbridge_reasoning.rollout.transformers import TransformersRollout, end_token_ids
-from mbridge_reasoning.start import read_data_files
 from mbridge_reasoning.trainer import GRPOTrainer
 
 
@@ -48,13 +49,7 @@ def run(config: ReasoningConfig, command: list[str]) -> None:
         take_free_name(config)
         config = broadcast(config)
         seed_all(config.actor.seed)
-        gym = config.data.reasoning_gym
-        uses_gym = config.reward.reward_type == "reasoning_gym"
-        with RewardPool(
-            timeout=config.reward.timeout,
-            task=gym.task if uses_gym else None,
-            parameters=gym.parameters if uses_gym else None,
-        ) as rewards:
+        with RewardPool.of(config) as rewards:
             _run(config, command, device, rewards)
     finally:
         leave()
@@ -75,8 +70,10 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
     )
     train = _tokenized(config, train, "training", tokenizer, output.message)
     validation = _tokenized(config, validation, "validation", tokenizer, output.message)
-    sampler = ProblemSampler(
-        len(train), batch_size=config.data.rollout_batch_size, seed=config.data.seed, shuffle=config.data.shuffle
+    order = RowOrder(
+        size=len(train),
+        batch_size=config.data.rollout_batch_size,
+        seed=config.data.seed if config.data.shuffle else None,
     )
     refuse_short_run(config, rows=len(train))  # of which long prompts may have been left out
     length = run_length(config, rows=len(train))
@@ -91,12 +88,13 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
     )
     # Before a resume: the reference is the policy that the run began with.
     reference = Snapshot(engine) if config.algorithm.kl_beta > 0 else None
+    data_state = _data_state(config, train)
     first = 0
     if resume is not None:
-        state = restore(engine, resume, ("step", "sampler"), output.message)
+        state = restore(engine, resume, ("step", "data"), output.message)
+        require_same_data(state["data"], data_state)
         first = state["step"]
         say_if_finished(length, step=first, say=output.message)
-        sampler.load_state_dict(state["sampler"])
     trainer = GRPOTrainer(
         config,
         engine=engine,
@@ -106,6 +104,8 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
             device=device,
             dtype=DTYPES[config.actor.model.precision],
             batch_size=config.rollout.max_running_requests,
+            rank=torch.distributed.get_rank(),
+            world_size=torch.distributed.get_world_size(),
             trust_remote_code=config.actor.tokenizer.trust_remote_code,
         ),
         rewards=rewards,
@@ -121,9 +121,9 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
         if first == 0 and validation:
             output.step(0, trainer.validate(validation))
         for number in range(first + 1, steps + 1):
-            problems = [train[index] for index in sampler.next_batch()]
+            prompts = [train[index] for index in order.rows(number - 1)]
             with output.profiler.step(number):
-                metrics = trainer.step(number, problems)
+                metrics = trainer.step(number, prompts)
             checkpoints.check()
             last = number == steps
             if validation and (last or is_due(number, config.runner.val_check_interval)):
@@ -131,7 +131,7 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
                 metrics |= trainer.validate(validation) | {"time/validation": time.perf_counter() - started}
             if checkpoints.is_due(number, last=last):
                 started = time.perf_counter()
-                state = {"step": number, "sampler": sampler.state_dict()}
+                state = {"step": number, "data": data_state}
                 checkpoints.save(number, last=last, loop_state=state, metrics=metrics)
                 metrics["time/save"] = time.perf_counter() - started
             output.step(number, metrics)
@@ -139,37 +139,51 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
 
 def _tokenized(
     config: ReasoningConfig,
-    problems: list[Problem],
+    prompts: list[Prompt],
     name: str,
     tokenizer: PreTrainedTokenizerBase,
     say: Callable[[str], None],
-) -> list[Problem]:
-    """The problems of one set, which messages call `name`, with their tokens; says how many are too long."""
-    if not problems:
+) -> list[Prompt]:
+    """Return the prompts of one set, which messages call `name`, with their tokens; say how many are too long."""
+    if not prompts:
         return []
     data = config.data
-    tokenized = tokenize_problems(
-        problems,
+    tokenized = tokenize_prompts(
+        prompts,
         tokenizer,
         max_prompt_length=data.max_prompt_length,
         apply_chat_template=data.apply_chat_template,
         filter_long=data.filter_prompt_by_length,
     )
-    if missing := len(problems) - len(tokenized):
+    if missing := len(prompts) - len(tokenized):
         say(
-            f"left out {missing} of {len(problems)} {name} prompts that are longer than "
+            f"left out {missing} of {len(prompts)} {name} prompts that are longer than "
             f"data.max_prompt_length={data.max_prompt_length} tokens"
         )
     return tokenized
 
 
-def _read_data(config: ReasoningConfig) -> tuple[list[Problem], list[Problem]]:
+def _data_state(config: ReasoningConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Return what decides which prompts a step has."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(repr((prompt.tokens, prompt.solutions)).encode())
+    return {
+        "rows": len(prompts),
+        "data.seed": config.data.seed,
+        "data.shuffle": config.data.shuffle,
+        "data.rollout_batch_size": config.data.rollout_batch_size,
+        "the SHA-256 of prompts and solutions": digest.hexdigest(),
+    }
+
+
+def _read_data(config: ReasoningConfig) -> tuple[list[Prompt], list[Prompt]]:
     if config.data.type == "reasoning_gym":
         # On one rank for all: what a task draws may depend on more than its seed.
-        made: tuple[list[Problem], list[Problem]] | DataError | None = None
+        made: tuple[list[Prompt], list[Prompt]] | DataError | None = None
         if torch.distributed.get_rank() == 0:
             try:
-                made = _make_problems(config)
+                made = _make_prompts(config)
             except DataError as error:
                 made = error
         made = broadcast(made)
@@ -180,9 +194,9 @@ def _read_data(config: ReasoningConfig) -> tuple[list[Problem], list[Problem]]:
     return read_data_files(config)
 
 
-def _make_problems(config: ReasoningConfig) -> tuple[list[Problem], list[Problem]]:
+def _make_prompts(config: ReasoningConfig) -> tuple[list[Prompt], list[Prompt]]:
     gym = config.data.reasoning_gym
-    return make_problems(
+    return make_prompts(
         gym.task or "",
         train_size=gym.train_size,
         validation_size=gym.validation_size,

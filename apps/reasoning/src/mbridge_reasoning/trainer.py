@@ -1,12 +1,10 @@
-"""One GRPO step: stream weights, sample, score, advantages, log probabilities, minibatch updates.
+"""One GRPO step: stream weights, sample and score, advantages, log probabilities, minibatch updates.
 
-Sampling and training take turns on the GPU. What `actor.offload_weight`, `offload_grad` and `offload_optimizer` name
-leaves it while the other one works; with `offload_weight` the sampler's weights leave it, too.
+Generation and training take turns on the GPU. What `actor.offload_weight`, `offload_grad` and `offload_optimizer` name
+leaves it during generation; with `offload_weight` the rollout engine sleeps during training.
 """
 
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -20,31 +18,32 @@ from mbridge_train.engine.throughput import Throughput
 from mbridge_train.losses.advantages import grpo_advantages
 from mbridge_train.losses.policy import policy_loss
 from mbridge_train.memory.offload import KeptPart, Part
-from torch import Tensor, distributed
-from torch.profiler import record_function
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from mbridge_reasoning.data.problems import Problem
-from mbridge_reasoning.experience import Answer, answer_metrics, make_samples, mismatch_metrics
+from mbridge_reasoning.data.prompts import Prompt
+from mbridge_reasoning.environment import SingleTurn
+from mbridge_reasoning.episodes import Episode, make_samples
+from mbridge_reasoning.metrics import Phases, episode_metrics, mismatch_metrics
 from mbridge_reasoning.rewards.pool import RewardPool
-from mbridge_reasoning.rollout.transformers import RolloutEngine, SamplingParams
+from mbridge_reasoning.rollout.base import RolloutEngine, SamplingParams
 
 # Sets the random streams of validation apart from those of training steps, which count up from the seed.
 _VALIDATION_STREAM = 2**40
 
 
 class GRPOTrainer:
-    """The policy, what samples from it and what scores its answers. Every method is collective over all ranks.
+    """The policy, the engine that samples from it, and its rewards. Every method is collective over all ranks.
 
     Args:
         config: checked.
-        engine: the policy in training.
-        rollout: this rank's sampler.
-        rewards: this rank's verifiers.
-        tokenizer: turns answers into text for the verifiers.
+        engine: trains the policy.
+        rollout: samples from the policy.
+        rewards: score this rank's answers.
+        tokenizer: turns answers into text.
         reference: weights of the reference policy; None where `algorithm.kl_beta` is 0.
         throughput: counts the operations of training.
-        show: takes a line for the terminal; every rank calls it, for each answer where `rollout.print_outputs` is set.
+        show: prints a line on the terminal; every rank calls it, for each answer where `rollout.print_outputs` is set.
     """
 
     def __init__(
@@ -62,11 +61,11 @@ class GRPOTrainer:
         self.config = config
         self.engine = engine
         self.rollout = rollout
-        self.rewards = rewards
         self.tokenizer = tokenizer
         self.reference = reference
         self.throughput = throughput
         self.show = show
+        self.phases = Phases()
         actor = config.actor
         chosen: dict[Part, bool] = {
             "weights": actor.offload_weight,
@@ -84,27 +83,28 @@ class GRPOTrainer:
             greedy=sampling.use_greedy,
             repetition_penalty=sampling.repetition_penalty,
         )
-        self.seconds: dict[str, float] = {}
+        self.environment = SingleTurn(
+            rollout=rollout, rewards=rewards, tokenizer=tokenizer, sampling=self.sampling, timed=self.phases.timed
+        )
         self._weights_streamed = False
 
-    def step(self, number: int, problems: Sequence[Problem]) -> dict[str, float]:
-        """Train on `algorithm.group_size` answers to each problem.
+    def step(self, number: int, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """Train on `algorithm.group_size` answers to each prompt.
 
         Args:
             number: of the step; with the seed it decides every random choice, so that a resumed run makes the same.
-            problems: the same on every rank.
+            prompts: the same on every rank.
 
         Returns:
             Metrics, the same on every rank.
         """
-        self.seconds = {}
-        started = time.perf_counter()
+        self.phases.begin()
         algorithm = self.config.algorithm
-        repeated = [problem for problem in problems for _ in range(algorithm.group_size)]
-        answers = self._answer(repeated, seed=self.config.actor.seed + number, sampling=self.sampling)
-        metrics = answer_metrics(answers, "train")
+        repeated = [prompt for prompt in prompts for _ in range(algorithm.group_size)]
+        episodes = self._sample(repeated, seed=self.config.actor.seed + number)
+        metrics = episode_metrics(episodes, "train")
 
-        rewards = torch.tensor([answer.score.value for answer in answers]) * self.config.reward.reward_scale
+        rewards = torch.tensor([episode.score.value for episode in episodes]) * self.config.reward.reward_scale
         advantages = grpo_advantages(
             rewards.view(-1, algorithm.group_size), divide_by_std=algorithm.normalize_advantages
         ).flatten()
@@ -113,106 +113,88 @@ class GRPOTrainer:
         )
 
         temperature = self.sampling.temperature
-        prompts_and_answers = [
-            Sample(tokens=torch.tensor(answer.tokens), weights=torch.zeros(len(answer.tokens))) for answer in answers
-        ]
+        unweighted = [Sample(tokens=episode.tokens, weights=torch.zeros(len(episode.tokens))) for episode in episodes]
         self._make_room_for_training()
-        with self._timed("logprobs"):
-            trainer_logprobs = self.engine.logprobs(prompts_and_answers, temperature=temperature)
-        metrics |= mismatch_metrics(answers, trainer_logprobs)
+        with self.phases.timed("logprobs"):
+            trainer_logprobs = self.engine.logprobs(unweighted, temperature=temperature)
+        metrics |= mismatch_metrics(episodes, trainer_logprobs)
         old_logprobs = trainer_logprobs
         if not algorithm.recompute_logprobs:
-            old_logprobs = [answer.rollout_logprobs for answer in answers]
+            old_logprobs = [episode.rollout_logprobs for episode in episodes]
         reference_logprobs = None
         if self.reference is not None:
-            with self._timed("reference"), self.reference.swapped_in(self.engine):
-                reference_logprobs = self.engine.logprobs(prompts_and_answers, temperature=temperature)
+            with self.phases.timed("reference"), self.reference.swapped_in(self.engine):
+                reference_logprobs = self.engine.logprobs(unweighted, temperature=temperature)
 
         self._onload("optimizer")
-        with self._timed("train"):
-            metrics |= self._update(number, answers, advantages, old_logprobs, reference_logprobs)
-        metrics |= self.throughput.metrics(prompts_and_answers, self.seconds["train"])
-        metrics["tokens"] = float(sum(len(answer.tokens) for answer in answers))
-        return metrics | self._time_split(time.perf_counter() - started, metrics["tokens"])
+        with self.phases.timed("train"):
+            metrics |= self._update(number, episodes, advantages, old_logprobs, reference_logprobs)
+        metrics |= self.throughput.metrics(unweighted, self.phases.seconds["train"])
+        metrics["tokens"] = float(sum(len(episode.tokens) for episode in episodes))
+        return metrics | self.phases.metrics(metrics["tokens"])
 
-    def validate(self, problems: Sequence[Problem]) -> dict[str, float]:
-        """One answer to each problem, sampled as in training, from the same random streams each time."""
+    def validate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """Measure one answer to each prompt, sampled as in training, from the same random streams each time."""
         seed = self.config.actor.seed + _VALIDATION_STREAM
-        size = self.config.data.val_rollout_batch_size or len(problems)
-        answers: list[Answer] = []
-        for start in range(0, len(problems), size):
-            answers += self._answer(problems[start : start + size], seed=seed + start, sampling=self.sampling)
-        return answer_metrics(answers, "validation")
+        size = self.config.data.val_rollout_batch_size or len(prompts)
+        episodes: list[Episode] = []
+        for start in range(0, len(prompts), size):
+            episodes += self._sample(prompts[start : start + size], seed=seed + start)
+        return episode_metrics(episodes, "validation")
 
-    def _answer(self, problems: Sequence[Problem], *, seed: int, sampling: SamplingParams) -> list[Answer]:
-        """One scored answer a problem. Every rank takes an equal share, and all get all answers."""
-        self._make_room_for_sampling()
-        rank, world_size = distributed.get_rank(), distributed.get_world_size()
-        first, last = (len(problems) * part // world_size for part in (rank, rank + 1))
-        own = problems[first:last]
-        with self._timed("generate"):
-            completions = self.rollout.generate(
-                [problem.prompt_tokens for problem in own], sampling, seed=seed, first_index=first
-            )
-        with self._timed("reward"):
-            texts = self.tokenizer.batch_decode(
-                [completion.tokens for completion in completions], skip_special_tokens=True
-            )
-            scores = self.rewards.score(list(zip(texts, own, strict=True)))
-        shares: list[list[Answer]] = [[] for _ in range(world_size)]
-        mine = [
-            Answer(problem=problem, completion=completion, score=score)
-            for problem, completion, score in zip(own, completions, scores, strict=True)
-        ]
-        with self._timed("generate"):  # waiting for the slowest rank
-            distributed.all_gather_object(shares, mine)
-        answers = [answer for share in shares for answer in share]
+    def _sample(self, prompts: Sequence[Prompt], *, seed: int) -> list[Episode]:
+        """Return one scored episode a prompt."""
+        self._make_room_for_generation()
+        episodes = self.environment.episodes(prompts, seed=seed)
         if self.config.rollout.print_outputs:
-            for answer in answers:
-                self.show(f"[{answer.score.value:g}] {self.tokenizer.decode(answer.tokens, skip_special_tokens=True)}")
-        return answers
+            for episode in episodes:
+                self.show(
+                    f"[{episode.score.value:g}] {self.tokenizer.decode(episode.tokens, skip_special_tokens=True)}"
+                )
+        return episodes
 
-    def _make_room_for_sampling(self) -> None:
-        """Give the sampler the policy's weights, unless it has them, and take off the GPU what it does not need."""
-        # Before the weights are streamed: then the sampler's find room, and the copies run meanwhile.
+    def _make_room_for_generation(self) -> None:
+        """Give the rollout engine the policy's weights, unless it has them, and offload what it does not need."""
+        # Before the weights are streamed: this makes room for the rollout engine's, and the copies run meanwhile.
         self._offload(*self.offloaded - {"weights"})
         if not self._weights_streamed:
-            with self._timed("stream"):
+            with self.phases.timed("stream"):
+                self.rollout.wake()
                 self.rollout.update_weights(self.engine.export_weights())
             self._weights_streamed = True
         self._offload(*self.offloaded & {"weights"})
 
     def _make_room_for_training(self) -> None:
-        """Forget the sampler's weights, which the update makes stale, and bring the policy's back."""
+        """Put the rollout engine, whose weights the update makes stale, to sleep, and bring the policy's back."""
         self._weights_streamed = False
         if "weights" in self.offloaded:
-            self.rollout.release_weights()
+            self.rollout.sleep()
         self._onload("weights")
 
     def _offload(self, *parts: Part) -> None:
         if parts:
-            with self._timed("offload"):
+            with self.phases.timed("offload"):
                 self.engine.offload(*parts)
 
     def _onload(self, part: KeptPart) -> None:
         if part in self.offloaded:
-            with self._timed("onload"):
+            with self.phases.timed("onload"):
                 self.engine.onload(part)
 
     def _update(
         self,
         number: int,
-        answers: list[Answer],
+        episodes: list[Episode],
         advantages: Tensor,
         old_logprobs: list[Tensor],
         reference_logprobs: list[Tensor] | None,
     ) -> dict[str, float]:
-        """`n_minibatches` optimizer steps; metrics are means over them."""
+        """Take `n_minibatches` optimizer steps; return metrics, which are means over them."""
         algorithm = self.config.algorithm
-        order = torch.arange(len(answers))
+        order = torch.arange(len(episodes))
         if algorithm.shuffle_rollout:
             order = torch.randperm(
-                len(answers), generator=torch.Generator().manual_seed(self.config.actor.seed + number)
+                len(episodes), generator=torch.Generator().manual_seed(self.config.actor.seed + number)
             )
         loss = partial(
             policy_loss,
@@ -227,7 +209,7 @@ class GRPOTrainer:
         for chosen in order.chunk(algorithm.n_minibatches):
             indices = chosen.tolist()
             batch = make_samples(
-                [answers[index] for index in indices],
+                [episodes[index] for index in indices],
                 advantages[chosen],
                 aggregation=algorithm.loss_agg_func,
                 old_logprobs=[old_logprobs[index] for index in indices],
@@ -262,17 +244,3 @@ class GRPOTrainer:
             for name in names
             if (values := [metrics[name] for metrics in collected if name in metrics])
         }
-
-    @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
-        started = time.perf_counter()
-        with record_function(phase):
-            yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - started
-
-    def _time_split(self, total: float, tokens: float) -> dict[str, float]:
-        # A validation before the step may have streamed its weights; without the phase the report could stack no times.
-        seconds = {"stream": 0.0} | self.seconds
-        split = {f"time/{phase}": spent for phase, spent in seconds.items()}
-        other = total - sum(self.seconds.values())
-        return split | {"time/other": other, "time/step": total, "tokens_per_second": tokens / total}

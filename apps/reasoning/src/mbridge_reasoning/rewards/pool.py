@@ -1,20 +1,30 @@
-"""Rewards of answers, from a pool of worker processes that a hanging or crashing verifier cannot take down."""
+"""Rewards of answers, from worker processes that a hanging or crashing scorer cannot take down.
 
-import atexit
+The processes are this file's own and not those of `concurrent.futures` or `multiprocessing.Pool`, because a spawned
+child of these imports the trainer's main module with torch, a hanging one cannot be killed alone, and what comes back
+is unpickled. Threads of the trainer wait for them, so that answers are scored while others are still generated.
+"""
+
 import json
 import os
 import pickle
-import selectors
 import subprocess
 import sys
-import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from threading import Event
+from typing import Any, NamedTuple
 
-from mbridge_reasoning.data.problems import Problem
+from mbridge_config import ReasoningConfig
+
 from mbridge_reasoning.errors import RewardError
+from mbridge_reasoning.rewards.base import Answer, Score
+from mbridge_reasoning.rewards.worker import WorkerSettings
 
 START_LIMIT = 600.0
 """Seconds a worker may take to import its libraries."""
@@ -22,33 +32,29 @@ START_LIMIT = 600.0
 GRACE = 1.0
 """Seconds after the time limit in which a worker may still answer for itself; then it is killed."""
 
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """`value`: 1.0 for a right answer; reasoning-gym tasks may give parts of it. `status`: "timeout" and "failed"
-    (the verifier raised, or took its process down twice) have value 0.0."""
-
-    value: float
-    status: Literal["scored", "timeout", "failed"] = "scored"
-
-    @property
-    def right(self) -> bool:
-        return self.value > 1.0 - 1e-6
+BATCH = 64
+"""Most answers that a batched function is given at once."""
 
 
 class RewardPool:
-    """Scores answers in `workers` persistent processes, each answer within `timeout` seconds.
+    """Scores answers in `workers` persistent processes.
 
-    Without `task` answers are verified by math-verify against their problem's solutions; with it by the scorer of
-    that reasoning-gym task. The processes start at once and in the background, so make the pool early. They do not
-    import torch. Use the pool from one thread, and close it (or leave its `with` block).
+    Answers are scored by the user's `function`, else by the scorer of the reasoning-gym `task`, else by math-verify.
+    The processes start at once and in the background, so make the pool early. They do not import torch. Close the
+    pool, or leave its `with` block.
+
+    Args:
+        timeout: seconds that one answer, or one call of a batched function, may take.
+        memory_limit: bytes of address space of a process.
     """
 
     def __init__(
         self,
         *,
         timeout: float,
+        memory_limit: int = 8 * 2**30,
         workers: int = 1,
+        function: str | None = None,
         task: str | None = None,
         parameters: Mapping[str, Any] | None = None,
     ) -> None:
@@ -56,50 +62,62 @@ class RewardPool:
             raise RewardError(f"reward.timeout is {timeout}: set it above 0 seconds")
         if workers < 1:
             raise RewardError(f"the reward pool has {workers} workers: it needs at least 1")
-        settings = {"task": task, "parameters": dict(parameters or {}), "timeout": timeout, "parent": os.getpid()}
-        self._command = [sys.executable, "-W", "ignore", "-m", "mbridge_reasoning.rewards.worker", json.dumps(settings)]
-        self._timeout = timeout
-        self._workers = [_Worker(self._command) for _ in range(workers)]
-        atexit.register(self.close)
+        settings = WorkerSettings(
+            timeout=timeout,
+            memory_limit=memory_limit,
+            function=function,
+            task=task,
+            parameters=dict(parameters or {}),
+        )
+        self._closed = Event()
+        self._workers = [_Worker(settings, self._closed) for _ in range(workers)]
+        self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        for worker in self._workers:
+            self._idle.put(worker)
+        self._waiting: deque[tuple[Answer, Future[Score]]] = deque()
+        self._threads = ThreadPoolExecutor(workers, thread_name_prefix="reward")
+        self._failure: BaseException | None = None
 
-    def score(self, answers: Sequence[tuple[str, Problem]]) -> list[Score]:
-        """Score (text, problem) pairs, in their order. Raises `RewardError` if a worker cannot start at all."""
-        scores: list[Score | None] = [None] * len(answers)
-        waiting = deque(range(len(answers)))
-        retried: set[int] = set()
-        while waiting or any(worker.busy_with is not None for worker in self._workers):
-            for worker in self._workers:
-                if worker.ready and worker.busy_with is None and waiting:
-                    position = waiting.popleft()
-                    text, problem = answers[position]
-                    if worker.send((text, problem.solutions, problem.entry)):
-                        worker.busy_with = position
-                        worker.deadline = time.monotonic() + self._timeout + GRACE
-                    else:  # it died while idle
-                        waiting.appendleft(position)
-                        worker.restart()
-            for worker, message in self._wait():
-                scored, worker.busy_with = worker.busy_with, None
-                if scored is None:
-                    self._note_start(worker, message)
-                elif message is None:
-                    if time.monotonic() >= worker.deadline:
-                        scores[scored] = Score(0.0, "timeout")
-                    elif scored in retried:
-                        scores[scored] = Score(0.0, "failed")
-                    else:  # killed from outside, perhaps: only an answer that does it twice is to blame
-                        retried.add(scored)
-                        waiting.appendleft(scored)
-                    worker.restart()
-                else:
-                    scores[scored] = Score(message["value"], message["status"])
-        return [score for score in scores if score is not None]
+    @classmethod
+    def of(cls, config: ReasoningConfig) -> "RewardPool":
+        """Make the pool that `reward` asks for. A function of the user's own goes before `reward.reward_type`."""
+        reward, gym = config.reward, config.data.reasoning_gym
+        uses_gym = reward.function is None and reward.reward_type == "reasoning_gym"
+        return cls(
+            timeout=reward.timeout,
+            memory_limit=int(reward.memory_limit * 2**30),
+            function=reward.function,
+            task=gym.task if uses_gym else None,
+            parameters=gym.parameters if uses_gym else None,
+        )
+
+    def submit(self, answer: Answer) -> Future[Score]:
+        """Have `answer` scored in the background.
+
+        The result raises `RewardError` if no worker can start, or if the user's function is broken.
+        """
+        future: Future[Score] = Future()
+        self._waiting.append((answer, future))
+        self._threads.submit(self._serve)
+        return future
+
+    def score(self, answers: Sequence[Answer]) -> list[Score]:
+        """Score `answers`, in their order. Raises what the results of `submit` raise."""
+        return [future.result() for future in [self.submit(answer) for answer in answers]]
+
+    def wait_until_ready(self) -> None:
+        """Raise `RewardError` if a worker cannot start."""
+        for worker in self._workers:
+            worker.ensure_ready()
 
     def close(self) -> None:
         """End all workers, also those that hang."""
-        atexit.unregister(self.close)
-        for worker in self._workers:
-            worker.kill()
+        self._closed.set()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for _ in range(2):  # the second time for one that a thread was just starting anew
+            for worker in self._workers:
+                worker.kill()
+            self._threads.shutdown(wait=True)
 
     def __enter__(self) -> "RewardPool":
         return self
@@ -107,86 +125,144 @@ class RewardPool:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _wait(self) -> list[tuple["_Worker", dict[str, Any] | None]]:
-        """Wait until workers reply, die or pass their deadline: (worker, reply or None)."""
-        pending = [worker for worker in self._workers if worker.busy_with is not None or not worker.ready]
-        with selectors.DefaultSelector() as selector:
-            for worker in pending:
-                selector.register(worker.replies, selectors.EVENT_READ, worker)
-            limit = max(0.0, min((worker.deadline for worker in pending), default=0.0) - time.monotonic())
-            events: list[tuple[_Worker, dict[str, Any] | None]] = [
-                (key.data, key.data.receive()) for key, _ in selector.select(limit)
-            ]
-        answered = {id(worker) for worker, _ in events}
-        now = time.monotonic()
-        return events + [(w, None) for w in pending if id(w) not in answered and now >= w.deadline]
+    def _serve(self) -> None:
+        """Score what waits, as much as one worker takes at once; nothing if another thread has taken it already."""
+        worker = self._idle.get()
+        taken: list[tuple[Answer, Future[Score]]] = []
+        try:
+            if self._failure is None:
+                worker.ensure_ready()
+            taken = self._take(BATCH if worker.batched else 1)
+            if self._failure is not None:
+                raise self._failure
+            scores = self._scores(worker, [answer for answer, _ in taken]) if taken else []
+            for (_, future), score in zip(taken, scores, strict=True):
+                future.set_result(score)
+        except BaseException as error:  # noqa: BLE001 (raised again where the result is asked for)
+            self._failure = error  # what waits has no better prospects
+            for _, future in taken or self._take(1):
+                future.set_exception(error)
+        finally:
+            self._idle.put(worker)
 
-    def _note_start(self, worker: "_Worker", message: dict[str, Any] | None) -> None:
-        if message is not None and message.get("ready"):
-            worker.ready = True
-            return
-        if message is None and not worker.started_again and time.monotonic() < worker.deadline:
-            worker.restart(started_again=True)  # killed from outside, perhaps: only dying twice is its own fault
-            return
-        reason = message["error"] if message else f"it ended or took more than {START_LIMIT:.0f} seconds to start"
-        self.close()
-        raise RewardError(
-            f"a reward worker cannot start: {reason}; "
-            f"run `{sys.executable} -c 'import math_verify, reasoning_gym'` to see whether its libraries import"
-        )
+    def _take(self, most: int) -> list[tuple[Answer, Future[Score]]]:
+        taken: list[tuple[Answer, Future[Score]]] = []
+        with suppress(IndexError):
+            while len(taken) < most:
+                taken.append(self._waiting.popleft())
+        return taken
+
+    def _scores(self, worker: "_Worker", answers: list[Answer]) -> list[Score]:
+        reply = worker.ask(answers)
+        if reply.status == "died" and len(answers) == 1:
+            # Killed from outside, perhaps: only an answer that does it twice is to blame.
+            reply = worker.ask(answers)
+        if reply.status == "scored":
+            return [Score(value) for value in reply.values]
+        if len(answers) > 1:  # one of them is to blame
+            return [score for answer in answers for score in self._scores(worker, [answer])]
+        return [Score(0.0, "timeout" if reply.status == "timeout" else "failed")]
+
+
+class _Reply(NamedTuple):
+    """`status`: "scored", "timeout", "failed" or "died"."""
+
+    status: str
+    values: Sequence[float] = ()
 
 
 class _Worker:
-    """One worker process and the pipe to it.
+    """One worker process and the connection to it. Used by one thread at a time.
 
     Attributes:
-        busy_with: position of the answer it scores, None if idle.
-        started_again: the process before this one ended before it was ready.
+        batched: it takes several answers at once; known once it is ready.
     """
 
-    def __init__(self, command: list[str]) -> None:
-        self._command = command
-        self._start(started_again=False)
+    def __init__(self, settings: WorkerSettings, closed: Event) -> None:
+        self._settings = settings
+        self._closed = closed
+        self.batched = False
+        self._ready = False
+        self._start()
 
-    def _start(self, started_again: bool) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
-        self._process = subprocess.Popen(
-            self._command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, bufsize=0
-        )
-        assert self._process.stdin and self._process.stdout
-        self._requests, self.replies = self._process.stdin, self._process.stdout
-        self.ready = False
-        self.started_again = started_again
-        self.busy_with: int | None = None
-        self.deadline = time.monotonic() + START_LIMIT
+    def ensure_ready(self) -> None:
+        """Wait until the worker has imported what it needs. Raises `RewardError` if it cannot."""
+        # Killed from outside, perhaps: only ending twice is its own fault.
+        for _ in range(2):
+            if self._ready:
+                return
+            try:
+                message = self._receive(START_LIMIT)
+            except TimeoutError:
+                break
+            if message is None:
+                self._restart()
+            elif "error" in message:
+                raise RewardError(message["error"])
+            else:
+                self.batched = message["batched"]
+                self._ready = True
+        if not self._ready:
+            raise RewardError(
+                f"a reward worker cannot start: it ended or took more than {START_LIMIT:.0f} seconds to start; "
+                f"run `{sys.executable} -c 'import math_verify, reasoning_gym'` to see whether its libraries import"
+            )
 
-    def send(self, request: tuple[str, tuple[str, ...], dict[str, Any] | None]) -> bool:
-        """False if the process has ended."""
-        data = memoryview(pickle.dumps(request))
+    def ask(self, answers: list[Answer]) -> _Reply:
+        """Have `answers` scored. A worker that hangs or dies is replaced."""
+        self.ensure_ready()
+        request = pickle.dumps(answers)
         try:
-            while data:
-                data = data[self._requests.write(data) :]
-        except BrokenPipeError:
-            return False
-        return True
-
-    def receive(self) -> dict[str, Any] | None:
-        """The reply that is there to be read; None if the process ended instead."""
-        line = b""
-        while not line.endswith(b"\n"):
-            part = self.replies.read(65536)
-            if not part:
-                return None
-            line += part
-        message: dict[str, Any] = json.loads(line)
-        return message
-
-    def restart(self, started_again: bool = False) -> None:
-        self.kill()
-        self._start(started_again)
+            self._connection.send_bytes(request)
+        except OSError:  # it died while idle
+            self._restart()
+            self.ensure_ready()
+            self._connection.send_bytes(request)
+        try:
+            message = self._receive(self._settings.timeout + GRACE)
+        except TimeoutError:
+            self._restart()
+            return _Reply("timeout")
+        if message is None:
+            self._restart()
+            return _Reply("died")
+        if "error" in message:
+            raise RewardError(message["error"])
+        return _Reply(message.get("status", "scored"), message.get("values", ()))
 
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._requests.close()
-        self.replies.close()
+
+    def _receive(self, limit: float) -> dict[str, Any] | None:
+        """Return the next message, or None if the process has ended. Raises `TimeoutError` after `limit` seconds."""
+        try:
+            if not self._connection.poll(limit):
+                raise TimeoutError
+            message: dict[str, Any] = json.loads(self._connection.recv_bytes())
+        except (EOFError, ConnectionError):
+            return None
+        return message
+
+    def _start(self) -> None:
+        self._ready = False
+        self._connection: Connection
+        self._connection, theirs = Pipe()
+        # -P, lest a file in the working directory stand in for a library.
+        words = [sys.executable, "-P", "-W", "ignore", "-m", "mbridge_reasoning.rewards.worker"]
+        self._process = subprocess.Popen(
+            [*words, str(theirs.fileno()), str(os.getpid())],
+            stdin=subprocess.DEVNULL,
+            stdout=2,  # what a scorer prints is no output of the run
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MPLBACKEND": "Agg"},
+        )
+        theirs.close()
+        self._connection.send_bytes(pickle.dumps(self._settings))
+
+    def _restart(self) -> None:
+        self.kill()
+        self._connection.close()
+        if self._closed.is_set():
+            raise RewardError("the reward pool was closed while it scored")
+        self._start()

@@ -1,8 +1,9 @@
-"""The process that scores answers: `python -m mbridge_reasoning.rewards.worker`, started by `reward.RewardPool`.
+"""The process that scores answers: `python -m mbridge_reasoning.rewards.worker FD PARENT`, started by `RewardPool`.
 
-Reads pickled (text, solutions, entry) tuples from its parent on stdin, and writes one JSON object a line: first
-`{"ready": true}` or `{"error": …}`, then `{"value": …, "status": …}` for each answer. Pickle goes one way only, from
-the trainer, which is trusted; what comes back from evaluating a model's words is JSON.
+Over the connection with file descriptor FD it receives pickled `WorkerSettings`, then pickled lists of `Answer`, and
+replies in JSON: first `{"batched": …}` or `{"error": …}`, then for each list `{"values": …}`, `{"status": …}` or
+`{"error": …}`. Pickle goes one way only, from the trainer, which is trusted; what comes back from a process that
+evaluates a model's words is JSON.
 """
 
 import ctypes
@@ -12,13 +13,34 @@ import pickle
 import resource
 import signal
 import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from types import FrameType
 from typing import Any
 
-MEMORY_LIMIT = 8 * 2**30
-"""Bytes of address space: an answer such as 9**9**9**9 fails here and not on the whole machine."""
+from mbridge_reasoning.errors import RewardError
+from mbridge_reasoning.rewards.base import Answer, Scorer
 
-PR_SET_PDEATHSIG = 1
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WorkerSettings:
+    """How answers are scored.
+
+    Attributes:
+        timeout: seconds that one call of the scorer may take.
+        memory_limit: bytes of address space: an answer such as 9**9**9**9 fails here and not on the whole machine.
+        function: `FILE.py:NAME` or `MODULE:NAME`; None: `task`'s scorer, and without it math-verify.
+        task, parameters: of reasoning-gym.
+    """
+
+    timeout: float
+    memory_limit: int
+    function: str | None = None
+    task: str | None = None
+    parameters: Mapping[str, Any]
 
 
 class TimeUp(BaseException):
@@ -30,52 +52,71 @@ def _raise_time_up(signal_number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    settings = json.loads(sys.argv[1])
-    # Ends with the parent even while busy. The signal comes when the parent's *thread* ends, hence from Linux's prctl
-    # only together with the end of stdin below, which serves the idle worker.
+    connection = Connection(int(sys.argv[1]))
+    # End with the parent even while busy. The signal comes when the parent's *thread* ends, hence it is set up only
+    # together with the end of the connection below, which serves the idle worker.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != settings["parent"]:
+    if os.getppid() != int(sys.argv[2]):
         return
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     signal.signal(signal.SIGALRM, _raise_time_up)
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    requests = sys.stdin.buffer
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # a library's print must not end up between the replies
-
-    def reply(message: dict[str, Any]) -> None:
-        replies.write(json.dumps(message) + "\n")
-        replies.flush()
-
     try:
-        # Imported here, because it takes seconds and its failure is to be reported.
-        from mbridge_reasoning.rewards.scoring import math_scorer, task_scorer
-
-        task = settings["task"]
-        scorer = math_scorer() if task is None else task_scorer(task, settings["parameters"])
-    except Exception as error:  # noqa: BLE001 (reported to the parent)
-        reply({"error": f"{type(error).__name__}: {error}"})
+        settings: WorkerSettings = pickle.loads(connection.recv_bytes())
+        resource.setrlimit(resource.RLIMIT_AS, (settings.memory_limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        scorer = _scorer(connection, settings)
+        while scorer is not None:
+            answers = pickle.loads(connection.recv_bytes())
+            _reply(connection, _score(scorer, answers, settings.timeout))
+    except (EOFError, OSError):  # the parent has ended
         return
-    reply({"ready": True})
-    while True:
+
+
+def _scorer(connection: Connection, settings: WorkerSettings) -> Scorer | None:
+    """Import what scores, which takes seconds, and report it or why it cannot be had."""
+    try:
+        if settings.function is not None:
+            from mbridge_reasoning.rewards.function import function_scorer
+
+            scorer = function_scorer(settings.function)
+        elif settings.task is not None:
+            from mbridge_reasoning.rewards.gym import task_scorer
+
+            scorer = task_scorer(settings.task, settings.parameters)
+        else:
+            from mbridge_reasoning.rewards.math import math_scorer
+
+            scorer = math_scorer()
+    except RewardError as error:
+        _reply(connection, {"error": str(error)})
+        return None
+    except Exception as error:  # noqa: BLE001 (reported to the parent)
+        hint = f"run `{sys.executable} -c 'import math_verify, reasoning_gym'` to see whether its libraries import"
+        _reply(connection, {"error": f"a reward worker cannot start: {type(error).__name__}: {error}; {hint}"})
+        return None
+    _reply(connection, {"batched": scorer.batched})
+    return scorer
+
+
+def _score(scorer: Scorer, answers: Sequence[Answer], timeout: float) -> dict[str, Any]:
+    # The alarm stops Python code; the parent kills the process where C code holds on.
+    try:
+        signal.setitimer(signal.ITIMER_REAL, timeout)
         try:
-            text, solutions, entry = pickle.load(requests)
-        except EOFError:
-            return
-        # Stops Python code; the parent kills the process where C code holds on.
-        try:
-            signal.setitimer(signal.ITIMER_REAL, settings["timeout"])
-            try:
-                value, status = scorer(text, solutions, entry), "scored"
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-        except TimeUp:
-            value, status = 0.0, "timeout"
-        except Exception:  # noqa: BLE001
-            # Whatever breaks the verifier (recursion, memory, a bug of its own) is not a right answer.
-            value, status = 0.0, "failed"
-        reply({"value": value, "status": status})
+            return {"values": scorer.score(answers)}
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+    except TimeUp:
+        return {"status": "timeout"}
+    except RewardError as error:
+        return {"error": str(error)}
+    except Exception:  # noqa: BLE001
+        # Whatever breaks the scorer (recursion, memory, a bug of its own) is not a right answer.
+        return {"status": "failed"}
+
+
+def _reply(connection: Connection, message: dict[str, Any]) -> None:
+    connection.send_bytes(json.dumps(message).encode())
 
 
 if __name__ == "__main__":

@@ -1,15 +1,13 @@
-"""Answers sampled from the policy: the interface of a rollout engine, and the engine that runs transformers' model.
+"""The rollout engine that runs transformers' model, for tiny models and machines without a serving engine.
 
 The sampling loop is this file's own, over the model and the key/value cache of transformers, because training needs
-what `generate` does not give: the log-probability of every sampled token under the distribution that the trainer
+what `generate` does not give: the log probability of every sampled token under the distribution that the trainer
 recomputes, and a random stream for each sequence, so that a sequence does not depend on what it was batched with or
 on the rank that sampled it.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,88 +18,15 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
 from mbridge_reasoning.errors import RolloutError
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SamplingParams:
-    """How the next token is drawn.
-
-    `temperature` divides the logits. `top_k` (0 or -1: off) and then `top_p` (1.0: off) cut the distribution from which
-    a token is drawn, but not the one its log-probability is taken from. `greedy` takes the likeliest token and leaves
-    all three aside, except that log-probabilities stay those at `temperature`.
-    """
-
-    max_new_tokens: int
-    min_new_tokens: int = 0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    greedy: bool = False
-    repetition_penalty: float = 1.0
-
-    def __post_init__(self) -> None:
-        problems = []
-        if self.max_new_tokens < 1:
-            problems.append(f"max_new_tokens is {self.max_new_tokens}: set it to 1 or more")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            problems.append(
-                f"min_new_tokens is {self.min_new_tokens}: set it between 0 and max_new_tokens={self.max_new_tokens}"
-            )
-        if not self.temperature > 0:
-            problems.append(
-                f"temperature is {self.temperature}: set it above 0, and greedy=true for the likeliest token"
-            )
-        if self.top_k < -1:
-            problems.append(f"top_k is {self.top_k}: set it to 1 or more, or to -1 (off)")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"top_p is {self.top_p}: set it above 0 and at most 1.0 (off)")
-        if self.repetition_penalty != 1.0:
-            problems.append(
-                f"repetition_penalty is {self.repetition_penalty}: set it to 1.0, because with a penalty the sampled "
-                "tokens come from a distribution that the trainer cannot recompute"
-            )
-        if problems:
-            raise RolloutError("cannot sample with these settings:\n" + "\n".join(f"  {line}" for line in problems))
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Completion:
-    """One sampled answer.
-
-    `tokens`: the new token ids, with the end token if it was drawn. `logprobs`: one for each token,
-    log softmax(logits / temperature)[token] over the whole vocabulary in fp32, before top-k and top-p.
-    `finished`: an end token was drawn; false where `max_new_tokens` cut the answer off.
-    """
-
-    tokens: list[int]
-    logprobs: list[float]
-    finished: bool
-
-
-class RolloutEngine(Protocol):
-    """What the training loop needs of an engine."""
-
-    def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """Copy all weights of the policy, given one by one under their HuggingFace names.
-
-        The tensors may be views of the policy's own, which training changes and offloading frees.
-        """
-
-    def release_weights(self) -> None:
-        """Give the weights' memory back. `generate` needs `update_weights` first."""
-
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, seed: int, first_index: int = 0
-    ) -> list[Completion]:
-        """Sample one completion a prompt, in the order of `prompts`.
-
-        `prompts[i]` draws from the random stream of `(seed, first_index + i)`, wherever and with whatever it is
-        batched: ranks that each sample a part of a list pass the part's position in it.
-        """
+from mbridge_reasoning.rollout.base import Completion, Request, SamplingParams
 
 
 def end_token_ids(model_directory: str | Path, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The ids that end an answer: those of `generation_config.json`, else of `config.json`, and the tokenizer's."""
+    """Return the ids that end an answer: of `generation_config.json`, else `config.json`, and of the tokenizer.
+
+    Raises:
+        RolloutError: none of them names one.
+    """
     directory = Path(model_directory)
     if (directory / "generation_config.json").is_file():
         source = from_directory(GenerationConfig, directory, "generation_config.json").eos_token_id
@@ -123,8 +48,12 @@ class TransformersRollout:
 
     The model is built from `config.json` alone; its weights come through `update_weights`.
 
-    `batch_size` is the largest number of sequences decoded at once. A batch loses rows as they finish, so that one
-    long answer costs a batch of one.
+    Args:
+        model_directory: HuggingFace directory of the policy.
+        end_tokens: ids that end an answer.
+        batch_size: the largest number of sequences decoded at once. A batch loses rows as they finish, so that one
+            long answer costs a batch of one.
+        rank, world_size: of the trainer; each rank decodes its share of the requests.
     """
 
     def __init__(
@@ -135,6 +64,8 @@ class TransformersRollout:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         batch_size: int = 256,
+        rank: int = 0,
+        world_size: int = 1,
         trust_remote_code: bool = False,
     ) -> None:
         if batch_size < 1:
@@ -142,29 +73,31 @@ class TransformersRollout:
         config = from_directory(AutoConfig, Path(model_directory), "config.json", trust_remote_code=trust_remote_code)
         self.device = torch.device(device)
         self.batch_size = batch_size
+        self.rank, self.world_size = rank, world_size
         self.end_tokens = torch.tensor(sorted(end_tokens), dtype=torch.long, device=self.device)
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         self.model.to_empty(device=self.device).eval().requires_grad_(False)
         self.model.tie_weights()
         for module in self.model.modules():
-            # No weight stream carries these (rotary frequencies), so the model's own initialisation computes them.
+            # No weight stream carries these (rotary frequencies), so the model's own initialization computes them.
             if module._non_persistent_buffers_set:
                 self.model._init_weights(module)
+        self.weights_version = 0
         self._has_weights = False
 
     def update_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Copy a stream of (HuggingFace name, tensor) into the live model, holding some hundred MB of it at a time.
 
         Tensors are cast to the rollout's dtype. With tied embeddings the output matrix may be in the stream or not.
-        A stream that does not fit raises `RolloutError` with the tensor's name; the weights are then incomplete, and
-        `generate` refuses until a whole stream has arrived.
+
+        Raises:
+            RolloutError: the stream does not fit, with the tensor's name. The weights are then incomplete, and
+                `generate` refuses until a whole stream has arrived.
         """
         self._has_weights = False
+        self.wake()
         live = self.model.state_dict(keep_vars=True)
-        for tensor in live.values():
-            if not tensor.untyped_storage().nbytes():  # released
-                tensor.untyped_storage().resize_(tensor.nbytes)
         # Tied tensors are one object under several names: any of the names fills it.
         missing = {id(tensor): name for name, tensor in reversed(live.items())}
 
@@ -182,9 +115,10 @@ class TransformersRollout:
                 f"{', …' if len(names) > 5 else ''}; stream every tensor of the checkpoint"
             )
         self._has_weights = True
+        self.weights_version += 1
 
     def _target(self, name: str, tensor: Tensor, live: Mapping[str, Tensor]) -> Tensor:
-        """The live tensor that `tensor` is copied into, if it fits."""
+        """Return the live tensor that `tensor` is copied into, if it fits."""
         target = live.get(name)
         if target is None:
             raise RolloutError(
@@ -203,86 +137,132 @@ class TransformersRollout:
             )
         return target
 
-    def release_weights(self) -> None:
-        """See `RolloutEngine.release_weights`."""
+    def sleep(self) -> None:
+        """See `RolloutEngine.sleep`."""
         self._has_weights = False
         for tensor in self.model.state_dict(keep_vars=True).values():
             tensor.untyped_storage().resize_(0)
 
-    def generate(
-        self, prompts: Sequence[Sequence[int]], sampling: SamplingParams, *, seed: int, first_index: int = 0
-    ) -> list[Completion]:
-        """See `RolloutEngine.generate`. Equal arguments and weights give equal results, up to the last bits of the
-        model's own arithmetic, which may differ between batch shapes."""
+    def wake(self) -> None:
+        """See `RolloutEngine.wake`."""
+        for tensor in self.model.state_dict(keep_vars=True).values():
+            if not tensor.untyped_storage().nbytes():
+                tensor.untyped_storage().resize_(tensor.nbytes)
+
+    def generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        """See `RolloutEngine.generate`. Each rank decodes an equal share, contiguous in `requests`.
+
+        Equal requests and weights give equal completions, up to the last bits of the model's own arithmetic, which may
+        differ between batch shapes.
+
+        Raises:
+            RolloutError: no complete weights have come yet, or a prompt is empty.
+        """
         if not self._has_weights:
             raise RolloutError("the rollout model has no complete weights yet: call update_weights first")
-        for position, prompt in enumerate(prompts):
-            if not prompt:
+        for position, request in enumerate(requests):
+            if not request.tokens:
                 raise RolloutError(f"prompt {position} is empty: a prompt needs at least one token")
-        # Neighbours of equal length need no padding.
-        order = sorted(range(len(prompts)), key=lambda position: len(prompts[position]))
-        completions: dict[int, Completion] = {}
-        for start in range(0, len(order), self.batch_size):
-            positions = order[start : start + self.batch_size]
-            uniforms = np.stack([_uniforms(seed, first_index + p, sampling.max_new_tokens) for p in positions])
-            batch = self._generate_batch([prompts[p] for p in positions], torch.from_numpy(uniforms), sampling)
-            completions.update(zip(positions, batch, strict=True))
-        return [completions[position] for position in range(len(prompts))]
+        return self._generate(requests)
+
+    def _generate(self, requests: Sequence[Request]) -> Iterator[Completion]:
+        first, last = (len(requests) * part // self.world_size for part in (self.rank, self.rank + 1))
+        by_sampling: dict[SamplingParams, list[int]] = {}
+        for position in range(first, last):
+            by_sampling.setdefault(requests[position].sampling, []).append(position)
+        for positions in by_sampling.values():
+            # Neighbors of equal length need no padding.
+            positions.sort(key=lambda position: len(requests[position].tokens))
+            for start in range(0, len(positions), self.batch_size):
+                chosen = positions[start : start + self.batch_size]
+                batch = _Batch(self, chosen, [requests[position] for position in chosen])
+                while batch.alive:
+                    yield from batch.step()
+
+
+class _Batch:
+    """Requests with the same sampling settings that are decoded together. A row leaves when its answer ends.
+
+    Attributes:
+        alive: positions of the requests that are still being answered, one a row.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, engine: TransformersRollout, positions: list[int], requests: list[Request]) -> None:
+        self.engine = engine
+        self.alive = positions
+        self.sampling = requests[0].sampling
+        rows, width = len(requests), max(len(request.tokens) for request in requests)
+        input_ids = torch.zeros(rows, width, dtype=torch.long)
+        attention_mask = torch.zeros(rows, width, dtype=torch.long)
+        for row, request in enumerate(requests):
+            input_ids[row, width - len(request.tokens) :] = torch.as_tensor(request.tokens)
+            attention_mask[row, width - len(request.tokens) :] = 1
+        uniforms = np.stack([_uniforms(r.seed, r.index, self.sampling.max_new_tokens) for r in requests])
+        device = engine.device
+        self.padded = len({len(request.tokens) for request in requests}) > 1
+        self.input_ids, self.attention_mask = input_ids.to(device), attention_mask.to(device)
+        self.position_ids = (self.attention_mask.cumsum(-1) - 1).clamp_(min=0)
+        self.uniforms = torch.from_numpy(uniforms).to(device)
+        self.tokens = torch.zeros(rows, self.sampling.max_new_tokens, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(rows, self.sampling.max_new_tokens, device=device)
+        self.cache = DynamicCache(config=engine.model.config)
+        self.rows = torch.arange(rows, device=device)  # of `uniforms`, `tokens` and `logprobs` that are alive
+        self.length = 0
 
     @torch.inference_mode()
     @no_cudnn_attention()  # each token is another length
-    def _generate_batch(
-        self, prompts: list[Sequence[int]], uniforms: Tensor, sampling: SamplingParams
-    ) -> list[Completion]:
-        """`uniforms`: float64 [len(prompts), max_new_tokens] in [0, 1), one for each token to draw."""
-        rows, width = len(prompts), max(map(len, prompts))
-        input_ids = torch.zeros(rows, width, dtype=torch.long)
-        attention_mask = torch.zeros(rows, width, dtype=torch.long)
-        for row, prompt in enumerate(prompts):
-            input_ids[row, width - len(prompt) :] = torch.as_tensor(prompt)
-            attention_mask[row, width - len(prompt) :] = 1
-        input_ids, attention_mask = input_ids.to(self.device), attention_mask.to(self.device)
-        position_ids = (attention_mask.cumsum(-1) - 1).clamp_(min=0)
-        padded = len({len(prompt) for prompt in prompts}) > 1
-        uniforms = uniforms.to(self.device)
+    def step(self) -> list[Completion]:
+        """Draw one token for each row; return the completions that end with it."""
+        logits = self.engine.model(
+            input_ids=self.input_ids,
+            # Without padding no mask is needed, and attention takes its faster path.
+            attention_mask=self.attention_mask if self.padded else None,
+            position_ids=self.position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+        end_tokens = self.engine.end_tokens
+        blocked = end_tokens if self.length < self.sampling.min_new_tokens else None
+        chosen, logprobs = draw(logits, self.uniforms[self.rows, self.length], self.sampling, blocked)
+        self.tokens[self.rows, self.length] = chosen
+        self.logprobs[self.rows, self.length] = logprobs
+        self.length += 1
+        ended = torch.isin(chosen, end_tokens)
+        leaving = torch.ones_like(ended) if self.length == self.sampling.max_new_tokens else ended
+        completions = []
+        if leaving.any():
+            completions = self._completions(leaving, ended)
+            staying = (~leaving).nonzero().squeeze(-1)
+            self.alive = [self.alive[row] for row in staying.tolist()]
+            if not self.alive:
+                return completions
+            self.cache.batch_select_indices(staying)
+            self.rows, chosen = self.rows[staying], chosen[staying]
+            self.attention_mask, self.position_ids = self.attention_mask[staying], self.position_ids[staying]
+        self.input_ids = chosen.unsqueeze(-1)
+        self.position_ids = self.position_ids[:, -1:] + 1
+        self.attention_mask = torch.cat([self.attention_mask, self.attention_mask.new_ones(len(chosen), 1)], dim=-1)
+        return completions
 
-        tokens = torch.zeros(rows, sampling.max_new_tokens, dtype=torch.long, device=self.device)
-        logprobs = torch.zeros(rows, sampling.max_new_tokens, device=self.device)
-        lengths = torch.full((rows,), sampling.max_new_tokens, device=self.device)
-        finished = torch.zeros(rows, dtype=torch.bool, device=self.device)
-        alive = torch.arange(rows, device=self.device)
-        cache = DynamicCache(config=self.model.config)
-        for step in range(sampling.max_new_tokens):
-            logits = self.model(
-                input_ids=input_ids,
-                # Without padding no mask is needed, and attention takes its faster path.
-                attention_mask=attention_mask if padded else None,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
-            blocked = self.end_tokens if step < sampling.min_new_tokens else None
-            chosen, chosen_logprobs = draw(logits, uniforms[alive, step], sampling, blocked)
-            tokens[alive, step] = chosen
-            logprobs[alive, step] = chosen_logprobs
-            ended = torch.isin(chosen, self.end_tokens)
-            if ended.any():
-                lengths[alive[ended]] = step + 1
-                finished[alive[ended]] = True
-                keep = (~ended).nonzero().squeeze(-1)
-                if len(keep) == 0:
-                    break
-                cache.batch_select_indices(keep)
-                alive, chosen = alive[keep], chosen[keep]
-                attention_mask, position_ids = attention_mask[keep], position_ids[keep]
-            input_ids = chosen.unsqueeze(-1)
-            position_ids = position_ids[:, -1:] + 1
-            attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(chosen), 1)], dim=-1)
+    def _completions(self, rows: Tensor, ended: Tensor) -> list[Completion]:
+        """Of the rows that the bool tensor `rows` selects; `ended` says which drew an end token."""
+        selected = rows.nonzero().squeeze(-1)
         return [
-            Completion(tokens=row_tokens[:length], logprobs=row_logprobs[:length], finished=row_finished)
-            for row_tokens, row_logprobs, length, row_finished in zip(
-                tokens.tolist(), logprobs.tolist(), lengths.tolist(), finished.tolist(), strict=True
+            Completion(
+                request=self.alive[row],
+                tokens=tokens,
+                logprobs=logprobs,
+                end="end_token" if has_ended else "length",
+                weights_version=self.engine.weights_version,
+            )
+            for row, tokens, logprobs, has_ended in zip(
+                selected.tolist(),
+                self.tokens[self.rows[selected], : self.length].tolist(),
+                self.logprobs[self.rows[selected], : self.length].tolist(),
+                ended[selected].tolist(),
+                strict=True,
             )
         ]
 
@@ -292,9 +272,14 @@ def draw(
 ) -> tuple[Tensor, Tensor]:
     """Draw one token a row by inverting the cumulative distribution at the row's uniform number.
 
-    `logits` [rows, vocabulary] in any float dtype, `uniforms` float64 [rows] in [0, 1), `blocked` int64 ids that must
-    not be drawn. Returns tokens int64 [rows] and logprobs float32 [rows]; logprobs are those of the
-    temperature-scaled distribution before `blocked`, top-k and top-p.
+    Args:
+        logits: [rows, vocabulary] in any float dtype.
+        uniforms: float64 [rows] in [0, 1).
+        blocked: int64 ids that must not be drawn.
+
+    Returns:
+        Tokens, int64 [rows], and their log probabilities, float32 [rows], under the temperature-scaled distribution
+        before `blocked`, top-k and top-p.
     """
     scaled = logits.float() / sampling.temperature
     all_logprobs = torch.log_softmax(scaled, dim=-1)
@@ -308,7 +293,7 @@ def draw(
     if sampling.top_p < 1.0:
         ordered, token_of = torch.sort(candidates, dim=-1, descending=True)
         probabilities = torch.softmax(ordered, dim=-1)
-        # A token stays while the ones before it hold less than top_p, so the likeliest always stays.
+        # A token stays while those before it hold less than top_p, so the most likely one always stays.
         outside = probabilities.cumsum(-1) - probabilities >= sampling.top_p
         candidates = candidates.masked_fill(outside.gather(-1, token_of.argsort(-1)), float("-inf"))
     # float64: over a vocabulary of 150 000, an fp32 sum is too coarse for its rare tokens.
@@ -320,6 +305,6 @@ def draw(
 
 
 def _uniforms(seed: int, index: int, count: int) -> np.ndarray:
-    """`count` float64 numbers in [0, 1) that depend on `(seed, index)` alone (Philox, a counter-based generator)."""
+    """Draw `count` float64 numbers in [0, 1) that depend on `(seed, index)` alone (Philox, a counter-based one)."""
     key = np.array([seed % 2**64, index % 2**64], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(key=key)).random(count)

@@ -22,6 +22,7 @@ LEAST = "algorithm.sampling_params.min_new_tokens"
 CLIP, CLIP_LOW = "algorithm.ratio_clip_eps", "algorithm.clip_ratio_low"
 TYPE = "data.type"
 TASK = "data.reasoning_gym.task"
+FUNCTION = "reward.function"
 _SUFFIXES = (".json", ".jsonl")
 
 
@@ -192,9 +193,29 @@ def reward_type(context: Context) -> Iterable[Finding]:
     Fix: score with `reward.reward_type=math`.
     """
     config = context.config
-    if config.reward.reward_type == "reasoning_gym" and config.data.type != "reasoning_gym":
+    if (
+        config.reward.function is None
+        and config.reward.reward_type == "reasoning_gym"
+        and config.data.type != "reasoning_gym"
+    ):
         reason = f"{TYPE} is {config.data.type}, whose answers reasoning-gym cannot score"
         yield Finding("reward.reward_type", reason, "set reward.reward_type=math")
+
+
+@rule("reward-function", FUNCTION)
+def reward_function(context: Context) -> Iterable[Finding]:
+    """The user's own reward function is not named by a file or module and a name in it, or there is no such file.
+
+    Fix: write `reward.function=path/to/file.py:name` or `module:name`; a path is relative to where you run.
+    """
+    spec = context.config.reward.function
+    if spec is None:
+        return
+    place, _, name = spec.rpartition(":")
+    if not place or not name.isidentifier():
+        yield Finding(FUNCTION, "it does not name a function", f"write {FUNCTION}=path/to/file.py:name or module:name")
+    elif place.endswith(".py") and not is_file(user_path(place)):
+        yield Finding(FUNCTION, f"there is no file {place}", "correct the path; it is relative to where you run")
 
 
 @rule("quickstart-width", "quickstart")
@@ -263,5 +284,6 @@ RULES = (
     data_paths,
     task,
     reward_type,
+    reward_function,
     quickstart_width,
 )

@@ -34,5 +34,16 @@ class RewardConfig:
     reward_type: Literal["math", "reasoning_gym"] = key(
         "math", "math: math-verify. reasoning_gym: the scorer of the task."
     )
+    function: str | None = key(
+        None,
+        "Your own function instead of reward_type: path/to/file.py:name or module:name, called with the text of the "
+        "answer, the row of its problem as a dict, and why it ended (end_token, stop_string or length).",
+    )
     reward_scale: float = key(1.0, "Reward of a right answer.", above=0.0)
-    timeout: float = key(10.0, "Longest time one answer may take to verify.", unit="seconds", above=0.0)
+    timeout: float = key(
+        10.0,
+        "Longest time one answer, or one call of a batched function, may take to score.",
+        unit="seconds",
+        above=0.0,
+    )
+    memory_limit: float = key(8.0, "Address space of a process that scores answers.", unit="GiB", minimum=1.0)

@@ -1,14 +1,14 @@
 """What the warm-up teaches is right, and in the mixture asked for."""
 
 import pytest
-from mbridge_reasoning.data.problems import Problem
+from mbridge_reasoning.data.prompts import Prompt
 from mbridge_reasoning.quickstart.warmup import warmup_answers, worked_answer
 from mbridge_train.data.errors import DataError
 
 
-def problem(expression: str, answer: str) -> Problem:
-    entry = {"metadata": {"expression": expression}}
-    return Problem(prompt=expression, solutions=(answer,), source="item 3", entry=entry)
+def problem(expression: str, answer: str) -> Prompt:
+    row = {"metadata": {"expression": expression}}
+    return Prompt(content=expression, solutions=(answer,), source="item 3", row=row)
 
 
 def test_sums_are_worked_from_left_to_right():

@@ -2,7 +2,7 @@
 
 import pytest
 from mbridge_config import ReasoningConfig, compose
-from mbridge_reasoning.quickstart.quickstart import warmup_actor
+from mbridge_reasoning.quickstart.prepare import warmup_actor
 from mbridge_train.build import optimizer_settings
 
 

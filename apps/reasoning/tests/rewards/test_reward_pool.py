@@ -7,16 +7,21 @@ import time
 from pathlib import Path
 
 import pytest
-from mbridge_reasoning.data.problems import Problem
-from mbridge_reasoning.data.tasks import make_problems
+from mbridge_reasoning.data.gym import make_prompts
+from mbridge_reasoning.data.prompts import Prompt
 from mbridge_reasoning.errors import RewardError
-from mbridge_reasoning.rewards.pool import RewardPool, Score
-from mbridge_reasoning.rewards.scoring import final_answer
+from mbridge_reasoning.rewards.base import Answer, Score
+from mbridge_reasoning.rewards.extraction import final_answer
+from mbridge_reasoning.rewards.pool import RewardPool
 from mbridge_train.data.errors import DataError
 
 
-def problem(*solutions: str, entry=None) -> Problem:
-    return Problem(prompt="?", solutions=solutions, source="test", entry=entry)
+def problem(*solutions: str) -> Prompt:
+    return Prompt(content="?", solutions=solutions, source="test")
+
+
+def score(pool: RewardPool, answers: list[tuple[str, Prompt]]) -> list[Score]:
+    return pool.score([Answer(text=text, prompt=prompt) for text, prompt in answers])
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +57,7 @@ def test_mathematics_is_compared_not_text(math_pool):
         ("", ("1",), 0.0),
         ("no number", ("1",), 0.0),
     ]
-    scores = math_pool.score([(text, problem(*solutions)) for text, solutions, _ in cases])
+    scores = score(math_pool, [(text, problem(*solutions)) for text, solutions, _ in cases])
     assert [score.value for score in scores] == [expected for *_, expected in cases]
     assert {score.status for score in scores} == {"scored"}
 
@@ -60,9 +65,9 @@ def test_mathematics_is_compared_not_text(math_pool):
 def test_order_and_reuse_of_processes(math_pool):
     before = pids(math_pool)
     answers = [(f"\\boxed{{{number}}}", problem(str(number // 2 * 2))) for number in range(61)]
-    scores = math_pool.score(answers)
+    scores = score(math_pool, answers)
     assert [score.right for score in scores] == [number % 2 == 0 for number in range(61)]
-    assert math_pool.score([]) == []
+    assert score(math_pool, []) == []
     assert pids(math_pool) == before
 
 
@@ -78,9 +83,9 @@ def test_hostile_answers_score_0_and_the_rest_goes_on():
         "\\boxed{" + "+".join(f"x_{{{n}}}^{{{n}}}" for n in range(400)) + "}",
     ]
     with RewardPool(timeout=1.0, workers=2) as pool:
-        pool.score([("1", problem("1"))] * 4)
+        score(pool, [("1", problem("1"))] * 4)
         started = time.monotonic()
-        scores = pool.score([*((text, problem("1")) for text in hostile), ("\\boxed{1}", problem("1"))])
+        scores = score(pool, [*((text, problem("1")) for text in hostile), ("\\boxed{1}", problem("1"))])
     assert time.monotonic() - started < 100
     assert [score.value for score in scores] == [0.0] * len(hostile) + [1.0]
     assert "timeout" in {score.status for score in scores}
@@ -114,10 +119,10 @@ def odd_worker(tmp_path, monkeypatch):
 @pytest.mark.timeout(60)
 def test_hanging_and_dying_workers_are_replaced(odd_worker):
     with RewardPool(timeout=0.5, workers=2) as pool:
-        pool.score([("$1$", problem("$1$"))] * 2)
+        score(pool, [("$1$", problem("$1$"))] * 2)
         before = pids(pool)
         texts = ["$1$", "sleep", "compute", "die", "memory", "print", "torch", "$1$"]
-        scores = pool.score([(text, problem("$1$")) for text in texts])
+        scores = score(pool, [(text, problem("$1$")) for text in texts])
         assert scores == [
             Score(1.0),
             Score(0.0, "timeout"),
@@ -131,7 +136,7 @@ def test_hanging_and_dying_workers_are_replaced(odd_worker):
         after = pids(pool)
         assert after != before
         os.kill(after[0], 9)  # from outside: restarted, and no answer pays for it
-        assert pool.score([("$1$", problem("$1$"))] * 3) == [Score(1.0)] * 3
+        assert score(pool, [("$1$", problem("$1$"))] * 3) == [Score(1.0)] * 3
     for pid in pids(pool):
         assert not Path(f"/proc/{pid}").exists()
 
@@ -139,20 +144,21 @@ def test_hanging_and_dying_workers_are_replaced(odd_worker):
 def test_worker_killed_while_it_starts_is_replaced(odd_worker):
     with RewardPool(timeout=30.0, workers=1) as pool:
         os.kill(pids(pool)[0], 9)
-        assert pool.score([("$1$", problem("$1$"))] * 2) == [Score(1.0)] * 2
+        assert score(pool, [("$1$", problem("$1$"))] * 2) == [Score(1.0)] * 2
 
 
 @pytest.mark.timeout(60)
 def test_workers_end_with_a_killed_parent(odd_worker):
     script = (
         "import sys, threading, time\n"
-        "from mbridge_reasoning.data.problems import Problem\n"
+        "from mbridge_reasoning.data.prompts import Prompt\n"
+        "from mbridge_reasoning.rewards.base import Answer\n"
         "from mbridge_reasoning.rewards.pool import RewardPool\n"
         "pool = RewardPool(timeout=3600.0, workers=2)\n"
-        "problem = Problem(prompt='', solutions=('$1$',), source='')\n"
-        "pool.score([('$1$', problem)] * 2)\n"
+        "problem = Prompt(content='', solutions=('$1$',), source='')\n"
+        "pool.score([Answer(text='$1$', prompt=problem)] * 2)\n"
         "print(*[worker._process.pid for worker in pool._workers], flush=True)\n"
-        "pool.score([('compute', problem)])\n"
+        "pool.score([Answer(text='compute', prompt=problem)])\n"
     )
     parent = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     workers = [int(pid) for pid in parent.stdout.readline().split()]
@@ -177,16 +183,16 @@ def test_a_worker_that_cannot_start_says_why(tmp_path, monkeypatch):
     (tmp_path / "math_verify.py").write_text("raise ImportError('antlr is broken')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     with RewardPool(timeout=1.0) as pool, pytest.raises(RewardError, match="ImportError: antlr is broken"):
-        pool.score([("1", problem("1"))])
+        score(pool, [("1", problem("1"))])
 
 
 def test_reasoning_gym_scores_its_own_tasks():
     parameters = {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1}
-    train, _ = make_problems("chain_sum", train_size=5, validation_size=2, seed=3, parameters=parameters)
+    train, _ = make_prompts("chain_sum", train_size=5, validation_size=2, seed=3, parameters=parameters)
     with RewardPool(timeout=5.0, task="chain_sum", parameters=parameters) as pool:
         right = [(f"<think>9</think>1+1\n<answer>+{p.solutions[0]}.0</answer>".replace("+-", "-"), p) for p in train]
         wrong = [(f"<answer>{int(p.solutions[0]) + 100}</answer>", p) for p in train]
-        scores = pool.score([*right, *wrong, ("", train[0])])
+        scores = score(pool, [*right, *wrong, ("", train[0])])
     assert [score.right for score in scores] == [True] * 5 + [False] * 6
     assert {score.status for score in scores} == {"scored"}
 
@@ -207,21 +213,21 @@ def test_final_answer(text, answer):
 
 def test_made_problems_are_distinct_held_out_and_stable():
     settings = {"parameters": {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}, "seed": 7}
-    train, validation = make_problems("chain_sum", train_size=60, validation_size=40, **settings)
-    questions = [problem.prompt for problem in [*train, *validation]]
+    train, validation = make_prompts("chain_sum", train_size=60, validation_size=40, **settings)
+    questions = [problem.content for problem in [*train, *validation]]
     assert (len(train), len(validation), len(set(questions))) == (60, 40, 100)
-    more, same = make_problems("chain_sum", train_size=90, validation_size=40, **settings)
+    more, same = make_prompts("chain_sum", train_size=90, validation_size=40, **settings)
     assert (more[:60], same) == (train, validation)
-    other, _ = make_problems("chain_sum", train_size=60, validation_size=40, **{**settings, "seed": 8})
-    assert [p.prompt for p in other] != [p.prompt for p in train]
+    other, _ = make_prompts("chain_sum", train_size=60, validation_size=40, **{**settings, "seed": 8})
+    assert [p.content for p in other] != [p.content for p in train]
 
 
 def test_made_problems_are_the_same_in_every_process():
     """This task chooses from a set of texts."""
     code = (
-        "from mbridge_reasoning.data.tasks import make_problems\n"
-        "for problems in make_problems('ransom_note', train_size=20, validation_size=10, seed=3):\n"
-        "    print([(problem.prompt, problem.solutions) for problem in problems])\n"
+        "from mbridge_reasoning.data.gym import make_prompts\n"
+        "for problems in make_prompts('ransom_note', train_size=20, validation_size=10, seed=3):\n"
+        "    print([(problem.content, problem.solutions) for problem in problems])\n"
     )
     made = {
         subprocess.run(
@@ -238,10 +244,10 @@ def test_made_problems_are_the_same_in_every_process():
 def test_tasks_that_cannot_be_made():
     one_digit = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
     with pytest.raises(DataError, match=r"only about 200 different questions.*1000 are wanted"):
-        make_problems("chain_sum", train_size=900, validation_size=100, seed=0, parameters=one_digit)
+        make_prompts("chain_sum", train_size=900, validation_size=100, seed=0, parameters=one_digit)
     with pytest.raises(DataError, match="'chain_sums' is not a reasoning-gym task: did you mean 'chain_sum'"):
-        make_problems("chain_sums", train_size=1, validation_size=1, seed=0)
+        make_prompts("chain_sums", train_size=1, validation_size=1, seed=0)
     with pytest.raises(DataError, match="refuses .*max_term.*unexpected keyword"):
-        make_problems("chain_sum", train_size=1, validation_size=1, seed=0, parameters={"max_term": 2})
+        make_prompts("chain_sum", train_size=1, validation_size=1, seed=0, parameters={"max_term": 2})
     with pytest.raises(DataError, match="refuses .*min_digits must be positive"):
-        make_problems("chain_sum", train_size=1, validation_size=1, seed=0, parameters={"min_digits": 0})
+        make_prompts("chain_sum", train_size=1, validation_size=1, seed=0, parameters={"min_digits": 0})

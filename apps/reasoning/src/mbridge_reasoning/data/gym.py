@@ -1,7 +1,8 @@
-"""Problems made by a reasoning-gym task, with the validation problems held out of training.
+"""Prompts made by a reasoning-gym task, with the validation problems held out of training.
 
-Some tasks choose from sets of texts, whose order is another in every Python process unless `PYTHONHASHSEED` is set
-before it starts. So the problems are made in a process of their own: `python -m mbridge_reasoning.data.tasks`.
+Some tasks choose from sets of texts, whose order differs between Python processes unless `PYTHONHASHSEED` is set before
+they start. So the prompts are made in a separate process: `python -m mbridge_reasoning.data.gym`. It is trusted (no
+words of a model reach it), so pickle goes both ways.
 
 reasoning-gym takes seconds to import, so only the functions that need it import it.
 """
@@ -17,27 +18,27 @@ from typing import TYPE_CHECKING, Any
 
 from mbridge_train.data.errors import DataError
 
-from mbridge_reasoning.data.problems import Problem
+from mbridge_reasoning.data.prompts import Prompt
 
 if TYPE_CHECKING:
     from reasoning_gym.dataset import ProceduralDataset
 
-# Draws without a new question after which a task is taken to have no more of them.
 PATIENCE = 2000
+"""Draws without a new question after which a task is taken to have no more of them."""
 
 
-def make_problems(
+def make_prompts(
     task: str, *, train_size: int, validation_size: int, seed: int, parameters: Mapping[str, Any] | None = None
-) -> tuple[list[Problem], list[Problem]]:
-    """Make `train_size` and `validation_size` problems of a reasoning-gym task: (training, validation).
+) -> tuple[list[Prompt], list[Prompt]]:
+    """Make `train_size` and `validation_size` prompts of a reasoning-gym task: (training, validation).
 
-    All questions differ from each other, in training, in validation and between the two. Equal arguments give equal
-    problems, in another process too, and more training problems leave the validation problems as they were.
+    No question is asked twice, in training, in validation or between the two. Equal arguments give equal prompts, also
+    in another process, and more training prompts leave the validation prompts as they were.
 
-    Raises `DataError` for an unknown task, parameters that the task refuses, a task that has too few different
-    questions with these parameters, and one that fails.
+    Raises:
+        DataError: the task is unknown, refuses the parameters, has too few different questions with them, or fails.
     """
-    command = [sys.executable, "-W", "ignore", "-m", "mbridge_reasoning.data.tasks"]
+    command = [sys.executable, "-W", "ignore", "-m", "mbridge_reasoning.data.gym"]
     arguments = (task, train_size, validation_size, seed, dict(parameters or {}))
     done = subprocess.run(
         command,
@@ -51,41 +52,45 @@ def make_problems(
             f"reasoning-gym task {task!r} ended with status {done.returncode} while it made problems, see above; "
             "correct data.reasoning_gym.parameters, or choose another data.reasoning_gym.task"
         )
-    made: tuple[list[Problem], list[Problem]] | DataError = pickle.loads(done.stdout)
+    made: tuple[list[Prompt], list[Prompt]] | DataError = pickle.loads(done.stdout)
     if isinstance(made, DataError):
         raise made
     return made
 
 
-def _make_problems(
+def _make_prompts(
     task: str, train_size: int, validation_size: int, seed: int, parameters: Mapping[str, Any]
-) -> tuple[list[Problem], list[Problem]]:
+) -> tuple[list[Prompt], list[Prompt]]:
     # Items are drawn with seed + index, so data sets of neighbouring seeds overlap; one data set serves for both.
     dataset = create_task(task, {**parameters, "seed": seed * 1_000_003, "size": 2**40})
     wanted = validation_size + train_size
-    problems: dict[str, Problem] = {}
+    prompts: dict[str, Prompt] = {}
     index = last_new = 0
-    while len(problems) < wanted:
+    while len(prompts) < wanted:
         entry = dataset[index]
         question = entry["question"]
-        if question not in problems:
-            problems[question] = Problem(
-                prompt=question, solutions=(str(entry["answer"]),), source=f"{task}, item {index}", entry=entry
+        if question not in prompts:
+            prompts[question] = Prompt(
+                content=question, solutions=(str(entry["answer"]),), source=f"{task}, item {index}", row=entry
             )
             last_new = index
         elif index - last_new > PATIENCE:
             raise DataError(
-                f"reasoning-gym task {task!r} has only about {len(problems)} different questions with these "
+                f"reasoning-gym task {task!r} has only about {len(prompts)} different questions with these "
                 f"parameters, {wanted} are wanted (data.reasoning_gym.train_size={train_size} and "
                 f"validation_size={validation_size}): lower these, or widen data.reasoning_gym.parameters"
             )
         index += 1
-    ordered = list(problems.values())
+    ordered = list(prompts.values())
     return ordered[validation_size:], ordered[:validation_size]
 
 
 def create_task(task: str | None, parameters: Mapping[str, Any]) -> "ProceduralDataset":
-    """The data set of a reasoning-gym task, which also scores answers to it."""
+    """Create the data set of a reasoning-gym task, which also scores answers to it.
+
+    Raises:
+        DataError: the task is unknown or refuses the parameters.
+    """
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
@@ -104,13 +109,13 @@ def create_task(task: str | None, parameters: Mapping[str, Any]) -> "ProceduralD
 
 
 def main() -> None:
-    """Make problems of the pickled arguments on stdin; they, or the `DataError`, go pickled to stdout."""
+    """Make prompts from the pickled arguments on stdin; write them, or the `DataError`, pickled to stdout."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     reply = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # a task's print must not end up in the reply
-    made: tuple[list[Problem], list[Problem]] | DataError
+    made: tuple[list[Prompt], list[Prompt]] | DataError
     try:
-        made = _make_problems(*pickle.load(sys.stdin.buffer))
+        made = _make_prompts(*pickle.load(sys.stdin.buffer))
     except DataError as error:
         made = error
     with reply:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mbridge_reasoning.quickstart.tiny import ANSWER_TAGS, END_OF_TURN, TinyGeometry, write_tiny_model
+from mbridge_reasoning.quickstart.model import ANSWER_TAGS, END_OF_TURN, TinyGeometry, write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CORPUS = [f"Calculate {a} + {b} - {a}. {a}+{b}={a + b}" for a in range(11) for b in range(11)]

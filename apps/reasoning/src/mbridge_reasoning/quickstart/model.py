@@ -1,6 +1,6 @@
 """A tiny random Qwen2 and its tokenizer, written as an ordinary HuggingFace directory.
 
-The quickstart starts here: everything after it reads the directory as it would read a downloaded model.
+Everything after it reads the directory as it would read a downloaded model.
 """
 
 from collections.abc import Iterable
@@ -61,8 +61,8 @@ def build_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokeniz
     vocabulary. The result has fewer than `vocab_size` entries where the corpus has no further pairs to merge.
     """
     tokenizer = Tokenizer(models.BPE())
-    # Normalisation and splitting are those of Qwen2, because transformers gives them to any tokenizer that lies
-    # beside a Qwen2 config; with the same ones here it makes no difference which class reads the files.
+    # Normalization and splitting are those of Qwen2, because transformers gives them to any tokenizer beside a Qwen2
+    # config; with the same ones here it makes no difference which class reads the files.
     tokenizer.normalizer = normalizers.NFC()
     words = Regex(QWEN2_WORDS)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

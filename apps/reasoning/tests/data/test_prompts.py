@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from mbridge_reasoning.data.problems import Problem, read_problems, tokenize_problems
-from mbridge_reasoning.quickstart.tiny import build_tokenizer
+from mbridge_reasoning.data.prompts import Prompt, read_prompts, tokenize_prompts
+from mbridge_reasoning.quickstart.model import build_tokenizer
 from mbridge_train.data.errors import DataError
 from mbridge_train.errors import TrainError
 
@@ -34,16 +34,17 @@ def test_jsonl_and_json_keep_order_and_values(tmp_path):
         ),
     )
     array = write(tmp_path / "b.json", json.dumps([{"prompt": "three", "solutions": 3}]))
-    problems = read_problems([lines, array])
-    assert [p.prompt for p in problems] == ["one", [{"role": "user", "content": "two\u2028halves"}], "three"]
+    problems = read_prompts([lines, array])
+    assert [p.content for p in problems] == ["one", [{"role": "user", "content": "two\u2028halves"}], "three"]
     assert [p.solutions for p in problems] == [("1", "1.0"), ("2",), ("3",)]
+    assert problems[1].row["prompt"][0]["x"] == 1  # a reward function gets the whole row
     assert [p.source for p in problems] == [f"{lines}:1", f"{lines}:3", f"{array}, record 1"]
 
 
 def test_other_keys(tmp_path):
     path = write(tmp_path / "a.jsonl", json.dumps({"question": "q", "answer": "a"}))
-    (problem,) = read_problems([path], prompt_key="question", solutions_key="answer")
-    assert (problem.prompt, problem.solutions) == ("q", ("a",))
+    (problem,) = read_prompts([path], prompt_key="question", solutions_key="answer")
+    assert (problem.content, problem.solutions) == ("q", ("a",))
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,7 @@ def test_other_keys(tmp_path):
         ("a.jsonl", '{"prompt": [{"role": "user"}], "solutions": "s"}', ["a.jsonl:1", "'prompt'"]),
         ("a.jsonl", '{"prompt": "p", "solutions": []}', ["a.jsonl:1", "'solutions'", "[]"]),
         ("a.jsonl", '{"prompt": "p", "solutions": true}', ["a.jsonl:1", "'solutions'", "true"]),
-        ("a.jsonl", "\n\n", ["a.jsonl", "no problems"]),
+        ("a.jsonl", "\n\n", ["a.jsonl", "no examples"]),
         ("a.jsonl", "[" * 100_000, ["a.jsonl:1"]),
         ("a.jsonl", '{"prompt": "a\\ud800b", "solutions": "s"}', ["a.jsonl:1", "'prompt'", r"\ud800", "character 2"]),
         ("a.jsonl", '{"prompt": [{"role": "\\ud800", "content": "c"}], "solutions": "s"}', ["a.jsonl:1", "'prompt'"]),
@@ -73,7 +74,7 @@ def test_other_keys(tmp_path):
 def test_unusable_files(tmp_path, name, content, parts):
     path = write(tmp_path / name, content)
     with pytest.raises(DataError) as error:
-        read_problems([path])
+        read_prompts([path])
     for part in parts:
         assert part in str(error.value)
     assert error.value.exit_code == 2
@@ -84,26 +85,26 @@ def test_number_of_thousands_of_digits(tmp_path, name, start, end):
     comma = "," if start else ""
     path = write(tmp_path / name, start + GOOD_LINE + comma, MANY_DIGITS + end)
     with pytest.raises(DataError, match=rf"{name}:2: a number has more than 4300 digits.*as text"):
-        read_problems([path])
+        read_prompts([path])
 
 
 def test_missing_and_undecodable_files(tmp_path):
     with pytest.raises(DataError, match=r"nowhere\.jsonl does not exist .*data\.train_data_paths"):
-        read_problems([tmp_path / "nowhere.jsonl"])
+        read_prompts([tmp_path / "nowhere.jsonl"])
     (tmp_path / "latin.jsonl").write_bytes('{"prompt": "é"}'.encode("latin-1"))
-    with pytest.raises(DataError, match=r"latin\.jsonl is not UTF-8"):
-        read_problems([tmp_path / "latin.jsonl"])
+    with pytest.raises(DataError, match=r"latin\.jsonl:1: not UTF-8"):
+        read_prompts([tmp_path / "latin.jsonl"])
     with pytest.raises(DataError, match="data files"):
-        read_problems([])
+        read_prompts([])
 
 
-def problem(prompt, number=1) -> Problem:
-    return Problem(prompt=prompt, solutions=("1",), source=f"file.jsonl:{number}")
+def problem(prompt, number=1) -> Prompt:
+    return Prompt(content=prompt, solutions=("1",), source=f"file.jsonl:{number}")
 
 
 def tokens(problems, tokenizer, **changes):
     settings = {"max_prompt_length": 20, "apply_chat_template": True, "filter_long": False, **changes}
-    return [p.prompt_tokens for p in tokenize_problems(problems, tokenizer, **settings)]
+    return [p.tokens for p in tokenize_prompts(problems, tokenizer, **settings)]
 
 
 def test_text_messages_and_template(tokenizer):

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from mbridge_reasoning.errors import RolloutError
-from mbridge_reasoning.quickstart.tiny import TinyGeometry, write_tiny_model
-from mbridge_reasoning.rollout.transformers import SamplingParams, TransformersRollout, draw, end_token_ids
+from mbridge_reasoning.quickstart.model import TinyGeometry, write_tiny_model
+from mbridge_reasoning.rollout.base import Completion, Request, SamplingParams
+from mbridge_reasoning.rollout.transformers import TransformersRollout, draw, end_token_ids
 from mbridge_train.errors import TrainError
 from mbridge_train.run.hf_files import from_directory
 from safetensors.torch import load_file
@@ -34,17 +35,26 @@ def prompts():
 ENDS = frozenset(range(0, 320, 20))
 
 
-def rollout(directory, *, ends=ENDS, batch_size=256, weights=None) -> TransformersRollout:
-    engine = TransformersRollout(directory, end_tokens=ends, batch_size=batch_size)
+def rollout(directory, *, ends=ENDS, weights=None, **settings) -> TransformersRollout:
+    engine = TransformersRollout(directory, end_tokens=ends, **settings)
     engine.update_weights((weights or load_file(directory / "model.safetensors")).items())
     return engine
+
+
+def requests(prompts, sampling, seed) -> list[Request]:
+    return [Request(tokens=prompt, sampling=sampling, seed=seed, index=i) for i, prompt in enumerate(prompts)]
+
+
+def answers(engine, prompts, sampling, *, seed) -> list[Completion]:
+    """In the order of the prompts that this rank answers."""
+    return sorted(engine.generate(requests(prompts, sampling, seed)), key=lambda completion: completion.request)
 
 
 def test_greedy_is_what_generate_gives(directory, model, prompts):
     end = 17
     sampling = SamplingParams(max_new_tokens=12, greedy=True)
     for completion, prompt in zip(
-        rollout(directory, ends=[end]).generate(prompts, sampling, seed=1), prompts, strict=True
+        answers(rollout(directory, ends=[end]), prompts, sampling, seed=1), prompts, strict=True
     ):
         expected = model.generate(
             torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=end, pad_token_id=0
@@ -55,8 +65,8 @@ def test_greedy_is_what_generate_gives(directory, model, prompts):
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_logprobs_are_those_of_a_plain_forward_pass(directory, model, prompts, temperature):
     sampling = SamplingParams(max_new_tokens=15, temperature=temperature, top_k=50, top_p=0.9)
-    completions = rollout(directory).generate(prompts, sampling, seed=4)
-    assert {completion.finished for completion in completions} == {True, False}
+    completions = answers(rollout(directory), prompts, sampling, seed=4)
+    assert {completion.end for completion in completions} == {"end_token", "length"}
     for completion, prompt in zip(completions, prompts, strict=True):
         with torch.no_grad():
             logits = model(torch.tensor([prompt + completion.tokens])).logits[0, len(prompt) - 1 : -1]
@@ -66,31 +76,63 @@ def test_logprobs_are_those_of_a_plain_forward_pass(directory, model, prompts, t
 
 
 def test_an_answer_ends_with_its_first_end_token(directory, prompts):
-    completions = rollout(directory).generate(prompts, SamplingParams(max_new_tokens=15), seed=4)
+    completions = answers(rollout(directory), prompts, SamplingParams(max_new_tokens=15), seed=4)
     for completion in completions:
         ends = [token in ENDS for token in completion.tokens]
         assert not any(ends[:-1])
-        assert completion.finished == ends[-1]
-        assert completion.finished or len(completion.tokens) == 15
+        assert completion.end == ("end_token" if ends[-1] else "length")
+        assert ends[-1] or len(completion.tokens) == 15
 
 
 def test_a_sequence_does_not_depend_on_its_batch_or_rank(directory, prompts):
     sampling = SamplingParams(max_new_tokens=15, temperature=1.3)
-    together = rollout(directory).generate(prompts, sampling, seed=4)
+    together = answers(rollout(directory), prompts, sampling, seed=4)
     for batch_size in (1, 2, 4):
-        other = rollout(directory, batch_size=batch_size).generate(prompts, sampling, seed=4)
+        other = answers(rollout(directory, batch_size=batch_size), prompts, sampling, seed=4)
         assert [c.tokens for c in other] == [c.tokens for c in together]
+    for world_size in (2, 3):
+        ranks = [rollout(directory, rank=rank, world_size=world_size) for rank in range(world_size)]
+        parts = [completion for engine in ranks for completion in answers(engine, prompts, sampling, seed=4)]
+        assert [c.request for c in parts] == list(range(len(prompts)))
+        assert [c.tokens for c in parts] == [c.tokens for c in together]
     engine = rollout(directory)
-    parts = [
-        *engine.generate(prompts[:4], sampling, seed=4),
-        *engine.generate(prompts[4:], sampling, seed=4, first_index=4),
-    ]
-    assert [c.tokens for c in parts] == [c.tokens for c in together]
-    assert [c.tokens for c in engine.generate(prompts, sampling, seed=5)] != [c.tokens for c in together]
+    assert [c.tokens for c in answers(engine, prompts, sampling, seed=5)] != [c.tokens for c in together]
+
+
+def test_completions_come_as_they_finish(directory, prompts):
+    """Of one batch, the shorter answers first, while the longer ones are still to be decoded."""
+    engine = rollout(directory)
+    steps = []
+    engine.model.register_forward_pre_hook(lambda *_: steps.append(1))
+    lengths, seen = [], []
+    for completion in engine.generate(requests(prompts, SamplingParams(max_new_tokens=15), 4)):
+        lengths.append(len(completion.tokens))
+        seen.append(len(steps))
+    assert seen == lengths == sorted(lengths)
+    assert lengths[0] < lengths[-1] == 15
+
+
+def test_requests_with_other_settings_are_answered_together(directory, prompts):
+    engine = rollout(directory)
+    short, long = SamplingParams(max_new_tokens=3), SamplingParams(max_new_tokens=9, greedy=True)
+    mixed = [*requests(prompts[:4], short, 4), *requests(prompts[:4], long, 4)]
+    completions = sorted(engine.generate(mixed), key=lambda completion: completion.request)
+    expected = [*answers(engine, prompts[:4], short, seed=4), *answers(engine, prompts[:4], long, seed=4)]
+    assert [c.tokens for c in completions] == [c.tokens for c in expected]
+
+
+def test_completions_name_the_weights_that_they_were_sampled_with(directory, prompts):
+    engine = rollout(directory)
+    sampling = SamplingParams(max_new_tokens=2)
+    assert {c.weights_version for c in answers(engine, prompts, sampling, seed=0)} == {1}
+    with pytest.raises(RolloutError):
+        engine.update_weights([])
+    engine.update_weights(load_file(directory / "model.safetensors").items())
+    assert {c.weights_version for c in answers(engine, prompts, sampling, seed=0)} == {2}
 
 
 def test_equal_prompts_draw_different_answers(directory, prompts):
-    completions = rollout(directory).generate([prompts[0]] * 8, SamplingParams(max_new_tokens=8), seed=4)
+    completions = answers(rollout(directory), [prompts[0]] * 8, SamplingParams(max_new_tokens=8), seed=4)
     assert len({tuple(completion.tokens) for completion in completions}) == 8
 
 
@@ -98,14 +140,14 @@ def test_attention_does_not_plan_each_length(directory, prompts):
     """With cuDNN's kernel, which torch takes first on Hopper and later, each token would cost 0.15 s."""
     engine, found = rollout(directory), []
     engine.model.register_forward_pre_hook(lambda *_: found.append(torch.backends.cuda.cudnn_sdp_enabled()))
-    engine.generate(prompts, SamplingParams(max_new_tokens=3), seed=4)
+    answers(engine, prompts, SamplingParams(max_new_tokens=3), seed=4)
     assert found == [False] * 3
     assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_min_new_tokens_holds_back_the_end(directory, prompts):
-    completions = rollout(directory).generate(prompts, SamplingParams(max_new_tokens=9, min_new_tokens=6), seed=4)
-    assert all(len(completion.tokens) >= 7 or not completion.finished for completion in completions)
+    completions = answers(rollout(directory), prompts, SamplingParams(max_new_tokens=9, min_new_tokens=6), seed=4)
+    assert all(len(completion.tokens) >= 7 or completion.end == "length" for completion in completions)
     assert all(token not in ENDS for completion in completions for token in completion.tokens[:6])
 
 
@@ -172,34 +214,34 @@ def test_tied_weights_may_come_once_or_twice(tmp_path, prompts):
     path = write_tiny_model(tmp_path, ["a"], seed=0, geometry=TinyGeometry(tie_word_embeddings=True))
     weights = load_file(path / "model.safetensors")
     sampling = SamplingParams(max_new_tokens=4, greedy=True)
-    once = rollout(path, weights=weights).generate(prompts, sampling, seed=0)
+    once = answers(rollout(path, weights=weights), prompts, sampling, seed=0)
     twice = rollout(path, weights={**weights, "lm_head.weight": weights["model.embed_tokens.weight"]})
-    assert [c.tokens for c in twice.generate(prompts, sampling, seed=0)] == [c.tokens for c in once]
+    assert [c.tokens for c in answers(twice, prompts, sampling, seed=0)] == [c.tokens for c in once]
 
 
 def test_new_weights_reach_the_live_model(directory, prompts):
     engine = rollout(directory)
     sampling = SamplingParams(max_new_tokens=4, greedy=True)
-    before = engine.generate(prompts, sampling, seed=0)
+    before = answers(engine, prompts, sampling, seed=0)
     weights = {name: tensor.flip(0) for name, tensor in load_file(directory / "model.safetensors").items()}
     addresses = {name: tensor.data_ptr() for name, tensor in engine.model.state_dict().items()}
     engine.update_weights(weights.items())
     assert {name: tensor.data_ptr() for name, tensor in engine.model.state_dict().items()} == addresses
     assert all(torch.equal(tensor, weights[name]) for name, tensor in engine.model.state_dict().items())
-    assert [c.tokens for c in engine.generate(prompts, sampling, seed=0)] != [c.tokens for c in before]
+    assert [c.tokens for c in answers(engine, prompts, sampling, seed=0)] != [c.tokens for c in before]
 
 
 def test_released_weights_come_back_with_the_next_stream(directory, prompts):
     weights = load_file(directory / "model.safetensors")
     sampling = SamplingParams(max_new_tokens=6)
     engine = rollout(directory)
-    before = engine.generate(prompts, sampling, seed=0)
-    engine.release_weights()
+    before = answers(engine, prompts, sampling, seed=0)
+    engine.sleep()
     assert all(tensor.untyped_storage().nbytes() == 0 for tensor in engine.model.state_dict().values())
     with pytest.raises(RolloutError, match="update_weights first"):
-        engine.generate(prompts, sampling, seed=0)
+        answers(engine, prompts, sampling, seed=0)
     engine.update_weights(weights.items())
-    assert engine.generate(prompts, sampling, seed=0) == before
+    assert [c.tokens for c in answers(engine, prompts, sampling, seed=0)] == [c.tokens for c in before]
 
 
 def test_streams_that_do_not_fit_name_the_tensor(directory, prompts):
@@ -215,7 +257,7 @@ def test_streams_that_do_not_fit_name_the_tensor(directory, prompts):
         with pytest.raises(RolloutError, match=text):
             engine.update_weights(stream.items())
         with pytest.raises(RolloutError, match="update_weights first"):
-            engine.generate(prompts, SamplingParams(max_new_tokens=1), seed=0)
+            answers(engine, prompts, SamplingParams(max_new_tokens=1), seed=0)
 
 
 @pytest.mark.parametrize(
@@ -236,4 +278,4 @@ def test_settings_that_cannot_be_sampled_with(settings, text):
 
 def test_empty_prompt(directory):
     with pytest.raises(RolloutError, match="prompt 1 is empty"):
-        rollout(directory).generate([[5], []], SamplingParams(max_new_tokens=1), seed=0)
+        answers(rollout(directory), [[5], []], SamplingParams(max_new_tokens=1), seed=0)

@@ -1,7 +1,6 @@
-"""The model of the quickstart: a tiny random one, taught by SFT to be right some of the time.
+"""Makes the model of the quickstart: a tiny random one, taught by SFT to be right some of the time.
 
-GRPO can only strengthen what is sampled now and then. The warm-up runs through the same engine as GRPO, and what it
-leaves is an ordinary HuggingFace directory, from which the run then starts like from any other.
+GRPO can only strengthen what is sampled now and then. The warm-up runs through the same engine as GRPO.
 """
 
 import dataclasses
@@ -14,6 +13,7 @@ from mbridge_config import ReasoningConfig, hf_directory
 from mbridge_config.schema.actor import ActorConfig
 from mbridge_model import save_hf
 from mbridge_train.build import build_engine
+from mbridge_train.data.order import RowOrder
 from mbridge_train.engine.batch import Sample, aggregation_weights
 from mbridge_train.losses.policy import sft_loss
 from mbridge_train.run.output import RunOutput
@@ -21,19 +21,18 @@ from mbridge_train.run.processes import broadcast
 from torch import distributed
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from mbridge_reasoning.data.order import ProblemSampler
-from mbridge_reasoning.data.problems import Problem, tokenize_problems
-from mbridge_reasoning.quickstart.tiny import TinyGeometry, write_tiny_model
+from mbridge_reasoning.data.prompts import Prompt, tokenize_prompts
+from mbridge_reasoning.quickstart.model import TinyGeometry, write_tiny_model
 from mbridge_reasoning.quickstart.warmup import warmup_answers
 
 
-def prepare_quickstart(config: ReasoningConfig, problems: Sequence[Problem], output: RunOutput) -> None:
-    """Make the model directory if it is not there yet. Collective over all ranks.
+def prepare_quickstart(config: ReasoningConfig, prompts: Sequence[Prompt], output: RunOutput) -> None:
+    """Make the model directory unless it exists. Collective over all ranks.
 
     Args:
         config: with `quickstart.enabled`.
-        problems: to train on; the warm-up sees their solutions.
-        output: for a line of progress now and then.
+        prompts: to train on; the warm-up sees their solutions.
+        output: prints progress now and then.
     """
     target = hf_directory(config)
     if broadcast((target / "config.json").is_file()):
@@ -50,21 +49,21 @@ def prepare_quickstart(config: ReasoningConfig, problems: Sequence[Problem], out
             geometry = TinyGeometry(
                 **{field.name: getattr(made, field.name) for field in dataclasses.fields(TinyGeometry)}
             )
-            texts = [_text(problem.prompt) for problem in problems]
+            texts = [_text(prompt.content) for prompt in prompts]
             write_tiny_model(untrained, texts, seed=config.actor.seed, geometry=geometry)
         distributed.barrier()
         engine = build_engine(warmup_actor(config), config.runner, untrained, optimizer_steps=made.warmup_steps)
         tokenizer = AutoTokenizer.from_pretrained(untrained)
-        tokenized = tokenize_problems(
-            problems,
+        tokenized = tokenize_prompts(
+            prompts,
             tokenizer,
             max_prompt_length=config.data.max_prompt_length,
             apply_chat_template=config.data.apply_chat_template,
             filter_long=config.data.filter_prompt_by_length,
         )
-        order = ProblemSampler(len(tokenized), batch_size=made.warmup_batch_size, seed=config.data.seed)
+        order = RowOrder(size=len(tokenized), batch_size=made.warmup_batch_size, seed=config.data.seed)
         for step in range(1, made.warmup_steps + 1):
-            chosen = [tokenized[index] for index in order.next_batch()]
+            chosen = [tokenized[index] for index in order.rows(step - 1)]
             answers = warmup_answers(
                 chosen,
                 step=step,
@@ -83,7 +82,7 @@ def prepare_quickstart(config: ReasoningConfig, problems: Sequence[Problem], out
 
 
 def warmup_actor(config: ReasoningConfig) -> ActorConfig:
-    """`config.actor` with the schedule of the warm-up, to which the lengths of the run's own do not fit."""
+    """Return `config.actor` with the schedule of the warm-up, which is shorter than the run."""
     made, schedule = config.quickstart, config.actor.lr_sched
     return dataclasses.replace(
         config.actor,
@@ -101,20 +100,16 @@ def warmup_actor(config: ReasoningConfig) -> ActorConfig:
     )
 
 
-def _batch(problems: Sequence[Problem], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
-    """Each prompt with the answer to teach; only the answer and its end token are trained."""
+def _batch(prompts: Sequence[Prompt], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
+    """Return each prompt with the answer to teach; only the answer and its end token are trained."""
     answer_tokens = [
         [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for answer in answers
     ]
-    tokens = [
-        torch.tensor([*problem.prompt_tokens, *answer]) for problem, answer in zip(problems, answer_tokens, strict=True)
-    ]
-    masks = [
-        torch.arange(len(row)) >= len(problem.prompt_tokens) for problem, row in zip(problems, tokens, strict=True)
-    ]
+    tokens = [torch.tensor([*prompt.tokens, *answer]) for prompt, answer in zip(prompts, answer_tokens, strict=True)]
+    masks = [torch.arange(len(row)) >= len(prompt.tokens) for prompt, row in zip(prompts, tokens, strict=True)]
     weights = aggregation_weights(masks, "token-mean")
     return [Sample(tokens=row, weights=weight) for row, weight in zip(tokens, weights, strict=True)]
 
 
-def _text(prompt: str | list[dict[str, str]]) -> str:
-    return prompt if isinstance(prompt, str) else "".join(message["content"] for message in prompt)
+def _text(content: str | list[dict[str, str]]) -> str:
+    return content if isinstance(content, str) else "".join(message["content"] for message in content)

@@ -1,0 +1,52 @@
+"""What is scored and what comes of it. Shared by the trainer and the reward workers, so nothing here imports torch."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from mbridge_reasoning.data.prompts import Prompt
+from mbridge_reasoning.rollout.base import EndReason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Answer:
+    """The text that the policy wrote, without special tokens, the prompt that it answers, and why it ended."""
+
+    text: str
+    prompt: Prompt
+    end: EndReason = "end_token"
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What an answer is worth.
+
+    Attributes:
+        value: 1.0 for a right answer; reasoning-gym tasks and reward functions may give other values.
+        status: "timeout" and "failed" (the scorer raised, ran out of memory, or took its process down twice) have
+            value 0.0.
+    """
+
+    value: float
+    status: Literal["scored", "timeout", "failed"] = "scored"
+
+    @property
+    def right(self) -> bool:
+        return self.value > 1.0 - 1e-6
+
+
+class Scorer(NamedTuple):
+    """What a reward worker runs.
+
+    Attributes:
+        score: returns one value an answer.
+        batched: it takes several answers at once; otherwise one.
+    """
+
+    score: Callable[[Sequence[Answer]], list[float]]
+    batched: bool = False
+
+
+def one_by_one(score: Callable[[Answer], float]) -> Scorer:
+    """Make a scorer of a function of a single answer."""
+    return Scorer(lambda answers: [score(answer) for answer in answers])
