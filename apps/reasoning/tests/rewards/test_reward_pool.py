@@ -113,6 +113,7 @@ def odd_worker(tmp_path, monkeypatch):
     package = tmp_path / "math_verify"
     package.mkdir()
     (package / "__init__.py").write_text(code)
+    (package / "grader.py").write_text("def sympy_numeric_eq(*arguments): return False\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
 
 

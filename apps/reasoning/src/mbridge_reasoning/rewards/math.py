@@ -6,19 +6,27 @@ import re
 from typing import Any
 
 from mbridge_reasoning.rewards.base import Answer, Scorer, one_by_one
-from mbridge_reasoning.rewards.extraction import without_thoughts
+from mbridge_reasoning.rewards.extraction import boxes, tagged_answer, without_thoughts
+from mbridge_reasoning.rewards.notation import normalize, normalize_content, number_in_base
+
+EXACT = 1e-15
+"""Largest relative difference of two exact numbers that are taken for equal, evaluated to 30 digits."""
+
+ROUNDED = 2e-6
+"""Likewise where one is a decimal: 0.333333 is 1/3."""
 
 
 def math_scorer() -> Scorer:
     """Make a scorer: 1.0 where the final answer equals any of the solutions, 0.0 otherwise.
 
-    The last \\boxed{…} counts first, and boxes close before it count as one answer with it, so that two guesses are not
-    a right one; then other LaTeX, then plain expressions. What comes before a closing </think> does not count, nor does
-    an escaped dollar sign.
+    The last <answer>…</answer> is the answer if there is one. Else the last \\boxed{…} is, and boxes close before it
+    count as one answer with it, so that two guesses are not a right one; then other LaTeX, then plain expressions. An
+    empty or unfinished tag or box is no answer, whatever stands before it, nor are thoughts, or an escaped dollar sign.
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     _mend_percentages()
+    _compare_small_numbers()
     # It would say that its time limits are off; the worker's own limits replace them.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     extraction = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
@@ -26,18 +34,92 @@ def math_scorer() -> Scorer:
     @functools.lru_cache(maxsize=4096)
     def parsed_solution(solution: str) -> tuple[Any, ...]:
         # LaTeX is found only inside an environment. With its full stop, a number would be text.
-        plain = _without_currency(solution).rstrip(". ")
-        delimited = plain if "\\boxed" in plain or "$" in plain else f"\\boxed{{{plain}}}"
-        return tuple(parse(delimited, extraction, parsing_timeout=None))
+        return tuple(parse(_solution(solution), extraction, parsing_timeout=None))
 
     def score(answer: Answer) -> float:
-        found = parse(_without_currency(without_thoughts(answer.text)), extraction, parsing_timeout=None)
-        if not found:
-            return 0.0
+        text = _answer(answer.text)
+        found = parse(text, extraction, parsing_timeout=None)
         solutions = answer.prompt.solutions
-        return float(any(verify(list(parsed_solution(s)), found, timeout_seconds=None) for s in solutions))
+        return float(
+            bool(found)
+            and any(
+                _same_base(text, solution)
+                and verify(list(parsed_solution(solution)), found, allow_set_relation_comp=True, timeout_seconds=None)
+                for solution in solutions
+            )
+        )
 
     return one_by_one(score)
+
+
+def _answer(text: str) -> str:
+    """Return the part of `text` that is the final answer, as math-verify finds it; "" if there is none."""
+    text = _without_currency(without_thoughts(text))
+    if "<think>" in text:  # thoughts that never end
+        return ""
+    tagged = tagged_answer(text)
+    if tagged is not None:
+        is_sentence = re.search(r"(?i)\b(?:answer|is|are|equals?)\b", tagged)
+        text = tagged if boxes(tagged) or is_sentence else f"\\boxed{{{tagged.strip('$')}}}"
+    found = boxes(text)
+    if not found:
+        return normalize(text)
+    if not (found[-1][2] or "").strip():
+        return ""
+    parts, end = [], 0
+    for start, stop, content in found:
+        parts += [normalize(text[end:start]), f"\\boxed{{{normalize_content(content or '')}}}"]
+        end = stop
+    return "".join(parts) + normalize(text[end:])
+
+
+def _solution(solution: str) -> str:
+    plain = _without_currency(solution)
+    if boxes(plain) or "$" in plain:
+        return normalize(plain)
+    return f"\\boxed{{{normalize_content(plain)}}}"
+
+
+def _same_base(text: str, solution: str) -> bool:
+    """Say whether answer and solution are the same digits in the same base, as far as both name one."""
+    found = boxes(text)
+    given = number_in_base(found[-1][2] or "" if found else text.rpartition(" ")[2].rstrip("."))
+    inside = boxes(solution)
+    wanted = number_in_base(inside[-1][2] or "" if inside else solution)
+    return given is None or wanted is None or given == wanted
+
+
+def _compare_small_numbers() -> None:
+    """Have math-verify compare numbers relatively, too.
+
+    It rounds to 6 decimals, and drops differences below 1e-15, so that 2^-98 equals 2^-99.
+    """
+    from math_verify import grader
+
+    rounded = grader.sympy_numeric_eq
+    if rounded.__module__ != grader.__name__:
+        return
+
+    @functools.wraps(rounded)
+    def compared(a: Any, b: Any, float_rounding: int, numeric_precision: int) -> bool:
+        return bool(rounded(a, b, float_rounding, numeric_precision)) and not _differ(a, b)
+
+    compared.__module__ = __name__
+    grader.sympy_numeric_eq = compared
+
+
+def _differ(a: Any, b: Any) -> bool:
+    """Say whether two numbers are relatively further apart than their kind allows; False for anything else."""
+    from math_verify.grader import get_pct_val
+    from sympy import Float
+
+    if get_pct_val(a) is not None or get_pct_val(b) is not None:  # 9% may be written as 9
+        return False
+    if not (getattr(a, "is_number", False) and getattr(b, "is_number", False)):
+        return False
+    tolerance = ROUNDED if a.has(Float) or b.has(Float) else EXACT
+    a, b = a.doit(), b.doit()
+    return bool(abs((a - b).evalf(30)) > tolerance * max(abs(a.evalf(30)), abs(b.evalf(30))))
 
 
 def _mend_percentages() -> None:
