@@ -28,12 +28,12 @@ def test_turns_and_blank_lines(tmp_path):
         {"messages": [USER, ANSWER]},
         "",
         "  ",
-        {"messages": [system, USER, ANSWER, USER, {"role": "assistant", "content": [{"type": "text", "text": ""}]}]},
+        {"messages": [system, USER, ANSWER, USER, {"role": "assistant", "content": [{"type": "text", "text": "Bye"}]}]},
     )
     assert len(examples) == 2
     assert examples[0].messages == (Message(role="user", parts=("Hi",)),)
     assert [message.role for message in examples[1].messages] == ["system", "user", "assistant", "user"]
-    assert (examples[0].answer, examples[1].answer) == ("Hello", "")
+    assert (examples[0].answer, examples[1].answer) == ("Hello", "Bye")
     assert examples[1].source == f"{tmp_path}/a.jsonl:4"
     assert examples[1].choices is None
 
@@ -146,12 +146,59 @@ def test_what_would_be_lost_is_refused(tmp_path, row, message, key):
     assert examples[1].answer == "Hello"
 
 
-def test_images_beside_the_messages_are_not_passed_over(tmp_path):
-    examples = chat(
-        tmp_path / "a.jsonl",
-        {"messages": [{"role": "user", "content": "<image>What?"}, ANSWER], "images": ["a.png"]},
-        {"messages": [USER, ANSWER], "images": []},
-    )
-    with pytest.raises(RowError, match=r"a.jsonl:1: images beside 'messages' are not read; name each in its place"):
-        examples[0]
-    assert examples[1].answer == "Hello"
+USER_WITH_MARK = {"role": "user", "content": "<image>What?"}
+
+
+@pytest.mark.parametrize(
+    ("row", "parts"),
+    [
+        ({"messages": [USER_WITH_MARK, ANSWER], "images": ["a.png"]}, ("a.png", "What?")),
+        ({"messages": [USER_WITH_MARK, ANSWER], "image": "a.png"}, ("a.png", "What?")),
+        ({"messages": [USER_WITH_MARK, ANSWER], "images": [{"path": "a.png", "bytes": None}]}, ("a.png", "What?")),
+        (with_part({"type": "image"}) | {"images": ["a.png"]}, ("a.png", "What?")),
+        (with_part({"type": "text", "text": "Is<image>like<image>?"}) | {"images": ["a", "b"]}, "Is a like b ? What?"),
+    ],
+)
+def test_images_beside_the_messages_go_where_the_text_has_a_mark(tmp_path, row, parts):
+    found = chat(tmp_path / "a.jsonl", row)[0].messages[0].parts
+    names = [part.location.removeprefix(f"{tmp_path}/") if isinstance(part, ImageReference) else part for part in found]
+    assert names == list(parts) if isinstance(parts, tuple) else names == parts.split(" ")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"messages": [USER_WITH_MARK, ANSWER]}, r"message 1: the text holds <image> where there is no image for it"),
+        (with_part({"type": "text", "text": "<image>"}), r"the text holds <image> where there is no image"),
+        ({"messages": [USER, ANSWER], "images": ["a.png"]}, r"1 of the images beside 'messages' have no place; write"),
+        ({"messages": [USER, ANSWER], "images": [7]}, r"cannot use the image 7; write a path"),
+        ({"messages": [USER, ANSWER | {"loss": False}]}, r"message 2: 'loss' is false for a turn of the assistant"),
+        ({"messages": [USER | {"train": True}, ANSWER]}, r"message 1: 'train' is true for a turn of the user"),
+        (
+            with_part({"type": "image", "image": "a.png", "max_pixels": 50176}),
+            r"message 1: 'max_pixels' of an image is not read; set data.min_pixels and data.max_pixels",
+        ),
+        ({"messages": [USER, ANSWER | {"content": " \n"}]}, r"the answer is empty"),
+    ],
+)
+def test_what_would_be_trained_otherwise_than_it_says_is_refused(tmp_path, row, message):
+    with pytest.raises(RowError, match=rf"a\.jsonl:1.*{message}"):
+        chat(tmp_path / "a.jsonl", row)[0]
+
+
+def test_marks_of_what_is_trained_anyway(tmp_path):
+    row = {"messages": [USER | {"loss": False}, ANSWER | {"train": True}]}
+    assert chat(tmp_path / "a.jsonl", row)[0].answer == "Hello"
+
+
+def test_a_symbolic_link_may_not_lead_out_of_the_image_root(tmp_path):
+    (tmp_path / "secret.png").write_bytes(b"")
+    root = tmp_path / "images"
+    root.mkdir()
+    (root / "a.png").symlink_to(tmp_path / "secret.png")
+    (root / "b.png").symlink_to("c.png")
+    row = with_part({"type": "image", "image": "a.png"})
+    with pytest.raises(RowError, match=rf"the image 'a.png' is outside {root}; .* symbolic links"):
+        chat(tmp_path / "a.jsonl", row, image_root=root)[0]
+    inside = chat(tmp_path / "b.jsonl", with_part({"type": "image", "image": "b.png"}), image_root=root)[0]
+    assert inside.images == [ImageReference(location=f"{root}/b.png")]

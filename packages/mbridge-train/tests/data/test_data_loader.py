@@ -37,7 +37,7 @@ def number(example):
 
 def rows(tmp_path, texts):
     lines = [
-        {"messages": [{"role": "user", "content": str(text)}, {"role": "assistant", "content": ""}]} for text in texts
+        {"messages": [{"role": "user", "content": str(text)}, {"role": "assistant", "content": "ok"}]} for text in texts
     ]
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -204,3 +204,22 @@ def test_choices_under_another_name_are_not_passed_over(tmp_path):
     path = write(tmp_path / "a.parquet", [row()])
     with pytest.raises(DataError, match="no column 'options', only question, choices.* correct data.choice_key"):
         read(path, choice_key="options")
+
+
+def test_a_mark_in_the_question_is_the_place_of_its_image(tmp_path):
+    images = {"image_0": {"bytes": b"0", "path": None}, "image_1": {"bytes": b"1", "path": None}, "image": None}
+    rows = [row(question="Is <image> like <image>?", choices=None, correct_answer="No", **images)]
+    rows += [row(question="Is <image>?", choices=None, correct_answer="No", **images)]
+    rows += [row(question="<image><image><image>", choices=None, correct_answer="No", **images)]
+    found = read(write(tmp_path / "a.parquet", rows))
+    zero, one = ImageReference(data=b"0"), ImageReference(data=b"1")
+    assert found[0].messages[0].parts == ("Is ", zero, " like ", one, "?")
+    with pytest.raises(RowError, match="row 1: the question has fewer <image> than the row has images"):
+        found[1]
+    with pytest.raises(RowError, match="row 2: the text holds <image> where there is no image for it"):
+        found[2]
+
+
+def test_an_empty_answer_is_a_bad_row(tmp_path):
+    with pytest.raises(RowError, match="row 0: the answer is empty"):
+        read(write(tmp_path / "a.parquet", [row(choices=None, correct_answer=" ")]))[0]

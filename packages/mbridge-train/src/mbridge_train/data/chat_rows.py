@@ -4,25 +4,30 @@
                                                {"type": "text", "text": "What is this?"}]},
                   {"role": "assistant", "content": "A cat."}]}
 
-An image is a path, a data: URL, or, where `data.allow_urls` says so, an http(s) URL. Paths start at `data.image_root`
-(by default the directory of the file) and stay in it: with image_root=/ every file of the machine can be named.
+Images may also be listed beside the messages, whose text then has a mark for each:
+
+    {"messages": [{"role": "user", "content": "<image>What is this?"}, …], "images": ["cat.jpg"]}
+
+An image is a path, a data: URL, or, if `data.allow_urls` is set, an http(s) URL. Paths start at `data.image_root` (by
+default the directory of the file) and stay in it, symbolic links included: with image_root=/ a row can name every file
+of the machine.
 """
 
 import base64
 import binascii
 import json
 import os.path
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 from mbridge_train.data.errors import RowError
-from mbridge_train.data.examples import Example, ImageReference, Message, Role
+from mbridge_train.data.examples import Example, ImageReference, Message, Role, with_images
 from mbridge_train.data.json_records import JsonRecords
 
 
 class ChatFile:
-    """A `.jsonl` file of chats. A row is a line that is not blank; messages name the line's number, from 1.
+    """A `.jsonl` file of chats. A row is a line that is not blank.
 
     Args:
         path: the file.
@@ -50,49 +55,78 @@ class ChatFile:
         row = self._records[index]
         if not isinstance(row.get("messages"), list):
             raise RowError(f'{source}: no list \'messages\'; write {{"messages": [{{"role": …, "content": …}}, …]}}')
-        if row.get("images") or row.get("image"):
-            raise RowError(
-                f"{source}: images beside 'messages' are not read; name each in its place in the content, as "
-                '{"type": "image", "image": "a path"}'
-            )
         _refuse_unread(row, ("videos", "video", "tools", "functions"), source)
-        messages = [self._message(message, f"{source}, message {n}") for n, message in enumerate(row["messages"], 1)]
+        listed = self._listed(row, source)
+        messages = [
+            self._message(message, listed, f"{source}, message {n}") for n, message in enumerate(row["messages"], 1)
+        ]
+        if left := len(list(listed)):
+            raise RowError(
+                f"{source}: {left} of the images beside 'messages' have no place; write <image> in the text, or "
+                '{"type": "image"} in the content, where each of them belongs'
+            )
         roles = [message.role for message in messages]
         if roles[-2:] != ["user", "assistant"]:
             raise RowError(
                 f"{source}: the last two of the roles {', '.join(roles) or '(none)'} must be user and assistant: "
                 "the assistant's last message is the answer to train on"
             )
+        if not messages[-1].text.strip():
+            raise RowError(f"{source}: the answer is empty, so the model would learn to say nothing; take the row out")
         return Example(messages=tuple(messages[:-1]), answer=messages[-1].text, source=source)
 
-    def _message(self, message: Any, where: str) -> Message:
+    def _listed(self, row: dict[str, Any], where: str) -> Iterator[ImageReference]:
+        """Yield the images beside the messages, in their order."""
+        images = row.get("images") or row.get("image") or []
+        for image in images if isinstance(images, list) else [images]:
+            value = image.get("path") or image.get("url") if isinstance(image, dict) else image
+            if not isinstance(value, str) or not value:
+                raise RowError(f"{where}: cannot use the image {json.dumps(image)[:80]}; write a path")
+            yield self._image(value, where)
+
+    def _message(self, message: Any, listed: Iterator[ImageReference], where: str) -> Message:
         if not isinstance(message, dict) or message.get("role") not in get_args(Role):
             role = message.get("role") if isinstance(message, dict) else message
             raise RowError(f"{where}: role {role!r} is none of {', '.join(get_args(Role))}")
         _refuse_unread(message, ("tool_calls", "function_call", "reasoning_content"), where)
         if message.get("weight", 1) != 1:
             raise RowError(f"{where}: the weight {message['weight']!r} is not read; data.train_on says what is trained")
+        is_answer = message["role"] == "assistant"
+        for key in ("loss", "train"):
+            if message.get(key) is not None and bool(message[key]) is not is_answer:
+                raise RowError(
+                    f"{where}: {key!r} is {json.dumps(message[key])} for a turn of the {message['role']}, but is not "
+                    "read; data.train_on says which of the assistant's turns are trained"
+                )
         content = message.get("content")
         if isinstance(content, str):
-            parts: tuple[str | ImageReference, ...] = (content,)
+            parts = [content] if is_answer else with_images(content, listed, where)
         elif isinstance(content, list):
-            parts = tuple(self._part(part, where) for part in content)
+            parts = [piece for part in content for piece in self._part(part, listed, where)]
         else:
             raise RowError(f"{where}: 'content' is neither text nor a list of parts")
-        if message["role"] == "assistant" and not all(isinstance(part, str) for part in parts):
+        if is_answer and not all(isinstance(part, str) for part in parts):
             raise RowError(f"{where}: an image in the assistant's turn; models here answer in text")
-        return Message(role=message["role"], parts=parts)
+        return Message(role=message["role"], parts=tuple(parts))
 
-    def _part(self, part: Any, where: str) -> str | ImageReference:
+    def _part(self, part: Any, listed: Iterator[ImageReference], where: str) -> list[str | ImageReference]:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "text" and isinstance(part.get("text"), str):
-            return str(part["text"])
+            return with_images(part["text"], listed, where)
         if kind in ("image", "image_url"):
+            if part.keys() == {"type"} and (image := next(listed, None)):
+                return [image]
+            for key in ("min_pixels", "max_pixels", "resized_height", "resized_width"):
+                if part.get(key) is not None:
+                    raise RowError(
+                        f"{where}: {key!r} of an image is not read; set data.min_pixels and data.max_pixels, which "
+                        "hold for all images"
+                    )
             value = next((part[key] for key in ("image", "image_url", "url", "path", "base64") if key in part), None)
             if isinstance(value, dict):  # OpenAI: {"type": "image_url", "image_url": {"url": …}}
                 value = value.get("url")
             if isinstance(value, str) and value:
-                return self._base64(value, where) if "base64" in part else self._image(value, where)
+                return [self._base64(value, where) if "base64" in part else self._image(value, where)]
         raise RowError(
             f"{where}: cannot use the part {json.dumps(part)[:80]}; write "
             '{"type": "text", "text": …} or {"type": "image", "image": "a path"}'
@@ -113,10 +147,12 @@ class ChatFile:
                 )
             return ImageReference(location=value)
         path = os.path.normpath(os.path.join(self._root, value.removeprefix("file://")))
-        if os.path.commonpath([path, self._root]) != self._root:
+        for inside, root in ((path, self._root), (os.path.realpath(path), os.path.realpath(self._root))):
+            if os.path.commonpath([inside, root]) == root:
+                continue
             raise RowError(
                 f"{where}: the image {value[:80]!r} is outside {self._root}; set data.image_root to a directory "
-                "that holds all images"
+                "that holds all images, and the files that symbolic links among them name"
             )
         return ImageReference(location=path)
 
@@ -128,7 +164,7 @@ class ChatFile:
 
 
 def _refuse_unread(record: dict[str, Any], keys: Sequence[str], where: str) -> None:
-    """Training on what is left of a row without them would teach something else."""
+    """Raise `RowError` for a key with a value: training on the rest of the row would teach something else."""
     for key in keys:
         if record.get(key):
             raise RowError(

@@ -1,4 +1,4 @@
-"""What is trained and evaluated on: a conversation, its answer, and images that nobody has decoded yet."""
+"""Conversations with an answer and with images that are not decoded yet: what training and evaluation read."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -6,12 +6,18 @@ from typing import Literal, Protocol
 
 from mbridge_train.data.errors import RowError
 
+IMAGE_MARK = "<image>"
+"""Stands in a text for an image that the row lists elsewhere; models have tokens of their own for it."""
+
 Role = Literal["system", "user", "assistant"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageReference:
-    """An image as its row gives it: `data`, the bytes of a file, or `location`, a path or an http(s) URL."""
+    """An image as its row gives it: `data`, the bytes of a file, or `location`, a path or an http(s) URL.
+
+    An image that was fetched has both.
+    """
 
     data: bytes | None = None
     location: str | None = None
@@ -19,14 +25,14 @@ class ImageReference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
-    """One turn. `parts`: text and images in their order; an assistant's are text only."""
+    """One turn. `parts` are text and images in their order; those of an assistant are text only."""
 
     role: Role
     parts: tuple[str | ImageReference, ...]
 
     @property
     def text(self) -> str:
-        """Its text parts joined."""
+        """The text parts, joined."""
         return "".join(part for part in self.parts if isinstance(part, str))
 
 
@@ -34,9 +40,12 @@ class Message:
 class Example:
     """One example.
 
-    `messages`: what comes before the answer; the last is the user's, and earlier turns of the assistant are among
-    them. `answer`: the assistant's last turn. `choices`: on multiple-choice data all possible answers, of which
-    `answer` is one; None elsewhere. `source`: file and row, for messages.
+    Attributes:
+        messages: the turns before the answer, of which the last is the user's. Earlier turns of the assistant are
+            among them.
+        answer: the assistant's last turn.
+        choices: all possible answers of a multiple-choice question, `answer` among them; None for a free answer.
+        source: file and row, for messages.
     """
 
     messages: tuple[Message, ...]
@@ -46,7 +55,7 @@ class Example:
 
     @property
     def images(self) -> list[ImageReference]:
-        """Of all turns, in order."""
+        """The images of all turns, in order."""
         return [part for message in self.messages for part in message.parts if isinstance(part, ImageReference)]
 
 
@@ -54,20 +63,39 @@ class Examples(Protocol):
     """Rows that are read when they are asked for. Can be pickled, to be read in other processes as well."""
 
     def __len__(self) -> int:
-        """Rows, bad ones included."""
+        """Return the number of rows, bad ones included."""
         ...
 
     def __getitem__(self, index: int) -> Example:
-        """Row `index`, from 0. Raises `RowError` where it is unusable, `DataError` where its file is."""
+        """Return row `index`, from 0. Raise `RowError` if the row cannot be used, `DataError` if its file cannot."""
         ...
 
     def source(self, index: int) -> str:
-        """File and row, without reading the row."""
+        """Return file and row, without reading the row."""
         ...
 
 
+def with_images(text: str, images: Iterator[ImageReference], where: str) -> list[str | ImageReference]:
+    """Return the parts of `text` with the next of `images` in the place of each "<image>".
+
+    Raises:
+        RowError: there are not so many images.
+    """
+    first, *others = text.split(IMAGE_MARK)
+    parts: list[str | ImageReference] = [first]
+    for part in others:
+        image = next(images, None)
+        if image is None:
+            raise RowError(
+                f"{where}: the text holds {IMAGE_MARK} where there is no image for it; take the mark out of the text, "
+                "or list as many images as there are marks"
+            )
+        parts += [image, part]
+    return [part for part in parts if part != ""] or [""]
+
+
 def readable(examples: Examples) -> Iterator[Example]:
-    """All rows in their order, without the bad ones."""
+    """Yield all rows in their order, without the bad ones."""
     for index in range(len(examples)):
         try:
             yield examples[index]

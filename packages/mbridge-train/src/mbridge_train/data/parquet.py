@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mbridge_train.data.errors import DataError, RowError
-from mbridge_train.data.examples import Example, ImageReference, Message
+from mbridge_train.data.examples import Example, ImageReference, Message, with_images
 
 KEPT_BYTES = 64 * 2**20
 """Row groups that each process keeps of a file, uncompressed. A larger group is read up to the row, and not kept."""
@@ -143,7 +143,14 @@ class ParquetFile:
                 texts = tuple(LETTERS[: len(texts)])
             question = "\n".join([question, "Choose one:", *lines])
             answer = texts[right]
-        user = Message(role="user", parts=(*images, question))
+        if not answer.strip():
+            raise RowError(f"{source}: the answer is empty, so the model would learn to say nothing; take the row out")
+        listed = iter(images)
+        parts = with_images(question, listed, source)
+        rest = list(listed)
+        if rest and len(rest) < len(images):
+            raise RowError(f"{source}: the question has fewer <image> than the row has images; write one for each")
+        user = Message(role="user", parts=(*rest, *parts))
         return Example(messages=(user,), answer=answer, choices=texts, source=source)
 
     def _row(self, index: int) -> dict[str, Any]:
