@@ -46,10 +46,10 @@ def gang4(worker_pool: WorkerPool) -> Gang:
 @pytest.fixture(scope="session")
 def tiny_vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Directory of a tiny random Qwen3-VL with its processor. Tests must not change it."""
-    from mbridge_sft.quickstart.tiny import write_tiny_model
+    from mbridge_sft.quickstart.model import write_tiny_vision_model
 
     corpus = ["Which digit is this?\nChoose one:\n0\n1\n2", "What is in the image?"]
-    return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model", corpus, seed=1)
+    return write_tiny_vision_model(tmp_path_factory.mktemp("tiny") / "model", corpus, seed=1)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy
 import psutil
-from mbridge_sft.quickstart.tiny import write_tiny_model
+from mbridge_sft.quickstart.model import write_tiny_vision_model
 from mbridge_train.data.encode import Encoder
 from mbridge_train.data.loader import EncodedBatches
 from mbridge_train.data.rows import read_examples
@@ -42,7 +42,7 @@ def write_rows(directory: Path, rows: int, side: int) -> None:
 
 def write_processor(directory: Path) -> None:
     """Write a tiny model's directory whose processor cuts patches as the one of Qwen3-VL does."""
-    write_tiny_model(directory, [QUESTION], seed=1)
+    write_tiny_vision_model(directory, [QUESTION], seed=1)
     (file,) = (path for path in directory.glob("*processor*.json") if "patch_size" in path.read_text())
     settings = json.loads(file.read_text())
     images = settings.get("image_processor", settings)

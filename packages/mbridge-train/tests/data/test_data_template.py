@@ -1,7 +1,7 @@
 """What is trained of a conversation: the answer and its end token, under templates of several habits."""
 
 import pytest
-from mbridge_sft.quickstart.tiny import CHAT_TEMPLATE, build_processor
+from mbridge_sft.quickstart.model import CHAT_TEMPLATE, build_processor
 from mbridge_train.data.errors import DataError, RowError
 from mbridge_train.data.examples import ImageReference, Message
 from mbridge_train.data.template import ChatTemplate

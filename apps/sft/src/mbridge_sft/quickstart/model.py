@@ -51,7 +51,7 @@ CHAT_TEMPLATE = """\
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TinyGeometry:
+class TinyVisionGeometry:
     """Sizes of the tiny model. Its heads have 32 channels, the fewest that all attention kernels take.
 
     An image token stands for 16 x 16 pixels: 2 x 2 patches of 8 x 8. So a 32 x 32 image is 16 patches and 4 tokens.
@@ -95,14 +95,14 @@ def build_processor(corpus: Iterable[str], vocab_size: int) -> Qwen3VLProcessor:
     )
 
 
-def write_tiny_model(
-    directory: str | Path, corpus: Iterable[str], *, seed: int, geometry: TinyGeometry | None = None
+def write_tiny_vision_model(
+    directory: str | Path, corpus: Iterable[str], *, seed: int, geometry: TinyVisionGeometry | None = None
 ) -> Path:
     """Write configs, fp32 `model.safetensors`, and the files of the tokenizer and processor to `directory`.
 
     The same `corpus`, `seed` and `geometry` give the same bytes. The caller's random state is left as it was.
     """
-    geometry = geometry or TinyGeometry()
+    geometry = geometry or TinyVisionGeometry()
     directory = Path(directory)
     processor = build_processor(corpus, geometry.vocab_size)
     config = _config(geometry, processor)
@@ -123,7 +123,7 @@ def write_tiny_model(
     return directory
 
 
-def _config(geometry: TinyGeometry, processor: Qwen3VLProcessor) -> Qwen3VLConfig:
+def _config(geometry: TinyVisionGeometry, processor: Qwen3VLProcessor) -> Qwen3VLConfig:
     config = Qwen3VLConfig(
         text_config={
             # The embedding keeps the rows of the requested size, so a tensor-parallel split of it stays even.

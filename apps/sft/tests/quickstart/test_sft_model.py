@@ -1,7 +1,7 @@
 """The tiny vision-language model is an ordinary HuggingFace directory, the same for the same seed."""
 
 import torch
-from mbridge_sft.quickstart.tiny import END_OF_TURN, TinyGeometry, write_tiny_model
+from mbridge_sft.quickstart.model import END_OF_TURN, TinyVisionGeometry, write_tiny_vision_model
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 CORPUS = ["Which digit is this?\nChoose one:\n"]
@@ -9,10 +9,12 @@ CORPUS = ["Which digit is this?\nChoose one:\n"]
 
 def test_directory_loads_and_is_reproducible(tmp_path):
     state = torch.random.get_rng_state()
-    one = write_tiny_model(tmp_path / "one", CORPUS, seed=1)
+    one = write_tiny_vision_model(tmp_path / "one", CORPUS, seed=1)
     assert torch.equal(torch.random.get_rng_state(), state)
-    two = write_tiny_model(tmp_path / "two", CORPUS, seed=1)
-    other = write_tiny_model(tmp_path / "other", CORPUS, seed=2, geometry=TinyGeometry(tie_word_embeddings=True))
+    two = write_tiny_vision_model(tmp_path / "two", CORPUS, seed=1)
+    other = write_tiny_vision_model(
+        tmp_path / "other", CORPUS, seed=2, geometry=TinyVisionGeometry(tie_word_embeddings=True)
+    )
     files = sorted(path.name for path in one.iterdir())
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in files)
     assert (one / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
@@ -25,8 +27,10 @@ def test_directory_loads_and_is_reproducible(tmp_path):
 
 
 def test_geometry_is_what_was_asked_for(tmp_path):
-    geometry = TinyGeometry(hidden_size=64, num_hidden_layers=3, vision_depth=4, deepstack_visual_indexes=(0, 2, 3))
-    config = AutoConfig.from_pretrained(write_tiny_model(tmp_path, CORPUS, seed=1, geometry=geometry))
+    geometry = TinyVisionGeometry(
+        hidden_size=64, num_hidden_layers=3, vision_depth=4, deepstack_visual_indexes=(0, 2, 3)
+    )
+    config = AutoConfig.from_pretrained(write_tiny_vision_model(tmp_path, CORPUS, seed=1, geometry=geometry))
     assert config.text_config.head_dim == 32
     assert (config.text_config.hidden_size, config.text_config.num_hidden_layers) == (64, 3)
     assert config.vision_config.deepstack_visual_indexes == [0, 2, 3]
@@ -45,6 +49,6 @@ def test_processor_round_trips_and_knows_its_marks(tiny_vision_model):
     marks = f"<|im_start|>{processor.image_token}{processor.video_token}<|vision_start|><|vision_end|>{END_OF_TURN}"
     assert len(tokenizer(marks)["input_ids"]) == 6
     assert tokenizer.decode(tokenizer(f"7{marks}")["input_ids"], skip_special_tokens=True) == "7"
-    assert len(tokenizer) <= TinyGeometry().vocab_size
+    assert len(tokenizer) <= TinyVisionGeometry().vocab_size
     config = AutoConfig.from_pretrained(tiny_vision_model)
     assert (config.image_token_id, config.video_token_id) == (processor.image_token_id, processor.video_token_id)

@@ -1,23 +1,22 @@
-"""What the quickstart makes before it trains: handwritten digits as parquet files, and a tiny random Qwen3-VL."""
+"""Makes data and model of the quickstart, unless they exist: handwritten digits, and a tiny random Qwen3-VL."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 
 from mbridge_config import SFTConfig, hf_directory
-from mbridge_train.data.errors import RowError
+from mbridge_train.data.examples import readable
 from mbridge_train.data.rows import read_examples
 from torch import distributed
 
 from mbridge_sft.quickstart.digits import write_digits
-from mbridge_sft.quickstart.tiny import TinyGeometry, write_tiny_model
+from mbridge_sft.quickstart.model import TinyVisionGeometry, write_tiny_vision_model
 from mbridge_sft.start import data_paths, read_settings
 
 
 def prepare_quickstart(config: SFTConfig, say: Callable[[str], None]) -> None:
-    """Make data and model where they are not there yet. Collective over all ranks.
+    """Make data and model unless they exist. Collective over all ranks.
 
-    The digits go to `train` and `eval` beside each other, above which the first missing path of `data` lies.
+    The digits go to `train` and `eval` in the directory that holds the first missing path of `data`.
     """
     if distributed.get_rank() == 0:
         missing = [path for paths in data_paths(config) for path in paths if not path.exists()]
@@ -30,18 +29,16 @@ def prepare_quickstart(config: SFTConfig, say: Callable[[str], None]) -> None:
         else:
             say(f"making a tiny random Qwen3-VL in {target}")
             made = config.quickstart
-            values = {field.name: getattr(made, field.name) for field in dataclasses.fields(TinyGeometry)}
+            values = {field.name: getattr(made, field.name) for field in dataclasses.fields(TinyVisionGeometry)}
             values["deepstack_visual_indexes"] = tuple(made.deepstack_visual_indexes)
-            write_tiny_model(target, _texts(config), seed=config.actor.seed, geometry=TinyGeometry(**values))
+            geometry = TinyVisionGeometry(**values)
+            write_tiny_vision_model(target, _texts(config), seed=config.actor.seed, geometry=geometry)
     distributed.barrier()
 
 
 def _texts(config: SFTConfig) -> Iterator[str]:
-    """What the tokenizer is made of: questions and answers, of the evaluation where nothing is trained."""
+    """Yield questions and answers to make the tokenizer of: those to train on, else those to evaluate."""
     training, evaluation = data_paths(config)
-    examples = read_examples(training or evaluation, read_settings(config.data))
-    for row in range(len(examples)):
-        with suppress(RowError):  # the loader counts and names it
-            example = examples[row]
-            yield from (message.text for message in example.messages)
-            yield example.answer
+    for example in readable(read_examples(training or evaluation, read_settings(config.data))):
+        yield from (message.text for message in example.messages)
+        yield example.answer
