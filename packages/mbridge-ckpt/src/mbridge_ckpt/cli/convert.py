@@ -1,4 +1,4 @@
-"""The commands that make something new of a checkpoint: `reshard`, `import-megatron` and `export-hf`."""
+"""The commands that make something new from a checkpoint: `reshard`, `import-megatron` and `export-hf`."""
 
 import argparse
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Which parameters of two checkpoints differ, and by how much, whatever layouts they were written under."""
+"""Compare the parameters of two checkpoints, whatever layouts they were written under."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
-"""`mbridge-ckpt`: look at, check, compare and tidy checkpoints. See `mbridge-ckpt --help`.
+"""`mbridge-ckpt`: inspect, verify, compare and tidy checkpoints. See `mbridge-ckpt --help`.
 
-Exit codes: 0 fine; 1 the answer is no (verify found a fault, diff a difference); 2 the command could not be carried
+Exit codes: 0 success; 1 the answer is no (verify found a fault, diff a difference); 2 the command could not be carried
 out, with one line on stderr that says why; 130 interrupted by Ctrl-C, with nothing made.
 """
 
@@ -27,7 +27,7 @@ FINE, NO, FAILED, INTERRUPTED = 0, 1, 2, 130
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     options = _parser().parse_args(arguments)
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name need be no text, and a terminal may know ASCII alone
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a file's name need not be text, and a terminal may know only ASCII
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code: int = options.run(options)
@@ -81,7 +81,7 @@ def _ls(options: argparse.Namespace) -> int:
             rows.append([entry["name"], entry["created"], size_text(entry["bytes"]), str(entry["layout"]), mark])
     print_columns(rows)
     for leftover in leftovers:
-        print(f"{leftover.path.name}  left by an interrupted save; `mbridge-ckpt prune {directory}` sees to it")
+        print(f"{leftover.path.name}  left by an interrupted save; `mbridge-ckpt prune {directory}` cleans it up")
     if not found and not leftovers:
         inside = directory / "checkpoints"  # of a run's directory
         print(f"no checkpoints in {directory}" + f", but in {inside}" * bool(list_checkpoints(inside)))
@@ -181,9 +181,9 @@ def _diff(options: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mbridge-ckpt",
-        description="Look at, check, compare and tidy training checkpoints.",
-        epilog="Exit codes: 0 fine; 1 the answer is no (a fault, a difference); 2 could not be done, reason on stderr;"
-        " 130 interrupted.",
+        description="Inspect, verify, compare and tidy training checkpoints.",
+        epilog="Exit codes: 0 success; 1 the answer is no (a fault, a difference); 2 the command could not be carried"
+        " out, with the reason on stderr; 130 interrupted.",
     )
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
@@ -195,14 +195,14 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     command("ls", _ls, "List the checkpoints in a directory.", "DIRECTORY")
-    show = command("show", _show, "What a checkpoint holds, from its manifest.", "CHECKPOINT")
+    show = command("show", _show, "Show what a checkpoint holds, from its manifest.", "CHECKPOINT")
     show.add_argument("--tensors", action="store_true", help="list tensors too")
     show.add_argument("--file", metavar="TEXT", help="only files with TEXT in their path")
     check = command("verify", _verify, "Compare the files with the manifest.", "CHECKPOINT")
     check.add_argument("--full", action="store_true", help="read every byte and compare checksums")
-    compare = command("diff", _diff, "Which parameters of two checkpoints differ, and by how much.", "FIRST")
+    compare = command("diff", _diff, "Show which parameters of two checkpoints differ, and by how much.", "FIRST")
     compare.add_argument("other", type=Path, metavar="SECOND")
-    cut = command("reshard", run_reshard, "Cut a checkpoint for another parallel layout.", "CHECKPOINT")
+    cut = command("reshard", run_reshard, "Reshard a checkpoint for another parallel layout.", "CHECKPOINT")
     cut.add_argument("destination", type=Path, metavar="DIRECTORY", help="checkpoints directory to write into")
     cut.add_argument("--tp", type=int, default=1, help="tensor-parallel size (1)")
     cut.add_argument("--pp", type=int, default=1, help="pipeline stages (1)")

@@ -1,4 +1,4 @@
-"""How the command line prints: aligned columns, sizes people read, JSON, and a progress bar on a terminal."""
+"""What the command line prints: aligned columns, readable sizes, JSON, and a progress bar on a terminal."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ from typing import Any, Self
 
 
 def size_text(count: float) -> str:
-    """A byte count in binary units, three digits."""
+    """Format a byte count in binary units."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -19,7 +19,7 @@ def size_text(count: float) -> str:
 
 
 def print_columns(rows: Sequence[Sequence[object]]) -> None:
-    """Rows of equal length, each column as wide as its widest cell."""
+    """Print rows of equal length, each column as wide as its widest cell."""
     texts = [[str(cell) for cell in row] for row in rows]
     widths = [max(len(row[column]) for row in texts) for column in range(len(texts[0]))] if texts else []
     for row in texts:
@@ -27,7 +27,7 @@ def print_columns(rows: Sequence[Sequence[object]]) -> None:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document; dataclasses become objects, paths text."""
+    """Print one JSON document; dataclasses become objects, paths become text."""
     print(json.dumps(value, indent=2, default=_plain))
 
 

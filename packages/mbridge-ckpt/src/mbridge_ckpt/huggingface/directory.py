@@ -1,4 +1,4 @@
-"""A directory that appears whole under its name or not at all, for what is no checkpoint."""
+"""A directory that appears whole under its name or not at all, for content that is not a checkpoint."""
 
 import json
 import os
@@ -37,7 +37,7 @@ class NewDirectory:
 
     @contextmanager
     def stream(self, path: str) -> Iterator[SaveStream]:
-        """A new file, on the disk when the block ends."""
+        """Open a new file, which is on the disk when the block ends."""
         target = inside(self.path, path)
         target.parent.mkdir(parents=True, exist_ok=True)
         file = HashingFile(target)
@@ -48,20 +48,20 @@ class NewDirectory:
             file.abandon()
 
     def rename(self, old: str, new: str) -> None:
-        """Give a file another name."""
+        """Rename a file."""
         os.rename(inside(self.path, old), inside(self.path, new))
 
     def host_copy(self, tensor: "Tensor") -> "Tensor":
-        """A copy in ordinary memory."""
+        """Copy `tensor` to ordinary memory."""
         return tensor.detach().to("cpu", copy=True).contiguous()
 
     def write_json(self, path: str, value: Any) -> None:
-        """A new file of JSON text."""
+        """Write a new file of JSON text."""
         with self.stream(path) as stream:
             stream.write(json.dumps(value, indent=2, allow_nan=False).encode() + b"\n")
 
     def commit(self) -> Path:
-        """Give the directory its name; returns it."""
+        """Give the directory its final name and return it."""
         fsync_tree_directories(self.path)
         self._refuse_existing()
         os.rename(self.path, self.final)

@@ -1,7 +1,7 @@
 """Make a HuggingFace directory from a checkpoint, without Megatron and without transformers.
 
 A checkpoint that was saved with its export has the files; they are compared with their checksums and copied, or cut
-into shards of another size. From one that was saved without, the weights are built by its recipe (see `hf_recipe`).
+into shards of another size. From one that was saved without, the weights are built by its recipe (see `recipe`).
 """
 
 from collections.abc import Callable, Iterator
@@ -99,7 +99,7 @@ def export_hf(
 def _files_for(
     checkpoint: Checkpoint, paths: list[str], hf_files: str | Path | None, recipe: HfRecipe
 ) -> list[tuple[str, Path]]:
-    """The small files: of the checkpoint if it has them, else of `hf_files`, else of where the model came from."""
+    """Return the small files: from the checkpoint if it has them, else `hf_files`, else the recipe's source."""
     if paths:
         return [(path.removeprefix(f"{HF_DIRECTORY}/"), checkpoint.verified(path)) for path in paths]
     source = hf_files or recipe.source
@@ -122,7 +122,7 @@ def _weights_verified(checkpoint: Checkpoint) -> WholeModel:
 
 
 def _check(recipe: HfRecipe, whole: WholeModel) -> None:
-    """That each tensor can be made, before the first is."""
+    """Check that each tensor can be made, before the first is."""
     for tensor in recipe.tensors:
         if tensor.parameter not in whole.parameters:
             raise LayoutError(
@@ -134,7 +134,7 @@ def _check(recipe: HfRecipe, whole: WholeModel) -> None:
 
 
 def _build(recipe: HfRecipe, whole: WholeModel) -> "Iterator[tuple[str, Tensor]]":
-    """The tensors of the recipe. A parameter that makes several, one after another, is read once."""
+    """Yield the tensors of the recipe. A parameter that makes several consecutive ones is read once."""
     name, parameter = "", None
     for tensor in recipe.tensors:
         if tensor.parameter != name or parameter is None:

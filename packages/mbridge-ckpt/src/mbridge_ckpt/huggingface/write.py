@@ -1,4 +1,4 @@
-"""Write a HuggingFace model directory into a save: weights as they stream by, and everything else of the source.
+"""Write a HuggingFace model directory into a save: weights as they stream by, and the other files of the source.
 
 Shards are written in the safetensors format, with no more memory than one shard.
 """
@@ -40,9 +40,8 @@ def write_hf(
     """Export to `directory` of the checkpoint being saved; call it on every rank of the save.
 
     Args:
-        save: of `begin_save` or `AsyncSaver.begin_save`. Its first rank writes; the others only run `tensors` to its
-            end, since a gathering iterator is collective. So does the first rank when its disk fails: `commit` then
-            raises.
+        save: of `begin_save` or `AsyncSaver.begin_save`. Its first rank writes; the others only exhaust `tensors`,
+            since a gathering iterator is collective. So does the first rank when its disk fails: `commit` then raises.
         tensors: (HuggingFace name, tensor on any device), each name once. Consumed one at a time.
         source: HuggingFace directory whose other files (config, tokenizer, chat template, generation and processor
             configuration, custom code) are copied; None to copy nothing.
@@ -64,19 +63,19 @@ def write_hf(
 
 
 class Sink(Protocol):
-    """Where an export's files go: a `Save`, or a directory of their own."""
+    """Where the files of an export go: a `Save`, or a new directory."""
 
     def stream(self, path: str) -> AbstractContextManager[SaveStream]:
-        """A new file."""
+        """Open a new file."""
 
     def rename(self, old: str, new: str) -> None:
-        """Give a file of this sink another name."""
+        """Rename a file of this sink."""
 
     def write_json(self, path: str, value: Any) -> None:
-        """A new file of JSON text."""
+        """Write a new file of JSON text."""
 
     def host_copy(self, tensor: "Tensor") -> "Tensor":
-        """A copy on the CPU, contiguous, that stays as it is whatever becomes of `tensor`."""
+        """Return a contiguous copy on the CPU, which later changes of `tensor` do not reach."""
 
 
 def write_weights(sink: Sink, tensors: "Iterable[tuple[str, Tensor]]", limit: int, *, prefix: str = "") -> int:
@@ -92,12 +91,12 @@ def write_weights(sink: Sink, tensors: "Iterable[tuple[str, Tensor]]", limit: in
 
 
 def is_weights(name: str) -> bool:
-    """Whether a file of this name holds weights, in any format, or the index of weights."""
+    """Return whether a file of this name holds weights, in any format, or the index of weights."""
     return _WEIGHTS.fullmatch(name) is not None
 
 
 def other_files(source: Path) -> list[tuple[str, Path]]:
-    """Every file of a HuggingFace directory that is no weights: configuration, tokenizer, processor, templates, code.
+    """List every file of a HuggingFace directory that holds no weights: configuration, tokenizer, templates, code.
 
     Pairs of a path relative to `source` and the file; a download cache's links are followed. Raises CheckpointError if
     `source` is no directory or a link leads nowhere.
@@ -126,7 +125,7 @@ def copy_file(sink: Sink, file: Path, path: str) -> None:
 
 
 def parse_size(size: int | str) -> int:
-    """Bytes of 5000, "5000B", "5GB" (10**9 each) or "5GiB" (2**30 each); raises CheckpointError."""
+    """Return the bytes of 5000, "5000B", "5GB" (10**9 each) or "5GiB" (2**30 each); raises CheckpointError."""
     if isinstance(size, int):
         count = size
     else:

@@ -1,7 +1,7 @@
-"""Make a checkpoint of ours from a tree that Megatron-LM wrote (`--ckpt-format torch`), tensor by tensor.
+"""Convert a tree that Megatron-LM wrote (`--ckpt-format torch`) to a checkpoint, tensor by tensor.
 
-Virtual pipeline chunks become stages of their own, and the experts of all expert ranks come together, so that whatever
-reads our checkpoints (reshard, diff, export-hf, a resumed run) reads it.
+Virtual pipeline chunks become separate stages, and the experts of all expert ranks are merged, so that whatever reads
+our checkpoints (reshard, diff, export-hf, a resumed run) reads the result.
 """
 
 from collections.abc import Callable
@@ -74,7 +74,7 @@ def import_megatron(
 
 
 def _check_ends(tree: MegatronTree) -> bool:
-    """Whether the output layer is the embedding's; also that the first and last stage are such."""
+    """Return whether the output layer is tied to the embedding; check the first and the last stage."""
     first, last = tree.stages[0], tree.stages[-1]
     names = {parameter.name for parameter in first.parameters}, {parameter.name for parameter in last.parameters}
     where = tree.path((0, last.pipeline_rank, 0))
@@ -98,7 +98,7 @@ def _check_ends(tree: MegatronTree) -> bool:
 
 
 def _check_ranks(tree: MegatronTree, stage: ModelStage) -> None:
-    """All tensor and expert ranks have the same names and shapes, and equal values where they should."""
+    """Check that all tensor and expert ranks have the same names and shapes, and equal values where they should."""
     own = tree.weights(stage, 0, 0)
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}
     others = [(t, e) for t in range(tree.tensor) for e in range(tree.expert) if (t, e) != (0, 0)]
@@ -147,7 +147,7 @@ def _vocabulary_rows(tree: MegatronTree, given: int | None) -> int:
 def _placements(
     tree: MegatronTree, stage: ModelStage, vocabulary_rows: int, tied: bool
 ) -> list[list[tuple[NamedParameter, ParameterPlacement]]]:
-    """By expert rank: each parameter in its file, and its placement in ours; the first rank's are all of its file."""
+    """Return by expert rank each parameter in its file and its placement in ours; the first has all of its file."""
     local = {parameter.expert for parameter in stage.parameters if parameter.expert is not None}
     ranks = []
     for expert_rank in range(tree.expert):
@@ -169,7 +169,7 @@ def _placements(
 
 
 def _stride(tree: MegatronTree, stage: ModelStage, parameter: NamedParameter) -> int:
-    """2 for a gated linear unit: its first layer has twice as many rows as its second has columns."""
+    """Return 2 for a gated linear unit, whose first layer has twice as many rows as its second has columns, else 1."""
     if parameter.cut != "gated_rows":
         return 1
     weights = tree.weights(stage, 0)
@@ -227,7 +227,7 @@ def _counted(tensor: LazyTensor, progress: Callable[[int], None] | None) -> Lazy
 
 
 def _origin(tree: MegatronTree, optimizer: bool) -> dict[str, Any]:
-    """What is recorded about the tree in the manifest."""
+    """Return what is recorded about the tree in the manifest."""
     origin: dict[str, Any] = {
         "format": "megatron-lm torch",
         "directory": str(tree.directory.absolute()),

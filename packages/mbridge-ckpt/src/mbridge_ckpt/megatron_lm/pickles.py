@@ -13,12 +13,12 @@ from mbridge_ckpt.formats.torch_inspect import StandIns, StoredTensor
 from mbridge_ckpt.formats.torch_reader import TorchFileReader
 
 
-class Arguments:
+class RunArguments:
     """Stand-in for an argparse.Namespace: an object whose attributes are the arguments of the run."""
 
 
 class _Opaque:
-    """Stand-in for an object that is not needed: takes any arguments and any state, and keeps neither."""
+    """Stand-in for an object that is not needed: accepts any arguments and any state, and keeps neither."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -43,12 +43,12 @@ class _Parameter:
 
     def __call__(self, tensor: Any, *_: Any) -> StoredTensor:
         if not isinstance(tensor, StoredTensor):
-            raise UnsafeCheckpointError("its pickle makes a parameter of something that is no tensor")
+            raise UnsafeCheckpointError("its pickle makes a parameter of something that is not a tensor")
         return tensor
 
 
 def _fresh(kind: type) -> Any:
-    """A maker of new subclasses: a pickle may set attributes of the class that it is given."""
+    """Return a maker of new subclasses, since a pickle may set attributes of the class that it is given."""
     return lambda: type(kind.__name__, (kind,), {})
 
 
@@ -66,7 +66,7 @@ _OPAQUE = (
 )  # fmt: skip
 
 _STAND_INS: StandIns = {
-    ("argparse", "Namespace"): _fresh(Arguments),
+    ("argparse", "Namespace"): _fresh(RunArguments),
     ("torch._tensor", "_rebuild_from_type_v2"): _Typed,
     ("torch._utils", "_rebuild_parameter"): _Parameter,
     ("torch._utils", "_rebuild_parameter_with_state"): _Parameter,
@@ -84,6 +84,6 @@ def open_megatron_file(path: Path) -> TorchFileReader:
 
 
 def argument(arguments: Any, name: str, kind: type) -> Any:
-    """An argument of the run if it is there and of this type, else None."""
-    value = getattr(arguments, "__dict__", {}).get(name) if isinstance(arguments, Arguments) else None
+    """Return an argument of the run if it is present and of this type, else None."""
+    value = getattr(arguments, "__dict__", {}).get(name) if isinstance(arguments, RunArguments) else None
     return value if type(value) is kind else None

@@ -22,8 +22,8 @@ class Target:
 
 
 def refuse_shared_heads(whole: WholeModel, size: int) -> None:
-    """Raise LayoutError where Megatron could not load the attention: each rank needs whole query heads, and groups of
-    its own or an equal share of one. Rows alone may be cut all the same.
+    """Raise LayoutError where Megatron could not load the attention: each rank needs whole query heads, and whole
+    groups or an equal share of one. The rows alone could be cut nevertheless.
     """
     if not whole.checkpoint.has(RECIPE_FILE):
         return
@@ -44,7 +44,7 @@ def _can_share(heads: int, groups: int, size: int) -> bool:
 
 
 def stage_parameters(whole: WholeModel, layout: Layout, stage: int) -> list[Target]:
-    """The parameters of a pipeline stage: what stands before the layers, the layers, what stands after."""
+    """Return the parameters of a pipeline stage: those before the layers, the layers, those after them."""
     layers, last = whole.layers, layout.pipeline - 1
     if layers % layout.pipeline:
         raise LayoutError(f"{layers} layers cannot be divided over {layout.pipeline} pipeline stages; choose a divisor")
@@ -72,7 +72,7 @@ def stage_parameters(whole: WholeModel, layout: Layout, stage: int) -> list[Targ
 
 
 def padded_rows(whole: WholeModel, size: int, multiple: int | None) -> dict[str, int]:
-    """Padded number of rows of each vocabulary parameter at tensor-parallel size `size`."""
+    """Return the padded number of rows of each vocabulary parameter at tensor-parallel size `size`."""
     rows = {}
     for name, parameter in whole.parameters.items():
         real, dimension = parameter.placement.vocabulary_rows, parameter.placement.partition_dim

@@ -1,4 +1,4 @@
-"""Cut a checkpoint for another tensor- and pipeline-parallel layout, tensor by tensor, with no Megatron."""
+"""Reshard a checkpoint for another tensor- and pipeline-parallel layout, tensor by tensor and without Megatron."""
 
 import os
 import shutil

@@ -35,8 +35,8 @@ from mbridge_train.errors import TrainError
 def load_checkpoint(engine: Engine, checkpoint: Checkpoint | Path) -> dict[str, Any]:
     """Put a saved state back into the engine and the random streams. Collective over all ranks.
 
-    The sizes of the run may be others than those of the run that saved: tensor-, pipeline- and data-parallel alike.
-    With the same sizes the random streams (dropout's) go on too; with others they stay as they were seeded.
+    The tensor-, pipeline- and data-parallel sizes may differ from those of the run that saved. With the same sizes the
+    random streams (of dropout) continue too; with others they stay as they were seeded.
 
     Returns:
         The `loop_state` that was saved; {} for a checkpoint imported from Megatron-LM, which has none.
@@ -126,7 +126,7 @@ def _read_model(engine: Engine, checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def _read_optimizer(engine: Engine, checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The state of this model-parallel rank, on data-parallel rank 0."""
+    """Read the state of this model-parallel rank, on the rank that writes it; None on the others."""
     if torch_dist.is_torch_dist(_iteration(checkpoint)):
         return torch_dist.read_optimizer(engine, _iteration(checkpoint))
     if not engine.layout.is_writer:
@@ -140,7 +140,7 @@ def _read_optimizer(engine: Engine, checkpoint: Checkpoint) -> dict[str, Any] | 
 
 
 def _reads_only_own_file(engine: Engine, checkpoint: Checkpoint) -> bool:
-    """Whether this rank finds what it needs in the one file of its model-parallel rank, whose checksum it compares."""
+    """Return whether this rank needs only the file of its model-parallel rank, whose checksum it compares."""
     # Data-parallel ranks have the same weights, and the optimizer's state is stored whole, so their number is free.
     layout = engine.layout.checkpoint
     if replace(checkpoint.layout, data=layout.data) != layout or torch_dist.is_torch_dist(_iteration(checkpoint)):

@@ -2,7 +2,7 @@
 
 Megatron-Core's distributed optimizer keeps flat slices of buckets, and writes them as such: a file that only the same
 layout can read. Here each parameter of a model-parallel rank has its fp32 master copy and its two moments under its
-own name and in its own shape, so that a checkpoint can be resharded and read without Megatron.
+name and in its shape, so that a checkpoint can be resharded and read without Megatron.
 """
 
 from collections.abc import Callable, Iterator
@@ -57,7 +57,7 @@ def collect(optimizer: Optimizer, names: dict[nn.Parameter, str], layout: RankLa
 
 
 def facts(optimizer: Optimizer) -> dict[str, Any]:
-    """What the state holds beside tensors of parameters, the same on every rank; see `collect`."""
+    """Return what the state holds besides the tensors of parameters, alike on every rank; see `collect`."""
     scaler = _grad_scaler(optimizer)
     return {
         "step": _adam_step(optimizer),
@@ -111,7 +111,7 @@ def restore(
 
 
 def _grad_scaler(optimizer: Optimizer) -> Any:
-    """Of fp16, None otherwise. The chain has none of its own."""
+    """Return the loss scaler of fp16, None otherwise. The chain of optimizers has none."""
     return getattr(optimizer.parts[0], "grad_scaler", None)
 
 
@@ -121,7 +121,7 @@ def _adam_step(optimizer: Optimizer) -> int:
 
 @torch.no_grad()
 def _ensure_moments(part: Any) -> None:
-    """Give every parameter that has no moments zeros. (A step with zero gradients would do it, and decay weights.)"""
+    """Give zeros to every parameter without moments. (A step with zero gradients would, but also decay the weights.)"""
     for group in part.optimizer.param_groups:
         for parameter in group["params"]:
             if not part.optimizer.state[parameter]:
@@ -129,12 +129,12 @@ def _ensure_moments(part: Any) -> None:
 
 
 def _flat_keys() -> tuple[tuple[str, str], ...]:
-    """Our names and Megatron-Core's."""
+    """Return our names and Megatron-Core's."""
     return ((MASTER, "param"), *((key, key) for key in MOMENTS))
 
 
 def _slots(part: DistributedOptimizer, state: dict[Any, Any]) -> Iterator[tuple[nn.Parameter, Callable[[str], Tensor]]]:
-    """Each parameter of the optimizer, and a function from Megatron-Core's key to its slice of the flat state.
+    """Yield each parameter of the optimizer, and a function from Megatron-Core's key to its slice of the flat state.
 
     The flat tensors hold the buckets of a buffer one after another, without the padding at each bucket's end.
     """
@@ -154,7 +154,7 @@ def _slot(flat: dict[str, Tensor], begin: int, size: int, key: str) -> Tensor:
 
 
 def _flatten(part: DistributedOptimizer, names: dict[nn.Parameter, str], state: dict[str, Any]) -> dict[Any, Any]:
-    """The inverse of `_slots`: Megatron-Core's flat state from the state by name."""
+    """Return Megatron-Core's flat state from the state by name, the inverse of `_slots`."""
     flat_state: dict[Any, Any] = {"buckets_coalesced": True}
     for number, (buffer, ranges) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
         size = buffer.numel_unpadded

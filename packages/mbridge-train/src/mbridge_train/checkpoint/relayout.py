@@ -1,4 +1,4 @@
-"""A checkpoint read by a run with other tensor- or pipeline-parallel sizes than the one that wrote it.
+"""Read a checkpoint into a run with other tensor- or pipeline-parallel sizes than the run that wrote it.
 
 Each rank reads the pieces of its own parameters from the files of all ranks that wrote them
 (`mbridge_ckpt.WholeModel`), weights and optimizer moments alike; nothing is gathered and no other copy is written.
@@ -18,7 +18,7 @@ from mbridge_train.errors import TrainError
 
 
 def read_model(engine: Engine, whole: WholeModel) -> dict[str, Tensor]:
-    """Weights of this rank by its own names, CPU tensors in the shapes of its parameters.
+    """Read the weights of this rank by its own names, CPU tensors in the shapes of its parameters.
 
     Raises:
         TrainError: the checkpoint holds other parameters than the model, or in other sizes.
@@ -38,7 +38,7 @@ def read_model(engine: Engine, whole: WholeModel) -> dict[str, Tensor]:
 
 
 def read_optimizer(engine: Engine, whole: WholeModel) -> dict[str, Any]:
-    """State of this rank's optimizer in the form of `optimizer_state.collect`."""
+    """Read the state of this rank's optimizer in the form of `optimizer_state.collect`."""
     trained = set(parameter_names(engine).values())
     placed = [placement for placement in placements(engine) if placement.name in trained]
     rows = {name: tensor.shape[0] for name, tensor in model_state(engine).items() if tensor.dim()}
@@ -57,7 +57,7 @@ def _pieces(
 
 
 def _stored_name(whole: WholeModel, placement: ParameterPlacement) -> str:
-    """Global name in the checkpoint. A tied output layer on a stage of its own may be stored as the embedding alone."""
+    """Return the global name in the checkpoint. A tied output layer on a later stage may be stored as the embedding."""
     if placement.global_name in whole.parameters:
         return placement.global_name
     originals = (n for n, p in whole.parameters.items() if p.placement.last_stage_copy == placement.global_name)

@@ -1,4 +1,4 @@
-"""Going on from an earlier run: which checkpoint, and its state into an engine."""
+"""Resume an earlier run: find its checkpoint and load the state into an engine."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -13,7 +13,7 @@ from mbridge_train.errors import TrainError
 
 
 def find_checkpoint(wanted: str | None, directory: Path, say: Callable[[str], None]) -> Checkpoint | None:
-    """The checkpoint that `runner.resume_dir` means; None starts at step 0.
+    """Find the checkpoint that `runner.resume_dir` names; None starts at step 0.
 
     Args:
         wanted: a `global_step_<n>` directory; "auto": the newest whole one in `directory`; None: none.
@@ -41,7 +41,7 @@ def restore(engine: Engine, checkpoint: Checkpoint, keys: Iterable[str], say: Ca
     Says so where the checkpoint was written under another layout.
 
     Args:
-        keys: of the state that the loop goes on from.
+        keys: of the state from which the loop continues.
 
     Raises:
         TrainError: it has no such state, being of another kind of run, or imported. And what `load_checkpoint` raises.
@@ -59,7 +59,7 @@ def restore(engine: Engine, checkpoint: Checkpoint, keys: Iterable[str], say: Ca
 
 
 def say_if_finished(length: RunLength, *, step: int, say: Callable[[str], None]) -> None:
-    """Say so where a checkpoint of `step` leaves a run of such a length nothing to do."""
+    """Say so if a checkpoint of `step` leaves nothing to do for a run of this length."""
     if step >= length.steps:
         end = f"the run ends with step {length.steps} ({length.reason})"
         say(f"nothing to do: the checkpoint is of step {step}, and {end}; raise that to train on")

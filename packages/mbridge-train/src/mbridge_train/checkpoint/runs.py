@@ -1,4 +1,4 @@
-"""The checkpoints of a run: when and in what form they are written, and which of them stay on the disk."""
+"""The checkpoints of a run: when and in which format they are written, and which of them are kept."""
 
 import logging
 import math
@@ -22,12 +22,12 @@ class SaveSettings:
 
     Attributes:
         interval: steps between saves; at most 0: only the last step is saved.
-        hf_export_every: the HuggingFace copy goes with every n-th save and with the last; 0: with none.
+        hf_export_every: every n-th save and the last include the HuggingFace copy; 0: none does.
         max_shard_size: of the HuggingFace copy, such as "5GB".
         file_format: of the Megatron files, see `save_checkpoint`.
-        retention: which checkpoints stay.
+        retention: which checkpoints are kept.
         in_background: training goes on while a process beside each rank writes; see `mbridge_ckpt.AsyncSaver`.
-        when_busy: a save that comes while the last one is being written waits for it, or is left out; the last save
+        when_busy: a save that is due while the last one is being written waits for it, or is skipped; the last save
             of a run always waits.
     """
 
@@ -41,12 +41,12 @@ class SaveSettings:
 
 
 def is_due(step: int, interval: int) -> bool:
-    """Whether what happens every `interval` steps (at most 0: never) happens after `step`."""
+    """Return whether something done every `interval` steps (at most 0: never) is done after `step`."""
     return interval > 0 and step % interval == 0
 
 
 class RunSaver:
-    """Saves an engine when it is due and removes what is not to be kept. Every method is collective over all ranks.
+    """Saves an engine when it is due and removes what is not kept. Every method is collective over all ranks.
 
     A context manager: its end waits for a save in the background.
 
@@ -68,11 +68,11 @@ class RunSaver:
         self._background = AsyncSaver(when_busy=settings.when_busy) if settings.in_background else None
 
     def is_due(self, step: int, *, last: bool) -> bool:
-        """Whether step `step` ends with a checkpoint; the `last` one of a run always does."""
+        """Return whether step `step` ends with a checkpoint; the `last` one of a run always does."""
         return last or is_due(step, self.settings.interval)
 
     def save(self, step: int, *, last: bool, loop_state: dict[str, Any], metrics: dict[str, float]) -> Path | None:
-        """Write `global_step_<step>` and return it; None if `when_busy` left it out.
+        """Write `global_step_<step>` and return it; None if `when_busy` skipped it.
 
         Args:
             loop_state, metrics: see `save_checkpoint`; metrics that are not a finite number are left out.
@@ -104,7 +104,7 @@ class RunSaver:
         return path
 
     def check(self, *, wait: bool = False) -> None:
-        """Notice that a save in the background has ended, or wait for it; once a step.
+        """Notice that a save in the background has ended, or wait for it; call it once a step.
 
         Raises:
             mbridge_ckpt.SaveError: it failed.
@@ -126,7 +126,7 @@ class RunSaver:
                 self._prune()
 
     def _look_for_metric(self, metrics: dict[str, float]) -> None:
-        """Say so once where the checkpoints that are to be kept cannot be told from the others."""
+        """Warn once if the metric that decides which checkpoints are kept is not measured."""
         wanted = self.settings.retention.metric
         if wanted is None or wanted in metrics or self._is_warned or torch.distributed.get_rank():
             return
