@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "mbridge_model": {"megatron", "numpy", "safetensors", "torch", "transformers", "triton"},
     "mbridge_ckpt": {"numpy", "safetensors", "torch", "xxhash"},
 }
-"""Everything beside the standard library that a package which is useful alone may import."""
+"""Packages outside the standard library that each package which is useful alone may import."""
 
 KNOWN_CIRCLES: dict[str, list[set[str]]] = {}
 """Packages whose rooms are not separated yet, with the rooms of each circle; their `Uses:` lines are not checked."""
@@ -43,7 +43,7 @@ class Import:
 
 
 def imports(source: Path) -> Iterator[Import]:
-    """All imports of the package in the folder `source`, except those of its own `__init__.py`."""
+    """Yield all imports of the package in the folder `source`, except those of its `__init__.py`."""
     for path in sorted(source.rglob("*.py")):
         relative = path.relative_to(source)
         if relative == Path("__init__.py"):
@@ -61,7 +61,7 @@ def imports(source: Path) -> Iterator[Import]:
 
 
 def arrows(source: Path) -> dict[tuple[str, str], str]:
-    """From each room to each other room that it imports, with the first place that does."""
+    """Return each pair of a room and another room that it imports, with the first place of such an import."""
     found: dict[tuple[str, str], str] = {}
     known = rooms(source)
     for it in imports(source):
@@ -79,7 +79,7 @@ def rooms(source: Path) -> set[str]:
 
 
 def declared(init: Path) -> set[str]:
-    """The rooms that the `Uses:` line of a room's `__init__.py` names."""
+    """Return the rooms that the `Uses:` line of a room's `__init__.py` names."""
     docstring = ast.get_docstring(ast.parse(init.read_text(encoding="utf-8"))) or ""
     line = docstring.rpartition("\n")[2]
     if line == "Uses: nothing of this package.":
@@ -90,7 +90,7 @@ def declared(init: Path) -> set[str]:
 
 
 def wrong_declarations(source: Path) -> list[str]:
-    """A line for each arrow that the room's `Uses:` line does not name, and for each name that it needs not."""
+    """Return a line for each arrow that a `Uses:` line does not name, and for each name without an arrow."""
     found = arrows(source)
     errors = [
         f"{place}: {room} -> {target}: a room may not import its own package's __init__"
@@ -117,7 +117,7 @@ def wrong_declarations(source: Path) -> list[str]:
 
 
 def circles(source: Path) -> dict[frozenset[str], list[str]]:
-    """The sets of rooms that reach each other, each with the arrows between them."""
+    """Return the sets of rooms that reach each other, each with the arrows between its rooms."""
     found = arrows(source)
     reached = {room: {room} for room in rooms(source) | {"__init__"}}
     grows = True
@@ -135,7 +135,7 @@ def circles(source: Path) -> dict[frozenset[str], list[str]]:
 
 
 def wrong_packages(source: Path) -> list[str]:
-    """A line for each import of a package that `source` may not import."""
+    """Return a line for each import of a package that `source` may not import."""
     name = source.name
     allowed = MAY_IMPORT.get(name, set(PACKAGES)) | {name}
     errors = []
