@@ -29,9 +29,6 @@ MAY_IMPORT = {
 }
 """Packages outside the standard library that each package which is useful alone may import."""
 
-KNOWN_CIRCLES: dict[str, list[set[str]]] = {}
-"""Packages whose rooms are not separated yet, with the rooms of each circle; their `Uses:` lines are not checked."""
-
 
 @dataclass(frozen=True, slots=True)
 class Import:
@@ -152,7 +149,7 @@ def test_all_packages_are_found() -> None:
     assert set(APPS) == {"mbridge_reasoning", "mbridge_sft"}
 
 
-@pytest.mark.parametrize("name", sorted(set(SOURCES) - set(KNOWN_CIRCLES)))
+@pytest.mark.parametrize("name", sorted(SOURCES))
 def test_a_room_uses_what_it_says(name: str) -> None:
     errors = wrong_declarations(SOURCES[name])
     assert not errors, "\n".join(["", *errors])
@@ -160,12 +157,8 @@ def test_a_room_uses_what_it_says(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(SOURCES))
 def test_arrows_go_down_only(name: str) -> None:
-    found = circles(SOURCES[name])
-    known = [frozenset(group) for group in KNOWN_CIRCLES.get(name, [])]
-    new = [line for group, lines in found.items() if group not in known for line in ["", *lines]]
-    assert not new, "\n".join(["", f"circles among the rooms of {name}:", *new])
-    gone = [sorted(group) for group in known if group not in found]
-    assert not gone, f"these circles of {name} are gone, so take them out of KNOWN_CIRCLES: {gone}"
+    lines = [line for group in circles(SOURCES[name]).values() for line in ["", *group]]
+    assert not lines, "\n".join(["", f"circles among the rooms of {name}:", *lines])
 
 
 @pytest.mark.parametrize("name", sorted(SOURCES))
