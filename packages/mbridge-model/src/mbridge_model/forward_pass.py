@@ -12,7 +12,7 @@ from mbridge_model.vision import VisionInputs
 
 @dataclass(frozen=True, slots=True)
 class LastStage:
-    """What the last pipeline stage can compute for a head; nothing is computed before it is asked for."""
+    """The last pipeline stage as a head sees it; hidden states and logits are computed when it asks for them."""
 
     _hidden_states: Tensor
     _logits: Callable[[Tensor], Tensor]

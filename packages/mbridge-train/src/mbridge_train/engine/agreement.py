@@ -15,6 +15,7 @@ from mbridge_train.engine.batch import Sample
 from mbridge_train.errors import TrainError
 from mbridge_train.layout import RankLayout
 
+# In the order of `_digest`.
 _COMPARED = ("number of samples", "lengths", "tokens", "weights", "names of fields", "images")
 
 

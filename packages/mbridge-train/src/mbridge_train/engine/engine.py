@@ -74,7 +74,7 @@ class Engine:
         optimizer: None makes an engine that only evaluates.
 
     Raises:
-        TrainError: the model adds a loss of its routers.
+        TrainError: the model adds router losses.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class Engine:
         Args:
             batch: the global batch, the same on every rank.
             loss: of the head's outputs and the samples' fields.
-            head: what the last pipeline stage makes of the hidden states; None: `LogprobHead()`.
+            head: computes the outputs from the last hidden states; None: `LogprobHead()`.
 
         Returns:
             The loss's metrics over the global batch, as `results.mean_metrics` gives them, on every rank. Reading them
@@ -150,11 +150,11 @@ class Engine:
 
     @record_function("forward")
     def forward(self, batch: list[Sample], head: Head) -> dict[str, list[Tensor]]:
-        """Return what `head` makes of every sample. Collective over all ranks.
+        """Return the outputs of `head` for every sample. Collective over all ranks.
 
         Args:
             batch: the global batch, the same on every rank; weights are not used.
-            head: what the last pipeline stage makes of the hidden states.
+            head: computes the outputs from the last hidden states.
 
         Returns:
             For each output of the head, one float32 tensor [length, ...] on the CPU per sample, in the batch's order,
@@ -283,7 +283,7 @@ class Engine:
         """Run the pipeline schedule over this rank's micro-batches.
 
         Returns:
-            The plan, and what `finish` returned for each micro-batch on the last stage; nothing on the others.
+            The plan, and the results of `finish` for each micro-batch on the last stage; nothing on the others.
         """
         self.memory.require("weights")
         check_agreement(batch, self.layout)

@@ -1,4 +1,4 @@
-"""Heads: what the last pipeline stage makes of the model's last hidden states, a value at each position."""
+"""Heads: functions of the model's last hidden states or logits that give a value at each position."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from mbridge_train.losses.logprob import vocab_parallel_logprob_and_entropy
 
 @dataclass(frozen=True, slots=True)
 class HeadInputs:
-    """What a head may read.
+    """The inputs of a head, on the last pipeline stage.
 
     Attributes:
-        micro_batch: with its tensors on the device.
+        micro_batch: its tensors are on the device.
         last_stage: hidden states and logits in Megatron-Core's order.
-        layout: of the ranks; the vocabulary is split over its `tensor` axis.
+        layout: the engine's; the vocabulary is split over its `tensor` axis.
         vocab_size: true size of the vocabulary; columns from it on are padding.
     """
 
@@ -36,10 +36,12 @@ class HeadInputs:
 
 
 Head = Callable[[HeadInputs], Mapping[str, Tensor]]
-"""Returns float [batch * sequence, ...] tensors by name: a value at each position, of the token that follows.
+"""Returns float [batch * sequence, ...] tensors by name: at each position, a value of the token that follows.
 
-Parameters of a head are part of the last stage's model chunk before the engine is made, so that its gradient buffers,
-optimizer and checkpoints hold them; those of a head outside tensor parallelism start equal on all ranks.
+Add the parameters of a head to the last stage's model chunk before making the engine, so that gradient buffers,
+optimizer and checkpoints hold them; without tensor parallelism of their own they must start equal on all ranks. With
+`overlap_grad_reduce`, every trained parameter of the chunk needs a gradient: a head that ignores the logits freezes an
+untied output layer.
 """
 
 

@@ -1,4 +1,4 @@
-"""Results of micro-batches, combined and brought to every rank: metrics of a loss, and per-sample values."""
+"""Results of micro-batches, combined on every rank: metrics of a loss, and per-sample values."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -113,8 +113,8 @@ def gather_samples(
     """Return the values of all samples of a global batch, on every rank.
 
     Args:
-        per_micro_batch: on the last stage, for each micro-batch of this rank, a tensor [length, ...] per sample and
-            a first one of no length, for the shape; by name.
+        per_micro_batch: on the last stage, by name for each micro-batch of this rank: an empty tensor, for the shape,
+            and a tensor [length, ...] per sample.
         micro_batches: indices of their samples.
         lengths: of all samples.
 
