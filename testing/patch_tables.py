@@ -1,4 +1,4 @@
-"""What holds for every table of patches, checked on the libraries themselves."""
+"""Checks of a table of patches on the libraries themselves."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ def check_table(table: PatchTable) -> None:
         applied = found()
         with pytest.raises(PatchError, match=f"cannot put back {first.target}: something else has replaced it"):
             table.undo()
-        assert table.is_applied and found() == applied
+        assert (table.is_applied, found()) == (True, applied)
     table.undo()
     table.undo()
     assert not table.is_applied
