@@ -267,6 +267,8 @@ CASES = [
     ("data-path", ["data.val_data_paths=[/]"], None, "/ is a directory"),
     ("reasoning-gym-task", ["data.type=reasoning_gym"], None, "needs a task"),
     ("reward-type", ["reward.reward_type=reasoning_gym"], None, "reasoning-gym cannot score"),
+    ("reward-function", ["reward.function=nowhere.py:score"], None, "there is no file nowhere.py"),
+    ("reward-function", ["reward.function=score"], None, "it does not name a function"),
     ("quickstart-width", ["quickstart.enabled=true", "quickstart.hidden_size=100"], None, "of width 32 make 128"),
     ("quickstart-width", ["quickstart.enabled=true", "quickstart.num_key_value_heads=3"], None, "by 3 groups"),
     ("output-directory", ["runner.output_dir=${data.train_data_paths.0}/x"], None, "data.jsonl is a file"),
