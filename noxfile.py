@@ -1,11 +1,10 @@
 """Sessions of the workspace: `./uvw run nox -s NAME [-- ARGUMENTS]`, `./uvw run nox --list`.
 
-Sessions run in the environment of the workspace, which `uv run` creates before nox starts. Only `wheel`, `config` and
-`real`, which need other packages or Pythons, get separate environments from uv.
+Sessions run in the environment of the workspace, which `uv run` creates before nox starts. Only `config` and `real`,
+which need other packages or Pythons, and the program behind `wheel` get separate environments from uv.
 """
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -22,13 +21,6 @@ SOURCES = [
     str(path.relative_to(ROOT)) for folder in ("packages", "apps") for path in sorted(ROOT.glob(f"{folder}/*/src"))
 ]
 SOURCES += ["testing", "tools", "conftest.py", "noxfile.py"]
-# The packages of this workspace that installing each package brings along.
-PACKAGES = {
-    "mbridge-config": {"mbridge-config"},
-    "mbridge-model": {"mbridge-model"},
-    "mbridge-ckpt": {"mbridge-ckpt"},
-    "mbridge-train": {"mbridge-config", "mbridge-model", "mbridge-ckpt", "mbridge-train"},
-}
 # The versions that mbridge-config supports; everything else needs the one in .python-version.
 CONFIG_PYTHONS = ("3.11", "3.12", "3.13")
 
@@ -83,17 +75,8 @@ def build(session: nox.Session) -> None:
 
 @nox.session
 def wheel(session: nox.Session) -> None:
-    """Install the wheel of each package in an empty environment and import it. Arguments: names of packages."""
-    wheels = Path(session.create_tmp()) / "wheels"
-    session.run(UV, "build", "--quiet", "--all-packages", "--wheel", "--out-dir", str(wheels), "--clear", external=True)
-    for package in session.posargs or PACKAGES:
-        python = wheels.parent / package / "bin" / "python"
-        session.run(UV, "venv", "--quiet", "--clear", "--python", "3.12", str(python.parents[1]), external=True)
-        (file,) = wheels.glob(f"{package.replace('-', '_')}-*.whl")
-        options = ("--quiet", "--python", str(python), "--find-links", str(wheels))
-        session.run(UV, "pip", "install", *options, str(file), external=True)
-        session.run(str(python), "-I", "tools/check_wheel.py", package, *sorted(PACKAGES[package]), external=True)
-        shutil.rmtree(python.parents[1])  # gigabytes
+    """Install each wheel as its README says, alone, and use it. Arguments go to tools/use_wheels.py."""
+    session.run(sys.executable, "tools/use_wheels.py", *session.posargs)
 
 
 @nox.session
