@@ -14,6 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
+import torch
 from mbridge_ckpt import Layout, begin_save
 from mbridge_config.cli.main import main as init
 from mbridge_reasoning import cli
@@ -94,7 +95,7 @@ def mistakes(directory: Path) -> None:
     other = directory / "other" / "checkpoints"
     with begin_save(other, step=1, layout=Layout(tensor=2)) as save:
         save.write_json("state/loop.json", {"step": 1})
-        save.file("actor/iter_0000001/mp_rank_00/model_optim_rng.pt").write_bytes(b"")
+        torch.save({}, save.file("actor/iter_0000001/mp_rank_00/model_optim_rng.pt"))
         save.commit({})
 
     said = {
