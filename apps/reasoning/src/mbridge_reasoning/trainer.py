@@ -201,6 +201,8 @@ class GRPOTrainer:
             clip_ratio_low=filled(algorithm.clip_ratio_low),
             clip_ratio_high=filled(algorithm.clip_ratio_high),
             dual_clip=algorithm.clip_ratio_c,
+            clip_log_ratio_min=filled(algorithm.clip_log_ratio_min),
+            clip_log_ratio_max=filled(algorithm.clip_log_ratio_max),
             kl_penalty=algorithm.kl_penalty_type if self.reference is not None else None,
             kl_beta=algorithm.kl_beta,
             entropy_bonus=algorithm.entropy_bonus,

@@ -215,6 +215,23 @@ def test_extreme_ratios_stay_finite() -> None:
     assert outputs.metrics["max_abs_log_ratio"].item() == pytest.approx(299.999)
 
 
+def test_clamp_of_the_log_ratio() -> None:
+    logprobs = torch.tensor([-1.0, -4.0, -2.0], requires_grad=True)
+    inputs = loss_inputs(
+        logprobs=logprobs,
+        weights=torch.full((3,), 1 / 3),
+        old_logprobs=torch.tensor([-4.0, -1.0, -2.1]),
+        advantages=torch.tensor([-1.0, 1.0, 1.0]),
+    )
+    outputs = policy_loss(inputs, clip_ratio_high=9.0, clip_log_ratio_min=-0.5, clip_log_ratio_max=1.0)
+    outputs.loss.backward()
+    # Logarithms 3, -3 and 0.1, clamped to 1, -0.5 and 0.1; only the last has a gradient.
+    assert outputs.loss.item() == pytest.approx((math.exp(1) - math.exp(-0.5) - math.exp(0.1)) / 3)
+    assert logprobs.grad is not None
+    assert logprobs.grad.tolist() == pytest.approx([0, 0, -math.exp(0.1) / 3])
+    assert outputs.metrics["max_abs_log_ratio"].item() == pytest.approx(3)
+
+
 def test_sft_loss_against_cross_entropy() -> None:
     generator = torch.Generator().manual_seed(2)
     logits = torch.randn(9, 17, generator=generator, requires_grad=True)

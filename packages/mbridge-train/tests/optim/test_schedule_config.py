@@ -11,7 +11,7 @@ from mbridge_config.load.compose import from_tree
 from mbridge_config.schema.provenance import Provenance
 from mbridge_train.build import optimizer_settings
 from mbridge_train.errors import TrainError
-from mbridge_train.losses.policy import LossInputs, policy_loss
+from mbridge_train.losses.policy import LOG_RATIO_LIMIT, LossInputs, policy_loss
 
 STYLES = ["constant", "cosine", "inverse-square-root", "WSD"]
 WARMUPS: list[dict[str, Any]] = [
@@ -81,3 +81,22 @@ def test_clip_ranges(low: float | None, high: float | None, both: float, dual: f
     except ValueError as error:
         fault = error
     assert bool(refused) == bool(fault), f"{list(map(str, refused))}, and the loss: {fault}"
+
+
+@pytest.mark.parametrize("low", [None, -20.5, -20.0, -1.0, 0.0])
+@pytest.mark.parametrize("high", [None, 20.5, 20.0, 1.0, 0.0])
+def test_clamp_of_the_log_ratio(low: float | None, high: float | None) -> None:
+    given = {"clip_log_ratio_min": low, "clip_log_ratio_max": high}
+    config = from_tree({"algorithm": given}, Provenance(), ReasoningConfig, strict=False)
+    names = [problem.key for problem in check(config).errors if "clip" in str(problem.key)]
+    token = torch.ones(1)
+    inputs = LossInputs(weights=token, outputs={"logprobs": token}, fields={"old_logprobs": token, "advantages": token})
+    fault = None
+    try:
+        policy_loss(inputs, **{name: value for name, value in given.items() if value is not None})
+    except ValueError as error:
+        fault = error
+    assert bool(names) == bool(fault)
+    if low is None and high is None:  # what null stands for is the default of the loss
+        filled = (config.algorithm.clip_log_ratio_min, config.algorithm.clip_log_ratio_max)
+        assert filled == (-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)

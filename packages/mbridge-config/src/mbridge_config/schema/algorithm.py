@@ -52,6 +52,16 @@ class AlgorithmConfig:
     clip_ratio_low: float | None = key(None, "Lower clip range. null: ratio_clip_eps.", minimum=0.0, maximum=1.0)
     clip_ratio_high: float | None = key(None, "Upper clip range. null: ratio_clip_eps.", minimum=0.0)
     clip_ratio_c: float | None = key(None, "Dual clip: bound of the loss for negative advantages.", above=1.0)
+    clip_log_ratio_min: float | None = key(
+        None,
+        "Clamp the logarithm of the probability ratio from below. Clamped tokens have no gradient. null: -20.",
+        unit="nats",
+        minimum=-20.0,
+        below=0.0,
+    )
+    clip_log_ratio_max: float | None = key(
+        None, "Clamp it from above, likewise. null: 20.", unit="nats", above=0.0, maximum=20.0
+    )
     entropy_bonus: float = key(0.0, "Weight of the entropy bonus.", minimum=0.0)
     calculate_entropy: bool = key(True, "Measure entropy even where the bonus is 0.")
     loss_agg_func: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = key(
