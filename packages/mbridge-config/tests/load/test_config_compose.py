@@ -136,6 +136,11 @@ def test_one_path_is_a_list_of_one(composed: Composed) -> None:
         ("runner.loger.log_path=x", "runner.logger"),
         ("actor.bogus=1", None),
         ("actor.megatron.microbatch_size=1", "actor.micro_batch_size"),
+        ("max_steps=1", "runner.max_steps"),
+        ("runner.eval_interval=1", "runner.val_check_interval"),
+        ("algorithm.sampling_params.temprature=1", "algorithm.sampling_params.temperature"),
+        ("algorithm.sampling_params.topk=1", "algorithm.sampling_params.top_k"),
+        ("algorithm.max_new_tokens=1", "algorithm.sampling_params.max_new_tokens"),
     ],
 )
 def test_unknown_key_names_the_nearest(composed: Composed, override: str, nearest: str | None) -> None:
@@ -144,6 +149,28 @@ def test_unknown_key_names_the_nearest(composed: Composed, override: str, neares
     (problem,) = error.value.problems
     assert problem.id == "unknown-key"
     assert problem.fix.startswith(f"did you mean {nearest}?") if nearest else problem.fix
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "runner.log_interval=5",  # not runner.save_interval
+        "algorithm.ratio_clip_max=1",  # not algorithm.ratio_clip_eps
+        "algorithm.gamma_decay=1",  # not a key without effect
+        "algorithm.max_prompt_length_low=1",
+        "rollout.type=x",  # not data.type
+        "reward.seed=1",  # not data.seed
+        "actor.model.lora_rank=8",  # not num_layers or the like
+        "actor.optim.muon_momentum=1",
+        "data.image_keys_max=1",
+        "actor.model.num_attention_sinks=1",  # not num_attention_heads
+    ],
+)
+def test_strangers_are_not_proposed(composed: Composed, override: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        composed(override)
+    (problem,) = error.value.problems
+    assert (problem.id, problem.fix) == ("unknown-key", "remove it; docs/configuration.md has all keys")
 
 
 @pytest.mark.parametrize(

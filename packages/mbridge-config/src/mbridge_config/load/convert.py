@@ -108,17 +108,41 @@ class _Converter:
 
 
 def nearest_key(root: type, path: str) -> str | None:
-    """Return the known key or section that `path` may mean: a sibling if one has a similar name, else any; or None."""
-    candidates = [*known_keys(root), *known_sections(root)]
+    """Return the key or section that `path` may mean, or None.
+
+    It is one of the same section whose name is misspelled or lacks a word in `path`, else one of the same name in
+    another section. Similar letters alone do not count: another key is worse advice than none.
+    """
+    candidates = [name for name, info in known_keys(root).items() if info.spec.status is not Status.NO_EFFECT]
+    candidates += known_sections(root)
     parent, _, leaf = path.rpartition(".")
-    by_leaf: dict[str, list[str]] = {}
-    for candidate in candidates:
-        by_leaf.setdefault(candidate.rpartition(".")[2], []).append(candidate)
-    siblings = [name for name, paths in by_leaf.items() if any(p.rpartition(".")[0] == parent for p in paths)]
-    if close := difflib.get_close_matches(leaf, siblings, n=1, cutoff=0.7):
-        return f"{parent}.{close[0]}" if parent else close[0]
-    close = [leaf] if leaf in by_leaf else difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.8)
-    return difflib.get_close_matches(path, by_leaf[close[0]], n=1, cutoff=0.0)[0] if close else None
+    near = [name for name in candidates if name.rpartition(".")[0] == parent and _may_mean(leaf, name[len(parent) :])]
+    if not near:
+        top = path.partition(".")[0]
+        near = [
+            name
+            for name in candidates
+            if _letters(name.rpartition(".")[2]) == _letters(leaf)
+            and ("_" in leaf or not parent or name.partition(".")[0] == top)
+        ]
+    return max(near, key=lambda name: difflib.SequenceMatcher(None, path, name).ratio(), default=None)
+
+
+def _may_mean(name: str, other: str) -> bool:
+    """Return whether `name` is `other` with misspelled words, or without one of three or more words."""
+    given, words = name.split("_"), other.strip(".").split("_")
+    if _letters(name) == "".join(words):
+        return True
+    shorter = [words[:skipped] + words[skipped + 1 :] for skipped in range(len(words))] if len(words) > 2 else []
+    return any(
+        len(given) == len(kept)
+        and all(difflib.get_close_matches(word, [own], cutoff=0.75) for word, own in zip(given, kept, strict=True))
+        for kept in (words, *shorter)
+    )
+
+
+def _letters(name: str) -> str:
+    return name.replace("_", "")
 
 
 def fit(raw: Any, hint: Any, spec: KeySpec) -> Any:
@@ -176,7 +200,7 @@ def _choice(raw: Any, choices: tuple[Any, ...], spec: KeySpec) -> Any:
         if spelling.lower() == text:
             return choice
     names = [str(choice) for choice in choices]
-    close = difflib.get_close_matches(text, [*names, *spec.spellings], n=1)
+    close = difflib.get_close_matches(text, [*names, *spec.spellings], n=1, cutoff=0.75)
     hint = f"did you mean {close[0]}? " if close else ""
     raise Unfit("not one of the values this key takes", f"{hint}use one of {', '.join(names)}", "wrong-value")
 

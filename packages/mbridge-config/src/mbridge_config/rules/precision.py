@@ -12,11 +12,13 @@ GRANULARITY = "actor.model.recompute_granularity"
 METHOD = "actor.model.recompute_method"
 RECOMPUTED = "actor.model.recompute_num_layers"
 OPTIM = "actor.optim."
+PRECISION_AWARE = "actor.optim.use_precision_aware_optimizer"
 
 
-@rule("precision-conflict", PRECISION, f"{OPTIM}bf16", f"{OPTIM}fp16")
+@rule("precision-conflict", PRECISION, f"{OPTIM}bf16", f"{OPTIM}fp16", PRECISION_AWARE)
 def precision(context: Context) -> Iterable[Finding]:
-    """The optimizer's number format differs from the model's.
+    """The optimizer's number format differs from the model's. If that was meant for Megatron-Core's precision-aware
+    optimizer, this version does not have it.
 
     Fix: remove `actor.optim.bf16` and `actor.optim.fp16`; they follow `actor.model.precision`.
     """
@@ -26,7 +28,14 @@ def precision(context: Context) -> Iterable[Finding]:
         if value != expected:
             spelled = str(expected).lower()
             reason = f"{PRECISION} is {actor.model.precision}"
-            yield Finding(f"{OPTIM}{name}", reason, f"set {OPTIM}{name}={spelled}, remove it, or change {PRECISION}")
+            fix = f"set {OPTIM}{name}={spelled}, remove it, or change {PRECISION}"
+            if expected and context.value(PRECISION_AWARE):
+                reason += (
+                    f", and the precision-aware optimizer ({PRECISION_AWARE}), which needs this switch off, "
+                    "is not in this version: master weights and moments are kept in fp32"
+                )
+                fix = f"remove both keys, or set {OPTIM}{name}={spelled}"
+            yield Finding(f"{OPTIM}{name}", reason, fix)
 
 
 @rule("loss-scale-without-fp16", PRECISION, f"{OPTIM}loss_scale")
