@@ -1,5 +1,6 @@
 """Rules: each speaks where it should, with the right words, and not on a good config."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ PP = "actor.model.pipeline_model_parallel_size"
 FIRST = "actor.model.num_layers_in_first_pipeline_stage"
 LAST = "actor.model.num_layers_in_last_pipeline_stage"
 HF = "actor.megatron.ckpt_convertor.hf_model_path"
+BACKEND = "actor.model.backend"
+EXPERTS = {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "num_experts": 4}
 PROFILER = "actor.megatron.profiler"
 PROFILE = "actor.megatron.use_profiler=true"
 MADE = ["data.type=reasoning_gym", "data.reasoning_gym={task: basic_arithmetic, train_size: 64}"]  # 4 batches of 16
@@ -122,6 +125,12 @@ CASES = [
         "one sequence of runner.seq_length 256 tokens does not fit",
     ),
     ("precision-conflict", ["actor.optim.bf16=false"], None, "actor.model.precision is bf16"),
+    (
+        "precision-conflict",
+        ["actor.optim.bf16=false", "actor.optim.use_precision_aware_optimizer=true"],
+        None,
+        "the precision-aware optimizer (actor.optim.use_precision_aware_optimizer), which needs",
+    ),
     ("precision-conflict", ["actor.optim.fp16=true"], None, "actor.model.precision is bf16"),
     ("precision-conflict", ["actor.model.precision=32", "actor.optim.bf16=true"], None, "precision is fp32"),
     ("loss-scale-without-fp16", ["actor.optim.loss_scale=65536"], None, "only fp16 scales the loss"),
@@ -294,6 +303,7 @@ def test_rule(checked: Checked, identity: str, overrides: list[str], world_size:
 
 def test_every_rule_is_tried_and_documented() -> None:
     tried = {case[0] for case in CASES} | {
+        "architecture",
         "weights-missing",
         "weights-damaged",
         "tokenizer-vocabulary",
@@ -305,6 +315,27 @@ def test_every_rule_is_tried_and_documented() -> None:
 
 
 @pytest.mark.parametrize(
+    ("fields", "backend", "reason"),
+    [
+        ({"architectures": ["Olmo2ForCausalLM"]}, "te", "names Olmo2ForCausalLM, which Megatron-Bridge does not know"),
+        ({"architectures": ["Gemma2ForCausalLM"]}, "torch", "which is not built with plain torch layers"),
+        ({"architectures": ["Qwen3NextForCausalLM"]}, "auto", f"plain torch layers, and {BACKEND} is auto"),
+        ({"architectures": ["DeepseekV3ForCausalLM"]}, "te", None),
+        (EXPERTS, "auto", None),
+        (EXPERTS | {"mlp_only_layers": [1, 4]}, "te", "layers 1, 4 have no experts"),
+        (EXPERTS | {"decoder_sparse_step": 2}, "auto", "layers 0, 2, 4 have no experts"),
+    ],
+)
+def test_architectures(
+    checked: Checked, model: Path, geometry: dict[str, Any], fields: dict[str, Any], backend: str, reason: str | None
+) -> None:
+    (model / "config.json").write_text(json.dumps(geometry | fields))
+    found = [problem for problem in checked(f"{BACKEND}={backend}").problems if problem.id == "architecture"]
+    assert [problem.key for problem in found] == ([HF] if reason else [])
+    assert reason is None or reason in found[0].reason
+
+
+@pytest.mark.parametrize(
     ("given", "refused"),
     [
         (["ratio_clip_eps=1.5"], "ratio_clip_eps"),
@@ -312,6 +343,12 @@ def test_every_rule_is_tried_and_documented() -> None:
         (["clip_ratio_low=1.5"], "clip_ratio_low"),
         (["clip_ratio_c=1"], "clip_ratio_c"),
         (["clip_ratio_high=-0.1"], "clip_ratio_high"),
+        (["clip_log_ratio_min=0"], "clip_log_ratio_min"),
+        (["clip_log_ratio_min=-21"], "clip_log_ratio_min"),
+        (["clip_log_ratio_max=0"], "clip_log_ratio_max"),
+        (["clip_log_ratio_max=21"], "clip_log_ratio_max"),
+        (["clip_log_ratio_min=null", "clip_log_ratio_max=null"], None),
+        (["clip_log_ratio_min=-20", "clip_log_ratio_max=0.5"], None),
         (["ratio_clip_eps=1"], None),
         (["ratio_clip_eps=1.5", "clip_ratio_low=0.2"], None),  # it is the upper range alone
         (["clip_ratio_high=1.5"], None),
@@ -319,7 +356,7 @@ def test_every_rule_is_tried_and_documented() -> None:
     ],
 )
 def test_clip_ranges(checked: Checked, given: list[str], refused: str | None) -> None:
-    """What the policy loss takes: low in [0, 1], high from 0 on, the dual clip above 1."""
+    """What the policy loss takes: low in [0, 1], high from 0 on, the dual clip above 1, logarithms up to 20."""
     found = [problem.key for problem in checked(*(f"algorithm.{word}" for word in given)).errors]
     assert found == ([f"algorithm.{refused}"] if refused else [])
 

@@ -12,6 +12,7 @@ from torch import nn
 from mbridge_model.bridge.bridge import Bridge, import_bridge
 from mbridge_model.directory import HFDirectory, open_directory
 from mbridge_model.families import GENERIC, Family, find_family
+from mbridge_model.families.architectures import check_architecture
 from mbridge_model.parallel import Parallel, initialize_parallel
 from mbridge_model.provider.config_checks import check_mrope, check_rotary, config_fields
 from mbridge_model.provider.configure import Backend, configure_provider, resolve_backend
@@ -94,9 +95,10 @@ def load(
     family = find_family(directory.architecture)
     resolved = resolve_backend(backend, dtype)
     bridge = Bridge(directory.path, trust_remote_code=trust_remote_code)
+    check_architecture(directory.config, resolved)
     provider = bridge.provider()
     logger.info("%s: family %s, %s backend", directory.path, family.name, resolved)
-    if family is GENERIC:
+    if family is GENERIC and directory.architecture not in GENERIC.architectures:
         logger.warning(
             "%s has no family file here: compare its logits with transformers before you trust it",
             directory.architecture,

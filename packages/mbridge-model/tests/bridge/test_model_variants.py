@@ -31,6 +31,27 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+LINEAR_ATTENTION = {
+    "head_dim": 32,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+}
+LATENT_ATTENTION = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "n_group": 1,
+    "topk_group": 1,
+}
+NO_TORCH = ", which is not built with plain torch layers; use backend 'te' on a GPU"
 
 AGREE: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralConfig", {"sliding_window": None}),
@@ -61,9 +82,22 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"rope_scaling": {"rope_type": "longrope", "short_factor": [2.0] * 8, "long_factor": [3.0] * 8, "factor": 4.0}},
         r"rotary embedding differs from what config\.json says in rope_parameters",
     ),
-    "gemma 2": ("Gemma2Config", {"head_dim": 32, "sliding_window": 5}, "no place in the Megatron model"),
-    "gemma 3": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 5}, "no place in the Megatron model"),
-    "gpt-oss": ("GptOssConfig", {"head_dim": 32, "num_local_experts": 4}, "softmax_type 'learnable' is not built"),
+    "gemma 2": ("Gemma2Config", {"head_dim": 32, "sliding_window": 5}, "Gemma2ForCausalLM" + NO_TORCH),
+    "gemma 3": ("Gemma3TextConfig", {"head_dim": 32, "sliding_window": 5}, "Gemma3ForCausalLM" + NO_TORCH),
+    "gpt-oss": ("GptOssConfig", {"head_dim": 32, "num_local_experts": 4}, "GptOssForCausalLM" + NO_TORCH),
+    "qwen3-next": ("Qwen3NextConfig", LINEAR_ATTENTION | EXPERTS, "Qwen3NextForCausalLM" + NO_TORCH),
+    "qwen3.5": ("Qwen3_5TextConfig", LINEAR_ATTENTION, "Qwen3_5ForCausalLM" + NO_TORCH),
+    "deepseek-v3": ("DeepseekV3Config", LATENT_ATTENTION, "DeepseekV3ForCausalLM" + NO_TORCH),
+    "qwen3 mixture of experts, dense layers": (
+        "Qwen3MoeConfig",
+        {"head_dim": 32, "mlp_only_layers": [1]} | EXPERTS,
+        r"config\.json has mlp_only_layers \[1\], so some layers of this Qwen3MoeForCausalLM have no experts",
+    ),
+    "qwen3 mixture of experts in every second layer": (
+        "Qwen3MoeConfig",
+        {"head_dim": 32, "decoder_sparse_step": 2} | EXPERTS,
+        r"config\.json has decoder_sparse_step 2, so some layers",
+    ),
     "olmo 2": ("Olmo2Config", {}, "Megatron-Bridge cannot convert .*'Olmo2ForCausalLM' is not yet supported"),
 }
 

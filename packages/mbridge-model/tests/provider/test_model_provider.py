@@ -167,7 +167,7 @@ def half_loaded(directory: Path, name: str) -> str:
     [
         (
             "model.layers.2.self_attn.k_proj.bias",
-            r"lacks 1 tensor\(s\) that the model needs, first '{}'; is the download",
+            r"lacks 1 tensor\(s\) that the model needs, first '{}'; its files are complete",
         ),
         ("model.layers.2.self_attn.o_proj.bias", r"1 tensor\(s\) of the checkpoint have no place .*, first '{}'"),
     ],

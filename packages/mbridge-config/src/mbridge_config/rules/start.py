@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from mbridge_config.facts.architectures import ALL_LAYERS_HAVE_EXPERTS, TORCH, TRANSFORMER_ENGINE
 from mbridge_config.facts.directories import HF_KEYS, TOKENIZER_KEY, hf_key
 from mbridge_config.facts.model import read_json_object
 from mbridge_config.facts.safetensors import fault
@@ -14,6 +15,7 @@ CHECKPOINT = "actor.model.megatron_checkpoint"
 USE_HF = "actor.megatron.use_hf_ckpt"
 MBRIDGE = "actor.megatron.mbridge"
 RESUME = "runner.resume_dir"
+BACKEND = "actor.model.backend"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 _INDEX = "model.safetensors.index.json"
 
@@ -98,6 +100,30 @@ def resume(context: Context) -> Iterable[Finding]:
 def _step(name: str) -> int:
     number = name.rpartition("_")[2]
     return int(number) if number.isdecimal() else -1
+
+
+@rule("architecture", BACKEND, *HF_KEYS)
+def architecture(context: Context) -> Iterable[Finding]:
+    """The model's architecture cannot be built: Megatron-Bridge does not know it, it has no plain torch layers, or some
+    of its layers have no experts where Megatron-Bridge builds experts in every layer.
+
+    Fix: use a model of an architecture that the message names, or `actor.model.backend=te` on a GPU with Transformer
+    Engine.
+    """
+    config, facts = context.config, context.facts
+    if facts is None:
+        return
+    name, backend, key = facts.architectures[0], config.actor.model.backend, hf_key(config)
+    if name not in TORCH | TRANSFORMER_ENGINE:
+        reason = f"config.json names {name}, which Megatron-Bridge does not know"
+        yield Finding(key, reason, f"use a model of {', '.join(sorted(TORCH))}")
+    elif name not in TORCH and backend != "te":
+        reason = f"config.json names {name}, which is not built with plain torch layers, and {BACKEND} is {backend}"
+        yield Finding(key, reason, f"set {BACKEND}=te, on a GPU with Transformer Engine, or use another model")
+    elif name in ALL_LAYERS_HAVE_EXPERTS and facts.dense_layers:
+        layers = ", ".join(map(str, facts.dense_layers[:3])) + (" and more" if len(facts.dense_layers) > 3 else "")
+        reason = f"layers {layers} have no experts (mlp_only_layers and decoder_sparse_step in config.json)"
+        yield Finding(key, reason, f"use a model of {name} with experts in every layer")
 
 
 @rule("weights-missing", USE_HF, CHECKPOINT, RESUME)
@@ -191,6 +217,7 @@ RULES = (
     mbridge_off,
     checkpoint_missing,
     resume,
+    architecture,
     weights,
     damaged,
     vocabulary,

@@ -288,7 +288,8 @@ class Bridge:
         if missing:
             raise ModelError(
                 f"the checkpoint lacks {len(missing)} tensor(s) that the model needs, first {missing[0]!r}; "
-                "is the download complete, and does config.json belong to these weights?"
+                "its files are complete, so config.json (or an override) does not belong to these weights, or "
+                "Megatron-Bridge does not know this variant"
             )
         if unused:
             raise ModelError(

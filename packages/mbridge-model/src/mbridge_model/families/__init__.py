@@ -2,7 +2,7 @@
 
 In: the name of a HuggingFace architecture. Out: its `Family`.
 
-Uses: `vision`.
+Uses: `errors`, `vision`.
 """
 
 from mbridge_model.families import llama, mistral, qwen2, qwen2_5_vl, qwen3, qwen3_vl, qwen3_vl_moe
@@ -12,8 +12,10 @@ FAMILIES: tuple[Family, ...] = tuple(
     module.FAMILY for module in (llama, mistral, qwen2, qwen3, qwen2_5_vl, qwen3_vl, qwen3_vl_moe)
 )
 
-# Dense architectures without a file here go the same way; they just have nothing forced.
-GENERIC = Family(name="generic", architectures=(), forces=())
+# Other architectures go the same way; they just have nothing forced. The ones named here agree with transformers.
+GENERIC = Family(
+    name="generic", architectures=("GemmaForCausalLM", "NemotronForCausalLM", "Qwen3MoeForCausalLM"), forces=()
+)
 
 
 def find_family(architecture: str) -> Family:

@@ -1,0 +1,35 @@
+"""Refuse architectures that cannot be built, by name, before anything is built."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from mbridge_model.errors import ModelError
+from mbridge_model.families import FAMILIES, GENERIC
+
+TORCH_ARCHITECTURES = frozenset(name for family in (*FAMILIES, GENERIC) for name in family.architectures)
+"""HuggingFace model classes that are built with plain torch layers and agree with transformers."""
+
+# Megatron-Bridge builds experts in every layer of these.
+_ALL_LAYERS_HAVE_EXPERTS = ("Qwen3MoeForCausalLM", "Qwen3VLMoeForConditionalGeneration")
+
+
+def check_architecture(config: Mapping[str, Any], backend: str) -> None:
+    """Check that the model of `config`, the content of a config.json, can be built with the layers of `backend`.
+
+    Raises:
+        ModelError: it has no plain torch layers, or layers without experts that Megatron-Bridge does not know.
+    """
+    architecture = config["architectures"][0]
+    if backend == "torch" and architecture not in TORCH_ARCHITECTURES:
+        raise ModelError(
+            f"config.json names {architecture}, which is not built with plain torch layers; use backend 'te' on a GPU, "
+            f"or a model of {', '.join(sorted(TORCH_ARCHITECTURES))}"
+        )
+    text = config.get("text_config", config)
+    if architecture in _ALL_LAYERS_HAVE_EXPERTS:
+        for key, usual in (("mlp_only_layers", []), ("decoder_sparse_step", 1)):
+            if text.get(key) not in (None, usual):
+                raise ModelError(
+                    f"config.json has {key} {text[key]}, so some layers of this {architecture} have no experts; "
+                    f"Megatron-Bridge builds experts in every layer: use a model without {key}"
+                )
