@@ -20,10 +20,10 @@ from mbridge_train.build import DTYPES, build_engine, save_settings
 from mbridge_train.checkpoint.resume import find_checkpoint, restore, say_if_finished
 from mbridge_train.checkpoint.runs import RunSaver, is_due
 from mbridge_train.data.errors import DataError
+from mbridge_train.data.hf_files import from_directory
 from mbridge_train.data.order import RowOrder, require_same_data
 from mbridge_train.engine.snapshot import Snapshot
 from mbridge_train.engine.throughput import Throughput
-from mbridge_train.run.hf_files import from_directory
 from mbridge_train.run.output import RunOutput
 from mbridge_train.run.processes import broadcast, join, leave, seed_all
 from transformers import AutoTokenizer, PreTrainedTokenizerBase

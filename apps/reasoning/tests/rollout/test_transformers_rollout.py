@@ -6,8 +6,8 @@ from mbridge_reasoning.errors import RolloutError
 from mbridge_reasoning.quickstart.model import TinyGeometry, write_tiny_model
 from mbridge_reasoning.rollout.base import Completion, Request, SamplingParams
 from mbridge_reasoning.rollout.transformers import TransformersRollout, draw, end_token_ids
+from mbridge_train.data.hf_files import from_directory
 from mbridge_train.errors import TrainError
-from mbridge_train.run.hf_files import from_directory
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from mbridge_model.kernels.attention import no_cudnn_attention
+from mbridge_train.data.hf_files import from_directory
 from mbridge_train.memory.copying import copy_tensors
-from mbridge_train.run.hf_files import from_directory
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 

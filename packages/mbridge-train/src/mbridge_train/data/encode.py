@@ -20,10 +20,10 @@ from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from mbridge_train.data.errors import DataError, LongRowError, RowError
 from mbridge_train.data.examples import Example
+from mbridge_train.data.hf_files import from_directory
 from mbridge_train.data.images import LARGEST, PixelLimits, RowImages, decode, fetched, image_size
 from mbridge_train.data.template import ChatTemplate
 from mbridge_train.errors import TrainError
-from mbridge_train.run.hf_files import from_directory
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 

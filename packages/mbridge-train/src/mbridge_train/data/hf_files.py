@@ -1,4 +1,4 @@
-"""Loading from a model's directory with transformers: every file that it cannot use is a user error."""
+"""Load parts of a model's directory with transformers; a file that cannot be loaded is a user error."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ def from_directory(kind: Any, directory: Path, name: str, **options: Any) -> Any
     Args:
         kind: a class of transformers, such as `AutoTokenizer`.
         directory: directory of the model.
-        name: name of the part, such as "tokenizer", for messages.
+        name: name of the part for messages, such as "tokenizer".
 
     Raises:
         TrainError: a file is missing or broken.
