@@ -18,7 +18,7 @@ def layout_of(sizes: dict[str, int], experts: int | None = None, chunks: int = 1
     try:
         config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=2, num_moe_experts=experts)
         layout = RankLayout.of_model(config, chunks=chunks)
-        axes = ("tensor", "pipeline", "data", "context", "data_context", "expert", "expert_tensor", "expert_data")
+        axes = ("tensor", "pipeline", "data", "context", "data_context", "expert", "expert_tensor")
         gathered: list[Any] = [None] * layout.data.size
         distributed.all_gather_object(gathered, distributed.get_rank(), group=layout.data_gloo)
         return {
@@ -56,7 +56,6 @@ def test_context_expert_and_data_axes(gang4: Gang) -> None:
         assert found["axes"]["data"] == (rank // 2, 2)
         assert found["axes"]["data_context"] == (rank, 4)
         assert found["axes"]["expert"] == (rank % 2, 2)
-        assert found["axes"]["expert_data"] == (rank // 2, 2)
         assert found["stages"] == (True, True)
         assert found["data"] == [rank % 2, rank % 2 + 2]
         assert found["checkpoint"] == Layout(data=2, context=2, expert=2)

@@ -1,8 +1,7 @@
 """The layout of ranks: every parallel axis, this rank's place on it, and its process group.
 
-Megatron-Core keeps its process groups in globals. They are read here and nowhere else in this package; whoever saves,
-loads, plans or reduces asks `Engine.layout`. Before a model exists, the layout is the user's wish: `build_engine` makes
-`mbridge_model.Parallel` from the config.
+Megatron-Core keeps its process groups in globals. This module alone reads them; code that saves, loads, plans or
+reduces asks `Engine.layout`. The layout that the user asks for, before a model exists, is `mbridge_model.Parallel`.
 """
 
 from dataclasses import dataclass
@@ -16,12 +15,12 @@ from torch.distributed import ProcessGroup
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One parallel axis as this rank sees it: the ranks that differ from it on this axis alone, and itself.
+    """One parallel axis as this rank sees it.
 
     Attributes:
-        group: these ranks.
-        size: their number.
-        rank: this rank's place among them, from 0.
+        group: this rank and those that differ from it on this axis alone.
+        size: number of ranks in the group.
+        rank: index of this rank in the group.
     """
 
     group: ProcessGroup
@@ -30,43 +29,32 @@ class Axis:
 
     @classmethod
     def of(cls, group: ProcessGroup) -> "Axis":
-        """Return the axis whose ranks are those of `group`."""
+        """Return the axis of `group`."""
         return cls(group, group.size(), group.rank())
 
     @property
-    def is_first(self) -> bool:
-        """Whether this is the first rank of the axis."""
-        return self.rank == 0
-
-    @property
-    def is_last(self) -> bool:
-        """Whether this is the last rank of the axis."""
-        return self.rank == self.size - 1
-
-    @property
     def last_rank(self) -> int:
-        """Rank in the world of the last rank of the axis."""
+        """Global rank of the axis's last rank."""
         return distributed.get_global_rank(self.group, self.size - 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RankLayout:
-    """All axes of this run's ranks.
+    """The parallel axes of a run.
 
     Attributes:
         tensor: ranks that share each layer's matrices.
         pipeline: ranks that hold successive stages of the model.
         data: ranks that hold the same parameters and run different samples.
         context: ranks that hold different parts of the same sequences.
-        data_context: the two axes above as one: ranks that hold the same parameters and see different tokens. A sum
-            over all tokens of a batch is a sum over it.
+        data_context: `data` and `context` as one axis: ranks that hold the same parameters and see different tokens.
+            Sums over the tokens of a batch are all-reduced over it.
         expert: ranks that hold different experts of a layer.
         expert_tensor: ranks that share the matrices of an expert.
-        expert_data: ranks that hold the same experts.
-        data_gloo: the ranks of `data` in a group that moves CPU tensors and Python objects.
-        world_gloo: likewise all ranks.
+        data_gloo: gloo group of the ranks of `data`, for CPU tensors and Python objects.
+        world_gloo: gloo group of all ranks.
         virtual_pipeline: model chunks of each pipeline stage; 1: no interleaving.
-        has_experts: whether the model is a mixture of experts; a dense model has no experts that ranks could share.
+        has_experts: whether the model is a mixture of experts. If not, the expert axes mean nothing.
         sequence: whether activations between the layers are split along the sequence over `tensor`.
     """
 
@@ -77,7 +65,6 @@ class RankLayout:
     data_context: Axis
     expert: Axis
     expert_tensor: Axis
-    expert_data: Axis
     data_gloo: ProcessGroup
     world_gloo: ProcessGroup
     virtual_pipeline: int
@@ -86,13 +73,11 @@ class RankLayout:
 
     @classmethod
     def of_model(cls, config: TransformerConfig, *, chunks: int) -> "RankLayout":
-        """Return the layout of Megatron-Core's process groups, which must exist, and of a model built on them.
-
-        Collective over all ranks.
+        """Return the layout of a model built on Megatron-Core's process groups. Collective over all ranks.
 
         Args:
-            config: the model's.
-            chunks: its number of chunks on this rank.
+            config: of the model.
+            chunks: number of model chunks on this rank.
         """
         return cls(
             tensor=Axis.of(parallel_state.get_tensor_model_parallel_group()),
@@ -102,7 +87,6 @@ class RankLayout:
             data_context=Axis.of(parallel_state.get_data_parallel_group(with_context_parallel=True)),
             expert=Axis.of(parallel_state.get_expert_model_parallel_group()),
             expert_tensor=Axis.of(parallel_state.get_expert_tensor_parallel_group()),
-            expert_data=Axis.of(parallel_state.get_expert_data_parallel_group()),
             data_gloo=parallel_state.get_data_parallel_group_gloo(),
             world_gloo=_world_gloo(),
             virtual_pipeline=chunks,
@@ -113,21 +97,21 @@ class RankLayout:
     @property
     def is_first_stage(self) -> bool:
         """Whether this rank holds the embedding, and the vision tower where there is one."""
-        return self.pipeline.is_first
+        return self.pipeline.rank == 0
 
     @property
     def is_last_stage(self) -> bool:
         """Whether this rank holds the output layer."""
-        return self.pipeline.is_last
+        return self.pipeline.rank == self.pipeline.size - 1
 
     @property
     def is_writer(self) -> bool:
-        """Whether this rank writes the parameters and optimizer state that its data-parallel ranks hold alike."""
-        return self.data.is_first
+        """Whether this rank writes the parameters and optimizer state that its data-parallel ranks share."""
+        return self.data.rank == 0
 
     @property
     def checkpoint(self) -> mbridge_ckpt.Layout:
-        """The sizes, in the type that `mbridge_ckpt` writes into a checkpoint's manifest."""
+        """The sizes, as `mbridge_ckpt` writes them into the manifest of a checkpoint."""
         return mbridge_ckpt.Layout(
             tensor=self.tensor.size,
             pipeline=self.pipeline.size,
@@ -140,7 +124,7 @@ class RankLayout:
 
 
 def _world_gloo() -> ProcessGroup:
-    """Return the world if it runs on gloo already, else a new group of all ranks that does."""
+    """Return the default group if it runs on gloo, else a new gloo group of all ranks."""
     world = distributed.group.WORLD
     if world is not None and distributed.get_backend() == "gloo":
         return world
