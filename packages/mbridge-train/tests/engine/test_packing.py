@@ -117,7 +117,7 @@ def test_dense_by_hand() -> None:
 
 
 def test_packed_by_hand() -> None:
-    inputs = collate_packed(by_hand(), pad_each_to_multiple=2)
+    inputs = collate_packed(by_hand(), pad_to_multiple=2)
     assert inputs.tokens.tolist() == [[11, 12, 13, 0, 21, 0, 31, 32]]
     assert inputs.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1]]
     assert inputs.targets.tolist() == [[12, 13, 0, 0, 0, 0, 32, 0]]
@@ -135,7 +135,7 @@ def test_packed_by_hand() -> None:
     ("inputs", "shape"),
     [
         (collate_dense([], pad_to_multiple=4, field_names=["advantages"]), (1, 4)),
-        (collate_packed([], pad_each_to_multiple=4, field_names=["advantages"]), (1, 4)),
+        (collate_packed([], pad_to_multiple=4, field_names=["advantages"]), (1, 4)),
     ],
 )
 def test_empty_micro_batch_is_padding_without_weight(inputs: ModelInputs, shape: tuple[int, int]) -> None:
@@ -198,7 +198,7 @@ def test_padding_share(packed: bool, multiple: int, expected: float) -> None:
     assert share == pytest.approx(expected)
     samples = [make_sample(length) for length in lengths]
     collate = {
-        True: lambda chosen: collate_packed(chosen, pad_each_to_multiple=multiple),
+        True: lambda chosen: collate_packed(chosen, pad_to_multiple=multiple),
         False: lambda chosen: collate_dense(chosen, pad_to_multiple=multiple),
     }[packed]
     places = sum(collate([samples[index] for index in chosen]).tokens.numel() for chosen in plan[0])

@@ -1,7 +1,7 @@
 """The check that all ranks were given the same global batch.
 
-Each rank plans and collates for itself, so batches that differ would deadlock the ranks, or silently train on samples
-twice or not at all. One exchange of six numbers per pass, between CPUs, detects this before anything runs.
+Every rank plans and collates on its own, so different batches would deadlock the ranks, or silently train on a sample
+twice or never. One exchange of six numbers per pass between the CPUs detects this before anything runs.
 """
 
 import zlib
@@ -15,19 +15,19 @@ from mbridge_train.engine.batch import Sample
 from mbridge_train.errors import TrainError
 from mbridge_train.layout import RankLayout
 
-# In the order of `_digest`.
+# What the entries of `_digest` are, in order.
 _COMPARED = ("number of samples", "lengths", "tokens", "weights", "names of fields", "images")
 
 
 def check_agreement(batch: Sequence[Sample], layout: RankLayout) -> None:
     """Compare the batch with those of all other ranks. Collective over all ranks.
 
-    It compares checksums of lengths, tokens, weights, names of fields and sizes of images, which takes about 50 ms of
-    a CPU core per million tokens. Values of fields and pixels are left out: a rank may have only those of its own
-    samples.
+    Checksums of lengths, tokens, weights, names of fields and sizes of images are compared, which takes about 50 ms of
+    a CPU core per million tokens. Values of fields and pixels are left out, because a rank may have only those of its
+    own samples.
 
     Raises:
-        TrainError: on every rank, naming the ranks whose batch differs from that of most.
+        TrainError: on every rank, naming the ranks whose batch differs from that of the majority.
     """
     if distributed.get_world_size() == 1:
         return

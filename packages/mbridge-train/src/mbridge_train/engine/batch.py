@@ -1,7 +1,7 @@
 """One training sequence, and the loss weights that turn a list of them into one global batch.
 
-A *global batch* is a plain ``list[Sample]``: everything that goes into one optimizer step. Every rank holds all of it
-(token ids are small), so every rank derives the same split without communication.
+A *global batch* is a plain ``list[Sample]`` with all samples of one optimizer step. Every rank holds all of it (token
+ids are small) and therefore derives the same split without communication.
 
 Any aggregation of a per-token loss is a choice of weights over the global batch: ``loss = sum(weights * token_loss)``.
 The weights are fixed before the batch is cut into micro-batches, so the loss and its gradient do not depend on
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
     from mbridge_model import VisionInputs
 
 Aggregation = Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"]
-"""How a per-token loss becomes one number; see :func:`aggregation_weights`."""
+"""How a per-token loss is reduced to one number; see :func:`aggregation_weights`."""
 
 
 class LazyVision(Protocol):
-    """Images and videos that only the ranks which run their sample materialize (`Engine.reads_vision`)."""
+    """Images and videos that are materialized only on the ranks that run their sample (`Engine.reads_vision`)."""
 
     grid_thw: Tensor
-    """int64 [items, 3], as in `VisionInputs`; known on every rank."""
+    """int64 [items, 3], as in `VisionInputs`; present on every rank."""
 
     def materialize(self) -> "VisionInputs":
-        """Return them with their pixels. Called when their micro-batch is collated."""
+        """Return the inputs with their pixels. Called when the micro-batch is collated."""
         ...
 
 
 @dataclass(kw_only=True, slots=True)
 class Sample:
-    """One sequence. All tensors are on the CPU and, except those of images, have the same length (at least 1).
+    """One sequence. All tensors are on the CPU; all but those of images have the same length, at least 1.
 
-    Per-token values are aligned to the token they belong to *as a target*: entry ``t`` concerns the prediction of
-    ``tokens[t]`` from ``tokens[:t]``. Nothing predicts the first token, so ``weights[0]`` is 0 and the first entry of
-    a field is never read. Nor should a loss read an entry whose weight is 0; those may be NaN.
+    Per-token values are aligned to their token *as a target*: entry ``t`` concerns the prediction of ``tokens[t]`` from
+    ``tokens[:t]``. Nothing predicts the first token, so ``weights[0]`` is 0. Fields may be NaN where the weight is 0,
+    so a loss must not read them there.
 
     Raises:
         ValueError: wrong dtype, shape or device; a negative or non-finite weight; a trained first token; a field that
@@ -49,14 +49,14 @@ class Sample:
     tokens: Tensor
     """int64 [length]: token ids."""
     weights: Tensor
-    """float32 [length]: weight of the token's loss in the global batch; 0 where the token is not trained."""
+    """float32 [length]: weight of the token's loss in the global batch; 0 for tokens that are not trained."""
     fields: dict[str, Tensor] = field(default_factory=dict)
-    """float32 [length] each: other per-token values that the loss reads by these names, such as `advantages`. All
+    """float32 [length] each: per-token values by the name under which the loss reads them, such as `advantages`. All
     samples of a batch have the same names."""
     vision: "VisionInputs | LazyVision | None" = None
-    """Images and videos whose placeholders are among the tokens, in their order."""
+    """Images and videos, in the order of their placeholders among the tokens."""
     position_ids: Tensor | None = None
-    """int64 [3, length]: positions in time, height and width (`mbridge_model.mrope_position_ids`); None: counted."""
+    """int64 [3, length]: time, height and width (`mbridge_model.mrope_position_ids`); None: positions count tokens."""
 
     def __post_init__(self) -> None:
         _check_tensor("tokens", self.tokens, torch.int64, None)
@@ -107,32 +107,31 @@ def _check_tensor(name: str, value: Tensor, dtype: torch.dtype, length: int | No
 
 
 def aggregation_weights(loss_masks: Sequence[Tensor], mode: Aggregation) -> list[Tensor]:
-    """Return the weights with which ``sum(weights * token_loss)`` over the global batch is the chosen aggregate.
+    """Return the weights for which ``sum(weights * token_loss)`` over the global batch is the chosen aggregate.
 
     With T trained tokens in the global batch, len_i of them in sequence i, and N sequences that have at least one:
 
     ======================= ==================== ==================================================================
     mode                    weight of a token    meaning
     ======================= ==================== ==================================================================
-    ``token-mean``          1 / T                every token counts the same (DAPO, arXiv 2503.14476, 3.3)
+    ``token-mean``          1 / T                all tokens count equally (DAPO, arXiv 2503.14476, 3.3)
     ``seq-mean-token-sum``  1 / N                mean over sequences of their summed loss (REINFORCE)
-    ``seq-mean-token-mean`` 1 / (N * len_i)      every sequence counts the same (GRPO, arXiv 2402.03300, eq. 3)
+    ``seq-mean-token-mean`` 1 / (N * len_i)      all sequences count equally (GRPO, arXiv 2402.03300, eq. 3)
     ======================= ==================== ==================================================================
 
-    A sequence without a trained token (an empty answer, or one that was filtered out) gets zeros and does not count
-    in N: it has no loss to average. If no sequence has one, all weights are zero, so the loss and its gradient are
-    zero as well.
+    A sequence without a trained token (an empty answer, or one that was filtered out) has no loss to average: its
+    weights are 0, and it does not count in N. If no sequence has a trained token, the loss and its gradient are 0.
 
     Args:
-        loss_masks: one per sequence, bool or 0/1 of any dtype, [length]; true where the token is trained. The first
-            entry must be false.
+        loss_masks: one per sequence, bool or 0/1 of any dtype, [length]; true for trained tokens. The first entry must
+            be false.
         mode: the aggregation.
 
     Returns:
-        float32 [length] tensors on the CPU, one per sequence, in the same order.
+        float32 [length] CPU tensors, one per sequence, in the same order.
 
     Raises:
-        ValueError: unknown mode; a mask that is not one-dimensional, not 0/1, or true at position 0.
+        ValueError: unknown mode; a mask is not one-dimensional, not 0/1, or true at position 0.
     """
     if mode not in get_args(Aggregation):
         raise ValueError(f"unknown loss aggregation {mode!r}: use one of {', '.join(get_args(Aggregation))}")

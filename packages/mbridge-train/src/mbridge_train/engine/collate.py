@@ -1,7 +1,7 @@
-"""Collating the samples of one micro-batch into model inputs, and results back into per-sample tensors.
+"""Collate the samples of a micro-batch into model inputs, and cut results back into per-sample tensors.
 
-Samples lie in one tensor, a row per sample or all of them end to end (THD). Causal attention lets a token see earlier
-tokens only, so padding on the right of a sample changes nothing before it.
+Samples are laid out in one tensor, one row per sample or end to end (THD). Attention is causal, so padding on the right
+of a sample does not change the results of its tokens.
 """
 
 from collections.abc import Sequence
@@ -20,35 +20,35 @@ from mbridge_train.engine.plan import round_up
 
 @dataclass(kw_only=True, slots=True)
 class ModelInputs:
-    """One micro-batch as a causal language model takes it, [batch, seq]; a packed one is [1, total].
+    """One micro-batch for a causal language model, [batch, seq]; packed: [1, total].
 
-    The logits at a position predict the *next* token, so everything about token ``t`` of a sample sits at the
-    position of its token ``t - 1``. The last position of every sample and all padding have target 0 and weight 0.
+    The logits at a position predict the *next* token, so the values of token ``t`` of a sample are at the position of
+    its token ``t - 1``. The last position of every sample and all padding have target 0 and weight 0.
     """
 
     tokens: Tensor
     """int64 [batch, seq]; 0 in padding."""
     position_ids: Tensor
-    """int64 [batch, seq]: position within the sample, counted on through its padding. [3, batch, seq] (time, height,
-    width) if a sample brings its own positions; those of padding are then arbitrary."""
+    """int64 [batch, seq]: position within the sample, counting its padding. [3, batch, seq] (time, height, width) if a
+    sample has its own positions; those of padding are then arbitrary."""
     targets: Tensor
     """int64 [batch, seq]: the token that the logits here predict."""
     weights: Tensor
     """float32 [batch, seq]: loss weight of the target."""
     fields: dict[str, Tensor]
-    """float32 [batch, seq] each: `Sample.fields` by name, a value of the target at each position; 0 in padding."""
-    cu_seqlens: Tensor | None
-    """int32 [segments + 1]: cumulative sum of unpadded segment lengths. None in a dense batch, like the next two."""
-    cu_seqlens_padded: Tensor | None
-    """int32 [segments + 1]: where segments start in the packed row; the last entry is ``total``."""
-    max_seqlen: int | None
-    """Longest padded segment."""
+    """float32 [batch, seq] each: `Sample.fields` of the targets by name; 0 in padding."""
     sample_starts: list[int]
     """Position of each sample's first token in the flattened [batch * seq] layout."""
     sample_lengths: list[int]
-    """Tokens of each sample."""
+    """Number of tokens of each sample."""
+    cu_seqlens: Tensor | None = None
+    """int32 [segments + 1]: cumulative sum of unpadded segment lengths. None in a dense batch, like the next two."""
+    cu_seqlens_padded: Tensor | None = None
+    """int32 [segments + 1]: starts of the segments in the packed row, and ``total``."""
+    max_seqlen: int | None = None
+    """Length of the longest padded segment."""
     vision: VisionInputs | None = None
-    """Images and videos of all samples, in the order of their placeholders; None if there are none."""
+    """Images and videos of all samples, in the order of their placeholders; None without any."""
 
     def unpack(self, values: Tensor) -> list[Tensor]:
         """Cut per-position results into samples.
@@ -60,7 +60,7 @@ class ModelInputs:
             One tensor [length, ...] per sample, aligned to tokens as in :class:`Sample`; entry 0 is 0.
 
         Raises:
-            ValueError: the number of values is not that of the positions.
+            ValueError: the numbers of values and positions differ.
         """
         if len(values) != self.tokens.numel():
             raise ValueError(f"{list(values.shape)} values for {list(self.tokens.shape)} positions")
@@ -90,16 +90,16 @@ def collate_dense(
     field_names: Sequence[str] | None = None,
     with_vision: bool = True,
 ) -> ModelInputs:
-    """Collate one row per sample, padded on the right to the longest, rounded up to ``pad_to_multiple``.
+    """Collate one row per sample, padded on the right.
 
-    An empty micro-batch becomes one row of padding with zero weight and all fields present, so that a rank without
-    work runs the same code and collectives as the others.
+    An empty micro-batch becomes one row of padding with zero weight and all fields, so that a rank without work runs
+    the same code and collectives as the others.
 
     Args:
-        samples: those of one micro-batch.
-        pad_to_multiple: of the rows' length.
-        field_names: the fields of the global batch, for a micro-batch that may be empty; None: those of `samples`.
-        with_vision: False leaves images and videos out.
+        samples: the micro-batch.
+        pad_to_multiple: rows are as long as the longest sample, rounded up to a multiple of this.
+        field_names: fields of the global batch, for a micro-batch that may be empty; None: fields of `samples`.
+        with_vision: whether to materialize images and videos.
 
     Raises:
         ValueError: a sample lacks a field that others have.
@@ -112,24 +112,18 @@ def collate_dense(
 
 def collate_packed(
     samples: Sequence[Sample],
-    pad_each_to_multiple: int = 1,
+    pad_to_multiple: int = 1,
     *,
     field_names: Sequence[str] | None = None,
     with_vision: bool = True,
 ) -> ModelInputs:
-    """Collate all samples end to end in one row (THD), each padded on the right to ``pad_each_to_multiple``.
+    """Collate all samples end to end in one row (THD).
 
-    An empty micro-batch is one sequence of padding, with zero weight and all fields present.
-
-    Args:
-        samples, field_names, with_vision: as in :func:`collate_dense`.
-        pad_each_to_multiple: for sequence and context parallelism, which split every sample evenly.
-
-    Raises:
-        ValueError: as in :func:`collate_dense`.
+    Arguments and errors are those of :func:`collate_dense`, but each sample is padded on the right to a multiple of
+    ``pad_to_multiple``, for sequence and context parallelism. An empty micro-batch becomes one sequence of padding.
     """
-    lengths = [sample.length for sample in samples] or [pad_each_to_multiple]
-    segments = [round_up(length, pad_each_to_multiple) for length in lengths]
+    lengths = [sample.length for sample in samples] or [pad_to_multiple]
+    segments = [round_up(length, pad_to_multiple) for length in lengths]
     cu_seqlens, cu_seqlens_padded = (
         torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32) for sizes in (lengths, segments)
     )
@@ -146,10 +140,9 @@ def _lay_out(
     field_names: Sequence[str] | None,
     with_vision: bool,
 ) -> ModelInputs:
-    """Return dense inputs in the shape of ``position_ids``, sample ``i`` from flat position ``starts[i]`` on."""
+    """Return dense inputs in the shape of ``position_ids``; sample ``i`` starts at the flat position ``starts[i]``."""
 
     def place(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """Put the values of each sample at its start; zeros around."""
         row = torch.zeros(position_ids.numel(), dtype=dtype)
         for value, start in zip(values, starts, strict=True):
             row[start : start + len(value)] = value
@@ -162,9 +155,6 @@ def _lay_out(
         targets=place([sample.tokens[1:] for sample in samples], torch.int64),
         weights=place([sample.weights[1:] for sample in samples], torch.float32),
         fields={name: place([sample.fields[name][1:] for sample in samples], torch.float32) for name in names},
-        cu_seqlens=None,
-        cu_seqlens_padded=None,
-        max_seqlen=None,
         sample_starts=starts,
         sample_lengths=[sample.length for sample in samples],
         vision=_materialize_vision(samples) if with_vision else None,
@@ -177,7 +167,7 @@ def _materialize_vision(samples: Sequence[Sample]) -> VisionInputs | None:
 
 
 def _place_positions(samples: Sequence[Sample], starts: list[int], position_ids: Tensor) -> Tensor:
-    """Return counted positions, in three dimensions and with the samples' own where any sample brings some."""
+    """Return ``position_ids``, or three dimensions of them with the samples' own if any sample has its own."""
     if all(sample.position_ids is None for sample in samples):
         return position_ids
     flat = position_ids.reshape(1, -1).repeat(3, 1)

@@ -1,9 +1,9 @@
 """The training engine: forward and backward passes over a global batch, and the optimizer step.
 
-Everything takes a *global batch*, the same list of samples on every rank. The engine plans which data-parallel rank
-runs which samples in which micro-batch, runs Megatron-Core's pipeline schedule over them, and returns results for the
-whole batch on every rank. Because the loss is a weighted sum over the global batch (see `batch`), its value and the
-gradient are the same under every layout, micro-batching and packing.
+Every pass takes a *global batch*, the same list of samples on every rank. The engine assigns the samples to
+data-parallel ranks and micro-batches, runs Megatron-Core's pipeline schedule, and returns results for the whole batch
+on every rank. Because the loss is a weighted sum over the global batch (see `batch`), its value and the gradient are
+the same under every layout, micro-batching and packing.
 """
 
 import math
@@ -35,24 +35,24 @@ from mbridge_train.memory.offload import KEPT, PARTS, KeptPart, Offload, Part
 from mbridge_train.optim.optimizer import Optimizer, OptimizerSettings, StepResult, wrap_data_parallel
 
 PLANNED_LENGTHS = 128
-"""Multiple to which rows are padded for Transformer Engine: cuDNN takes a sixth of a second to plan its attention for a
-length that it has not seen."""
+"""Multiple to which rows are padded for Transformer Engine: cuDNN plans its attention anew for each new length, which
+takes a sixth of a second."""
 
 LossFunction = Callable[[LossInputs], LossOutputs]
-"""Maps the tokens of one micro-batch to a weighted sum and metrics (see `losses`)."""
+"""Maps the tokens of one micro-batch to a weighted sum and metrics (see `losses.policy`)."""
 
-_Finish = Callable[[ModelInputs, Mapping[str, Tensor]], tuple[Tensor, dict[str, Any]]]
-"""Maps a micro-batch and the outputs of its head to a loss and to results."""
+_Finish = Callable[[ModelInputs, Mapping[str, Tensor]], tuple[Tensor, Tensor, dict[str, Any]]]
+"""Maps a micro-batch and the outputs of its head to a loss, a number of tokens and results, as the schedule requires."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MicroBatching:
-    """How a rank's share of the global batch is cut into micro-batches. Exactly one of the two sizes is given.
+    """How a rank's share of the global batch is cut into micro-batches. Give exactly one of the two sizes.
 
     Attributes:
-        micro_batch_size: samples in a micro-batch.
-        token_budget: at most this many tokens in a micro-batch; samples are then packed end to end.
-        packed: pack the samples of a fixed-size micro-batch too, instead of padding them to the longest.
+        micro_batch_size: number of samples in a micro-batch.
+        token_budget: largest number of tokens in a micro-batch, whose samples are then packed end to end.
+        packed: pack the samples of a fixed-size micro-batch, too, instead of padding them to the longest.
     """
 
     micro_batch_size: int | None = None
@@ -68,8 +68,8 @@ class Engine:
     """A Megatron model and its optimizer.
 
     Args:
-        model: the chunks that `mbridge_model.load` returned, loaded with the override `calculate_per_token_loss`.
-        handle: as `mbridge_model.load` returned it.
+        model: chunks from `mbridge_model.load` with the override `calculate_per_token_loss`.
+        handle: from `mbridge_model.load`.
         micro_batching: for training and forward passes alike.
         optimizer: None makes an engine that only evaluates.
 
@@ -95,15 +95,16 @@ class Engine:
         if optimizer is not None:
             self.model = list(wrap_data_parallel(model, optimizer))
             self.optimizer = Optimizer(self.model, optimizer)
-            self._set_schedule_hooks(optimizer)
+            self.config.grad_scale_func = self.optimizer.megatron.scale_loss
+            self.config.finalize_model_grads_func = _finalize_summed_gradients
+            if optimizer.overlap_grad_reduce:
+                no_sync = [chunk.no_sync for chunk in self.model]
+                self.config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
         self.memory = Offload(self.model, self.optimizer, self.device)
 
     @property
     def chunks(self) -> list[nn.Module]:
-        """The bare Megatron modules of this rank, inside data-parallel and half-precision wrappers.
-
-        One for each virtual pipeline stage, in their order; a single one without interleaving.
-        """
+        """The Megatron modules of this rank without their wrappers, one for each virtual pipeline stage, in order."""
         return [_unwrap(chunk) for chunk in self.model]
 
     @record_function("forward_backward")
@@ -116,12 +117,12 @@ class Engine:
 
         Args:
             batch: the global batch, the same on every rank.
-            loss: of the head's outputs and the samples' fields.
+            loss: function of the head's outputs and the samples' fields.
             head: computes the outputs from the last hidden states; None: `LogprobHead()`.
 
         Returns:
-            The loss's metrics over the global batch, as `results.mean_metrics` gives them, on every rank. Reading them
-            waits for the GPU's gradients, as `step` does anyway, so read them after `step`.
+            On every rank, the metrics of the loss over the global batch, as `results.mean_metrics` returns them. Read
+            them after `step`, because reading waits for the gradients on the GPU.
 
         Raises:
             TrainError: the engine has no optimizer; the batch is empty, or not the same on all ranks; a sample exceeds
@@ -134,7 +135,7 @@ class Engine:
         self.memory.onload("gradients")
         for chunk in self.model:
             chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        self.optimizer.megatron.zero_grad()
         _, per_micro_batch = self._run(
             batch, head or LogprobHead(), partial(_loss_and_metrics, loss), forward_only=False
         )
@@ -157,8 +158,8 @@ class Engine:
             head: computes the outputs from the last hidden states.
 
         Returns:
-            For each output of the head, one float32 tensor [length, ...] on the CPU per sample, in the batch's order,
-            on every rank. Entry ``t`` is the value at the position that predicts token ``t``; entry 0 is 0.
+            On every rank, for each output of the head, one float32 CPU tensor [length, ...] per sample, in the order of
+            the batch. Entry ``t`` is the value at the position that predicts token ``t``; entry 0 is 0.
 
         Raises:
             TrainError, ValueError: as in `forward_backward`.
@@ -168,45 +169,45 @@ class Engine:
         return gather_samples(per_micro_batch, plan[self.layout.data.rank], lengths, self.layout, self.device)
 
     def logprobs(self, batch: list[Sample], *, temperature: float = 1.0) -> list[Tensor]:
-        """Return the log probability of each token given those before it, as `forward` does."""
+        """Return the log probability of each token given the tokens before it, in the form of `forward`'s results."""
         return self.forward(batch, LogprobHead(temperature=temperature))["logprobs"]
 
     def padding_share(self, batch: list[Sample]) -> float:
-        """Return the share of padding among the positions of all micro-batches of all ranks in a pass over `batch`."""
+        """Return the share of padding among the positions that all ranks compute in a pass over `batch`."""
         lengths = [sample.length for sample in batch]
         return padding_share(
             self._plan(lengths), lengths, packed=self._is_packed, pad_each_to_multiple=self._length_multiple
         )
 
     def reads_vision(self, lengths: list[int]) -> set[int]:
-        """Return the indices of the samples of a global batch whose images and videos this rank reads.
+        """Return the indices of the samples whose images and videos this rank reads.
 
-        Those are the samples that the plan gives to it, on the first pipeline stage; other ranks read none.
+        These are the rank's samples on the first pipeline stage, and none on other stages.
 
         Args:
-            lengths: number of tokens of each sample of the batch.
+            lengths: number of tokens of each sample of the global batch.
         """
         if not self.layout.is_first_stage:
             return set()
         return {index for micro_batch in self._plan(lengths)[self.layout.data.rank] for index in micro_batch}
 
     def export_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Yield the weights under their HuggingFace names. Collective: every rank iterates to the end."""
+        """Yield the weights by HuggingFace name. Collective: every rank must iterate to the end."""
         self.synchronize_weights()
         return export(self.model, self.handle)
 
     def synchronize_weights(self) -> None:
-        """Finish the parameter gather in flight, which overlaps with the next forward pass, before weights are read."""
+        """Finish the parameter gather that would overlap with the next forward pass, before weights are read."""
         self.memory.require("weights")
         if self.optimizer is not None and self.optimizer.settings.overlap_param_gather:
             for chunk in self.model:
                 chunk.start_param_sync(force_sync=True)
 
     def offload(self, *parts: Part) -> None:
-        """Free the device memory of `parts` until `onload`; that of "gradients" until `forward_backward`.
+        """Free the device memory of `parts` until `onload`, and of "gradients" until `forward_backward`.
 
-        Tensors that `export_weights` yielded may be views of the weights and must not be used any longer. Other
-        processes get the freed memory after `torch.cuda.empty_cache()`.
+        Tensors from `export_weights` may be views of the weights and must no longer be used. Other processes get the
+        freed memory after `torch.cuda.empty_cache()`.
 
         Raises:
             TrainError: there is not enough host memory.
@@ -217,13 +218,13 @@ class Engine:
             self.memory.offload(part)
 
     def onload(self, *parts: KeptPart) -> None:
-        """Bring `parts`, or both if none is named, back bit for bit. Returns before the copies have ended."""
+        """Bring `parts`, by default both, back bit for bit. Return before the copies have ended."""
         for part in parts or KEPT:
             self.memory.onload(part)
 
     @contextmanager
     def onloaded(self) -> Iterator[None]:
-        """Keep weights and optimizer on the device within the block, and offload afterwards what was offloaded."""
+        """Keep weights and optimizer on the device within the block, then offload the parts that were offloaded."""
         away = self.memory.away
         self.onload()
         self.memory.require(*KEPT)
@@ -233,23 +234,15 @@ class Engine:
             self.offload(*away)
 
     def close(self) -> None:
-        """Make the engine unusable, and let its memory go with the last reference to it.
+        """Make the engine unusable, so that its memory is freed with the last reference to it.
 
         Megatron-Core's gradient hooks hold the model in cycles through autograd's C++ nodes, which Python's garbage
-        collector does not see: without this, a process keeps every engine that it has ever had.
+        collector does not see: without `close`, a process keeps all its engines in memory.
         """
         for chunk in self.model:
             if isinstance(chunk, DistributedDataParallel):
                 chunk.grad_accs.clear()
         self.config.grad_scale_func = self.config.finalize_model_grads_func = self.config.no_sync_func = None
-
-    def _set_schedule_hooks(self, settings: OptimizerSettings) -> None:
-        assert self.optimizer is not None
-        self.config.grad_scale_func = self.optimizer.megatron.scale_loss
-        self.config.finalize_model_grads_func = _finalize_summed_gradients
-        no_sync = [chunk.no_sync for chunk in self.model]
-        if settings.overlap_grad_reduce:
-            self.config.no_sync_func = no_sync[0] if len(no_sync) == 1 else no_sync
 
     def _plan(self, lengths: list[int]) -> Plan:
         return plan_micro_batches(
@@ -272,22 +265,16 @@ class Engine:
             return math.lcm(ranks, PLANNED_LENGTHS)
         return ranks
 
-    def _collate(self, samples: list[Sample], field_names: list[str]) -> ModelInputs:
-        collate = collate_packed if self._is_packed else collate_dense
-        # The first stage alone reads pixels.
-        return collate(samples, self._length_multiple, field_names=field_names, with_vision=self.layout.is_first_stage)
-
     def _run(
         self, batch: list[Sample], head: Head, finish: _Finish, *, forward_only: bool
     ) -> tuple[Plan, list[dict[str, Any]]]:
         """Run the pipeline schedule over this rank's micro-batches.
 
         Returns:
-            The plan, and the results of `finish` for each micro-batch on the last stage; nothing on the others.
+            The plan, and on the last stage the results of `finish` for each micro-batch.
         """
         self.memory.require("weights")
         check_agreement(batch, self.layout)
-        field_names = common_fields(batch)
         plan = self._plan([sample.length for sample in batch])
         micro_batches = plan[self.layout.data.rank]
         for chunk in self.model:
@@ -303,12 +290,17 @@ class Engine:
                 vision=inputs.vision,
                 head=lambda last_stage: head(HeadInputs(inputs, last_stage, self.layout, self.handle.vocab_size)),
             )
-            return output, partial(_finish_for_schedule, finish, inputs)
+            return output, partial(finish, inputs)
 
+        collate = partial(
+            collate_packed if self._is_packed else collate_dense,
+            pad_to_multiple=self._length_multiple,
+            field_names=common_fields(batch),
+            with_vision=self.layout.is_first_stage,
+        )
         # Micro-batches are collated one at a time, when the schedule asks for them.
         iterators = [
-            (self._collate([batch[index] for index in micro_batch], field_names) for micro_batch in micro_batches)
-            for _ in self.model
+            (collate([batch[index] for index in micro_batch]) for micro_batch in micro_batches) for _ in self.model
         ]
         with torch.set_grad_enabled(not forward_only):
             results = get_forward_backward_func()(
@@ -332,31 +324,29 @@ def _unwrap(module: nn.Module) -> nn.Module:
 
 def _loss_and_metrics(
     loss: LossFunction, inputs: ModelInputs, outputs: Mapping[str, Tensor]
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     weights = inputs.weights.reshape(-1)
     fields = {name: values.reshape(-1) for name, values in inputs.fields.items()}
     result = loss(LossInputs(weights=weights, outputs=outputs, fields=fields))
     # A clone, since the schedule divides the loss in place.
-    return result.loss, {"loss": result.loss.detach().clone(), "weight": weights.sum()} | result.metrics
+    metrics = {"loss": result.loss.detach().clone(), "weight": weights.sum()} | result.metrics
+    return result.loss, _uncounted(weights.device), metrics
 
 
-def _per_sample(inputs: ModelInputs, outputs: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, list[Tensor]]]:
-    """Return no loss, and for each output an empty tensor, for its shape, before those of the samples."""
-    loss = torch.zeros((), device=inputs.weights.device)
-    return loss, {name: [values[:0], *inputs.unpack(values)] for name, values in outputs.items()}
+def _per_sample(inputs: ModelInputs, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, list[Tensor]]]:
+    """Return for each output an empty tensor, which has its shape, and those of the samples; the loss is 0."""
+    device = inputs.weights.device
+    results = {name: [values[:0], *inputs.unpack(values)] for name, values in outputs.items()}
+    return torch.zeros((), device=device), _uncounted(device), results
 
 
-def _finish_for_schedule(
-    finish: _Finish, inputs: ModelInputs, outputs: Mapping[str, Tensor]
-) -> tuple[Tensor, Tensor, dict[str, Any]]:
-    """Return a loss, a number of tokens and results, which the schedule asks of the last stage."""
-    loss, results = finish(inputs, outputs)
-    # The number is for Megatron-Core's own normalization, which is switched off (see below).
-    return loss, torch.zeros((), dtype=torch.int, device=loss.device), results
+def _uncounted(device: torch.device) -> Tensor:
+    """Return 0 as the number of tokens, by which Megatron-Core would divide; see below."""
+    return torch.zeros((), dtype=torch.int, device=device)
 
 
 def _finalize_summed_gradients(model: list[nn.Module], num_tokens: Tensor | None, **arguments: Any) -> None:
-    """Reduce gradients over all groups without dividing by a token count: the loss weights hold it already."""
+    """Reduce gradients over all groups without dividing by the number of tokens, which the loss weights include."""
     finalize_model_grads(model, None, **arguments)
 
 

@@ -1,4 +1,4 @@
-"""Heads: functions of the model's last hidden states or logits that give a value at each position."""
+"""Heads: functions of the model's last hidden states or logits that return values at each position."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,10 +16,10 @@ class HeadInputs:
     """The inputs of a head, on the last pipeline stage.
 
     Attributes:
-        micro_batch: its tensors are on the device.
-        last_stage: hidden states and logits in Megatron-Core's order.
-        layout: the engine's; the vocabulary is split over its `tensor` axis.
-        vocab_size: true size of the vocabulary; columns from it on are padding.
+        micro_batch: with its tensors on the device.
+        last_stage: hidden states and logits in Megatron-Core's order, [sequence, batch, ...].
+        layout: of the engine; the vocabulary is split over its `tensor` axis.
+        vocab_size: true size of the vocabulary; columns after it are padding.
     """
 
     micro_batch: ModelInputs
@@ -28,9 +28,9 @@ class HeadInputs:
     vocab_size: int
 
     def hidden_states(self) -> Tensor:
-        """Return the trunk's output after the final norm, [batch * sequence, hidden] in the model's dtype.
+        """Return the output of the final norm, [batch * sequence, hidden] in the model's dtype.
 
-        It is whole on every tensor-parallel rank, which must all compute the same loss from it.
+        Every tensor-parallel rank has all of it, and all must compute the same loss from it.
         """
         return self.last_stage.hidden_states().transpose(0, 1).flatten(0, 1)
 
@@ -38,20 +38,20 @@ class HeadInputs:
 Head = Callable[[HeadInputs], Mapping[str, Tensor]]
 """Returns float [batch * sequence, ...] tensors by name: at each position, a value of the token that follows.
 
-Add the parameters of a head to the last stage's model chunk before making the engine, so that gradient buffers,
-optimizer and checkpoints hold them; without tensor parallelism of their own they must start equal on all ranks. With
-`overlap_grad_reduce`, every trained parameter of the chunk needs a gradient: a head that ignores the logits freezes an
-untied output layer.
+Add the parameters of a head to the last stage's model chunk before you make the engine, so that gradient buffers,
+optimizer and checkpoints include them. Parameters that are not tensor-parallel must have the same initial values on all
+ranks. With `overlap_grad_reduce` every trained parameter of the chunk needs a gradient, so freeze an untied output
+layer if the head does not read the logits.
 """
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LogprobHead:
-    """Gives `logprobs`, the natural log probability of each next token, and optionally `entropy`, in nats.
+    """Head that returns `logprobs`, the natural log probability of each next token, and optionally `entropy`, in nats.
 
     Attributes:
         temperature: divides the logits.
-        with_entropy: also give the entropy of each position's distribution.
+        with_entropy: whether to return the entropy of the distribution at each position.
     """
 
     temperature: float = 1.0

@@ -1,6 +1,6 @@
 """The plan of a global batch: which data-parallel rank runs which sample in which micro-batch.
 
-It is made from lengths alone and is deterministic, so every rank computes the same plan without communication.
+It is a deterministic function of the lengths, so every rank computes the same plan without communication.
 """
 
 from collections.abc import Sequence
@@ -21,21 +21,21 @@ def plan_micro_batches(
 ) -> Plan:
     """Spread samples evenly by tokens over data-parallel ranks, and cut each rank's share into micro-batches.
 
-    Every sample is used exactly once and all ranks get the same number of micro-batches, the smallest that fits; if
-    there are fewer samples than places, some micro-batches are empty lists. Longest-processing-time-first assignment
-    (Graham 1969): the longest sample left goes to the rank with the fewest tokens so far.
+    Every sample is used exactly once. All ranks get the same number of micro-batches, the smallest that fits, some of
+    which may be empty. The assignment is longest-processing-time-first (Graham 1969): the longest remaining sample goes
+    to the rank with the fewest tokens.
 
     Args:
-        lengths: tokens of each sample.
+        lengths: number of tokens of each sample.
         data_parallel_size: number of ranks to spread over.
-        micro_batch_size: at most this many samples in a micro-batch. Samples of similar length share one, which
-            keeps padding small.
-        token_budget: instead, at most this many tokens in a packed micro-batch, the sum of its lengths. The
-            micro-batches of a rank are balanced by tokens.
-        pad_each_to_multiple: count lengths as if rounded up to a multiple of this.
+        micro_batch_size: largest number of samples in a micro-batch. Samples of similar length share a micro-batch, so
+            there is little padding.
+        token_budget: instead, largest number of tokens in a packed micro-batch. The micro-batches of a rank are
+            balanced by tokens.
+        pad_each_to_multiple: lengths are rounded up to a multiple of this.
 
     Raises:
-        TrainError: no samples; a sample that alone exceeds ``token_budget``.
+        TrainError: there are no samples, or a sample alone exceeds ``token_budget``.
         ValueError: not exactly one of ``micro_batch_size`` and ``token_budget``, or a size below 1.
     """
     limit = micro_batch_size if token_budget is None else token_budget
@@ -72,12 +72,12 @@ def plan_micro_batches(
 
 
 def padding_share(plan: Plan, lengths: Sequence[int], *, packed: bool, pad_each_to_multiple: int = 1) -> float:
-    """Return the share of padding among the positions of all micro-batches of all ranks; 0.0 is none.
+    """Return the share of padding, in [0, 1), among the positions of all micro-batches of all ranks.
 
     Args:
         plan: from `plan_micro_batches`.
-        lengths: tokens of each sample.
-        packed: samples lie end to end (`collate_packed`), not in rows as long as the longest (`collate_dense`).
+        lengths: number of tokens of each sample.
+        packed: whether samples are laid out end to end (`collate_packed`) or in rows (`collate_dense`).
         pad_each_to_multiple: multiple to which each sample, if packed, or each row is padded.
     """
     micro_batches = [micro_batch for rank in plan for micro_batch in rank if micro_batch]
@@ -106,7 +106,7 @@ def _spread(order: list[int], lengths: list[int], count: int, most: int | None =
 
 
 def _first_fit(order: list[int], lengths: list[int], budget: int) -> list[list[int]]:
-    """Pack ``order`` (longest first) into few bins of at most ``budget`` tokens: first-fit decreasing."""
+    """Pack ``order`` (longest first) into bins of at most ``budget`` tokens: first-fit decreasing."""
     bins: list[list[int]] = []
     room: list[int] = []
     for index in order:
@@ -122,7 +122,7 @@ def _first_fit(order: list[int], lengths: list[int], budget: int) -> list[list[i
 def _even_out(
     order: list[int], lengths: list[int], fitted: list[list[int]], count: int, budget: int
 ) -> list[list[int]]:
-    """Return ``count`` bins balanced by tokens if those keep to the budget, else the fitted ones and empty bins."""
+    """Return ``count`` bins balanced by tokens if they keep to the budget, else ``fitted`` and empty bins."""
     even = _spread(order, lengths, count)
     if all(sum(lengths[index] for index in micro_batch) <= budget for micro_batch in even):
         return even

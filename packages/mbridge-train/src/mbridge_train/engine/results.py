@@ -1,4 +1,4 @@
-"""Results of micro-batches, combined on every rank: metrics of a loss, and per-sample values."""
+"""Metrics and per-sample values of micro-batches, combined on every rank."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -11,7 +11,7 @@ from mbridge_train.layout import RankLayout
 
 
 def combine_metrics(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Combine metrics of several micro-batches or ranks: maxima of ``max_…``, sums of the others."""
+    """Combine metrics of several micro-batches: the maximum of each ``max_…``, the sum of each other."""
     total: dict[str, Tensor] = {}
     for part in parts:
         for name, value in part.items():
@@ -30,11 +30,10 @@ def is_maximum(name: str) -> bool:
 
 
 def mean_metrics(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
-    """Return combined metrics as numbers to log: weighted means of per-token values; losses and maxima as they are.
+    """Return combined metrics to log: weighted means of per-token values, losses and maxima unchanged, no ``weight``.
 
-    For token-mean and seq-mean-token-mean the weights of a global batch sum to 1 and this changes nothing; for
-    seq-mean-token-sum it turns sums over a sequence into means over tokens. ``weight`` itself is left out. Means over
-    no weight at all are 0.
+    The weights of a global batch sum to 1 for token-mean and seq-mean-token-mean, where means equal the sums; for
+    seq-mean-token-sum, sums over a sequence become means over tokens. Means are 0 if the weights sum to 0.
     """
     weight = float(metrics["weight"])
     unchanged = ("loss", "policy_loss")
@@ -46,13 +45,13 @@ def mean_metrics(metrics: Mapping[str, Tensor | float]) -> dict[str, float]:
 
 
 class Metrics(Mapping[str, float]):
-    """The result of `mean_metrics`, in flight from the device until it is first read.
+    """The result of `mean_metrics`, whose copy from the device stays in flight until it is first read.
 
-    Code that takes the optimizer's step before reading launches it while the GPU still computes gradients. The copy is
-    issued at once: a later one would wait for that step, too.
+    So the optimizer step can be launched while the GPU still computes gradients. The copy is issued at once; issued
+    later, it would wait for that step, too.
 
     Args:
-        names: of the combined metrics.
+        names: names of the combined metrics.
         values: float64 [names] on the device.
     """
 
@@ -86,7 +85,7 @@ class Metrics(Mapping[str, float]):
 def reduce_metrics(per_micro_batch: list[dict[str, Tensor]], layout: RankLayout, device: torch.device) -> Metrics:
     """Return the metrics of all micro-batches of all ranks, on every rank.
 
-    Without pipeline stages the host does not wait for the device.
+    The host waits for the device only if there are several pipeline stages.
     """
     names = _from_last_stage(sorted(per_micro_batch[0]) if per_micro_batch else [], layout)
     values = torch.zeros(len(names), device=device, dtype=torch.float64)
@@ -113,20 +112,20 @@ def gather_samples(
     """Return the values of all samples of a global batch, on every rank.
 
     Args:
-        per_micro_batch: on the last stage, by name for each micro-batch of this rank: an empty tensor, for the shape,
-            and a tensor [length, ...] per sample.
-        micro_batches: indices of their samples.
-        lengths: of all samples.
+        per_micro_batch: on the last stage, for each micro-batch of this rank, by name: an empty tensor, which has the
+            shape, and a tensor [length, ...] per sample.
+        micro_batches: indices of the samples of each micro-batch.
+        lengths: number of tokens of each sample of the global batch.
 
     Returns:
-        By name, one float32 tensor [length, ...] on the CPU per sample, in the batch's order.
+        By name, one float32 CPU tensor [length, ...] per sample, in the order of the batch.
     """
     first = per_micro_batch[0] if per_micro_batch else {}
     shapes = _from_last_stage({name: tuple(values[0].shape[1:]) for name, values in first.items()}, layout)
     ends = torch.tensor(lengths).cumsum(0).tolist()
     gathered = {}
     for name, shape in shapes.items():
-        # Each sample is filled in on one data-parallel rank, so a sum over ranks assembles the batch.
+        # Each sample is filled in on one data-parallel rank, so an all-reduce assembles the batch.
         values = torch.zeros(sum(lengths), *shape, device=device)
         if layout.is_last_stage:
             for indices, results in zip(micro_batches, per_micro_batch, strict=True):
@@ -139,7 +138,7 @@ def gather_samples(
 
 
 def _from_last_stage[T](value: T, layout: RankLayout) -> T:
-    """Return the last stage's `value`, on every stage."""
+    """Return the last stage's `value` on every stage."""
     shared = [value]
     if layout.pipeline.size > 1:
         distributed.broadcast_object_list(shared, src=layout.pipeline.last_rank, group=layout.pipeline.group)

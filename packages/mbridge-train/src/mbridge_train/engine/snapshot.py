@@ -1,4 +1,4 @@
-"""A snapshot of the weights in host memory, swapped in to compute log probabilities of an earlier policy."""
+"""Earlier weights in host memory, swapped in to compute log probabilities of an earlier policy."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,7 +10,7 @@ from mbridge_train.memory.host_copy import HostCopy
 
 
 class Snapshot:
-    """A copy of this rank's current weights. Swapping needs little memory on the device, not that of a second model."""
+    """A copy of this rank's current weights. Swapping needs little device memory, not that of a second model."""
 
     def __init__(self, engine: Engine) -> None:
         engine.synchronize_weights()
@@ -19,7 +19,7 @@ class Snapshot:
 
     @contextmanager
     def swapped_in(self, engine: Engine) -> Iterator[None]:
-        """Give the engine the snapshot's weights within the block, and its own, bit for bit, after it."""
+        """Swap the snapshot's weights in within the block, and the engine's own back, bit for bit, after it."""
         engine.synchronize_weights()
         self._copy.exchange(_parameters(engine))
         try:

@@ -1,7 +1,7 @@
 """Throughput of a training step: operations per second of a GPU, and their share of its peak.
 
 Only operations that the model needs count (`mbridge_config.plan.flops`), so recomputation and padding lower the
-figures, as they should: this is model FLOPs utilization (MFU; Chowdhery et al. 2022, "PaLM", appendix B).
+figures, as defined for model FLOPs utilization (MFU; Chowdhery et al. 2022, "PaLM", appendix B).
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from torch import distributed
 
 from mbridge_train.engine.batch import Sample
 
-# Part of the name from `torch.cuda.get_device_name`, and dense bf16 and fp16 TFLOP/s with fp32 accumulation by the
-# manufacturer's data sheet. The first match counts.
+# Part of the name from `torch.cuda.get_device_name`, and TFLOP/s of dense bf16 or fp16 matrix products with fp32
+# accumulation from the manufacturer's data sheet. The first match counts.
 _PEAKS = (
     ("B200", 2250.0),
     ("H200 NVL", 835.0),
@@ -39,7 +39,7 @@ _PEAKS = (
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Return the dense bf16 TFLOP/s of the GPU of that name; None if unknown, and for a part of a GPU (MIG)."""
+    """Return the dense bf16 TFLOP/s of a GPU by its name; None if it is unknown or a part of a GPU (MIG)."""
     words = f" {device_name} ".replace("-", " ")
     if " MIG " in words:
         return None
@@ -47,11 +47,11 @@ def peak_tflops(device_name: str) -> float | None:
 
 
 class Throughput:
-    """Turns the samples of a step and its duration into metrics.
+    """Metrics of steps from their samples and durations.
 
     Args:
         facts: geometry of the model.
-        model: the config's section, for the precision and the frozen parts.
+        model: section of the config, for the precision and the frozen parts.
     """
 
     def __init__(self, facts: HFFacts, model: ModelConfig) -> None:
@@ -62,13 +62,13 @@ class Throughput:
             self.peak = peak_tflops(torch.cuda.get_device_name())
 
     def metrics(self, batch: Sequence[Sample], seconds: float) -> dict[str, float]:
-        """Return metrics of forward and backward passes over the global batch `batch` that took `seconds`.
+        """Return metrics of forward and backward passes over a global batch that took `seconds`.
 
         Only lengths on the host are read, so nothing waits for a GPU.
 
         Returns:
-            `tflops_per_second` of one GPU, and `mfu`, its share of the peak, if that is known; nothing for a model
-            whose operations are not counted.
+            `tflops_per_second` per GPU, and `mfu`, its share of the peak, if that is known. Empty for a model whose
+            operations cannot be counted.
         """
         images = [grid for sample in batch if sample.vision is not None for grid in sample.vision.grid_thw.tolist()]
         work = forward_flops(self.facts, [sample.length for sample in batch], images)
