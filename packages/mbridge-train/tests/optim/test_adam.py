@@ -43,15 +43,6 @@ def test_five_steps_are_those_of_torch(adam_w_mode: bool) -> None:
     assert all(set(state) == {"exp_avg", "exp_avg_sq"} for state in optimizer.state.values())
 
 
-def test_without_bias_correction() -> None:
-    weight, gradient = torch.tensor([2.0]).requires_grad_(), torch.tensor([0.5])
-    optimizer = Adam([weight], lr=0.1, betas=(0.5, 0.75), eps=0.0, bias_correction=False)
-    weight.grad = gradient
-    optimizer.step()
-    # Moments 0.5 * 0.5 and 0.25 * 0.25: the step is 0.1 * 0.25 / sqrt(0.0625) = 0.1.
-    assert weight.item() == pytest.approx(1.9, abs=1e-6)
-
-
 def test_dtypes_and_groups_in_one_step() -> None:
     tensors = parameters()
     halves = [tensor.detach().bfloat16().requires_grad_() for tensor in parameters()]

@@ -1,34 +1,30 @@
 """Adam for Megatron-Core where neither Transformer Engine nor Apex is installed, with the interface of their FusedAdam.
 
-Megatron-Core falls back to torch's AdamW, which keeps a `step` tensor for every parameter. `DistributedOptimizer` then
-makes all of them share one tensor when it loads a checkpoint, each parameter increments it, and the resumed run
-silently takes steps with wrong bias corrections. With FusedAdam's interface the step is an int of the parameter group,
-and the state looks like that of a run on a GPU with Transformer Engine.
+Megatron-Core falls back to torch's AdamW, which keeps a `step` tensor for every parameter. When `DistributedOptimizer`
+loads a checkpoint, it makes all parameters share one such tensor, which each of them increments: the resumed run
+silently uses wrong bias corrections. FusedAdam's step is an int of the parameter group, so the state is also that of a
+run with Transformer Engine.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
-from typing import Any, overload
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from mbridge_model.patches import Patch, PatchTable
 from torch import Tensor
 
-# Bias corrections 1 - beta**step are exactly 1 from here on, in float64 and so in the fused kernels.
-_NO_BIAS_CORRECTION_STEP = 1e9
-
 
 class Adam(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2019, algorithm 2), or Adam with L2 regularization (Kingma and Ba 2015).
 
-    One call of torch's fused kernel for each device and dtype, on CPU and CUDA; equals `torch.optim.AdamW(fused=True)`
-    bit for bit.
-    State of a parameter: `exp_avg` and `exp_avg_sq`, of its shape and dtype. State of a group: `step`, an int.
+    Calls torch's fused kernel once for each device and dtype, on CPU and CUDA; equals `torch.optim.AdamW(fused=True)`
+    bit for bit. State of a parameter: `exp_avg` and `exp_avg_sq`, of its shape and dtype. State of a group: `step`, an
+    int.
 
     Args:
         params: parameters or groups of them, of a floating dtype.
         lr: learning rate, a float.
-        bias_correction: divide the moments by 1 - beta**step.
         betas: decay rates of the first and second moment.
         eps: added to the root of the second moment.
         adam_w_mode: decay weights directly; if False, add `weight_decay` times the weight to the gradient.
@@ -43,7 +39,6 @@ class Adam(torch.optim.Optimizer):
         self,
         params: Iterable[Any],
         lr: float = 1e-3,
-        bias_correction: bool = True,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         adam_w_mode: bool = True,
@@ -60,41 +55,24 @@ class Adam(torch.optim.Optimizer):
             if value < 0.0:
                 raise ValueError(f"{name} is {value}: it must not be negative")
         self.adam_w_mode = adam_w_mode
-        defaults = {
-            "lr": lr,
-            "bias_correction": bias_correction,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-        }
-        super().__init__(params, defaults)
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient, and return what `closure`, if given, returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self) -> None:  # type: ignore[override] # Megatron-Core passes no closure
+        """Update every parameter that has a gradient."""
         update = torch._fused_adamw_ if self.adam_w_mode else torch._fused_adam_
         for group in self.param_groups:
             group["step"] = group.get("step", 0) + 1
             beta1, beta2 = group["betas"]
-            for batch in self._batches(group["params"]):
-                parameters, gradients, exp_avgs, exp_avg_sqs = batch
-                step = group["step"] if group["bias_correction"] else _NO_BIAS_CORRECTION_STEP
-                step_tensor = torch.tensor(float(step), device=parameters[0].device)  # float32, as the kernels want it
+            for parameters, gradients, exp_avgs, exp_avg_sqs in self._batches(group["params"]):
+                step = torch.tensor(float(group["step"]), device=parameters[0].device)  # the kernels need float32
                 update(
                     parameters,
                     gradients,
                     exp_avgs,
                     exp_avg_sqs,
                     [],
-                    [step_tensor] * len(parameters),
+                    [step] * len(parameters),
                     amsgrad=False,
                     lr=group["lr"],
                     beta1=beta1,
@@ -103,13 +81,10 @@ class Adam(torch.optim.Optimizer):
                     eps=group["eps"],
                     maximize=False,
                 )
-        return loss
 
     def _batches(self, parameters: list[Tensor]) -> Iterable[tuple[list[Tensor], ...]]:
         """Return parameters with a gradient, gradients and moments as four lists for each device and dtype."""
-        batches: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], ...]] = defaultdict(
-            lambda: ([], [], [], [])
-        )
+        batches: defaultdict[Any, tuple[list[Tensor], ...]] = defaultdict(lambda: ([], [], [], []))
         for parameter in parameters:
             if parameter.grad is None:
                 continue
@@ -132,7 +107,7 @@ ADAM = PatchTable(
         Patch(target="megatron.core.optimizer:USING_PYTORCH_OPTIMIZER", reason=_NO_STATE, replacement=False),
         Patch(target="megatron.core.optimizer.distrib_optimizer:Adam", reason=_NO_ADAM, replacement=Adam),
         Patch(target="megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE", reason=_NO_STATE, replacement=True),
-        # Of the two kinds of FusedAdam that keep the step in the group, Apex's has no other abilities than this one.
+        # Of the two FusedAdams that keep the step in the group, Apex's has no features that this class lacks.
         Patch(
             target="megatron.core.optimizer.distrib_optimizer:USING_APEX_OPTIMIZER", reason=_NO_STATE, replacement=True
         ),
@@ -141,12 +116,12 @@ ADAM = PatchTable(
 
 
 def enable_adam() -> None:
-    """Make Megatron-Core build this Adam where it found neither Transformer Engine's nor Apex's. Idempotent.
+    """Make Megatron-Core build this Adam if it found neither Transformer Engine's nor Apex's. Idempotent.
 
     Call it before an optimizer is built, on CPUs and GPUs alike.
 
     Raises:
-        PatchError: a name that must be set is not in the installed megatron-core; nothing has been set then.
+        PatchError: the installed megatron-core lacks a name to patch; none is patched.
     """
     from megatron.core import optimizer
 

@@ -1,7 +1,7 @@
-"""Norm and scaling of all gradients in one call where neither Transformer Engine nor Apex is installed.
+"""Norm and scaling of all gradients in one call, where neither Transformer Engine nor Apex is installed.
 
-Megatron-Core's substitutes for their kernels handle one gradient at a time and wait for the GPU after each norm.
-These have the same interface and use torch's own kernels over lists of tensors.
+Megatron-Core's substitutes for the fused kernels of these libraries handle one gradient at a time and wait for the GPU
+after each norm. The functions here have the same interface and use torch's kernels over lists of tensors.
 """
 
 import torch
@@ -11,12 +11,12 @@ from torch.nn.utils import get_total_norm
 
 
 def l2_norm(chunk_size: int, overflow: Tensor, tensors: list[list[Tensor]], per_tensor: bool) -> tuple[Tensor, None]:
-    """Return [1], the norm of all elements of the only list in `tensors`."""
+    """Return the L2 norm of all elements of the only list in `tensors`, as a tensor [1]."""
     return get_total_norm(tensors[0]).view(1), None
 
 
 def scale(chunk_size: int, overflow: Tensor, tensors: list[list[Tensor]], factor: float) -> None:
-    """Multiply in place; Megatron-Core passes the list of gradients twice, as source and as target."""
+    """Multiply gradients by `factor` in place. Megatron-Core passes their list twice, as source and as target."""
     _, gradients = tensors
     if gradients:
         torch._foreach_mul_(gradients, factor)
@@ -33,7 +33,7 @@ MULTI_TENSOR = PatchTable(
         ),
         Patch(
             target=f"{_CLIP_GRADS}:multi_tensor_scale_impl",
-            reason="its substitute for a fused kernel launches one kernel a tensor",
+            reason="its substitute for a fused kernel launches a kernel for each tensor",
             replacement=scale,
         ),
     ),
@@ -41,7 +41,7 @@ MULTI_TENSOR = PatchTable(
 
 
 def enable_multi_tensor() -> None:
-    """Make Megatron-Core's clipping use them if it has no fused kernels. Idempotent."""
+    """Make Megatron-Core's clipping use these functions if it has no fused kernels. Idempotent."""
     from megatron.core import utils
     from megatron.core.optimizer import clip_grads
 

@@ -23,14 +23,14 @@ class OptimizerSettings:
 
     Attributes:
         schedule: learning rate by step, and the weight decay, which is not applied to biases and norms.
-        betas, epsilon: Adam's.
-        clip_grad: gradients are scaled down to this global L2 norm; 0 is off.
+        betas, epsilon: hyperparameters of Adam.
+        clip_grad: largest global L2 norm, to which gradients are scaled down; 0: no clipping.
         use_distributed_optimizer: each data-parallel rank keeps a slice of the optimizer state (ZeRO stage 1).
-        overlap_grad_reduce: reduce gradients while the backward pass goes on.
-        overlap_param_gather: gather updated weights while the next forward pass goes on (distributed optimizer only).
+        overlap_grad_reduce: reduce gradients during the backward pass.
+        overlap_param_gather: gather updated weights during the next forward pass (distributed optimizer only).
         bucket_size: parameters in one gradient bucket; None leaves it to Megatron-Core.
-        loss_scale: fixed loss scale for fp16; None is dynamic.
-        initial_loss_scale, min_loss_scale: where a dynamic scale starts, and what it does not fall below.
+        loss_scale: fixed loss scale for fp16; None: a dynamic scale.
+        initial_loss_scale, min_loss_scale: first and smallest value of a dynamic scale.
         loss_scale_window: steps without an overflow after which a dynamic scale doubles.
     """
 
@@ -61,9 +61,9 @@ class OptimizerSettings:
 
 
 def wrap_data_parallel(model: list[nn.Module], settings: OptimizerSettings) -> list[DistributedDataParallel]:
-    """Wrap the model chunks with gradient buffers in fp32, which are reduced over data-parallel ranks.
+    """Wrap the model chunks with fp32 gradient buffers, which are reduced over data-parallel ranks.
 
-    Gradients are summed, not averaged: the loss is already a sum over the global batch (see `batch`).
+    Gradients are summed, not averaged, because the loss is a sum over the global batch (see `batch`).
 
     Raises:
         TrainError: the model adds router losses.
@@ -87,8 +87,11 @@ def wrap_data_parallel(model: list[nn.Module], settings: OptimizerSettings) -> l
 
 
 def _refuse_router_losses(config: Any) -> None:
-    """Megatron-Core multiplies them by the tokens of a micro-batch, to divide by those of the step later. Here each
-    token's weight includes that division, so they would outgrow the loss."""
+    """Raise `TrainError` if the model adds losses of its routers.
+
+    Megatron-Core multiplies them by the number of tokens of a micro-batch, and divides by that of the step later. Here
+    the weights of the tokens already include that division, so router losses would outgrow the loss.
+    """
     for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
         value = getattr(config, name, None)
         if config.num_moe_experts and (any(value) if isinstance(value, list) else value):
@@ -101,7 +104,7 @@ class StepResult:
 
     Attributes:
         grad_norm: global L2 norm before clipping; 0.0 if the update was skipped.
-        learning_rate: the rate that was used.
+        learning_rate: of this step.
         applied: False when an fp16 overflow made the optimizer skip the update.
     """
 
@@ -115,7 +118,7 @@ class Optimizer:
 
     Args:
         model: chunks from `wrap_data_parallel`.
-        settings: those that `wrap_data_parallel` was given.
+        settings: as given to `wrap_data_parallel`.
     """
 
     def __init__(self, model: list[DistributedDataParallel], settings: OptimizerSettings) -> None:
@@ -124,7 +127,7 @@ class Optimizer:
         config = get_model_config(model[0])
         self.settings = settings
         self.steps = 0
-        """Steps taken so far; the schedule is a function of it."""
+        """Steps taken so far, on which the schedule depends."""
         self.megatron: Any = get_megatron_optimizer(
             OptimizerConfig(
                 optimizer="adam",
@@ -146,16 +149,16 @@ class Optimizer:
             ),
             model,
         )
-        # Asked for between the reduction of the gradients and the update.
+        # Megatron-Core calls it between the reduction of the gradients and the update.
         self.megatron.get_grad_norm = partial(_finite_norm, self.megatron.get_grad_norm)
 
     @property
     def parts(self) -> list[Any]:
-        """Megatron-Core's optimizers, out of the chain that it always returns; usually one."""
+        """The optimizers of the chain that Megatron-Core always returns; usually one."""
         return list(getattr(self.megatron, "chained_optimizers", [self.megatron]))
 
     def tensors(self) -> list[Tensor]:
-        """Return what the update works on: fp32 copies of the weights, or the weights themselves, and moments."""
+        """Return the tensors that the update changes: fp32 master weights, or the weights themselves, and moments."""
         found: list[Tensor] = []
         for part in self.parts:
             if part.optimizer is None:  # no parameter of this rank is trained
@@ -164,22 +167,18 @@ class Optimizer:
             found += [value for state in part.optimizer.state.values() for value in state.values()]
         return [value for value in found if isinstance(value, Tensor)]
 
-    def zero_grad(self) -> None:
-        """Drop the gradients of the optimizer's copies of the weights; the engine clears the model's buffers."""
-        self.megatron.zero_grad()
-
     def step(self) -> StepResult:
         """Clip, update and advance the schedule. Collective over all ranks.
 
-        A step skipped for an fp16 overflow does not count in the schedule.
+        A step that is skipped because of an fp16 overflow does not count in the schedule.
 
         Raises:
-            TrainError: on every rank, the gradients are not finite; nothing was updated.
+            TrainError: on every rank, if the gradients are not finite; nothing was updated.
         """
         learning_rate = self.settings.schedule.learning_rate(self.steps)
         for group in self.megatron.param_groups:
             group["lr"] = learning_rate
-            # Megatron-Core marks biases and norms with wd_mult 0 and leaves applying it to the scheduler.
+            # Megatron-Core gives biases and norms a wd_mult of 0, which its own scheduler would apply.
             group["weight_decay"] = self.settings.schedule.weight_decay * group.get("wd_mult", 1.0)
         applied, grad_norm, _ = self.megatron.step()
         if applied:
@@ -188,7 +187,7 @@ class Optimizer:
 
 
 def _finite_norm(get_norm: Callable[[], float]) -> float:
-    """Return the norm, the same on every rank. Clipping would not help: NaN is not larger than any limit."""
+    """Return the norm, which is the same on every rank. Clipping does not catch NaN, which exceeds no limit."""
     norm = get_norm()
     if not math.isfinite(norm):
         raise TrainError(

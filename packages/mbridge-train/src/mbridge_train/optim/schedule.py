@@ -1,7 +1,7 @@
 """Learning rate and weight decay as functions of the step number alone.
 
-Nothing is kept between steps, so a resumed run follows the curve of one that was never stopped, and the curve can be
-plotted before training. The values are those of Megatron-LM's ``OptimizerParamScheduler`` at the same step count.
+The schedule has no state, so a resumed run follows the curve of an uninterrupted one, and the curve can be plotted
+before training. The values are those of Megatron-LM's ``OptimizerParamScheduler`` at the same step count.
 """
 
 import math
@@ -19,26 +19,27 @@ class Schedule:
     """Linear warm-up from ``init_lr`` to ``max_lr``, then decay to ``min_lr``. Lengths are in optimizer steps.
 
     Raises:
-        TrainError: a value out of its range, naming it.
+        TrainError: a value is out of its range.
     """
 
     max_lr: float
     min_lr: float = 0.0
     init_lr: float = 0.0
-    """Learning rate at the start of the warm-up; not used without one."""
+    """Learning rate at the start of the warm-up; unused without a warm-up."""
     warmup_steps: int = 0
     decay_steps: int = 1
-    """Step at which ``min_lr`` is reached, counted from the start of training; ``constant`` does not use it."""
+    """Step, counted from the start of training, at which ``min_lr`` is reached; unused by ``constant``."""
     decay_style: DecayStyle = "constant"
     wsd_decay_steps: int = 0
     """WSD (warm-up, stable, decay; arXiv 2404.06395): length of the decay that ends at ``decay_steps``."""
     wsd_decay_style: WSDDecayStyle = "exponential"
     weight_decay: float = 0.0
-    """Constant; per-parameter multipliers are the optimizer's concern."""
+    """Constant over the run. The optimizer applies the multipliers of parameters."""
 
     def __post_init__(self) -> None:
-        _check_choice("decay_style", self.decay_style, get_args(DecayStyle))
-        _check_choice("wsd_decay_style", self.wsd_decay_style, get_args(WSDDecayStyle))
+        for name, styles in (("decay_style", get_args(DecayStyle)), ("wsd_decay_style", get_args(WSDDecayStyle))):
+            style = getattr(self, name)
+            _check(style in styles, f"unknown {name} {style!r}: use one of {', '.join(styles)}")
         rates = (self.max_lr, self.min_lr, self.init_lr, self.weight_decay)
         _check(all(math.isfinite(rate) for rate in rates), "learning rates and weight_decay must be finite numbers")
         _check(self.min_lr >= 0, f"min_lr={self.min_lr} must not be negative")
@@ -64,11 +65,14 @@ class Schedule:
             )
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate at ``step``, the number of optimizer steps taken before.
+        """Return the learning rate at ``step``, the number of optimizer steps taken before it.
 
-        With a warm-up, step 0 therefore has ``init_lr`` and step ``warmup_steps`` the full rate; ``min_lr`` holds from
-        ``decay_steps`` on. inverse-square-root is max_lr * sqrt(warmup_steps / step) (Vaswani et al. 2017, 5.3), and
-        drops from wherever it is to ``min_lr`` after ``decay_steps``.
+        With a warm-up, step 0 therefore has ``init_lr`` and step ``warmup_steps`` has ``max_lr``; from ``decay_steps``
+        on the rate is ``min_lr``. inverse-square-root is max_lr * sqrt(warmup_steps / step) (Vaswani et al. 2017, 5.3),
+        and drops to ``min_lr`` after ``decay_steps``.
+
+        Raises:
+            ValueError: ``step`` is negative.
         """
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")
@@ -83,7 +87,7 @@ class Schedule:
         return self.min_lr + (self.max_lr - self.min_lr) * self._coefficient(step)
 
     def _coefficient(self, step: int) -> float:
-        """Where between ``min_lr`` (0) and ``max_lr`` (1) a step of the decay is."""
+        """Return the position of a decay step between ``min_lr`` (0) and ``max_lr`` (1)."""
         if self.decay_style != "WSD":
             progress = (step - self.warmup_steps) / (self.decay_steps - self.warmup_steps)
             return 1 - progress if self.decay_style == "linear" else _cosine(progress)
@@ -108,7 +112,3 @@ def _cosine(progress: float) -> float:
 def _check(holds: bool, message: str) -> None:
     if not holds:
         raise TrainError(f"schedule: {message}")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    _check(value in choices, f"unknown {name} {value!r}: use one of {', '.join(choices)}")
