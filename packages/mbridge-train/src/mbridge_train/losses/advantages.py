@@ -1,4 +1,4 @@
-"""Advantages of sampled answers, relative to the other answers to the same prompt."""
+"""Advantages of sampled answers relative to the other answers to the same prompt."""
 
 import torch
 from torch import Tensor
@@ -7,25 +7,23 @@ from mbridge_train.errors import TrainError
 
 
 def grpo_advantages(rewards: Tensor, *, divide_by_std: bool = True, epsilon: float = 1e-6) -> Tensor:
-    """Return group-relative advantages: each reward minus the mean of its group, which is the baseline.
+    """Return group-relative advantages: each reward minus the mean of its group.
 
-    With ``divide_by_std`` they are divided by the group's standard deviation plus ``epsilon`` (GRPO, arXiv 2402.03300,
-    section 4.1.2), the unbiased one with group_size - 1 in the denominator, as in ``torch.std``. Without, prompts with
-    nearly all or nearly no answers right do not get larger updates than others (Dr. GRPO, arXiv 2503.20783).
-
-    A group whose rewards are all equal teaches nothing: its advantages are exactly 0, free of rounding.
+    The advantages of a group whose rewards are all equal are exactly 0.
 
     Args:
         rewards: float [groups, group_size], a row per prompt.
-        divide_by_std: whether to divide.
+        divide_by_std: whether to divide by the standard deviation of the group (GRPO, arXiv 2402.03300, section 4.1.2),
+            the unbiased one of ``torch.std``. Without this division, prompts with nearly all or nearly no answers right
+            do not get larger updates than others (Dr. GRPO, arXiv 2503.20783).
         epsilon: added to the standard deviation.
 
     Returns:
-        float32 [groups, group_size], one for all tokens of an answer.
+        float32 [groups, group_size]: the advantage of all tokens of an answer.
 
     Raises:
-        TrainError: groups of one answer, or rewards that are not finite.
-        ValueError: not two dimensions, or an integer dtype.
+        TrainError: a group has only one answer, or a reward is not finite.
+        ValueError: the rewards do not have two dimensions, or have an integer dtype.
     """
     if rewards.dim() != 2 or not rewards.is_floating_point():
         raise ValueError(f"rewards must be float [groups, group_size], got {rewards.dtype} {list(rewards.shape)}")

@@ -1,4 +1,4 @@
-"""The largest logit of each row and the sums that a softmax needs, in one pass over the logits."""
+"""The largest logit of each row and the sums of a softmax, in one pass over the logits."""
 
 import torch
 import triton
@@ -23,8 +23,8 @@ def _reduce_row(  # type: ignore[no-untyped-def]
         x = tl.load(logits + row * stride + column, mask=column < columns, other=-float("inf")).to(tl.float32)
         x = x / temperature
         larger = tl.maximum(maximum, tl.max(x, axis=0))
-        finite = tl.where(larger == -float("inf"), 0.0, larger)  # nothing but -inf so far
-        # Below the floor exp() is 0, which times -inf would be NaN.
+        finite = tl.where(larger == -float("inf"), 0.0, larger)  # only -inf so far
+        # The floor, below which exp() is 0, keeps 0 * -inf out of the sums.
         shift = tl.where(maximum - finite < -1e4, -1e4, maximum - finite)
         shifted = tl.where(x - finite < -1e4, -1e4, x - finite)
         exponential = tl.exp(shifted)

@@ -1,4 +1,4 @@
-"""Log probabilities and entropies from logits whose vocabulary is split over a tensor-parallel group.
+"""Log probabilities and entropies of logits whose vocabulary is split over a tensor-parallel group.
 
 With x = logits / temperature, m = max x, S = sum exp(x - m) and p = exp(x - m) / S over the whole vocabulary:
 
@@ -7,10 +7,10 @@ With x = logits / temperature, m = max x, S = sum exp(x - m) and p = exp(x - m) 
 * d log p[target] / dx = onehot(target) - p
 * dH / dx = -p (log p + H)
 
-No rank ever sees more than its own slice of the vocabulary: the forward pass is one max all-reduce and one sum
-all-reduce of two or three numbers a token, the backward pass is local. Logits are the largest tensor of a step, so
-they are kept in the precision they came in; higher-precision copies exist for a few tokens at a time, and the backward
-pass computes p anew instead of keeping it. On a GPU each pass over a chunk is one kernel.
+A rank only sees its slice of the vocabulary. The forward pass needs one max all-reduce and one sum all-reduce of two or
+three numbers per token; the backward pass is local. Logits are the largest tensor of a step, so they keep their
+precision: copies in higher precision exist for a few tokens at a time, and the backward pass recomputes p. On a GPU
+each pass over a chunk is one kernel.
 """
 
 from typing import Any
@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
-"""Logits that are converted to float32 at a time: 64 MiB; on a GPU 1 GiB, which a fused kernel never materializes."""
+"""Logits that are converted to float32 at a time: 64 MiB, or 1 GiB on a GPU, where a fused kernel stores none."""
 
-# exp() of anything below is 0 in float32 and float64; a floor keeps 0 * -inf out of p log p.
+# exp() of this is 0 in float32 and float64; as a floor it keeps 0 * -inf out of p log p.
 _LOG_FLOOR = -1e4
 
 
@@ -41,27 +41,26 @@ def vocab_parallel_logprob_and_entropy(
 ) -> tuple[Tensor, Tensor | None]:
     """Return the natural log probability of each target, and optionally the entropy of each distribution.
 
-    Both are differentiable once with respect to ``local_logits``. All ranks of the group must call it with the same
-    number of tokens and the same targets, and get the same results; the gradient that a rank gets is that of its own
-    slice, under the usual condition that all ranks go on to compute the same loss.
+    Both are differentiable once with respect to ``local_logits``. All ranks of the group must pass the same targets,
+    get the same results, and must compute the same loss from them; each rank then gets the gradient of its slice.
 
     Args:
-        local_logits: float [tokens, local vocabulary]: this rank's slice, any floating dtype.
+        local_logits: [tokens, local vocabulary], any floating dtype: slice of this rank.
         targets: int64 [tokens]: token ids in the whole vocabulary.
-        group: ranks that hold the slices; None (or a group of one) where ``local_logits`` is the whole vocabulary.
+        group: ranks that hold the slices; None (or a group of one) if ``local_logits`` is the whole vocabulary.
         vocab_start: token id of the first column of this rank.
-        vocab_size: true size of the vocabulary. Columns of ids from it on are padding: they take no part, as if
-            their logits were -inf, and get zero gradients.
-        temperature: divides the logits, after their conversion to float32.
+        vocab_size: true size of the vocabulary. Columns of ids from it on are padding: they are treated as -inf and get
+            zero gradients.
+        temperature: divides the logits after their conversion to float32.
         with_entropy: whether to compute the entropy, in nats.
         overwrite: let the backward pass overwrite the logits with their gradient; they must not be read again.
 
     Returns:
-        ``(logprobs, entropy)``: float32 [tokens] (float64 for float64 logits), and the same or None. The log
-        probability of a target outside the vocabulary is NaN.
+        ``(logprobs, entropy)``, float32 [tokens] each (float64 for float64 logits); without entropy, the latter is
+        None. The log probability of a target outside the vocabulary is NaN.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, or a temperature that is not positive.
+        ValueError: shapes or dtypes do not match, or the temperature is not positive.
     """
     if local_logits.dim() != 2 or targets.shape != local_logits.shape[:1] or targets.dtype != torch.int64:
         raise ValueError(
@@ -72,7 +71,7 @@ def vocab_parallel_logprob_and_entropy(
         raise ValueError(f"temperature must be positive, got {temperature}")
     if group is not None and group.size() == 1:
         group = None
-    # Columns that are real tokens; a rank at the end may hold nothing but padding.
+    # Columns that are real tokens; the last ranks may hold only padding.
     columns = min(max(vocab_size - vocab_start, 0), local_logits.shape[1])
     logprobs, entropy = _LogprobAndEntropy.apply(
         local_logits, targets, group, vocab_start, vocab_size, columns, temperature, with_entropy, overwrite
@@ -96,9 +95,8 @@ class _LogprobAndEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor | None]:
         tokens = logits.shape[0]
         dtype = _compute_dtype(logits)
-        # Of this rank's columns; a rank at the end may have none.
         maximum = torch.full((tokens,), -torch.inf, dtype=dtype, device=logits.device)
-        # One row each, so that a single all-reduce sums all of them: sum exp, the target, and sum exp * shifted.
+        # A row each for sum exp, the shifted target and sum exp * shifted, so that one all-reduce sums them all.
         sums = torch.zeros(3 if with_entropy else 2, tokens, dtype=dtype, device=logits.device)
         if tokens and columns:
             found = _maximum_and_sums(logits.detach()[:, :columns], temperature, with_entropy)
@@ -151,7 +149,7 @@ class _LogprobAndEntropy(torch.autograd.Function):
 
 
 def _maximum_and_sums(logits: Tensor, temperature: float, with_entropy: bool) -> list[Tensor]:
-    """Return m = max x and sum exp(x - m) of each row, and with the entropy sum exp(x - m) (x - m)."""
+    """Return m = max x, sum exp(x - m) and, with the entropy, sum exp(x - m) (x - m) of each row."""
     if runs_kernels(logits) and logits.dtype != torch.float64:
         from mbridge_train.losses.logit_kernels import maximum_and_sums
 
@@ -172,7 +170,7 @@ def _to_common_maximum(sums: Tensor, own: Tensor, group: dist.ProcessGroup) -> T
     """Return the maximum over all ranks, and rescale `sums` of exp(x - own) to it in place."""
     common = own.clone()
     dist.all_reduce(common, dist.ReduceOp.MAX, group=group)
-    sums.masked_fill_(own == -torch.inf, 0)  # nothing but -inf here: exp(x - own) is NaN
+    sums.masked_fill_(own == -torch.inf, 0)  # only -inf here: exp(x - own) is NaN
     shift = (own - common).clamp(min=_LOG_FLOOR)
     if len(sums) == 3:
         sums[2] += sums[0] * shift
@@ -191,7 +189,7 @@ def _to_gradient(
     entropy: Tensor | None,
     temperature: float,
 ) -> None:
-    """Overwrite logits with their gradient; `column` is that of each target, -1 if another rank has it."""
+    """Overwrite logits with their gradient; `column` is the column of each target, -1 if another rank holds it."""
     log_p = logits.to(log_normalizer.dtype) / temperature - log_normalizer[:, None]
     p = log_p.exp()
     # d/dx = -p * (grad_logprobs + grad_entropy * (log p + H)) + grad_logprobs at the target

@@ -1,8 +1,8 @@
 """Losses as pure functions of per-token tensors.
 
-Every loss is ``sum(weights * token_loss)`` with the weights of :mod:`mbridge_train.engine.batch`, so the losses and
-gradients of micro-batches and data-parallel ranks add up to those of the global batch. So do all metrics, which are
-weighted sums too, except those named ``max_…``, which combine by maximum (:mod:`mbridge_train.engine.results`).
+Every loss is ``sum(weights * token_loss)`` with the weights of :mod:`mbridge_train.engine.batch`, so losses and
+gradients of micro-batches and data-parallel ranks add up to those of the global batch. Metrics are weighted sums, too,
+except those named ``max_…``, which are combined by maximum (:mod:`mbridge_train.engine.results`).
 """
 
 from collections.abc import Mapping
@@ -16,34 +16,34 @@ KLPenalty = Literal["k1", "abs", "k2", "k3"]
 """How the KL divergence from the reference is estimated; see :func:`kl_estimate`."""
 
 LOG_RATIO_LIMIT = 20.0
-"""Log probability ratios are clamped to ±20 before exp(): a ratio of 5e8 is far beyond any clipping, and a token that
-the other policy all but excludes must not overflow. Beyond the limit the gradient of the ratio is zero."""
+"""Log ratios are clamped to ± this before exp(), so that the ratio of a token that the other policy all but excludes
+does not overflow. Beyond the limit, a ratio of 5e8, the gradient of the ratio is zero."""
 
 KL_LIMIT = 10.0
-"""Largest k3 estimate of one token, which grows exponentially: beyond it the value is clamped and its gradient zero."""
+"""Limit of the k3 estimate of a token, which grows exponentially. Beyond it the gradient is zero."""
 
 
 @dataclass(kw_only=True, slots=True)
 class LossInputs:
-    """Per-token values on one device. Where the weight is 0 the others may be NaN or infinite."""
+    """Per-token values on one device. Where the weight is 0, the other values may be NaN or infinite."""
 
     weights: Tensor
-    """float32 [tokens]: loss weights over the global batch; 0 for tokens that are not trained and for padding."""
+    """float32 [tokens]: loss weights over the global batch; 0 for padding and tokens that are not trained."""
     outputs: Mapping[str, Tensor]
-    """float [tokens, ...] each: what the head gives, differentiable; `logprobs` and `entropy` of a `LogprobHead`."""
+    """float [tokens, ...] each, differentiable: outputs of the head, such as `logprobs` and `entropy`."""
     fields: Mapping[str, Tensor] = field(default_factory=dict)
     """float32 [tokens] each: `Sample.fields` by name."""
 
     def output(self, name: str) -> Tensor:
-        """Return an output of the head with zeros where there is no weight.
+        """Return an output of the head, with zeros where the weight is 0.
 
         Raises:
-            ValueError: the head gives none of that name.
+            ValueError: the head has no output of that name.
         """
         return self._trained(self.outputs, name, "output of the head")
 
     def field(self, name: str) -> Tensor:
-        """Return a field of the samples with zeros where there is no weight.
+        """Return a field of the samples, with zeros where the weight is 0.
 
         Raises:
             ValueError: the samples have no field of that name.
@@ -51,10 +51,9 @@ class LossInputs:
         return self._trained(self.fields, name, "field of the samples")
 
     def _trained(self, values: Mapping[str, Tensor], name: str, kind: str) -> Tensor:
-        """Return zeros without a weight: 0 * NaN is NaN, in the loss and in its gradient."""
+        """Return a value by name, with zeros where the weight is 0, because 0 * NaN is NaN."""
         if name not in values:
-            there = ", ".join(sorted(values)) or "none"
-            raise ValueError(f"this loss needs the {kind} {name!r}; there are: {there}")
+            raise ValueError(f"this loss needs the {kind} {name!r}; there are: {', '.join(sorted(values)) or 'none'}")
         value = values[name]
         trained = (self.weights > 0).view(-1, *[1] * (value.dim() - 1))
         return torch.where(trained, value, 0)
@@ -64,7 +63,7 @@ class LossInputs:
 class LossOutputs:
     """A differentiable scalar, and detached scalars to log: weighted sums, and maxima under names ``max_…``.
 
-    The engine adds the sum of weights, by which it divides the sums.
+    The engine adds ``loss`` and ``weight``, the sum of weights, and divides the other sums by the latter.
     """
 
     loss: Tensor
@@ -87,34 +86,31 @@ def policy_loss(
 
     With the ratio r = exp(logprob - old_logprob) and the advantage A, the loss of a token is
     ``max(-A r, -A clamp(r, 1 - clip_ratio_low, 1 + clip_ratio_high))`` (PPO, arXiv 1707.06347, eq. 7; separate bounds:
-    DAPO, arXiv 2503.14476, section 3.1). With ``dual_clip`` c > 1 and A < 0 it is at most ``-A c``, so that a token
-    that became much more likely since it was sampled cannot dominate (dual-clip PPO, Ye et al., arXiv 1912.09729). Then
+    DAPO, arXiv 2503.14476, section 3.1). With ``dual_clip`` c and A < 0 it is at most ``-A c``, so that a token that
+    became much more likely since it was sampled cannot dominate (dual-clip PPO, Ye et al., arXiv 1912.09729). Then
     ``kl_beta * KL - entropy_bonus * entropy`` is added (GRPO, arXiv 2402.03300, eq. 3).
 
     Args:
-        inputs: needs the output ``logprobs`` and the fields ``old_logprobs``, of the policy that the ratio is taken
-            to, and ``advantages``; the field ``reference_logprobs`` with ``kl_penalty``; the output ``entropy`` with
-            ``entropy_bonus``.
+        inputs: needs the output ``logprobs`` and the fields ``old_logprobs`` and ``advantages``; with ``kl_penalty``
+            the field ``reference_logprobs``; with ``entropy_bonus`` the output ``entropy``.
         clip_ratio_low: how far the ratio may fall below 1, in [0, 1].
         clip_ratio_high: how far the ratio may rise above 1, not negative.
-        dual_clip: bound c above, greater than 1; None: no bound.
-        clip_log_ratio_min: clamp of log r from below, negative and at least ``-LOG_RATIO_LIMIT``.
-        clip_log_ratio_max: clamp of log r from above, positive and at most ``LOG_RATIO_LIMIT``.
+        dual_clip: the bound c, greater than 1; None: no bound.
+        clip_log_ratio_min: lower limit of log r, in [-``LOG_RATIO_LIMIT``, 0).
+        clip_log_ratio_max: upper limit of log r, in (0, ``LOG_RATIO_LIMIT``].
         kl_penalty: estimator of the KL divergence; None: no KL, neither in the loss nor in the metrics.
-        kl_beta: its coefficient; 0 only reports it.
+        kl_beta: coefficient of the KL divergence; 0: only report it.
         entropy_bonus: coefficient of the entropy.
 
     Returns:
-        The loss and the metrics below, each summed over tokens with their weights. Which ones there are depends on
-        the options and on the output ``entropy`` being given, not on values.
-
-        ``loss``, ``policy_loss`` (without KL and entropy), ``weight`` (sum of weights: what the sums below are to be
-        divided by), ``ratio``, ``approx_kl`` (of the old from the current policy, (r - 1) - log r, Schulman 2020),
-        ``clip_fraction_low`` and ``clip_fraction_high`` (tokens whose gradient a bound of the ratio removes),
-        ``clip_fraction_dual`` (likewise), ``kl``, ``entropy``, and ``max_abs_log_ratio`` over tokens with a weight.
+        The loss and the metrics ``loss``, ``policy_loss`` (without KL and entropy), ``weight`` (sum of weights),
+        ``ratio``, ``approx_kl`` (of the old from the current policy, (r - 1) - log r, Schulman 2020),
+        ``clip_fraction_low``, ``clip_fraction_high`` and ``clip_fraction_dual`` (tokens whose gradient this bound
+        removes), ``kl``, ``entropy``, and ``max_abs_log_ratio`` over tokens with a weight. All but the last are
+        weighted sums. ``clip_fraction_dual``, ``kl`` and ``entropy`` are there if their option or input is.
 
     Raises:
-        ValueError: a missing input, or a coefficient out of its range.
+        ValueError: an input is missing, or a coefficient is out of its range.
     """
     if not 0 <= clip_ratio_low <= 1 or clip_ratio_high < 0:
         raise ValueError(f"clip_ratio_low={clip_ratio_low} must be in [0, 1], clip_ratio_high={clip_ratio_high} >= 0")
@@ -178,7 +174,7 @@ def sft_loss(inputs: LossInputs) -> LossOutputs:
     """Return the negative log likelihood of the targets, ``sum(weights * -logprobs)``.
 
     Returns:
-        The loss and the metrics ``loss``, ``weight`` (sum of weights), and ``entropy`` if it is given.
+        The loss and the metrics ``loss``, ``weight`` (sum of weights), and ``entropy`` if the head returns it.
     """
     loss = -(inputs.weights * inputs.output("logprobs")).sum()
     metrics = {"loss": loss.detach().clone(), "weight": inputs.weights.sum()}
@@ -188,14 +184,14 @@ def sft_loss(inputs: LossInputs) -> LossOutputs:
 
 
 def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, kind: KLPenalty) -> Tensor:
-    """Return per-token estimates of KL(policy ‖ reference) from log probabilities of tokens that the policy sampled.
+    """Return per-token estimates of KL(policy ‖ reference) for tokens that the policy sampled.
 
     With d = logprob - reference_logprob, clamped to ±``LOG_RATIO_LIMIT`` (Schulman 2020, "Approximating KL
     Divergence"):
 
-    * ``k1``: d. Unbiased, but of high variance, and its gradient is zero on average: use it to report.
+    * ``k1``: d. Unbiased, but with high variance and a mean gradient of zero: use it only to report.
     * ``abs``: \\|d\\|. A distance, not an estimate of the divergence.
-    * ``k2``: d² / 2. Biased; its gradient is that of the divergence on average.
+    * ``k2``: d² / 2. Biased; its mean gradient is that of the divergence.
     * ``k3``: exp(-d) - 1 + d. Unbiased and never negative (GRPO, arXiv 2402.03300, eq. 4). At most ``KL_LIMIT``.
 
     Args:

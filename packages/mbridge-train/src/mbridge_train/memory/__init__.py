@@ -1,6 +1,6 @@
 """Memory of weights, gradients and optimizer state: moved to the host and back, or copied in bulk.
 
-Storages stay where they are, so that every view of them stays valid.
+Storages are emptied and refilled in place, so that all their views stay valid.
 
 Uses: `errors`, `optim`.
 """

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 LARGE = 8 << 20
-"""Bytes from which a tensor is copied alone: its copy takes longer than its launch, and is slower in a group."""
+"""Bytes from which a tensor is copied alone: its copy takes longer than its launch, and would be slower in a group."""
 GROUP_BYTES = 256 << 20
-"""Bytes of smaller tensors that one call copies, and so the most that sources which are not views may occupy."""
+"""Bytes of smaller tensors that are copied by one call. Sources that are not views occupy at most this much."""
 
 
 @torch.no_grad()

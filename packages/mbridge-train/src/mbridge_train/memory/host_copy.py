@@ -5,20 +5,20 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-# Pinned memory is allocated in powers of two: up to half of one large allocation would be wasted.
+# Pinned memory is allocated in powers of two, so up to half of one large allocation would be wasted.
 _CHUNK_BYTES = 64 << 20
 _ALIGNMENT = 64
 
 
 class HostCopy:
-    """The values of some tensors' storages in host memory, which is pinned on a GPU and kept for the next turn.
+    """The values of some tensors' storages in host memory, which is pinned if there is a GPU, and kept for reuse.
 
-    Storages are emptied in place, so that all their views are valid again once they are refilled. On a CPU they are
-    copied to other memory in the same way.
+    Storages are emptied in place, so that all their views are valid again once they are refilled. On a CPU, too, they
+    are copied to other memory.
 
     Args:
         device: storages on other devices are left alone.
-        stream: runs the copies of `take` and `give_back`; None: the current stream.
+        stream: stream of the copies of `take` and `give_back`; None: the current stream.
     """
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
@@ -38,9 +38,9 @@ class HostCopy:
         """Empty the storages of `tensors`.
 
         Args:
-            tensors: several of them may share a storage.
-            excluding: tensors whose storages stay.
-            keeps_values: copy them first; otherwise `give_back` leaves them uninitialized.
+            tensors: may share storages.
+            excluding: tensors whose storages are left alone.
+            keeps_values: copy the values first; otherwise `give_back` leaves the storages uninitialized.
 
         Raises:
             RuntimeError: there is not enough host memory; nothing was emptied.
@@ -49,7 +49,7 @@ class HostCopy:
         storages = [
             data
             for data in _storages(tensors, self.device)
-            # A CPU storage that numpy has seen, as in a save, cannot be emptied.
+            # A CPU storage that numpy shares, for example after a save, cannot be emptied.
             if data.data_ptr() not in kept and data.untyped_storage().resizable()
         ]
         if keeps_values:
@@ -61,7 +61,7 @@ class HostCopy:
             data.untyped_storage().resize_(0)
 
     def give_back(self) -> None:
-        """Refill the storages. On a GPU only work that is issued after `wait` sees the values."""
+        """Refill the storages. On a GPU, only work that is issued after `wait` sees the values."""
         assert self._freed is not None
         for data, size in self._freed:
             data.untyped_storage().resize_(size)
@@ -79,16 +79,16 @@ class HostCopy:
             self._arrived = None
 
     def save(self, tensors: Iterable[Tensor]) -> None:
-        """Copy the storages of `tensors` to host memory and leave them as they are. Raises as `take`."""
+        """Copy the storages of `tensors` to host memory without emptying them. Raise the errors of `take`."""
         storages = _storages(tensors, self.device)
         self._reserve(storages)
         self._copy(storages, to_host=True)
 
     @torch.no_grad()
     def exchange(self, tensors: Iterable[Tensor]) -> None:
-        """Swap the values of `tensors`, the same as in `save`, with those in host memory, on the current stream.
+        """Swap the values of `tensors`, those of `save`, with the values in host memory, on the current stream.
 
-        Needs memory for two pieces of at most 64 MiB on the device.
+        This needs device memory for two pieces of at most 64 MiB.
         """
         for data, host in self._pairs(_storages(tensors, self.device)):
             held = data.clone()
@@ -100,7 +100,7 @@ class HostCopy:
             for data, host in self._pairs(storages):
                 (host if to_host else data).copy_(data if to_host else host)
             return
-        # The source must have been computed, and refilled memory may still be read by its previous user.
+        # The source may still be computed, and the previous user of refilled memory may still read it.
         self._stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self._stream):
             for data, host in self._pairs(storages):
@@ -114,7 +114,7 @@ class HostCopy:
             self._chunks.append(torch.empty(_CHUNK_BYTES, dtype=torch.uint8, pin_memory=self.device.type == "cuda"))
 
     def _pairs(self, storages: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (bytes of a storage, their place in host memory): storages lie there back to back, across chunks."""
+        """Yield (bytes of a storage, their copy in host memory), where storages are contiguous across chunks."""
         position = 0
         for data in storages:
             begin = 0
@@ -127,7 +127,7 @@ class HostCopy:
 
 
 def _storages(tensors: Iterable[Tensor], device: torch.device) -> list[Tensor]:
-    """Return each storage of `tensors` on `device` once, as a uint8 tensor [bytes] over all of it; none if empty."""
+    """Return each non-empty storage of `tensors` on `device` once, as a uint8 tensor [bytes] over all of it."""
     found: dict[int, Tensor] = {}
     for tensor in tensors:
         storage = tensor.untyped_storage()

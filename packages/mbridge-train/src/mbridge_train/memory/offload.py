@@ -1,13 +1,13 @@
-"""Offloading weights, gradients and optimizer state while something else needs the GPU's memory.
+"""Offload weights, gradients and optimizer state while something else needs the GPU's memory.
 
 Storages are emptied and refilled in place, so all views stay valid: a parameter and its slice of Megatron-Core's flat
-buffer, `main_grad`, the optimizer's slices of fp32 weights. Megatron-Core's own helpers do less: those of its
-optimizers replace tensors by copies in pageable memory, after which slices of fp32 weights are no longer the model's;
-those of its buffers allocate pinned memory each time and wait for the GPU. Like them, this module drops gradients,
-since the next forward and backward pass begins with zeros.
+buffer, `main_grad`, the optimizer's slices of fp32 weights. Megatron-Core's own helpers do less. Those of its
+optimizers replace tensors by copies in pageable memory, after which slices of fp32 weights are no longer views of the
+model; those of its buffers allocate pinned memory each time and wait for the GPU. Gradients are dropped, since the next
+forward and backward pass begins with zeros.
 
-On a GPU the copies run on a separate stream. Only the reuse of the freed memory waits for a copy to the host, and
-only the first work that needs a part waits for a copy to the GPU.
+On a GPU the copies run on a separate stream. Only the reuse of freed memory waits for a copy to the host, and only the
+first work that needs a part waits for a copy to the GPU.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ class Offload:
 
     Args:
         model: the chunks, wrapped for data parallelism if they are trained.
-        optimizer: None for an engine that only evaluates, which has nothing but weights.
+        optimizer: None for an engine that only evaluates and so has only weights.
         device: the model's device.
     """
 
@@ -47,7 +47,7 @@ class Offload:
         return frozenset(part for part, copy in self._copies.items() if copy.is_away)
 
     def offload(self, part: Part) -> None:
-        """Offload a part; idempotent. See `Engine.offload`. No gather of weights may be in flight."""
+        """Offload a part as `Engine.offload` describes. Idempotent. No gather of weights may be in flight."""
         copy = self._copies[part]
         if copy.is_away:
             return
@@ -62,7 +62,7 @@ class Offload:
             ) from error
 
     def onload(self, part: Part) -> None:
-        """Bring a part back; idempotent. See `Engine.onload`."""
+        """Bring a part back as `Engine.onload` describes. Idempotent."""
         if self._copies[part].is_away:
             self._copies[part].give_back()
 
@@ -70,7 +70,7 @@ class Offload:
         """Make all work that is issued from now on wait until the parts are on the device.
 
         Raises:
-            TrainError: one of them is offloaded.
+            TrainError: a part is offloaded.
         """
         for part in parts:
             if self._copies[part].is_away:
