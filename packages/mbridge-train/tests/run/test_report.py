@@ -121,14 +121,6 @@ def test_nothing_recorded(tmp_path: Path) -> None:
     assert Page(text).tags.count("svg") == 0
 
 
-def test_several_runs_share_plots(tmp_path: Path) -> None:
-    runs = {name: record(tmp_path / name, 3) for name in ("seed 1", "seed 2")}
-    write_report(runs, tmp_path / "report.html", title="runs", charts=CHARTS)
-    page = Page((tmp_path / "report.html").read_text())
-    assert page.tags.count("svg") == 4
-    assert [row.split("|")[1] for row in page.rows[1:3]] == ["seed 1 · reward", "seed 2 · reward"]
-
-
 def test_replaces_a_report_and_keeps_it_on_error(tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     path = record(tmp_path, 2)

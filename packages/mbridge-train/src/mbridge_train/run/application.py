@@ -18,7 +18,7 @@ class Application[Config: (ReasoningConfig, SFTConfig)]:
 
     Attributes:
         program: name of the command.
-        package: import name, in which the configs are found; `quickstart` is the default one.
+        package: import name of the package that contains the configs, of which `quickstart` is the default.
         schema: dataclass of the configs.
         check_start: called before any rank starts; raises a user error for mistakes that would stop the run later.
     """
@@ -41,7 +41,7 @@ def run_application[Config: (ReasoningConfig, SFTConfig)](app: Application[Confi
     except Exception as error:
         if getattr(error, "exit_code", None) != 2:
             raise
-        # The problems of a config say themselves which of them are errors.
+        # Each problem of a config says whether it is an error.
         print(error if isinstance(error, ConfigError) else f"error: {error}", file=sys.stderr)
         return 2
 
@@ -63,14 +63,14 @@ def _run[Config: (ReasoningConfig, SFTConfig)](app: Application[Config], words: 
     report.raise_for_errors()
     require_bridge()
     if report.world_size is None:
-        # The number of GPUs decides the number of ranks. Asking for it imports torch, so the config is checked first.
+        # The number of GPUs decides the number of ranks. Counting them imports torch, so the config is checked first.
         report = check(config, world_size=rank_count(config.launcher.nproc_per_node))
         report.raise_for_errors()
     app.check_start(config)
     if group is None or group.rank == 0:  # the only rank that writes metrics
         require_backends(config.runner.logger.logger_backends)
-    if report.problems and (group is None or group.rank == 0):
-        print(report, file=sys.stderr)
+        if report.problems:
+            print(report, file=sys.stderr)
     return launch(
         f"{app.package}.loop:run", (config, [app.program, *words]), nproc_per_node=config.launcher.nproc_per_node
     )

@@ -1,4 +1,4 @@
-"""The directory of a run: one run at a time writes there, and its small files are complete or missing."""
+"""The directory of a run: one run at a time writes to it, and small files are replaced atomically."""
 
 import fcntl
 import os
@@ -13,14 +13,14 @@ LOCK_FILE = ".lock"
 
 
 class RunLock:
-    """Keep a second run out of `directory` while this process lives; a no-op on file systems without locks."""
+    """Lock that keeps other runs out of `directory` while this process lives; a no-op on file systems without locks."""
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / LOCK_FILE
         self._descriptor: int | None = None
 
     def take(self) -> str | None:
-        """Take the lock and return None, or the reason why the directory cannot be used."""
+        """Take the lock and return None, or return the reason why the directory cannot be used."""
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -36,7 +36,7 @@ class RunLock:
             )
         except OSError:
             return None
-        with suppress(OSError):  # a full disk is reported by the first file that matters
+        with suppress(OSError):  # the first file that matters reports a full disk
             os.ftruncate(self._descriptor, 0)
             os.write(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         return None
@@ -48,17 +48,21 @@ class RunLock:
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Raise `TrainError` for an `OSError` in the block, which writes the file `path` of a run's directory."""
+    """Raise `TrainError` for an `OSError` in the block, which writes the file `path` in the directory of a run."""
     try:
         yield
     except OSError as error:
+        if (path.parent / "checkpoints" / "latest").is_dir():
+            retry = "continue from the last checkpoint with runner.resume_dir=auto"
+        else:
+            retry = "start the run again: it has no checkpoint yet"
         raise TrainError(
-            f"{path} cannot be written: {error.strerror}; make room or remove the cause, {_retry(path)}"
+            f"{path} cannot be written: {error.strerror}; make room or remove the cause, then {retry}"
         ) from None
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Replace the file `path` in one step. After a `TrainError` it is unchanged."""
+    """Replace the file `path` atomically. After a `TrainError` it is unchanged."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
         try:
@@ -67,9 +71,3 @@ def replace_text(path: Path, text: str) -> None:
         except OSError:
             temporary.unlink(missing_ok=True)
             raise
-
-
-def _retry(path: Path) -> str:
-    if (path.parent / "checkpoints" / "latest").is_dir():
-        return "then continue from the last checkpoint with runner.resume_dir=auto"
-    return "then start the run again: it has no checkpoint yet"

@@ -1,7 +1,7 @@
-"""Metrics of a run: one line of JSON per step in ``metrics.jsonl``, and optionally a tracking service.
+"""Metrics of a run: one line of JSON per step in ``metrics.jsonl``, and optionally tracking services.
 
-``metrics.jsonl`` is always written, and the report is made from it. Its lines are valid JSON for all values: NaN and
-infinities, which JSON lacks, become null and are listed under ``"nonfinite"``.
+The report is made from ``metrics.jsonl``. Its lines are always valid JSON: NaN and infinities, which JSON lacks, become
+null and are listed under ``"nonfinite"``.
 """
 
 import json
@@ -12,7 +12,6 @@ from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 from mbridge_train.errors import TrainError
@@ -30,22 +29,22 @@ class MetricsBackend(Protocol):
 
 
 class MetricsWriter:
-    """Append steps to ``<directory>/metrics.jsonl`` and pass them on to the backends.
+    """Writer that appends steps to ``<directory>/metrics.jsonl`` and logs them in tracking services.
 
-    Only one rank should have a writer. Each line goes to the operating system at once, so a killed process loses none;
-    it is not forced to disk.
+    Only one rank should have a writer. Each line is flushed at once, though not synchronized to disk, so a killed
+    process loses none.
 
     Args:
         directory: directory of the run; created if missing.
-        resume_step: step of the checkpoint that the run resumes from. Lines of later steps, which will run again, and
-            a last line that was cut off are dropped. None: a new run; the lines of an earlier run are kept under the
-            first free name of ``metrics.1.jsonl``, ``metrics.2.jsonl``, ….
-        resume_metrics: metrics of that step from its checkpoint. They replace the line that is missing if the run was
-            killed between saving and writing it.
+        resume_step: step of the checkpoint from which the run resumes. Lines of later steps, which will run again, and
+            a truncated last line are dropped. None: a new run; the file of an earlier run is renamed to the first free
+            name of ``metrics.1.jsonl``, ``metrics.2.jsonl``, ….
+        resume_metrics: metrics of that step from its checkpoint, written if the run was killed after saving the
+            checkpoint and before writing their line.
         backends: names from :data:`BACKENDS`.
         project: name of the project in the tracking service.
         experiment: name of the run in the tracking service.
-        config: configuration of the run, to be shown in the tracking service.
+        config: configuration of the run, shown in the tracking service.
         backend_directory: directory for the files of the backends; None: `directory`.
 
     Raises:
@@ -70,25 +69,24 @@ class MetricsWriter:
         self.path = Path(directory) / METRICS_FILE
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        # Before the file is changed, because a backend may be missing.
+        # A backend may be missing, so they start before the file is changed.
         self._backends = [
             BACKENDS[name](Path(backend_directory or directory), project, experiment, dict(config or {}))
             for name in backends
         ]
         self._last_step = -1
-        if self.path.exists():
-            if resume_step is None:
-                _set_aside(self.path)
-            else:
-                self._last_step = _drop_after(self.path, resume_step)
-        was_there = self.path.exists()
+        existed = self.path.exists()
+        if existed and resume_step is not None:
+            self._last_step = _drop_after(self.path, resume_step)
+        elif existed:
+            _set_aside(self.path)
         with writing(self.path):
             self._file = self.path.open("a", encoding="utf-8")
-        if was_there and resume_step is not None and resume_metrics and self._last_step < resume_step:
+        if existed and resume_step is not None and resume_metrics and self._last_step < resume_step:
             self.write(resume_step, resume_metrics)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Record one step. Steps must increase; metrics that were not measured in a step are left out.
+        """Record one step.
 
         Raises:
             ValueError: `step` does not come after the last one, or the name of a metric is reserved.
@@ -102,7 +100,12 @@ class MetricsWriter:
         line: dict[str, Any] = {"step": step} | {name: finite.get(name) for name in metrics}
         if len(finite) < len(metrics):
             line["nonfinite"] = {name: str(float(metrics[name])) for name in metrics if name not in finite}
-        self._refuse_deleted()
+        # Else the lines would go into a file that nobody can open any more.
+        if not os.fstat(self._file.fileno()).st_nlink or not self.path.exists():
+            raise TrainError(
+                f"{self.path} was deleted or moved during the run; start the run again, and leave its directory alone "
+                "until it ends"
+            )
         with writing(self.path):
             self._file.write(json.dumps(line, allow_nan=False) + "\n")
             self._file.flush()
@@ -111,17 +114,9 @@ class MetricsWriter:
             for backend in self._backends:
                 backend.log(step, finite)
 
-    def _refuse_deleted(self) -> None:
-        """Raise `TrainError` if the lines would go into a file that nobody can open any more."""
-        if not os.fstat(self._file.fileno()).st_nlink or not self.path.exists():
-            raise TrainError(
-                f"{self.path} was deleted or moved during the run; start the run again, and leave its directory alone "
-                "until it ends"
-            )
-
     def close(self) -> None:
-        """Close the file and end the runs of the backends."""
-        with suppress(OSError):  # a line that did not fit, which `write` has reported
+        """Close the file and the backends."""
+        with suppress(OSError):  # `write` has reported a line that did not fit
             self._file.close()
         for backend in self._backends:
             backend.close()
@@ -129,14 +124,12 @@ class MetricsWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Return the lines of a ``metrics.jsonl`` in order of steps, without a last line that was cut off.
+    """Return the lines of a ``metrics.jsonl`` in order of steps, without a truncated last line.
 
     Raises:
         TrainError: a line, named with its file and number, is not a JSON object with an integer ``step``.
@@ -160,7 +153,7 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
 
 def _set_aside(path: Path) -> None:
     if not path.stat().st_size:
-        return  # of a run that ended before its first step
+        return  # the run ended before its first step
     number = 1
     while (target := path.with_name(f"metrics.{number}.jsonl")).exists():
         number += 1
@@ -168,14 +161,14 @@ def _set_aside(path: Path) -> None:
 
 
 def _drop_after(path: Path, step: int) -> int:
-    """Keep the lines up to ``step`` and return the step of the last one, -1 if none is left."""
+    """Drop the lines after ``step``, and return the step of the last line, or -1 if none is left."""
     kept = [(record["step"], line) for record, line in _lines(path) if record["step"] <= step]
     replace_text(path, "".join(line for _, line in kept))
     return kept[-1][0] if kept else -1
 
 
 def require_backends(names: Sequence[str]) -> None:
-    """Raise `TrainError` if a backend is not installed. None is imported."""
+    """Raise `TrainError` if a backend is not installed, without importing it."""
     for name in names:
         if find_spec(name) is None:
             raise _not_installed(name, "there is no such package")

@@ -1,4 +1,4 @@
-"""Output of a run: progress on the terminal, metrics.jsonl, config.yaml, report.html. Only rank 0 writes."""
+"""The output of a run, from rank 0: progress on the terminal, metrics.jsonl, config.yaml, report.html."""
 
 import os
 import shlex
@@ -37,7 +37,7 @@ class Display:
 
     Attributes:
         description: label of the progress bar.
-        figures: label of each metric in a step's line on the terminal, by the name of the metric.
+        figures: labels of the metrics in the line of a step on the terminal, by name.
         charts: charts of the report.
     """
 
@@ -52,7 +52,7 @@ class RunOutput:
     Args:
         config: config of the run.
         directory: directory of the run; created with its first file.
-        command: the words of the command that started the run.
+        command: words of the command that started the run.
         display: which metrics to show, and how.
     """
 
@@ -85,7 +85,7 @@ class RunOutput:
         """Record and show the steps of the block, and write the report at its end, even after an error.
 
         Raises:
-            TrainError: on every rank, if another run uses the directory; on rank 0, if a file cannot be written.
+            TrainError: on every rank, another run uses the directory; on rank 0, a file cannot be written.
         """
         if reason := broadcast(self._lock.take() if self.is_writer else None):
             raise TrainError(reason)
@@ -96,7 +96,7 @@ class RunOutput:
         values = plain(self.config)
         self._writer = MetricsWriter(
             self.directory,
-            resume_step=first_step if first_step else None,
+            resume_step=first_step or None,
             resume_metrics=None if resumed_from is None else resumed_from.metadata.get("metrics"),
             backends=logger.logger_backends,
             project=logger.project_name,
@@ -115,7 +115,7 @@ class RunOutput:
         except BaseException:
             try:
                 self._finish(text)
-            except Exception as error:  # noqa: BLE001 - the error of the run matters more
+            except Exception as error:  # noqa: BLE001 - must not hide the error of the run
                 print(f"the report could not be written: {error}", file=sys.stderr)
             raise
         self._finish(text)
@@ -142,7 +142,7 @@ class RunOutput:
         )
 
     def _print_results(self) -> None:
-        """Print where the results are, and the command that continues the run."""
+        """Print the paths of the results and the command that continues the run."""
         print(f"report      {self.directory / 'report.html'}")
         latest = self.checkpoints / "latest"
         if not latest.is_dir():
@@ -154,12 +154,12 @@ class RunOutput:
             "runner.resume_dir=auto",
             f"runner.max_steps={int(newest.name.rsplit('_', 1)[1]) * 2}",
         ]
-        if self.config.runner.max_epochs is not None:  # may be reached already
+        if self.config.runner.max_epochs is not None:  # may have been reached
             words.append("runner.max_epochs=null")
         ranks = distributed.get_world_size()
-        started = any(word.startswith("launcher.nproc_per_node=") for word in words)
-        # Torchrun or SLURM started the ranks, all of them on this host.
-        if ranks > 1 and not started and ranks == int(os.environ.get("LOCAL_WORLD_SIZE", ranks)):
+        is_given = any(word.startswith("launcher.nproc_per_node=") for word in words)
+        # If torchrun or SLURM started the ranks, all on this host, the launcher can start them, too.
+        if ranks > 1 and not is_given and ranks == int(os.environ.get("LOCAL_WORLD_SIZE", ranks)):
             words.append(f"launcher.nproc_per_node={ranks}")
         if "UV" in os.environ:
             words = ["./uvw" if Path("uvw").is_file() else "uv", "run", *words]

@@ -1,8 +1,8 @@
 """Traces of chosen steps, recorded with torch's profiler.
 
 Each rank writes one file per step for Perfetto or Chrome, and one for TensorBoard's plugin. Above operators and kernels
-they show the ranges `step <n>`, the phases of the app, and the calls of the engine (`forward_backward`,
-`optimizer_step`, `logprobs`).
+they show the ranges `step <n>`, the phases of the app, and the engine's `forward_backward`, `optimizer_step` and
+`forward`.
 """
 
 import shutil
@@ -22,14 +22,14 @@ _ACTIVITIES = {"cpu": ProfilerActivity.CPU, "cuda": ProfilerActivity.CUDA}
 
 
 class StepProfiler:
-    """Record the steps that `settings` choose.
+    """Profiler of the steps that `settings` choose.
 
     Args:
-        settings: which steps to record, and how; None: record nothing.
+        settings: None: record nothing.
         directory: directory of the traces, unless `settings.output_dir` names another.
 
     Raises:
-        TrainError: `settings` ask for GPU activities only, and there is no GPU.
+        TrainError: `settings` ask only for GPU activities, and there is no GPU.
     """
 
     def __init__(self, settings: ProfilerConfig | None, directory: Path) -> None:
@@ -46,7 +46,7 @@ class StepProfiler:
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Record the block if the step `number` is chosen. A step that fails leaves no trace."""
+        """Record the block if step `number` is chosen. A step that fails leaves no trace."""
         settings = self.settings
         if settings is None or not (is_recorded(settings, number) or is_warmup(settings, number)):
             yield
@@ -59,7 +59,7 @@ class StepProfiler:
                 with_stack=settings.with_stack,
                 with_flops=settings.with_flops,
                 with_modules=settings.with_modules,
-                acc_events=True,  # without it torch warns of a second cycle, which never comes
+                acc_events=True,  # otherwise torch warns about a second cycle, which never comes
             ) as recorded,
             record_function(f"step {number}"),
         ):
@@ -68,7 +68,7 @@ class StepProfiler:
             self._write(recorded, number)
 
     def _write(self, recorded: profile, number: int) -> None:
-        """Write the trace once, which is all that torch allows, and copy it."""
+        """Write the trace once, since torch allows no more, and copy it."""
         assert self.settings is not None
         rank = distributed.get_rank()
         files = []

@@ -1,7 +1,6 @@
 """Progress of a run: one line per step and, on a terminal, a progress bar below the lines."""
 
 from collections.abc import Mapping
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -10,17 +9,16 @@ from rich.text import Text
 
 
 class TrainingProgress:
-    """Print the key figures of each step; use it as a context manager.
+    """Context manager that prints the key figures of each step.
 
-    Where output is not a terminal (a log file, CI), lines are plain text without a bar or escape sequences.
+    If the output is not a terminal (a log file, CI), lines are plain text without a bar or escape sequences.
 
     Args:
         total_steps: number of steps of the whole run, including those before a resume.
-        figures: label of each metric, by its name, in the order of display. Metrics that a step did not measure are
-            left out of its line.
-        first_step: number of steps done before this process, if the run was resumed.
+        figures: labels by the names of metrics, in the order of display. Metrics that a step lacks are left out.
+        first_step: number of steps done before this process.
         description: label of the bar.
-        console: where to print; None: standard output.
+        console: None: standard output.
     """
 
     def __init__(
@@ -34,7 +32,7 @@ class TrainingProgress:
     ) -> None:
         self._console = console or Console()
         self._total_steps = total_steps
-        self._figures = dict(figures)
+        self._figures = figures
         self._bar = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -48,7 +46,7 @@ class TrainingProgress:
         self._task = self._bar.add_task(description, total=total_steps, completed=first_step)
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show that ``step`` steps are done, with the figures of the last one."""
+        """Show that ``step`` steps are done, with the metrics of the last one."""
         width = len(str(self._total_steps))
         line = Text.assemble(("step ", "dim"), (f"{step:>{width}}/{self._total_steps}", "bold"))
         for name, label in self._figures.items():
@@ -65,13 +63,11 @@ class TrainingProgress:
         self._bar.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._bar.stop()
 
     def _print(self, line: Text) -> None:
-        # A line in a log must stay one line, however narrow rich believes the file to be.
+        # Rich would wrap lines in a log, whose width it assumes.
         self._console.print(line, soft_wrap=True, highlight=False)
 
 

@@ -1,13 +1,12 @@
 """The report of a run: one HTML file with its curves, made from ``metrics.jsonl``.
 
-The file is self-contained (plots are inline SVG), needs neither network nor scripts, and follows the reader's light or
-dark setting.
+The file is self-contained: plots are inline SVG, and it needs neither network nor scripts. It follows the reader's
+light or dark setting.
 """
 
 import html
 import io
 import math
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,10 +27,10 @@ from mbridge_train.run.metrics import read_metrics
 from mbridge_train.run.progress import format_figure
 
 SMOOTHING_STEPS = 20
-"""Curves with at least this many points are drawn with a moving average."""
+"""Smallest number of points of a curve that is drawn with a moving average."""
 
 _COLORS = ["#2f7ed8", "#e4853a", "#3aa76d", "#c8529b", "#8a6fd1", "#c9a227", "#3fb0c9", "#d9534f"]
-# Matplotlib wants a color; this one is replaced by the text color of the page.
+# Matplotlib needs a color, which is then replaced by the text color of the page.
 _INK = "#010203"
 
 
@@ -41,62 +40,58 @@ class Chart:
 
     title: str
     metrics: tuple[str, ...]
-    """Names in ``metrics.jsonl``, possibly with ``*`` and ``?``: one curve for each that was recorded."""
+    """Names in ``metrics.jsonl``, possibly with ``*`` and ``?``: one curve for each recorded metric."""
     unit: str = ""
     best: Literal["max", "min"] | None = None
-    """Which value the summary shows as the best; None: no value."""
+    """The value that the summary shows as the best; None: no value."""
     smooth: bool = True
-    """Draw long curves with a moving average; False for values that are set, not measured, such as a learning rate."""
+    """Draw long curves with a moving average; False for values that are not measured, such as a learning rate."""
     stacked: bool = False
-    """Draw the metrics as parts of a whole, in the report of a single run."""
+    """Draw the metrics as parts of a whole."""
 
 
 @dataclass(slots=True)
 class _Curve:
-    label: str
+    metric: str
     steps: list[int]
     values: list[float]
 
 
 def write_report(
-    runs: str | os.PathLike[str] | Mapping[str, str | os.PathLike[str]],
-    out: str | os.PathLike[str],
+    metrics: Path,
+    out: Path,
     *,
     title: str,
     charts: Sequence[Chart],
-    facts: Mapping[str, str] | None = None,
     section: str = "",
     config: str | None = None,
 ) -> None:
-    """Write the report; an existing file is replaced in one step.
+    """Write the report; an existing file is replaced atomically.
 
     Args:
-        runs: a ``metrics.jsonl``, or several by the name to show, drawn into the same plots.
+        metrics: ``metrics.jsonl`` of the run.
         out: the HTML file.
         title: heading of the page.
         charts: charts in the order of display. Charts without recorded metrics are listed by title.
-        facts: short texts to show below the heading, by label: model, duration, the command that resumes the run.
-        section: HTML to show unchanged below the curves; its texts must be escaped.
+        section: HTML to show below the curves; its texts must be escaped.
         config: the configuration of the run, shown verbatim.
 
     Raises:
-        TrainError: a line of a metrics file, named with file and number, is not valid, or `out` cannot be written.
-        FileNotFoundError: a metrics file does not exist.
+        TrainError: a line of `metrics`, named with file and number, is not valid, or `out` cannot be written.
+        FileNotFoundError: `metrics` does not exist.
     """
-    sources = dict(runs) if isinstance(runs, Mapping) else {"": runs}
-    records = {name: read_metrics(path) for name, path in sources.items()}
+    records = read_metrics(metrics)
     curves = {chart: _curves(chart, records) for chart in charts}
     drawn = [chart for chart in charts if curves[chart]]
     missing = [chart.title for chart in charts if not curves[chart]]
-    steps = [record["step"] for run in records.values() for record in run]
     parts = [
-        _facts({"steps": f"{min(steps)} to {max(steps)}" if steps else "none yet", **(facts or {})}),
+        f'<p class="note">Steps: {records[0]["step"]} to {records[-1]["step"]}.</p>' if records else "",
         _warning(records),
         '<div class="charts">',
         *(_figure(number, chart, curves[chart]) for number, chart in enumerate(drawn)),
         "</div>",
         '<p class="note">Thin curves show each step, thick ones a moving average.</p>'
-        if len(steps) >= SMOOTHING_STEPS
+        if len(records) >= SMOOTHING_STEPS
         else "",
         f'<p class="note">Not recorded: {html.escape(", ".join(missing))}.</p>' if missing else "",
         _summary(drawn, curves),
@@ -104,18 +99,16 @@ def write_report(
         f"<details><summary>Configuration</summary><pre>{html.escape(config)}</pre></details>" if config else "",
     ]
     page = _PAGE.substitute(title=html.escape(title), body="\n".join(part for part in parts if part))
-    replace_text(Path(out), page)
+    replace_text(out, page)
 
 
-def _curves(chart: Chart, records: Mapping[str, list[dict[str, Any]]]) -> list[_Curve]:
-    result = []
-    for run, lines in records.items():
-        recorded = sorted({name for line in lines for name, value in line.items() if isinstance(value, int | float)})
-        for name in dict.fromkeys(n for pattern in chart.metrics for n in recorded if fnmatchcase(n, pattern)):
-            points = [(line["step"], float(line[name])) for line in lines if line.get(name) is not None]
-            label = " · ".join(part for part in (run, name) if part)
-            result.append(_Curve(label, [step for step, _ in points], [value for _, value in points]))
-    return result
+def _curves(chart: Chart, records: list[dict[str, Any]]) -> list[_Curve]:
+    recorded = sorted({name for line in records for name, value in line.items() if isinstance(value, int | float)})
+    curves = []
+    for name in dict.fromkeys(n for pattern in chart.metrics for n in recorded if fnmatchcase(n, pattern)):
+        points = [(line["step"], float(line[name])) for line in records if line.get(name) is not None]
+        curves.append(_Curve(name, [step for step, _ in points], [value for _, value in points]))
+    return curves
 
 
 def _figure(number: int, chart: Chart, curves: list[_Curve]) -> str:
@@ -168,22 +161,22 @@ def _draw(number: int, chart: Chart, curves: list[_Curve]) -> str:
 def _line(axes: Axes, curve: _Curve, smooth: bool) -> None:
     few = len(curve.values) < SMOOTHING_STEPS
     if few or not smooth:
-        axes.plot(curve.steps, curve.values, label=curve.label, marker="o" if few else "", markersize=3, linewidth=1.6)
+        axes.plot(curve.steps, curve.values, label=curve.metric, marker="o" if few else "", markersize=3, linewidth=1.6)
         return
     (raw,) = axes.plot(curve.steps, curve.values, alpha=0.3, linewidth=1)
     average = _moving_average(curve.values, max(3, len(curve.values) // SMOOTHING_STEPS))
-    axes.plot(curve.steps, average, label=curve.label, color=raw.get_color(), linewidth=1.7)
+    axes.plot(curve.steps, average, label=curve.metric, color=raw.get_color(), linewidth=1.7)
 
 
 def _stack(axes: Axes, curves: list[_Curve]) -> None:
     steps = curves[0].steps
     bottom = [0.0] * len(steps)
     if len(steps) > SMOOTHING_STEPS:
-        axes.stackplot(steps, *(curve.values for curve in curves), labels=[curve.label for curve in curves])
+        axes.stackplot(steps, *(curve.values for curve in curves), labels=[curve.metric for curve in curves])
         return
     width = 0.85 * min((after - before for before, after in pairwise(steps)), default=1)
     for curve in curves:
-        axes.bar(steps, curve.values, width, bottom=bottom, label=curve.label)
+        axes.bar(steps, curve.values, width, bottom=bottom, label=curve.metric)
         bottom = [low + value for low, value in zip(bottom, curve.values, strict=True)]
 
 
@@ -194,21 +187,14 @@ def _moving_average(values: list[float], window: int) -> list[float]:
     return [math.fsum(part) / len(part) for part in slices]
 
 
-def _facts(facts: Mapping[str, str]) -> str:
-    rows = (f"<dt>{html.escape(label)}</dt><dd>{html.escape(text)}</dd>" for label, text in facts.items())
-    return f"<dl>{''.join(rows)}</dl>"
-
-
-def _warning(records: Mapping[str, list[dict[str, Any]]]) -> str:
-    affected = [(run, record) for run, lines in records.items() for record in lines if "nonfinite" in record]
+def _warning(records: list[dict[str, Any]]) -> str:
+    affected = [record for record in records if "nonfinite" in record]
     if not affected:
         return ""
-    run, first = affected[0]
-    names = ", ".join(f"{name} = {value}" for name, value in first["nonfinite"].items())
-    where = f"step {first['step']}" + (f" of {run}" if run else "")
+    names = ", ".join(f"{name} = {value}" for name, value in affected[0]["nonfinite"].items())
     return (
         f'<p class="warning">Values are not finite in {len(affected)} step{"s" * (len(affected) > 1)}, '
-        f"the first at {html.escape(where)}: {html.escape(names)}.</p>"
+        f"the first at step {affected[0]['step']}: {html.escape(names)}.</p>"
     )
 
 
@@ -223,7 +209,7 @@ def _summary(charts: Sequence[Chart], curves: Mapping[Chart, list[_Curve]]) -> s
                 best = f'{format_figure(value)} <span class="unit">at step {step}</span>'
             first, last = (format_figure(curve.values[index]) for index in (0, -1))
             rows.append(
-                f"<tr><td>{html.escape(chart.title)}</td><td><code>{html.escape(curve.label)}</code></td>"
+                f"<tr><td>{html.escape(chart.title)}</td><td><code>{html.escape(curve.metric)}</code></td>"
                 f"<td>{first}</td><td>{last}</td><td>{best}</td></tr>"
             )
     if not rows:
@@ -249,9 +235,7 @@ body { margin: 0 auto; max-width: 1180px; padding: 32px 24px 64px; background: v
   font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
 h1 { font-size: 26px; margin: 0 0 12px; }
 h2 { font-size: 18px; margin: 36px 0 10px; }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 16px; margin: 0 0 24px; }
-dt, .unit, .note { color: var(--soft); }
-dd { margin: 0; overflow-wrap: anywhere; }
+.unit, .note { color: var(--soft); }
 .unit { font-weight: normal; font-size: 13px; }
 .warning { background: var(--warn); border-radius: 8px; padding: 10px 14px; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 16px; }
