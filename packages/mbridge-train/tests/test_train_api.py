@@ -1,4 +1,4 @@
-"""What the package and its README promise."""
+"""The public API of the package, and the code of its README."""
 
 import re
 import subprocess

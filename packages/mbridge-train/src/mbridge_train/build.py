@@ -1,4 +1,4 @@
-"""Building an engine from the `actor` and `runner` sections of a config."""
+"""Build an engine from the `actor` and `runner` sections of a config."""
 
 from pathlib import Path
 from typing import Any
@@ -29,16 +29,16 @@ def build_engine(
     optimizer_steps: int | None,
     freeze: Freeze | None = None,
 ) -> Engine:
-    """Load the model under the layout of `actor.model` and put the optimizer on it. Collective over all ranks.
+    """Load the model under the layout of `actor.model` and build its optimizer. Collective over all ranks.
 
-    The weights come from `model_directory` or, without `actor.megatron.use_hf_ckpt`, from
-    `actor.model.megatron_checkpoint`; they are random if neither is given, for a run that is resumed.
+    The weights come from `model_directory` with `actor.megatron.use_hf_ckpt`, else from
+    `actor.model.megatron_checkpoint`. Without either they are random, for a run that is resumed.
 
     Args:
-        actor, runner: the config's sections, checked.
-        model_directory: HuggingFace directory of geometry and, with `actor.megatron.use_hf_ckpt`, weights.
-        optimizer_steps: length of the whole run, for a learning-rate schedule without a length. None: an engine that
-            only evaluates.
+        actor, runner: sections of a checked config.
+        model_directory: HuggingFace directory of the model.
+        optimizer_steps: length of the run, for a learning-rate schedule without a length. None: an engine that only
+            evaluates.
         freeze: parts of a vision-language model that are not trained.
     """
     model, handle = load(
@@ -68,7 +68,7 @@ def build_engine(
 
 
 def optimizer_settings(actor: ActorConfig, *, optimizer_steps: int) -> OptimizerSettings:
-    """Return the settings of `actor.optim` and `actor.lr_sched` with defaults in place of nulls."""
+    """Return the settings of `actor.optim` and `actor.lr_sched`."""
     return OptimizerSettings(
         schedule=_schedule(actor, optimizer_steps),
         betas=(actor.optim.adam_beta1, actor.optim.adam_beta2),
@@ -118,13 +118,13 @@ def _schedule(actor: ActorConfig, optimizer_steps: int) -> Schedule:
         decay_style=settings.lr_decay_style,
         wsd_decay_steps=settings.lr_wsd_decay_iters or 0,
         wsd_decay_style=settings.lr_wsd_decay_style,
-        # A rule keeps start and end equal: the decay does not change over the run.
+        # A rule requires the end value to be equal, so the weight decay is constant.
         weight_decay=filled(settings.start_weight_decay),
     )
 
 
 def _micro_batching(actor: ActorConfig, runner: RunnerConfig, *, splits_sequences: bool) -> MicroBatching:
-    """`splits_sequences`: whether the model does, as mixtures of experts always do under tensor parallelism."""
+    """Return the settings; the model decides on `splits_sequences`, because experts force sequence parallelism."""
     if runner.enable_dynamic_batch_size:
         # Sequence parallelism pads each sequence, and the longest one must fit with its padding.
         multiple = actor.model.tensor_model_parallel_size if splits_sequences else 1
@@ -133,10 +133,10 @@ def _micro_batching(actor: ActorConfig, runner: RunnerConfig, *, splits_sequence
 
 
 def _overrides(actor: ActorConfig) -> dict[str, Any]:
-    """Return the provider's fields that the user sets; those left at null keep the model's values."""
+    """Return the fields of the provider that the user sets; fields left at null keep the model's values."""
     model = actor.model
     values: dict[str, Any] = {
-        # The loss holds its own normalisation over the global batch, so gradients are summed.
+        # The loss weights include the normalization over the global batch, so gradients are summed.
         "calculate_per_token_loss": True,
         "gradient_accumulation_fusion": True,
         "attention_dropout": model.attention_dropout,

@@ -1,7 +1,8 @@
 """The layout of ranks: every parallel axis, this rank's place on it, and its process group.
 
-Megatron-Core keeps its process groups in globals. This module alone reads them; code that saves, loads, plans or
-reduces asks `Engine.layout`. The layout that the user asks for, before a model exists, is `mbridge_model.Parallel`.
+Megatron-Core keeps its process groups in globals. In this package only this module reads them; code that saves, loads,
+plans or reduces asks `Engine.layout`. The layout that the user asks for, before a model exists, is
+`mbridge_model.Parallel`.
 """
 
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Ranks with different global batches are found before anything runs."""
+"""Different global batches are detected before anything runs."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Offloading between phases: memory is really freed, and training goes on as if nothing had happened, bit for bit."""
+"""Offloading between phases frees memory and does not change training, bit for bit."""
 
 import gc
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What `check` accepts of a schedule is what `Schedule` takes: a mistake is said before the model is loaded."""
+"""`check` accepts exactly the values that schedules and losses accept, so mistakes are reported before loading."""
 
 import itertools
 from collections.abc import Iterator

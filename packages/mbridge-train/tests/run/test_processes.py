@@ -1,4 +1,4 @@
-"""Joining and leaving the process group, as the variables of a launcher describe it."""
+"""Joining and leaving the process group that the variables of a launcher describe."""
 
 import os
 import random

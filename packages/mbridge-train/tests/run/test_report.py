@@ -1,4 +1,4 @@
-"""The report is read back with an HTML parser: what it says, and that it needs nothing but itself."""
+"""The report, read back with an HTML parser: its content, and that it is self-contained."""
 
 import math
 import re

@@ -1,4 +1,4 @@
-"""A directory has one run at a time; the lock goes with the process, however it ends."""
+"""Only one run at a time uses a directory; the lock ends with the process, however it ends."""
 
 import os
 import signal

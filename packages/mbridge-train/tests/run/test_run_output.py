@@ -1,4 +1,4 @@
-"""The output of a run that fails: what is left, and what is shown."""
+"""The output of a run that fails: its files and its messages."""
 
 import shutil
 from collections.abc import Callable, Iterator

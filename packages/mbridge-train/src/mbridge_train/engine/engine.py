@@ -42,7 +42,7 @@ LossFunction = Callable[[LossInputs], LossOutputs]
 """Maps the tokens of one micro-batch to a weighted sum and metrics (see `losses.policy`)."""
 
 _Finish = Callable[[ModelInputs, Mapping[str, Tensor]], tuple[Tensor, Tensor, dict[str, Any]]]
-"""Maps a micro-batch and the outputs of its head to a loss, a number of tokens and results, as the schedule requires."""
+"""Maps a micro-batch and the outputs of its head to a loss, a number of tokens and results, for the schedule."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
