@@ -274,6 +274,7 @@ CASES = [
     ("train-data-missing", ["data.train_data_paths=[]"], None, "nothing to train on"),
     ("data-path", ["data.val_data_paths=[nowhere.jsonl]"], None, "there is no file nowhere.jsonl"),
     ("data-path", ["data.val_data_paths=[/]"], None, "/ is a directory"),
+    ("unused-data-files", MADE, None, "data.type=reasoning_gym makes the problems, so"),
     ("reasoning-gym-task", ["data.type=reasoning_gym"], None, "needs a task"),
     ("reward-type", ["reward.reward_type=reasoning_gym"], None, "reasoning-gym cannot score"),
     ("reward-function", ["reward.function=nowhere.py:score"], None, "there is no file nowhere.py"),

@@ -248,6 +248,19 @@ def train_data(context: Context) -> Iterable[Finding]:
         yield Finding(TRAIN, "there is nothing to train on", f"set {TRAIN}=[FILE.jsonl], or {TYPE}=reasoning_gym")
 
 
+@rule("unused-data-files", TYPE, TRAIN, VALIDATION)
+def unused_data_files(context: Context) -> Iterable[Finding]:
+    """Data files are named, but the problems are made by reasoning-gym, so that the files are not read.
+
+    Fix: set `data.type=math` to read the files, or remove the paths.
+    """
+    data = context.config.data
+    for key, paths in ((TRAIN, data.train_data_paths), (VALIDATION, data.val_data_paths)):
+        if data.type == "reasoning_gym" and paths:
+            reason = f"{TYPE}=reasoning_gym makes the problems, so {paths[0]} is not read"
+            yield Finding(key, reason, f"set {TYPE}=math, or {key}=[]", Severity.WARNING)
+
+
 @rule("data-path", TYPE, TRAIN, VALIDATION)
 def data_paths(context: Context) -> Iterable[Finding]:
     """A data file does not exist, or is neither json nor jsonl.
@@ -281,6 +294,7 @@ RULES = (
     critic,
     rollout_backend,
     train_data,
+    unused_data_files,
     data_paths,
     task,
     reward_type,

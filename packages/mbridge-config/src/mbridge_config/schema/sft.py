@@ -78,6 +78,9 @@ class SFTDataConfig:
     )
     image_root: str | None = key(None, "messages: directory that image paths start at. null: that of the file.")
     allow_urls: bool = key(False, "messages: fetch images given as URLs; if false they are bad rows.")
+    private_networks: list[str] = key(
+        [], "messages: loopback and private addresses that URLs may lead to, such as 10.0.0.0/8; by default none."
+    )
     min_pixels: int | None = key(
         None, "Smaller images are enlarged. null: as the model's processor says.", unit="pixels", minimum=1
     )
