@@ -48,4 +48,5 @@ def read_settings(data: SFTDataConfig) -> ReadSettings:
         answer_format=data.answer_format,
         image_root=None if data.image_root is None else Path(data.image_root).expanduser(),
         allow_urls=data.allow_urls,
+        private_networks=tuple(data.private_networks),
     )

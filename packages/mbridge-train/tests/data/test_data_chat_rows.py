@@ -86,6 +86,10 @@ def test_urls_only_where_allowed(tmp_path):
         chat(tmp_path / "a.jsonl", row)[0]
     allowed = chat(tmp_path / "a.jsonl", row, allow_urls=True)[0]
     assert allowed.images == [ImageReference(location="https://example.org/a.png")]
+    inside = chat(tmp_path / "a.jsonl", row, allow_urls=True, private_networks=("10.0.0.0/8",))[0]
+    assert inside.images[0].networks == ("10.0.0.0/8",)
+    with pytest.raises(DataError, match=r"data\.private_networks: '10\.0\.0/8' .*; write addresses such as"):
+        chat(tmp_path / "a.jsonl", row, private_networks=("10.0.0/8",))
 
 
 @pytest.mark.parametrize(

@@ -139,8 +139,22 @@ def test_a_pipe_is_no_image(tmp_path):
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
+    """Serve an image, drip the bytes of headers or body, or redirect to another server or protocol."""
+
     def do_GET(self):
-        self.send_response(200 if self.path == "/a.png" else 404)
+        self.server.asked.append(self.path)
+        if self.path.startswith("/drip"):
+            self.wfile.write(b"HTTP/1.0 200 OK\r\n" + (b"\r\n" if self.path == "/drip-body" else b""))
+            try:
+                while not self.server.is_over.wait(0.05):
+                    self.wfile.write(b"X" if self.path == "/drip-body" else b"X: 1\r\n")
+            except OSError:
+                self.server.ended.set()
+            return
+        goals = {"/again": "/a.png", "/away": f"{self.server.other}/a.png", "/ftp": "ftp://127.0.0.1/a.png"}
+        self.send_response(302 if self.path in goals else 200 if self.path == "/a.png" else 404)
+        if self.path in goals:
+            self.send_header("Location", goals[self.path])
         self.end_headers()
         self.wfile.write(save(two_pixels()))
 
@@ -148,14 +162,68 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_urls():
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f"http://127.0.0.1:{server.server_port}"
-        assert decode(ImageReference(location=f"{address}/a.png"), "here").size == (2, 1)
-        with pytest.raises(RowError, match=r"here: the image http.*/b.png cannot be read: .*404"):
-            decode(ImageReference(location=f"{address}/b.png"), "here")
+@pytest.fixture
+def server():
+    """On 127.0.0.1, with another one on 127.0.0.2."""
+    with (
+        http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server,
+        http.server.ThreadingHTTPServer(("127.0.0.2", 0), _Handler) as other,
+    ):
+        server.asked = other.asked = []
+        server.other = other.other = f"http://127.0.0.2:{other.server_port}"
+        server.is_over, server.ended = threading.Event(), threading.Event()
+        for one in (server, other):
+            threading.Thread(target=one.serve_forever, daemon=True).start()
+        yield server
+        server.is_over.set()
         server.shutdown()
+        other.shutdown()
+
+
+def served(server, path, networks=("127.0.0.1",), host="127.0.0.1"):
+    reference = ImageReference(location=f"http://{host}:{server.server_port}{path}", networks=networks)
+    return decode(reference, "here")
+
+
+def test_urls(server):
+    assert served(server, "/a.png").size == (2, 1)
+    assert served(server, "/again").size == (2, 1)
+    with pytest.raises(RowError, match=r"here: the image http.*/b.png cannot be read: .*404"):
+        served(server, "/b.png")
+    with pytest.raises(RowError, match=r"cannot be read: .*ftp"):
+        served(server, "/ftp")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_private_addresses_are_refused_unless_a_key_names_them(server, host):
+    with pytest.raises(RowError, match=rf"{host} is at [\d.:]+, which is not a public address; .*private_networks=\["):
+        served(server, "/a.png", (), host)
+    assert server.asked == []
+    assert served(server, "/a.png", ("127.0.0.0/8",), host).size == (2, 1)
+
+
+def test_the_address_behind_a_redirect_is_checked(server):
+    with pytest.raises(RowError, match=r"127\.0\.0\.2 is at 127\.0\.0\.2, which is not a public address"):
+        served(server, "/away")
+    assert server.asked == ["/away"]
+    assert served(server, "/away", ("127.0.0.1", "127.0.0.2")).size == (2, 1)
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("path", ["/drip-head", "/drip-body"])
+def test_a_server_that_drips_bytes_holds_nobody(server, path, monkeypatch):
+    monkeypatch.setattr("mbridge_train.data.fetch.FETCH_SECONDS", 2.0)
+    with pytest.raises(RowError, match=r"/drip.* cannot be read: it was not complete after 2 seconds"):
+        served(server, path)
+    assert server.ended.wait(20)  # no connection is left behind
+
+
+def test_a_proxy_may_have_any_address(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with pytest.raises(RowError, match="404"):  # the server takes the whole URL for a path
+        decode(ImageReference(location="http://images.invalid/a.png"), "here")
+    assert server.asked == ["http://images.invalid/a.png"]
 
 
 def test_the_file_of_a_broken_image_is_named(tmp_path):

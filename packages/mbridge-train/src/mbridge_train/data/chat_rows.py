@@ -33,15 +33,18 @@ class ChatFile:
         path: the file.
         image_root: directory that image paths start at and stay in; None: that of the file.
         allow_urls: images may be given as http(s) URLs.
+        private_networks: addresses that URLs may lead to although they are not public.
 
     Raises:
         DataError: the file cannot be read, or has no rows.
     """
 
-    def __init__(self, path: Path, *, image_root: Path | None, allow_urls: bool) -> None:
+    def __init__(
+        self, path: Path, *, image_root: Path | None, allow_urls: bool, private_networks: tuple[str, ...] = ()
+    ) -> None:
         self._records = JsonRecords(path)
         self._root = os.path.abspath(image_root or path.parent)
-        self._allow_urls = allow_urls
+        self._allow_urls, self._networks = allow_urls, private_networks
 
     def __len__(self) -> int:
         return len(self._records)
@@ -145,7 +148,7 @@ class ChatFile:
                     f"{where}: the image {value[:80]!r} is a URL; download it, or allow fetching with "
                     "data.allow_urls=true"
                 )
-            return ImageReference(location=value)
+            return ImageReference(location=value, networks=self._networks)
         path = os.path.normpath(os.path.join(self._root, value.removeprefix("file://")))
         for inside, root in ((path, self._root), (os.path.realpath(path), os.path.realpath(self._root))):
             if os.path.commonpath([inside, root]) == root:

@@ -17,10 +17,14 @@ class ImageReference:
     """An image as its row gives it: `data`, the bytes of a file, or `location`, a path or an http(s) URL.
 
     An image that was fetched has both.
+
+    Attributes:
+        networks: addresses that a URL may lead to although they are not public, such as "10.0.0.0/8".
     """
 
     data: bytes | None = None
     location: str | None = None
+    networks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,7 +5,6 @@ import io
 import os
 import stat
 import struct
-import urllib.request
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ from PIL.PngImagePlugin import PngImageFile
 
 from mbridge_train.data.errors import RowError
 from mbridge_train.data.examples import ImageReference
+from mbridge_train.data.fetch import fetch
 
 if TYPE_CHECKING:
     from mbridge_model.vision.inputs import VisionInputs
@@ -32,9 +32,6 @@ limit of its own, which is somewhat higher.)"""
 
 LARGEST_FILE = 2**28
 """Bytes of a file."""
-
-URL_TIMEOUT = 30.0
-"""Seconds to wait for a server's next answer."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,15 +108,14 @@ def fetched(image: ImageReference, source: str) -> ImageReference:
     """Return the image with the bytes that its URL gives; another image as it is.
 
     Raises:
-        RowError: the server does not give them, or they are more than `LARGEST_FILE`.
+        RowError: the server does not give them in time, or is at an address that is not allowed.
     """
     location = image.location or ""
     if image.data is not None or not location.startswith(("http://", "https://")):
         return image
     try:
-        with urllib.request.urlopen(location, timeout=URL_TIMEOUT) as response:
-            data: bytes = response.read(LARGEST_FILE + 1)
-    except (OSError, ValueError) as error:
+        data = fetch(location, networks=image.networks, most_bytes=LARGEST_FILE)
+    except OSError as error:
         raise _unreadable(image, source, error) from None
     return ImageReference(data=data, location=location)
 

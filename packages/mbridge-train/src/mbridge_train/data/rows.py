@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from ipaddress import ip_network
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal
@@ -23,7 +24,8 @@ class ReadSettings:
             "image" or "image" and a number, such as image_0; an empty tuple: no images.
         answer_format: what the model is to answer: the "text" of the right choice, or its "letter".
         image_root: directory that image paths of a jsonl file start at, and must stay in; None: that of the file.
-        allow_urls: images of a jsonl file may be fetched over http and https.
+        allow_urls: images of a jsonl file may be fetched over http and https, from public addresses.
+        private_networks: other addresses that may be fetched from, such as "10.0.0.0/8".
     """
 
     prompt_key: str = "question"
@@ -33,6 +35,7 @@ class ReadSettings:
     answer_format: Literal["text", "letter"] = "text"
     image_root: Path | None = None
     allow_urls: bool = False
+    private_networks: tuple[str, ...] = ()
 
 
 def read_examples(paths: Sequence[str | Path], settings: ReadSettings | None = None) -> Examples:
@@ -42,9 +45,17 @@ def read_examples(paths: Sequence[str | Path], settings: ReadSettings | None = N
     of rows is read here: the footer of a parquet file, the line ends of a jsonl file.
 
     Raises:
-        DataError: a path does not exist, cannot be read or holds no rows, or a parquet file lacks a column.
+        DataError: a path does not exist, cannot be read or holds no rows, a parquet file lacks a column, or a private
+            network is not one.
     """
     settings = settings or ReadSettings()
+    for network in settings.private_networks:
+        try:
+            ip_network(network)
+        except ValueError as error:
+            raise DataError(
+                f"data.private_networks: {error}; write addresses such as 10.1.2.3, or networks such as 10.0.0.0/8"
+            ) from None
     files = [file for path in paths for file in _files(Path(path))]
     if not files:
         raise DataError("no data files are given: set data.train_data_paths and data.val_data_paths")
@@ -63,7 +74,12 @@ def _parquet(path: Path, settings: ReadSettings) -> Examples:
 
 
 def _chat(path: Path, settings: ReadSettings) -> Examples:
-    return ChatFile(path, image_root=settings.image_root, allow_urls=settings.allow_urls)
+    return ChatFile(
+        path,
+        image_root=settings.image_root,
+        allow_urls=settings.allow_urls,
+        private_networks=settings.private_networks,
+    )
 
 
 _OPEN: dict[str, Callable[[Path, ReadSettings], Examples]] = {".parquet": _parquet, ".jsonl": _chat}
