@@ -42,7 +42,9 @@ BAD_ROW = 7
 
 
 def write_data(directory: Path) -> None:
-    """20 digits to train on, one of whose images is broken, and 7 to evaluate on; `whole` is without the broken one."""
+    """20 digits to train on, one of whose images is broken, and 7 to evaluate on; `whole` is without the broken one,
+    `turned` has them in the opposite order.
+    """
     train, evaluation = write_digits(directory / "digits")
     rows = pq.read_table(train / "digits.parquet").slice(0, 20).to_pylist()
     for name, changed in {"whole": {}, "train": {BAD_ROW: {"bytes": b"not an image", "path": None}}}.items():
@@ -51,6 +53,9 @@ def write_data(directory: Path) -> None:
         # Questions of several lengths.
         table = [row | {"question": row["question"] + " Look." * (number % 4)} for number, row in enumerate(table)]
         pq.write_table(pa.Table.from_pylist(table), directory / name / "a.parquet", row_group_size=3)
+    (directory / "turned").mkdir()
+    table = pq.read_table(directory / "train" / "a.parquet").to_pylist()
+    pq.write_table(pa.Table.from_pylist(table[::-1]), directory / "turned" / "a.parquet", row_group_size=3)
     (directory / "eval").mkdir()
     pq.write_table(pq.read_table(evaluation / "digits.parquet").slice(0, 7), directory / "eval" / "a.parquet")
     random.seed(1)
@@ -112,6 +117,9 @@ def mistakes(directory: Path) -> None:
             f"data.val_data_paths=[{directory / 'eval'}]",
         ),
         "data": mistake("m-data", directory, "data.seed=5", f"runner.resume_dir={half}"),
+        "order": mistake(
+            "m-order", directory, f"data.train_data_paths=[{directory / 'turned'}]", f"runner.resume_dir={half}"
+        ),
     }
     (directory / "said.json").write_text(json.dumps(said))
 

@@ -148,6 +148,7 @@ MISTAKES = {
     "long": r"train/a\.parquet row \d+: \d+ tokens, \d+ of them before or between answers, are more than 40 \(runner",
     "evaluation": r"there is no checkpoint to evaluate in .*m-evaluation/checkpoints; correct runner\.experiment_name",
     "data": r"data\.seed was 1234 when the checkpoint was saved and is 5 now",
+    "order": r"the fingerprint of the rows and their order was \w{64} when the checkpoint was saved and is \w{64} now",
 }
 
 

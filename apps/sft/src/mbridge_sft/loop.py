@@ -169,4 +169,5 @@ def _data_state(config: SFTConfig, training: Examples) -> dict[str, Any]:
         "data.seed": data.seed,
         "data.shuffle": data.shuffle,
         "actor.global_batch_size": config.actor.global_batch_size,
+        "the fingerprint of the rows and their order": training.fingerprint(),
     }

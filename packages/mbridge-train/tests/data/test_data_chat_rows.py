@@ -135,7 +135,7 @@ def test_an_empty_file_is_an_error(tmp_path):
         ({"tools": [{"type": "function"}]}, {}, "a.jsonl:1: 'tools' is not read"),
         ({}, {"tool_calls": [{"id": "1"}]}, "a.jsonl:1, message 2: 'tool_calls' is not read"),
         ({}, {"reasoning_content": "So"}, "a.jsonl:1, message 2: 'reasoning_content' is not read"),
-        ({}, {"weight": 0}, "a.jsonl:1, message 2: the weight 0 is not read"),
+        ({}, {"weight": 0.5}, "a.jsonl:1, message 2: 'weight' is 0.5; write true or false, or 1 or 0"),
     ],
 )
 def test_what_would_be_lost_is_refused(tmp_path, row, message, key):
@@ -176,7 +176,9 @@ def test_images_beside_the_messages_go_where_the_text_has_a_mark(tmp_path, row, 
         (with_part({"type": "text", "text": "<image>"}), r"the text holds <image> where there is no image"),
         ({"messages": [USER, ANSWER], "images": ["a.png"]}, r"1 of the images beside 'messages' have no place; write"),
         ({"messages": [USER, ANSWER], "images": [7]}, r"cannot use the image 7; write a path"),
-        ({"messages": [USER, ANSWER | {"loss": False}]}, r"message 2: 'loss' is false for a turn of the assistant"),
+        ({"messages": [USER, ANSWER | {"loss": False}]}, r"message 2: 'loss', .* says that the answer is not trained"),
+        ({"messages": [USER, ANSWER | {"weight": 0}]}, r"message 2: .* 'weight' says that the answer is not trained"),
+        ({"messages": [USER, ANSWER | {"loss": False, "weight": 1}]}, r"message 2: {\"loss\": false, .* contradict"),
         ({"messages": [USER | {"train": True}, ANSWER]}, r"message 1: 'train' is true for a turn of the user"),
         (
             with_part({"type": "image", "image": "a.png", "max_pixels": 50176}),
@@ -193,6 +195,13 @@ def test_what_would_be_trained_otherwise_than_it_says_is_refused(tmp_path, row, 
 def test_marks_of_what_is_trained_anyway(tmp_path):
     row = {"messages": [USER | {"loss": False}, ANSWER | {"train": True}]}
     assert chat(tmp_path / "a.jsonl", row)[0].answer == "Hello"
+
+
+def test_marks_of_earlier_turns(tmp_path):
+    marks = ({"loss": False}, {"weight": 0}, {"train": True}, {"loss": 1, "weight": 1}, {})
+    turns = [turn for mark in marks for turn in (USER, ANSWER | mark)]
+    example = chat(tmp_path / "a.jsonl", {"messages": [*turns, USER, ANSWER]})[0]
+    assert [one.is_trained for one in example.messages if one.role == "assistant"] == [False, False, True, True, None]
 
 
 def test_a_symbolic_link_may_not_lead_out_of_the_image_root(tmp_path):

@@ -1,9 +1,14 @@
 """The order of rows: each once an epoch, another order each epoch, the same whatever the steps before."""
 
+import json
+
 import numpy
+import pyarrow
+import pyarrow.parquet
 import pytest
 from mbridge_train.data.errors import DataError
 from mbridge_train.data.order import RowOrder, require_same_data
+from mbridge_train.data.rows import read_examples
 
 
 @pytest.mark.parametrize(("size", "batch_size"), [(10, 3), (7, 7), (3, 8), (1, 2)])
@@ -46,3 +51,34 @@ def test_other_data_or_another_order_is_refused_on_resume():
         require_same_data(saved, saved | {"rows": 11})
     with pytest.raises(DataError, match=r"data\.seed was 3 when the checkpoint was saved and is 4 now"):
         require_same_data(saved, saved | {"data.seed": 4})
+    require_same_data(saved, saved | {"the fingerprint of the rows": "ab"})  # a checkpoint from before there was one
+    with pytest.raises(DataError, match=r"the fingerprint of the rows was ab when the checkpoint .* is cd now"):
+        require_same_data({"the fingerprint of the rows": "ab"}, {"the fingerprint of the rows": "cd"})
+
+
+def chats(path, *answers):
+    turns = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}] for answer in answers]
+    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in turns))
+
+
+def questions(path, *answers):
+    rows = [{"question": "Hi", "correct_answer": answer, "image": b"x" * len(answer)} for answer in answers]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path, row_group_size=2)
+
+
+@pytest.mark.parametrize(("write", "suffix"), [(chats, ".jsonl"), (questions, ".parquet")])
+def test_rows_in_another_order_have_another_fingerprint(tmp_path, write, suffix):
+    def fingerprint(*files, directory="data"):
+        (tmp_path / directory).mkdir(exist_ok=True)
+        paths = [tmp_path / directory / f"{number}{suffix}" for number in range(len(files))]
+        for path, answers in zip(paths, files, strict=True):
+            write(path, *answers)
+        return read_examples(paths).fingerprint()
+
+    answers = ["a", "b", "ccc", "d", "ee", "f"]
+    first = fingerprint(answers)
+    assert fingerprint(answers, directory="moved") == first
+    assert fingerprint(["b", "a", *answers[2:]]) != first  # of the same length
+    assert fingerprint([*answers[:2], *answers[4:], *answers[2:4]]) != first
+    assert fingerprint([*answers[:5], "ff"]) != first
+    assert fingerprint(answers[:3], answers[3:]) != fingerprint(answers[3:], answers[:3])

@@ -88,6 +88,15 @@ def test_all_turns_or_the_last(split):
     ]
 
 
+@pytest.mark.parametrize(("train_on", "unmarked"), [("all", ["A3<|im_end|>"]), ("last", [])])
+def test_a_turn_that_says_itself_whether_it_is_trained(split, train_on, unmarked):
+    turns = [Message(role="assistant", parts=(f"A{n}",), is_trained=mark) for n, mark in enumerate((False, True), 1)]
+    messages = [user("Q1"), turns[0], user("Q2"), turns[1], user("Q3"), assistant("A3"), user("Q4")]
+    pieces = split(messages, "A4", train_on)
+    assert [text for text, is_trained in pieces if is_trained] == ["A2<|im_end|>", *unmarked, "A4<|im_end|>"]
+    assert "".join(text for text, _ in pieces) == "".join(text for text, _ in split(messages, "A4", "last"))
+
+
 @pytest.mark.parametrize(
     ("prompt", "answer", "trained"),
     [

@@ -53,6 +53,10 @@ class ChatFile:
         """Return file and line, as `path:line`."""
         return self._records.source(index)
 
+    def fingerprint(self) -> str:
+        """Return that of the file's records. Files of images are not read."""
+        return self._records.fingerprint
+
     def __getitem__(self, index: int) -> Example:
         source = self.source(index)
         row = self._records[index]
@@ -76,6 +80,11 @@ class ChatFile:
             )
         if not messages[-1].text.strip():
             raise RowError(f"{source}: the answer is empty, so the model would learn to say nothing; take the row out")
+        if messages[-1].is_trained is False:
+            raise RowError(
+                f"{source}, message {len(messages)}: 'loss', 'train' or 'weight' says that the answer is not trained; "
+                "take out the turns after the last one to train on, or the row"
+            )
         return Example(messages=tuple(messages[:-1]), answer=messages[-1].text, source=source)
 
     def _listed(self, row: dict[str, Any], where: str) -> Iterator[ImageReference]:
@@ -92,15 +101,8 @@ class ChatFile:
             role = message.get("role") if isinstance(message, dict) else message
             raise RowError(f"{where}: role {role!r} is none of {', '.join(get_args(Role))}")
         _refuse_unread(message, ("tool_calls", "function_call", "reasoning_content"), where)
-        if message.get("weight", 1) != 1:
-            raise RowError(f"{where}: the weight {message['weight']!r} is not read; data.train_on says what is trained")
         is_answer = message["role"] == "assistant"
-        for key in ("loss", "train"):
-            if message.get(key) is not None and bool(message[key]) is not is_answer:
-                raise RowError(
-                    f"{where}: {key!r} is {json.dumps(message[key])} for a turn of the {message['role']}, but is not "
-                    "read; data.train_on says which of the assistant's turns are trained"
-                )
+        is_trained = _mark(message, where)
         content = message.get("content")
         if isinstance(content, str):
             parts = [content] if is_answer else with_images(content, listed, where)
@@ -110,7 +112,7 @@ class ChatFile:
             raise RowError(f"{where}: 'content' is neither text nor a list of parts")
         if is_answer and not all(isinstance(part, str) for part in parts):
             raise RowError(f"{where}: an image in the assistant's turn; models here answer in text")
-        return Message(role=message["role"], parts=tuple(parts))
+        return Message(role=message["role"], parts=tuple(parts), is_trained=is_trained)
 
     def _part(self, part: Any, listed: Iterator[ImageReference], where: str) -> list[str | ImageReference]:
         kind = part.get("type") if isinstance(part, dict) else None
@@ -164,6 +166,22 @@ class ChatFile:
             return ImageReference(data=base64.b64decode(text, validate=True))
         except (binascii.Error, ValueError) as error:
             raise RowError(f"{where}: the image is not base64 ({error})") from None
+
+
+def _mark(message: dict[str, Any], where: str) -> bool | None:
+    """Return whether the row says that the turn is trained; None if it does not say."""
+    marks = {key: message[key] for key in ("loss", "train", "weight") if message.get(key) is not None}
+    for key, mark in marks.items():
+        if mark not in (0, 1):
+            raise RowError(f"{where}: {key!r} is {json.dumps(mark)[:40]}; write true or false, or 1 or 0")
+        if mark and message["role"] != "assistant" and key != "weight":
+            raise RowError(
+                f"{where}: {key!r} is {json.dumps(mark)} for a turn of the {message['role']}; only turns of the "
+                "assistant are trained"
+            )
+    if len(set(marks.values())) > 1:
+        raise RowError(f"{where}: {json.dumps(marks)} contradict each other; keep one of them")
+    return bool(next(iter(marks.values()))) if marks else None
 
 
 def _refuse_unread(record: dict[str, Any], keys: Sequence[str], where: str) -> None:

@@ -29,10 +29,16 @@ class ImageReference:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
-    """One turn. `parts` are text and images in their order; those of an assistant are text only."""
+    """One turn.
+
+    Attributes:
+        parts: text and images in their order; those of an assistant are text only.
+        is_trained: whether a turn of the assistant is trained; None: as `data.train_on` says.
+    """
 
     role: Role
     parts: tuple[str | ImageReference, ...]
+    is_trained: bool | None = None
 
     @property
     def text(self) -> str:
@@ -76,6 +82,10 @@ class Examples(Protocol):
 
     def source(self, index: int) -> str:
         """Return file and row, without reading the row."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Return text that other rows, or the same rows in another order, do not have, without reading them all."""
         ...
 
 

@@ -1,6 +1,7 @@
 """Records of `.jsonl` files (one JSON object a line) and `.json` files (one array of objects)."""
 
 import codecs
+import hashlib
 import json
 import re
 import sys
@@ -20,6 +21,10 @@ class JsonRecords:
     Args:
         path: a UTF-8 file, with or without a byte order mark.
 
+    Attributes:
+        fingerprint: SHA-256 of where each record of a `.jsonl` file begins and of the file's first mebibyte, or of a
+            `.json` file.
+
     Raises:
         DataError: the file has another suffix, cannot be read or holds no records, or a `.json` file is not an array.
     """
@@ -32,7 +37,9 @@ class JsonRecords:
             raise DataError(f"{path} is neither .json nor .jsonl: give one of these, named so")
         try:
             if path.suffix == ".json":
-                self._parsed = self._parse_array(path.read_bytes())
+                content = path.read_bytes()
+                self.fingerprint = hashlib.sha256(content).hexdigest()
+                self._parsed = self._parse_array(content)
             else:
                 self._find_lines()
         except FileNotFoundError:
@@ -70,6 +77,8 @@ class JsonRecords:
                     self._offsets.append(offset)
                     self._lines.append(number)
                 offset += len(line)
+            file.seek(0)
+            self.fingerprint = hashlib.sha256(self._offsets.tobytes() + file.read(2**20)).hexdigest()
 
     def _parse_line(self, index: int) -> Any:
         try:

@@ -59,15 +59,15 @@ def require_same_data(saved: Mapping[str, Any], current: Mapping[str, Any]) -> N
     Args:
         saved: what decides which rows a step has, as the checkpoint has it: keys of the config with their values, and
             `rows`, the number of rows.
-        current: the same of this run.
+        current: the same of this run. A name that the checkpoint, being older, does not have is not compared.
 
     Raises:
         DataError: a value of `current` differs.
     """
     for name, value in current.items():
-        if saved.get(name) != value:
+        if name in saved and saved[name] != value:
             what = "the number of rows to train on" if name == "rows" else name
             raise DataError(
-                f"cannot go on with the data: {what} was {saved.get(name)} when the checkpoint was saved and is "
+                f"cannot go on with the data: {what} was {saved[name]} when the checkpoint was saved and is "
                 f"{value} now; use the data and settings of the first run, or start a new run from its HuggingFace copy"
             )

@@ -5,6 +5,7 @@ by row groups, of which a few small ones are kept: HuggingFace writes 100 rows a
 """
 
 import ast
+import hashlib
 import json
 import re
 import reprlib
@@ -21,6 +22,9 @@ from mbridge_train.data.examples import Example, ImageReference, Message, with_i
 
 KEPT_BYTES = 64 * 2**20
 """Row groups that each process keeps of a file, uncompressed. A larger group is read up to the row, and not kept."""
+
+FINGERPRINT_ROWS = 1024
+"""Rows of a file's first row group whose texts its fingerprint covers."""
 
 LONGEST_CHOICES = 100_000
 """Characters of a list of choices that is written as text."""
@@ -74,6 +78,7 @@ class ParquetFile:
                 f"{path} has no column {choice_key!r}, only {', '.join(names)}: correct data.choice_key, or leave it "
                 f"at {CHOICES!r}, which a file without choices need not have"
             )
+        self._columns = [prompt_key, answer_key, *image_keys, *([choice_key] if self._has_choices else [])]
         metadata = self._file.metadata
         # Of each row group, the row behind its last.
         self._ends = list(accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)))
@@ -111,6 +116,19 @@ class ParquetFile:
     def source(self, index: int) -> str:
         """File and row."""
         return f"{self._path} row {index}"
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the sizes of the columns in each row group, and of the first rows without images."""
+        metadata = self._file.metadata
+        groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
+        chunks = [group.column(column) for group in groups for column in range(group.num_columns)]
+        sizes = [(chunk.path_in_schema, chunk.num_values, chunk.total_uncompressed_size) for chunk in chunks]
+        texts = [column for column in self._columns if column not in self._image_keys]
+        try:
+            first = next(self._file.iter_batches(batch_size=FINGERPRINT_ROWS, row_groups=[0], columns=texts))
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{self._path} row group 0 cannot be read: {error}") from None
+        return hashlib.sha256(repr((sizes, first.to_pylist())).encode()).hexdigest()
 
     def __getitem__(self, index: int) -> Example:
         source = self.source(index)
@@ -158,13 +176,11 @@ class ParquetFile:
             raise IndexError(index)
         group = bisect_right(self._ends, index)
         index -= self._ends[group - 1] if group else 0
-        columns = [self._prompt_key, self._answer_key, *self._image_keys]
-        columns += [self._choice_key] if self._has_choices else []
         try:
             if group not in self._kept:
                 if self._file.metadata.row_group(group).total_byte_size > KEPT_BYTES:
-                    return self._stream(group, index, columns)
-                table = self._file.read_row_group(group, columns=columns)
+                    return self._stream(group, index)
+                table = self._file.read_row_group(group, columns=self._columns)
                 while self._kept and sum(kept.nbytes for kept in self._kept.values()) + table.nbytes > KEPT_BYTES:
                     del self._kept[next(iter(self._kept))]
                 self._kept[group] = table
@@ -172,8 +188,10 @@ class ParquetFile:
         except (OSError, pa.ArrowException) as error:
             raise RowError(f"{self._path} row group {group} cannot be read: {error}") from None
 
-    def _stream(self, group: int, index: int, columns: list[str]) -> dict[str, Any]:
-        for batch in self._file.iter_batches(batch_size=16, row_groups=[group], columns=columns, use_threads=False):
+    def _stream(self, group: int, index: int) -> dict[str, Any]:
+        for batch in self._file.iter_batches(
+            batch_size=16, row_groups=[group], columns=self._columns, use_threads=False
+        ):
             if index < len(batch):
                 return dict(batch.slice(index, 1).to_pylist()[0])
             index -= len(batch)

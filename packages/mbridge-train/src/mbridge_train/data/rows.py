@@ -1,5 +1,6 @@
 """Files and directories of examples as one sequence of rows that are read when they are asked for."""
 
+import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -116,6 +117,10 @@ class _Concatenation:
         """File and row, without reading the row."""
         file, row = self._find(index)
         return file.source(row)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the files' fingerprints, in their order, whatever the files are named."""
+        return hashlib.sha256("".join(file.fingerprint() for file in self._files).encode()).hexdigest()
 
     def _find(self, index: int) -> tuple[Examples, int]:
         if not 0 <= index < len(self):

@@ -41,7 +41,7 @@ class ChatTemplate:
         Args:
             messages: before the answer.
             answer: the assistant's last turn.
-            train_on: the answer alone, or each turn of the assistant.
+            train_on: the answer alone, or each turn of the assistant, where the turn does not say so itself.
             source: of the example, for messages.
 
         Raises:
@@ -51,9 +51,14 @@ class ChatTemplate:
         turns = [*map(_turn, messages), {"role": "assistant", "content": answer}]
         try:
             full = self._render(turns)
-            answers = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
+            trained = [
+                index
+                for index, message in enumerate(messages)
+                if message.role == "assistant"
+                and (train_on == "all" if message.is_trained is None else message.is_trained)
+            ]
             pieces, position = [], 0
-            for index in answers[-1:] if train_on == "last" else answers:
+            for index in [*trained, len(messages)]:
                 start, end = self._span(turns, index, full, source)
                 pieces += [(full[position:start], False), (full[start:end], True)]
                 position = end
