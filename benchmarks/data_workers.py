@@ -1,7 +1,7 @@
 """What the data workers of each rank do for a global batch of images, at one and at two data-parallel ranks.
 
     ./uvw run python benchmarks/data_workers.py                                       # on any machine, without a GPU
-    ./uvw run python benchmarks/data_workers.py --rows 12 --batch 6 --side 64         # as a test does it
+    ./uvw run python benchmarks/data_workers.py --rows 4 --batch 4 --side 64          # as a test does it
 
 The rows are chats with one JPEG image each, of which every rank encodes the text and decodes the images of its own
 samples alone. The processor is that of a Qwen3-VL with patches of 16 x 16 pixels; no model is loaded, and the plan is
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy
 import psutil
+import torch
 from mbridge_sft.quickstart.model import write_tiny_vision_model
 from mbridge_train.data.encode import Encoder
 from mbridge_train.data.loader import EncodedBatches
@@ -50,9 +51,9 @@ def write_processor(directory: Path) -> None:
     file.write_text(json.dumps(settings))
 
 
-def run_rank(rank: int, ranks: int, directory: Path, batch: int, workers: int) -> None:
-    """Iterate over all batches as rank `rank`, and write what its workers did to `rank.json`."""
-    distributed.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=ranks)
+def run_rank(rank: int, ranks: int, directory: Path, results: Path, batch: int, workers: int) -> None:
+    """Iterate over all batches as rank `rank`, and write what its workers did to `rank.json` in `results`."""
+    distributed.init_process_group("gloo", init_method=f"file://{results}/store", rank=rank, world_size=ranks)
     encoder = Encoder(directory / "model")
 
     def own(rows: list) -> set[int]:
@@ -78,18 +79,17 @@ def run_rank(rank: int, ranks: int, directory: Path, batch: int, workers: int) -
         times = [psutil.Process(worker.pid).cpu_times() for worker in active_children()]
         seconds = sum(time.user + time.system for time in times)
     figures = {"rank": rank, "images": decoded, "patches": patches, "cpu_seconds": seconds}
-    (directory / f"{rank}.json").write_text(json.dumps(figures))
+    (results / f"{rank}.json").write_text(json.dumps(figures))
     distributed.destroy_process_group()
 
 
-def measure(ranks: int, rows: int, batch: int, side: int, workers: int) -> list[dict[str, float]]:
+def measure(directory: Path, ranks: int, batch: int, workers: int) -> list[dict[str, float]]:
     """Return the figures of each rank."""
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        write_rows(directory, rows, side)
-        write_processor(directory / "model")
-        multiprocessing.spawn(run_rank, (ranks, directory, batch, workers), nprocs=ranks)
-        return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(ranks)]
+    with tempfile.TemporaryDirectory() as store:
+        # Forked, as importing transformers in each rank would take longer than all else.
+        arguments = (ranks, directory, Path(store), batch, workers)
+        multiprocessing.start_processes(run_rank, arguments, nprocs=ranks, start_method="fork")
+        return [json.loads((Path(store) / f"{rank}.json").read_text()) for rank in range(ranks)]
 
 
 def main() -> None:
@@ -100,14 +100,19 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="worker processes of each rank")
     parser.add_argument("--output", type=Path, help="write the figures there as JSON")
     options = parser.parse_args()
+    torch.set_num_threads(1)  # a process that has threads may not be forked
     report = {}
-    for ranks in (1, 2):
-        report[f"DP {ranks}"] = measure(ranks, options.rows, options.batch, options.side, options.workers)
-        for figures in report[f"DP {ranks}"]:
-            print(
-                f"DP {ranks}, rank {figures['rank']}: {figures['images']} of {options.rows} images decoded, "
-                f"{figures['patches']} patches, {figures['cpu_seconds']:.2f} CPU seconds of the workers"
-            )
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        write_rows(directory, options.rows, options.side)
+        write_processor(directory / "model")
+        for ranks in (1, 2):
+            report[f"DP {ranks}"] = measure(directory, ranks, options.batch, options.workers)
+            for figures in report[f"DP {ranks}"]:
+                print(
+                    f"DP {ranks}, rank {figures['rank']}: {figures['images']} of {options.rows} images decoded, "
+                    f"{figures['patches']} patches, {figures['cpu_seconds']:.2f} CPU seconds of the workers"
+                )
     if options.output is not None:
         options.output.write_text(json.dumps(report))
 
