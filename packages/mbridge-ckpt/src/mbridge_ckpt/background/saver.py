@@ -1,14 +1,14 @@
 """Save while training goes on: a rank waits only for the copy of its tensors, which a process beside it writes."""
 
-import os
 import socket
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Literal, Self
 
 from mbridge_ckpt.background.pending_save import PendingSave, SnapshotSave
+from mbridge_ckpt.background.rendezvous import Rendezvous
 from mbridge_ckpt.background.staging import StagingBuffer
-from mbridge_ckpt.background.writer import Rendezvous, WriterProcess
+from mbridge_ckpt.background.writer import WriterProcess
 from mbridge_ckpt.errors import SaveError, SaverBusyError
 from mbridge_ckpt.manifest.layout import Layout, step_directory
 from mbridge_ckpt.store.ranks import Ranks
@@ -34,7 +34,8 @@ class AsyncSaver:
 
     A process beside each rank does what `begin_save` does, and promises the same. Host memory for one copy of all that
     a rank saves is allocated at the first save and kept. Whatever ends a writer, its rank raises SaveError once, at its
-    next `check`, `wait`, `begin_save` or `close`; so do the other ranks, whose writers lose it.
+    next `check`, `wait`, `begin_save` or `close`; so do the other ranks, whose writers lose it. A writer ends with its
+    rank at once, and with the thread that made the AsyncSaver, so make it in one that lives as long.
 
     Args:
         when_busy: what `begin_save` does while the last save is still being written: "wait" for it, or "refuse" with
@@ -46,10 +47,14 @@ class AsyncSaver:
         self._when_busy = when_busy
         self._ranks = Ranks(group)
         self._staging = StagingBuffer()
-        self._store, host, port = _open_store(self._ranks)
-        ranks = self._ranks
-        rendezvous = Rendezvous(rank=ranks.rank, size=ranks.size, global_rank=ranks.global_rank, host=host, port=port)
-        self._writer: WriterProcess | None = WriterProcess(self._staging.descriptor, rendezvous)
+        self._writer: WriterProcess | None = None
+        try:
+            with Rendezvous(self._ranks) as seat:
+                self._writer = WriterProcess(self._staging.descriptor, seat)
+        except BaseException:  # of another rank, too
+            if self._writer is not None:
+                self._writer.close()
+            raise
         self._running: Path | None = None  # what the writer was given and has not reported on
         self._committed: Path | None = None  # reported, and not yet told to the caller
         self._failure: str | None = None  # likewise
@@ -162,21 +167,3 @@ class AsyncSaver:
             if error is None:
                 raise
             error.add_note(str(failure))
-
-
-def _open_store(ranks: Ranks) -> tuple[Any, str, int]:
-    """Return the TCP store in which the writers meet, on the first rank, and its address, on every rank."""
-    if ranks.size == 1:
-        return None, "", 0
-    from torch.distributed import TCPStore
-
-    hosts = set(ranks.gather(socket.gethostname()))
-    store, address = None, ("", 0)
-    if ranks.rank == 0:
-        # Over several hosts, rank 0 of the job is known by an address that the others are sure to reach.
-        known = os.environ.get("MASTER_ADDR", "") if ranks.global_rank == 0 else ""
-        host = "127.0.0.1" if len(hosts) == 1 else known or socket.getfqdn()
-        store = TCPStore(host, 0, is_master=True, wait_for_workers=False)
-        address = host, store.port
-    host, port = ranks.from_first(address)
-    return store, host, port
