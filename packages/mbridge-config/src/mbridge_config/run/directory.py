@@ -19,14 +19,21 @@ def checkpoint_directory(config: RunConfig) -> Path:
 
 
 def take_free_name(config: RunConfig) -> None:
-    """Give a repeated quickstart an unused name in `config`, so that the README's command works twice."""
-    runner = config.runner
+    """Give a repeated quickstart an unused name in `config`, so that the README's command works twice.
+
+    Name and directory of the logs follow it where they were those of the run.
+    """
+    runner, logger = config.runner, config.runner.logger
     if not config.quickstart.enabled or runner.resume_dir is not None:
         return
     name, number = runner.experiment_name, 1
     while is_there(checkpoint_directory(config)):
         number += 1
         runner.experiment_name = f"{name}-{number}"
+    if logger.experiment_name == name:
+        logger.experiment_name = runner.experiment_name
+    if logger.log_path == f"{runner.output_dir}/{name}":
+        logger.log_path = f"{runner.output_dir}/{runner.experiment_name}"
 
 
 def refuse_existing_run(config: RunConfig) -> None:
