@@ -90,10 +90,6 @@ def _fill_algorithm(algorithm: AlgorithmConfig, runner: RunnerConfig, data: Data
         algorithm.clip_ratio_low = algorithm.ratio_clip_eps
     if algorithm.clip_ratio_high is None:
         algorithm.clip_ratio_high = algorithm.ratio_clip_eps
-    if algorithm.clip_log_ratio_min is None:
-        algorithm.clip_log_ratio_min = -20.0
-    if algorithm.clip_log_ratio_max is None:
-        algorithm.clip_log_ratio_max = 20.0
     sampling = algorithm.sampling_params
     if sampling.max_new_tokens is None:
         sampling.max_new_tokens = max(1, runner.seq_length - data.max_prompt_length)

@@ -76,8 +76,8 @@ def policy_loss(
     clip_ratio_low: float = 0.2,
     clip_ratio_high: float = 0.2,
     dual_clip: float | None = None,
-    clip_log_ratio_min: float = -LOG_RATIO_LIMIT,
-    clip_log_ratio_max: float = LOG_RATIO_LIMIT,
+    clip_log_ratio_min: float | None = None,
+    clip_log_ratio_max: float | None = None,
     kl_penalty: KLPenalty | None = None,
     kl_beta: float = 0.0,
     entropy_bonus: float = 0.0,
@@ -96,8 +96,8 @@ def policy_loss(
         clip_ratio_low: how far the ratio may fall below 1, in [0, 1].
         clip_ratio_high: how far the ratio may rise above 1, not negative.
         dual_clip: the bound c, greater than 1; None: no bound.
-        clip_log_ratio_min: lower limit of log r, in [-``LOG_RATIO_LIMIT``, 0).
-        clip_log_ratio_max: upper limit of log r, in (0, ``LOG_RATIO_LIMIT``].
+        clip_log_ratio_min: lower limit of log r, in [-``LOG_RATIO_LIMIT``, 0); None: -``LOG_RATIO_LIMIT``.
+        clip_log_ratio_max: upper limit of log r, in (0, ``LOG_RATIO_LIMIT``]; None: ``LOG_RATIO_LIMIT``.
         kl_penalty: estimator of the KL divergence; None: no KL, neither in the loss nor in the metrics.
         kl_beta: coefficient of the KL divergence; 0: only report it.
         entropy_bonus: coefficient of the entropy.
@@ -116,7 +116,9 @@ def policy_loss(
         raise ValueError(f"clip_ratio_low={clip_ratio_low} must be in [0, 1], clip_ratio_high={clip_ratio_high} >= 0")
     if dual_clip is not None and dual_clip <= 1:
         raise ValueError(f"dual_clip={dual_clip} must be greater than 1")
-    if not -LOG_RATIO_LIMIT <= clip_log_ratio_min < 0 < clip_log_ratio_max <= LOG_RATIO_LIMIT:
+    lowest = -LOG_RATIO_LIMIT if clip_log_ratio_min is None else clip_log_ratio_min
+    highest = LOG_RATIO_LIMIT if clip_log_ratio_max is None else clip_log_ratio_max
+    if not -LOG_RATIO_LIMIT <= lowest < 0 < highest <= LOG_RATIO_LIMIT:
         raise ValueError(
             f"clip_log_ratio_min={clip_log_ratio_min} must be in [-{LOG_RATIO_LIMIT}, 0), "
             f"clip_log_ratio_max={clip_log_ratio_max} in (0, {LOG_RATIO_LIMIT}]"
@@ -128,7 +130,7 @@ def policy_loss(
     advantages = inputs.field("advantages")
     log_ratio = logprobs - inputs.field("old_logprobs")
     max_abs_log_ratio = log_ratio.detach().abs().max() if log_ratio.numel() else log_ratio.new_zeros(())
-    log_ratio = log_ratio.clamp(clip_log_ratio_min, clip_log_ratio_max)
+    log_ratio = log_ratio.clamp(lowest, highest)
     ratio = log_ratio.exp()
 
     unclipped = -advantages * ratio
