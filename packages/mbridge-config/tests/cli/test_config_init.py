@@ -88,7 +88,7 @@ def test_odd_names(make_model: Callable[..., Path], tmp_path: Path) -> None:
         (["reasoning", "--output", "nowhere/a.yaml"], "it cannot be written"),
         (["reasoning", "--output", "run.txt"], "a config ends in .yaml"),
         (["reasoning", "--output", "run.yml"], "a config ends in .yaml"),
-        (["sft"], "the data that can be made is images"),
+        (["sft"], "the data that can be created is images"),
         (["training"], "invalid choice"),
     ],
 )

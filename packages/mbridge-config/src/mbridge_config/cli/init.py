@@ -24,7 +24,7 @@ def run(words: Sequence[str]) -> int:
     parser.add_argument("task", choices=list(_LONGEST), help="what to train")
     parser.add_argument("--model", metavar="DIR", required=True, help="HuggingFace directory: config.json, weights")
     parser.add_argument(
-        "--data", metavar="FILE", nargs="+", help="what to train on; without it, problems or digits that are made"
+        "--data", metavar="FILE", nargs="+", help="what to train on; without it, generated problems or digits"
     )
     parser.add_argument("--output", metavar="FILE", help="the config to write; without it, reasoning.yaml or sft.yaml")
     arguments = parser.parse_args(list(words))
@@ -61,7 +61,7 @@ def config_text(task: str, model: str | Path, data: Sequence[str] = ()) -> str:
     if task == "reasoning" and facts.has_vision:
         raise _refused(model, "it is a vision-language model, and reasoning runs train on text", "use `init sft`")
     if task == "sft" and not facts.has_vision and not data:
-        raise _refused(model, "it reads no images, and the data that can be made is images", "add --data FILE.jsonl")
+        raise _refused(model, "it reads no images, and the data that can be created is images", "add --data FILE.jsonl")
     longest = min(_LONGEST[task], facts.max_position_embeddings or _LONGEST[task])
     count = count_parameters(facts)
     size = f"{facts.num_layers} layers" + (f", {count:,} parameters" if count else "")
@@ -78,7 +78,7 @@ def config_text(task: str, model: str | Path, data: Sequence[str] = ()) -> str:
         template=str(_has_chat_template(directory)).lower(),
         data=(files + (PAIRS if task == "reasoning" else "")) if data else made,
         reward="math" if data else "reasoning_gym",
-        quickstart="" if data or task == "reasoning" else "\nquickstart:\n  enabled: true  # makes the digits\n",
+        quickstart="" if data or task == "reasoning" else "\nquickstart:\n  enabled: true  # creates the digits\n",
     )
 
 

@@ -7,7 +7,7 @@ runner:
   task_type: reasoning
   experiment_name: {name}
   output_dir: results
-  max_steps: 100                 # -1: as many as runner.max_epochs makes
+  max_steps: 100                 # -1: runner.max_epochs decides
   save_interval: 50
   val_check_interval: 10
   seq_length: {longest}               # prompt and answer together
@@ -22,7 +22,7 @@ algorithm:
   apply_chat_template: {template}
   max_prompt_length: {prompt}
   filter_prompt_by_length: true
-  rollout_batch_size: 32         # prompts of a step
+  rollout_batch_size: 32         # prompts per step
 
 actor:
   model:
@@ -49,7 +49,7 @@ runner:
   task_type: sft
   experiment_name: {name}
   output_dir: results
-  max_steps: 100                 # -1: as many as runner.max_epochs makes
+  max_steps: 100                 # -1: runner.max_epochs decides
   save_interval: 50
   seq_length: {longest}               # prompt, image tokens and answer together
   enable_dynamic_batch_size: true
@@ -58,7 +58,7 @@ runner:
 {data}
 
 actor:
-  global_batch_size: 32          # examples of a step
+  global_batch_size: 32          # examples per step
   model:
     model_path: {model}
     precision: bf16
@@ -74,7 +74,7 @@ actor:
 
 GYM = """\
 data:
-  type: reasoning_gym            # problems are made; for files of your own: type math, and train_data_paths
+  type: reasoning_gym            # generated problems; for your own files: type: math and train_data_paths
   reasoning_gym:
     task: basic_arithmetic\
 """

@@ -26,17 +26,17 @@ NO_EFFECT: NoEffect = {
         "the attention kernels keep the softmax in fp32": {bool: "attention_softmax_in_fp32"},
         "pipeline communication is set by the schedule": {bool: "batch_p2p_comm"},
         "weights come from a checkpoint": {bool: "use_cpu_initialization", float: "init_method_std"},
-        "rows are added where the tensor-parallel ranks need it, and left out of HuggingFace copies": {
+        "the vocabulary is padded where tensor parallelism needs it, and HuggingFace copies have no padding": {
             int: "make_vocab_size_divisible_by padded_vocab_size"
         },
         "the architecture is read from the model's config.json": {str: "model_type"},
-        "position embeddings are as the model's config.json has them": {
+        "position embeddings follow the model's config.json": {
             float: "seq_len_interpolation_factor",
             bool: "add_position_embedding",
         },
         "mixture-of-experts layers use the backend's dispatcher": {str: "moe_token_dispatcher_type"},
         "mixture-of-experts layers use the backend's kernels": {str | bool: "moe_grouped_gemm"},
-        "routers are as the model's config.json has them": {
+        "routers follow the model's config.json": {
             str: "moe_router_load_balancing_type",
             bool: "moe_router_pre_softmax",
             float: "moe_router_bias_update_rate",
@@ -45,7 +45,7 @@ NO_EFFECT: NoEffect = {
         "no auxiliary loss is added": {float: "moe_aux_loss_coeff"},
     },
     "actor.optim": {
-        "optimizer state stays where it is in this version": {
+        "optimizer state is not offloaded during updates in this version": {
             bool: "optimizer_enable_pin optimizer_cpu_offload",
             float: "optimizer_offload_fraction",
         },
@@ -67,7 +67,7 @@ NO_EFFECT: NoEffect = {
             str: "tp_comm_bootstrap_backend tp_comm_overlap_cfg",
             bool: "decoder_tp_comm_overlap",
         },
-        "gradients are summed in fp32 buckets; only ddp_bucket_size is open to choice": {
+        "gradients are summed in fp32 buckets; only ddp_bucket_size can be set": {
             bool: "accumulate_allreduce_grads_in_fp32 ddp_pad_buckets_for_high_nccl_busbw ddp_average_in_collective",
             int: "ddp_num_buckets",
         },
@@ -180,7 +180,7 @@ NO_EFFECT_IN_REASONING: NoEffect = {
     },
     "data": {
         "all data is read before the first step, by the training process": {int: "num_workers"},
-        "every validation uses all problems, so their order is of no matter": {bool: "validation_shuffle"},
+        "every validation uses all problems, so their order does not matter": {bool: "validation_shuffle"},
         "data.type and the data paths say what is read": {str: "dataset_name"},
     },
     "actor": {
@@ -205,7 +205,7 @@ NO_EFFECT_IN_SFT: NoEffect = {
             str: "answer_separator",
         },
         "runner.seq_length bounds prompt and answer together": {int: "max_prompt_length"},
-        "every evaluation uses all examples, so their order is of no matter": {bool: "validation_shuffle"},
+        "every evaluation uses all examples, so their order does not matter": {bool: "validation_shuffle"},
         "evaluation uses actor.eval_batch_size": {int: "val_rollout_batch_size"},
     },
     "actor.tokenizer": {
@@ -301,8 +301,8 @@ REFUSED = {
         "Train nothing.",
         "a run trains; only SFT can evaluate alone, with runner.only_eval",
     ),
-    "actor.megatron.moe_use_upcycling": ("Make experts of a dense model.", "upcycling is not in this version"),
-    "actor.megatron.finetune": ("Load weights of a checkpoint and nothing else.", _WHOLE),
+    "actor.megatron.moe_use_upcycling": ("Turn a dense model into experts.", "upcycling is not in this version"),
+    "actor.megatron.finetune": ("Load only the weights of a checkpoint.", _WHOLE),
     "actor.megatron.no_load_optim": ("Resume without optimizer state.", _WHOLE),
     "actor.megatron.no_load_rng": ("Resume without the random number generators' state.", _WHOLE),
     "actor.megatron.no_save_optim": ("Save no optimizer state.", _WHOLE),

@@ -27,20 +27,21 @@ class ActorConfig:
         status=Status.REFUSED,
         refused={"fsdp": "mbridge trains with Megatron-Core"},
     )
-    micro_batch_size: int = key(1, "Sequences of one forward and backward pass.", unit="sequences", minimum=1)
+    micro_batch_size: int = key(1, "Sequences per forward and backward pass.", unit="sequences", minimum=1)
     global_batch_size: int | None = key(
         None,
-        "Sequences of one optimizer step over all ranks. "
+        "Sequences per optimizer step, over all ranks. "
         "null: data.rollout_batch_size * algorithm.group_size / algorithm.n_minibatches.",
         unit="sequences",
         minimum=1,
     )
     seed: int = key(1234, "Seed of weights, dropout and sampling.", minimum=0)
-    offload_optimizer: bool = key(False, "Keep master weights and moments in host memory but for updates.")
+    offload_optimizer: bool = key(False, "Keep master weights and moments in host memory between updates.")
     offload_weight: bool = key(
-        False, "Keep the policy's weights in host memory during sampling, and the sampler's off the GPU in training."
+        False,
+        "Keep the policy's weights in host memory during generation, and the generating model's during training.",
     )
-    offload_grad: bool = key(False, "Free the memory of gradients during sampling.")
+    offload_grad: bool = key(False, "Free the memory of gradients during generation.")
     model: ModelConfig = section(ModelConfig, "The model.")
     optim: OptimizerConfig = section(OptimizerConfig, "The optimizer.")
     lr_sched: LrScheduleConfig = section(LrScheduleConfig, "The learning rate.")

@@ -13,10 +13,10 @@ class SamplingConfig:
     """`algorithm.sampling_params`: how answers are sampled."""
 
     use_greedy: bool = key(False, "Take the most likely token each time.")
-    temperature: float = key(1.0, "Logits are divided by it, in generation and in training.", above=0.0)
+    temperature: float = key(1.0, "Divisor of the logits, in generation and in training.", above=0.0)
     top_k: int = key(-1, "Sample from the k most likely tokens; -1 or more than the vocabulary: all.", minimum=-1)
     top_p: float = key(1.0, "Sample from the smallest set of tokens with this probability.", above=0.0, maximum=1.0)
-    repetition_penalty: float = key(1.0, "Penalty on tokens already there; 1: none.", above=0.0)
+    repetition_penalty: float = key(1.0, "Penalty on tokens that occurred before; 1: none.", above=0.0)
     max_new_tokens: int | None = key(
         None,
         "Longest answer. null: runner.seq_length - data.max_prompt_length.",
@@ -48,7 +48,9 @@ class AlgorithmConfig:
         "Estimator of the KL divergence (Schulman, Approximating KL Divergence).",
         spellings=PENALTY_SPELLINGS,
     )
-    ratio_clip_eps: float = key(0.2, "Clip range of the probability ratio, for a side without its own.", minimum=0.0)
+    ratio_clip_eps: float = key(
+        0.2, "Clip range of the probability ratio, for a side that has none of its own.", minimum=0.0
+    )
     clip_ratio_low: float | None = key(None, "Lower clip range. null: ratio_clip_eps.", minimum=0.0, maximum=1.0)
     clip_ratio_high: float | None = key(None, "Upper clip range. null: ratio_clip_eps.", minimum=0.0)
     clip_ratio_c: float | None = key(None, "Dual clip: bound of the loss for negative advantages.", above=1.0)
@@ -63,12 +65,12 @@ class AlgorithmConfig:
         None, "Clamp it from above, likewise. null: 20.", unit="nats", above=0.0, maximum=20.0
     )
     entropy_bonus: float = key(0.0, "Weight of the entropy bonus.", minimum=0.0)
-    calculate_entropy: bool = key(True, "Measure entropy even where the bonus is 0.")
+    calculate_entropy: bool = key(True, "Measure the entropy even if its bonus is 0.")
     loss_agg_func: Literal["token-mean", "seq-mean-token-sum", "seq-mean-token-mean"] = key(
         "token-mean", "How token losses become one loss, over the whole global batch."
     )
     recompute_logprobs: bool = key(
-        True, "Old log-probabilities from the trained model before the update, not from generation."
+        True, "Compute old log probabilities with the trained model before the update, instead of taking generation's."
     )
     shuffle_rollout: bool = key(True, "Shuffle answers before they are cut into minibatches.")
     early_stop_imp_ratio: float | None = key(

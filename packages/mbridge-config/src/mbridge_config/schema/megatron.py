@@ -15,25 +15,25 @@ class CheckpointConvertorConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class ProfilerConfig:
-    """Which steps are recorded, of what, and in which files. Read where `actor.megatron.use_profiler` is true.
+    """Which steps are recorded, of what, and in which files. Used if `actor.megatron.use_profiler` is true.
 
-    Steps are counted as in metrics.jsonl, from 1. Either `steps` names them, or a cycle of `schedule_wait` steps that
-    are left alone, `schedule_warmup` ones and `schedule_active` recorded ones runs `schedule_repeat` times.
+    Steps are counted as in metrics.jsonl, from 1. Either `steps` names them, or a cycle of `schedule_wait` steps
+    without the profiler, `schedule_warmup` steps and `schedule_active` recorded steps runs `schedule_repeat` times.
     """
 
     steps: list[int] | None = key(None, "Steps to record. null: those of the schedule.")
-    schedule_wait: int = key(5, "Steps of a cycle that are left alone.", unit="steps", minimum=0)
+    schedule_wait: int = key(5, "Steps at the start of a cycle without the profiler.", unit="steps", minimum=0)
     schedule_warmup: int = key(
         1,
-        "Steps before recorded ones in which the profiler runs and nothing is kept, since its start takes time.",
+        "Steps before the recorded ones in which the profiler runs but keeps nothing, since starting it takes time.",
         unit="steps",
         minimum=0,
     )
     schedule_active: int = key(3, "Steps of a cycle that are recorded.", unit="steps", minimum=1)
     schedule_repeat: int = key(2, "Cycles. 0: to the end of the run.", minimum=0)
-    output_dir: str | None = key(None, "Where the traces go. null: `profiler` in the run's directory.")
+    output_dir: str | None = key(None, "Directory of the traces. null: `profiler` in the run's directory.")
     activities: list[Literal["cpu", "cuda"]] = key(
-        ["cpu", "cuda"], "What is recorded: Python's and torch's calls, and kernels where there is a GPU."
+        ["cpu", "cuda"], "What to record: calls of Python and torch, and kernels if there is a GPU."
     )
     record_shapes: bool = key(False, "Record the shapes of operators' inputs.")
     profile_memory: bool = key(False, "Record allocations.")
@@ -42,7 +42,7 @@ class ProfilerConfig:
     with_modules: bool = key(False, "Record module names, which torch does for TorchScript alone.")
     export_tensorboard: bool = key(True, "Write tensorboard/rank<rank>.<step>.pt.trace.json.gz for its plugin.")
     export_chrome_trace: bool = key(True, "Write <prefix>_rank<rank>_step<step>.json.gz for Perfetto and Chrome.")
-    chrome_filename_prefix: str = key("chrome_trace", "How the names of Chrome's traces begin.")
+    chrome_filename_prefix: str = key("chrome_trace", "Prefix of the names of Chrome's traces.")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -54,11 +54,11 @@ class MegatronConfig:
     use_dist_ckpt: bool = key(False, "Write Megatron-Core's distributed checkpoints, like ckpt_format=torch_dist.")
     ckpt_format: Literal["torch", "torch_dist"] = key(
         "torch",
-        "Megatron files: torch, a directory a model-parallel rank; torch_dist, Megatron-Core's distributed ones.",
+        "Format of Megatron checkpoints. torch: a directory per model-parallel rank; torch_dist: Megatron-Core's own.",
     )
     distributed_timeout_minutes: float = key(30, "Longest wait for another rank.", unit="minutes", above=0.0)
     ddp_bucket_size: int | None = key(
-        None, "Gradients reduced at once. null: Megatron's default.", unit="parameters", minimum=1
+        None, "Gradients reduced together. null: Megatron-Core's default.", unit="parameters", minimum=1
     )
     use_profiler: bool = key(False, "Record traces of the steps that `profiler` names, with torch's profiler.")
     ckpt_convertor: CheckpointConvertorConfig = section(CheckpointConvertorConfig, "Where weights come from.")

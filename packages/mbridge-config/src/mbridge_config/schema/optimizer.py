@@ -12,27 +12,27 @@ class OptimizerConfig:
 
     optimizer: Literal["adam"] = key(
         "adam",
-        "adam has decoupled weight decay.",
+        "adam: AdamW, with decoupled weight decay.",
         spellings={"adamw": "adam"},
         status=Status.REFUSED,
         refused={"sgd": "SGD is not in this version"},
     )
-    lr: float = key(1e-6, "Learning rate, where lr_sched.max_lr is null.", minimum=0.0)
-    min_lr: float = key(0.0, "Lowest learning rate, where lr_sched.min_lr is null.", minimum=0.0)
+    lr: float = key(1e-6, "Learning rate if lr_sched.max_lr is null.", minimum=0.0)
+    min_lr: float = key(0.0, "Lowest learning rate if lr_sched.min_lr is null.", minimum=0.0)
     # Adam divides by 1 - beta^t, which is 0 where beta is 1.
     adam_beta1: float = key(0.9, "Decay of the first moment.", minimum=0.0, below=1.0)
     adam_beta2: float = key(0.999, "Decay of the second moment.", minimum=0.0, below=1.0)
     adam_eps: float = key(1e-8, "Added to the root of the second moment.", above=0.0)
     weight_decay: float = key(0.01, "Decay of matrices; norms and biases have none.", minimum=0.0)
     clip_grad: float = key(1.0, "Largest norm of the whole gradient; 0: no clipping.", minimum=0.0)
-    bf16: bool | None = key(None, "null: as actor.model.precision says; a contrary value is an error.")
-    fp16: bool | None = key(None, "null: as actor.model.precision says; a contrary value is an error.")
+    bf16: bool | None = key(None, "Must agree with actor.model.precision. null: it does.")
+    fp16: bool | None = key(None, "Must agree with actor.model.precision. null: it does.")
     use_distributed_optimizer: bool = key(True, "Split optimizer state over the data-parallel ranks.")
     overlap_grad_reduce: bool = key(False, "Reduce gradients while the backward pass runs.")
     overlap_param_gather: bool = key(False, "Gather weights while the forward pass runs.")
-    loss_scale: float | None = key(None, "Fixed loss scale of fp16. null: it adapts.", above=0.0)
-    initial_loss_scale: float = key(2.0**32, "First loss scale of fp16 where it adapts.", above=0.0)
-    min_loss_scale: float = key(1.0, "Lowest loss scale of fp16.", above=0.0)
+    loss_scale: float | None = key(None, "Fixed loss scale of fp16. null: a dynamic one.", above=0.0)
+    initial_loss_scale: float = key(2.0**32, "Initial value of the dynamic loss scale.", above=0.0)
+    min_loss_scale: float = key(1.0, "Lowest value of the dynamic loss scale.", above=0.0)
     loss_scale_window: float = key(1000, "Steps without overflow after which the scale doubles.", unit="steps", above=0)
 
 
@@ -51,7 +51,7 @@ class LrScheduleConfig:
     lr_warmup_iters: int = key(0, "Length of the warm-up.", unit="optimizer steps", minimum=0)
     lr_warmup_fraction: float | None = key(
         None,
-        "Length of the warm-up as a share of lr_decay_iters, below 1 where the rate decays; over lr_warmup_iters.",
+        "Length of the warm-up as a share of lr_decay_iters, below 1 if the rate decays; overrides lr_warmup_iters.",
         minimum=0.0,
         maximum=1.0,
     )
@@ -63,14 +63,14 @@ class LrScheduleConfig:
         "exponential", "WSD: shape of the last decay."
     )
     start_weight_decay: float | None = key(
-        None, "Weight decay, over optim.weight_decay. null: optim.weight_decay.", minimum=0.0
+        None, "Weight decay; overrides optim.weight_decay. null: optim.weight_decay.", minimum=0.0
     )
     end_weight_decay: float | None = key(
-        None, "Must be start_weight_decay: the decay does not change. null: it is.", minimum=0.0
+        None, "Must equal start_weight_decay, since weight decay is constant. null: it does.", minimum=0.0
     )
     weight_decay_incr_style: Literal["constant"] = key(
         "constant",
-        "Shape of its change.",
+        "Schedule of the weight decay.",
         status=Status.REFUSED,
         refused=dict.fromkeys(("linear", "cosine"), "weight decay is constant in this version"),
     )

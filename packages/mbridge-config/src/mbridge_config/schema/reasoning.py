@@ -14,7 +14,7 @@ from mbridge_config.schema.runner import ClusterConfig, LauncherConfig, RunnerCo
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class ReasoningGymConfig:
-    """`data.reasoning_gym`: problems made by a reasoning-gym task, where `data.type` is reasoning_gym."""
+    """`data.reasoning_gym`: problems that a reasoning-gym task generates, if `data.type` is reasoning_gym."""
 
     task: str | None = key(None, "Name of the task, such as basic_arithmetic.")
     parameters: dict[str, Any] = key({}, "Parameters of the task, as reasoning-gym names them.")
@@ -26,7 +26,9 @@ class ReasoningGymConfig:
 class DataConfig:
     """`data`: what is trained and validated on."""
 
-    type: Literal["math", "reasoning_gym"] = key("math", "math: json or jsonl files. reasoning_gym: made problems.")
+    type: Literal["math", "reasoning_gym"] = key(
+        "math", "math: json or jsonl files. reasoning_gym: generated problems."
+    )
     train_data_paths: list[str] = key([], "json or jsonl files to train on.")
     val_data_paths: list[str] = key([], "json or jsonl files to validate on.")
     prompt_key: str = key("prompt", "Field of a record that holds the prompt.")
@@ -39,7 +41,7 @@ class DataConfig:
         None, "Prompts validated at once. null: all of them.", unit="prompts", minimum=1
     )
     shuffle: bool = key(True, "Shuffle the training data at each epoch.")
-    seed: int = key(1234, "Seed of the data order and of made problems.", minimum=0)
+    seed: int = key(1234, "Seed of the data order and of generated problems.", minimum=0)
     reasoning_gym: ReasoningGymConfig = section(ReasoningGymConfig, "The reasoning-gym task.")
 
 
@@ -47,7 +49,7 @@ class DataConfig:
 class ReasoningTokenizerConfig(TokenizerConfig):
     """`actor.tokenizer` of a reasoning run."""
 
-    use_fast: bool = key(True, "The tokenizer's Rust implementation.")
+    use_fast: bool = key(True, "Use the tokenizer's Rust implementation.")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -59,17 +61,17 @@ class ReasoningActorConfig(ActorConfig):
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class QuickstartConfig:
-    """`quickstart`: the tiny model that is made where no model is given."""
+    """`quickstart`: the tiny model that is created if no model is given."""
 
-    enabled: bool = key(False, "Make the model at ckpt_convertor.hf_model_path if it is not there.")
-    num_hidden_layers: int = key(2, "Layers of the made model.", minimum=1, maximum=MOST_LAYERS)
-    hidden_size: int = key(128, "Width of the made model; 32 for each query head.", minimum=1)
-    intermediate_size: int = key(384, "Width of its MLP.", minimum=1)
-    num_attention_heads: int = key(4, "Query heads of the made model.", minimum=1)
-    num_key_value_heads: int = key(2, "Key and value heads of the made model.", minimum=1)
-    max_position_embeddings: int = key(512, "Longest sequence of the made model.", unit="tokens", minimum=2)
+    enabled: bool = key(False, "Create the model at ckpt_convertor.hf_model_path if it does not exist.")
+    num_hidden_layers: int = key(2, "Layers of the created model.", minimum=1, maximum=MOST_LAYERS)
+    hidden_size: int = key(128, "Width of the created model; 32 for each query head.", minimum=1)
+    intermediate_size: int = key(384, "Width of its MLPs.", minimum=1)
+    num_attention_heads: int = key(4, "Query heads of the created model.", minimum=1)
+    num_key_value_heads: int = key(2, "Key and value heads of the created model.", minimum=1)
+    max_position_embeddings: int = key(512, "Longest sequence of the created model.", unit="tokens", minimum=2)
     tie_word_embeddings: bool = key(False, "Input and output embeddings are one tensor.")
-    vocab_size: int = key(384, "Largest vocabulary of the made tokenizer.", minimum=300)
+    vocab_size: int = key(384, "Largest vocabulary of the created tokenizer.", minimum=300)
     warmup_steps: int = key(400, "SFT steps before GRPO.", unit="optimizer steps", minimum=0)
     warmup_batch_size: int = key(32, "Sequences of one SFT step.", unit="sequences", minimum=1)
     warmup_lr: float = key(2e-3, "Highest learning rate of the SFT steps; it falls linearly to 0.", above=0.0)
@@ -91,7 +93,7 @@ class ReasoningConfig:
     reward: RewardConfig = section(RewardConfig, "Rewards.")
     cluster: ClusterConfig = section(ClusterConfig, "Hosts.")
     launcher: LauncherConfig = section(LauncherConfig, "Processes.")
-    quickstart: QuickstartConfig = section(QuickstartConfig, "The made model.")
+    quickstart: QuickstartConfig = section(QuickstartConfig, "The created model.")
     critic: dict[str, Any] = key(
         {}, "A critic (PPO); refused where critic.use_critic_model is true.", status=Status.REFUSED
     )

@@ -21,7 +21,7 @@ class RolloutConfig:
 
     model: RolloutModelConfig = section(RolloutModelConfig, "The generating model.")
     rollout_backend: Literal["transformers", "vllm", "sglang"] = key(
-        "transformers", "Engine that generates; in this version all of them mean transformers."
+        "transformers", "Engine that generates; in this version every value means transformers."
     )
     max_running_requests: int = key(64, "Sequences that one rank generates at once.", unit="sequences", minimum=1)
     print_outputs: bool = key(False, "Print each answer.")

@@ -16,41 +16,50 @@ OTHER_TASKS = {
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class LoggerConfig:
-    """`runner.logger`: where metrics go beside `metrics.jsonl`, which is always written."""
+    """`runner.logger`: where metrics go besides `metrics.jsonl`, which is always written."""
 
     log_path: str | None = key(None, "Directory of the backends' files. null: `<output_dir>/<experiment_name>`.")
     project_name: str = key("mbridge", "Project name that wandb and swanlab show.")
     experiment_name: str | None = key(None, "Run name in the backends. null: `runner.experiment_name`.")
     logger_backends: list[Literal["tensorboard", "wandb", "swanlab"]] = key(
-        [], "Further backends; each is an optional extra."
+        [], "Tracking services to report to; each is an optional extra."
     )
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class CheckpointConfig:
-    """`runner.checkpoint`: what a checkpoint holds beside the training state, and which ones stay on the disk."""
+    """`runner.checkpoint`: what a checkpoint holds besides the training state, and which checkpoints are kept."""
 
     hf_export_every: int = key(
-        1, "HuggingFace copy with every n-th checkpoint and with the last; 0: with none.", unit="checkpoints", minimum=0
+        1,
+        "Write a HuggingFace copy with every n-th checkpoint and with the last; 0: never.",
+        unit="checkpoints",
+        minimum=0,
     )
     max_shard_size: str = key("5GB", "Largest file of the HuggingFace copy.")
     async_save: bool = key(
-        False, "Train on while a process beside each rank writes; takes host memory for a copy of what the rank saves."
+        False, "Continue training while a process per rank writes; needs host memory for a copy of the rank's state."
     )
     when_busy: Literal["wait", "refuse"] = key(
-        "wait", "A save that comes while the last one is being written: wait for it, or make none (but for the last)."
+        "wait",
+        "If the previous checkpoint is still being written when one is due: wait, or skip this one (never the last).",
     )
     keep_last: int | None = key(
-        None, "Newest checkpoints to keep. null, with the two below: all.", unit="checkpoints", minimum=1
+        None,
+        "Newest checkpoints to keep. All are kept if this, keep_every and keep_best are null.",
+        unit="checkpoints",
+        minimum=1,
     )
-    keep_every: int | None = key(None, "Also keep those whose step is a multiple.", unit="steps", minimum=1)
+    keep_every: int | None = key(
+        None, "Also keep checkpoints whose step is a multiple of this.", unit="steps", minimum=1
+    )
     keep_best: int | None = key(
-        None, "Also keep this many of the best by keep_best_metric.", unit="checkpoints", minimum=1
+        None, "Also keep this many checkpoints, the best by keep_best_metric.", unit="checkpoints", minimum=1
     )
     keep_best_metric: str = key(
         "validation/accuracy", "Metric of keep_best, a name in metrics.jsonl; SFT on free text has validation/loss."
     )
-    keep_best_is: Literal["max", "min"] = key("max", "Whether its largest or smallest value is best.")
+    keep_best_is: Literal["max", "min"] = key("max", "Whether the largest or the smallest value is the best.")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -62,25 +71,32 @@ class RunnerConfig:
     )
     max_epochs: int | None = key(
         None,
-        "Passes over the training data; with max_steps the run ends with whichever is reached first. null: as many as "
-        "max_steps takes, and 1 where that is -1.",
+        "Passes over the training data; the run ends with this or max_steps, whichever is reached first. null: as many "
+        "as max_steps needs, or 1 if that is -1.",
         unit="epochs",
         minimum=1,
     )
-    max_steps: int = key(-1, "Training steps, or fewer by max_epochs; -1: max_epochs alone.", unit="steps", minimum=-1)
-    save_interval: int = key(-1, "Steps between checkpoints; -1: only the last step.", unit="steps", minimum=-1)
-    val_check_interval: int = key(-1, "Steps between validations; -1: none on the way.", unit="steps", minimum=-1)
+    max_steps: int = key(
+        -1, "Training steps, unless max_epochs ends the run earlier; -1: max_epochs alone.", unit="steps", minimum=-1
+    )
+    save_interval: int = key(-1, "Steps between checkpoints; -1: only after the last step.", unit="steps", minimum=-1)
+    val_check_interval: int = key(
+        -1, "Steps between validations; -1: only after the last step.", unit="steps", minimum=-1
+    )
     seq_length: int = key(2048, "Longest sequence, prompt and answer together.", unit="tokens", minimum=2)
     resume_dir: str | None = key(
-        None, "A `global_step_<n>` directory to go on from; auto: the newest of this run that is whole."
+        None, "`global_step_<n>` directory to resume from; auto: the newest complete one of this run."
     )
     experiment_name: str = key("default", "Name of the run; its files go to `<output_dir>/<experiment_name>`.")
     output_dir: str = key("results", "Directory that holds the runs.")
     enable_dynamic_batch_size: bool = key(
-        False, "Fill micro-batches up to max_tokens_per_mbs tokens, not with micro_batch_size sequences."
+        False, "Fill micro-batches up to max_tokens_per_mbs tokens instead of with micro_batch_size sequences."
     )
     max_tokens_per_mbs: int | None = key(
-        None, "Most tokens in one micro-batch of a dynamic batch. null: seq_length.", unit="tokens", minimum=1
+        None,
+        "Token budget of a micro-batch under enable_dynamic_batch_size. null: seq_length.",
+        unit="tokens",
+        minimum=1,
     )
     checkpoint: CheckpointConfig = section(CheckpointConfig, "Contents and number of checkpoints.")
     logger: LoggerConfig = section(LoggerConfig, "Logging.")

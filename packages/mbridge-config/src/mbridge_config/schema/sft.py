@@ -27,7 +27,7 @@ class SFTModelConfig(ModelConfig):
     freeze_language_model: bool = key(False, "Vision-language models: do not train embeddings, layers, output layer.")
     freeze_vision_model: bool = key(False, "Vision-language models: do not train the vision tower.")
     freeze_vision_projection: bool = key(
-        False, "Vision-language models: do not train what maps the tower's features into the language model."
+        False, "Vision-language models: do not train the projection of the tower's features into the language model."
     )
 
 
@@ -74,25 +74,21 @@ class SFTDataConfig:
         None, "robo2vlm: columns of the images. null: those named image, or image and a number."
     )
     answer_format: Literal["text", "letter"] = key(
-        "text", "robo2vlm: the model answers the right choice's text, or its letter."
+        "text", "robo2vlm: answer with the text of the right choice, or with its letter."
     )
-    image_root: str | None = key(None, "messages: directory that image paths start at. null: that of the file.")
-    allow_urls: bool = key(False, "messages: fetch images given as URLs; if false they are bad rows.")
+    image_root: str | None = key(None, "messages: directory that image paths are relative to. null: that of the file.")
+    allow_urls: bool = key(False, "messages: fetch images given as URLs; if false, such rows are bad.")
     private_networks: list[str] = key(
         [], "messages: loopback and private addresses that URLs may lead to, such as 10.0.0.0/8; by default none."
     )
     min_pixels: int | None = key(
-        None, "Smaller images are enlarged. null: as the model's processor says.", unit="pixels", minimum=1
+        None, "Smallest image; smaller ones are enlarged. null: the processor's setting.", unit="pixels", minimum=1
     )
-    max_pixels: int | None = key(
-        None, "Most pixels of an image. null: as the model's processor says.", unit="pixels", minimum=1
-    )
+    max_pixels: int | None = key(None, "Largest image. null: the processor's setting.", unit="pixels", minimum=1)
     oversized: Literal["resize", "refuse"] = key(
-        "resize", "Images over max_pixels: made smaller, or refused as bad rows."
+        "resize", "Images over max_pixels: shrink them, or count their rows as bad."
     )
-    max_bad_rows: int = key(
-        0, "Rows that cannot be read or used and are skipped before the run ends.", unit="rows", minimum=0
-    )
+    max_bad_rows: int = key(0, "Unusable rows to skip before the run ends with an error.", unit="rows", minimum=0)
     skip_long_rows: bool = key(
         False, "Leave out rows that are longer than runner.seq_length, without counting them as bad."
     )
@@ -108,17 +104,18 @@ class SFTDataConfig:
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class SFTQuickstartConfig:
-    """`quickstart`: the data and the tiny vision-language model that are made where none are given."""
+    """`quickstart`: the data and the tiny vision-language model that are created if none are given."""
 
     enabled: bool = key(
-        False, "Make handwritten digits at data's paths and the model at model.model_path, where they are not there."
+        False,
+        "Create handwritten digits at the paths of data, and the model at model.model_path, if they do not exist.",
     )
-    hidden_size: int = key(128, "Width of the made language model.", minimum=1)
+    hidden_size: int = key(128, "Width of the created language model.", minimum=1)
     intermediate_size: int = key(256, "Width of its MLP.", minimum=1)
     num_hidden_layers: int = key(4, "Its layers.", minimum=1, maximum=MOST_LAYERS)
     num_attention_heads: int = key(4, "Its query heads, of width 32.", minimum=1)
     num_key_value_heads: int = key(2, "Its key and value heads.", minimum=1)
-    vision_depth: int = key(3, "Layers of the made vision tower.", minimum=1)
+    vision_depth: int = key(3, "Layers of the created vision tower.", minimum=1)
     vision_hidden_size: int = key(64, "Width of the tower; 32 for each of its heads.", minimum=1)
     vision_intermediate_size: int = key(128, "Width of the tower's MLP.", minimum=1)
     vision_num_heads: int = key(2, "Heads of the tower.", minimum=1)
@@ -126,9 +123,9 @@ class SFTQuickstartConfig:
         [0, 1], "Layers of the tower whose features are added after the first language layers.", minimum=0
     )
     tie_word_embeddings: bool = key(False, "Input and output embeddings are one tensor.")
-    max_position_embeddings: int = key(2048, "Longest sequence of the made model.", unit="tokens", minimum=2)
-    vocab_size: int = key(384, "Largest vocabulary of the made tokenizer.", minimum=300)
-    initializer_range: float = key(0.02, "Standard deviation of the made weights.", above=0.0)
+    max_position_embeddings: int = key(2048, "Longest sequence of the created model.", unit="tokens", minimum=2)
+    vocab_size: int = key(384, "Largest vocabulary of the created tokenizer.", minimum=300)
+    initializer_range: float = key(0.02, "Standard deviation of the created weights.", above=0.0)
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -140,5 +137,5 @@ class SFTConfig:
     actor: SFTActorConfig = section(SFTActorConfig, "The trained model.")
     cluster: ClusterConfig = section(ClusterConfig, "Hosts.")
     launcher: LauncherConfig = section(LauncherConfig, "Processes.")
-    quickstart: SFTQuickstartConfig = section(SFTQuickstartConfig, "The made model.")
+    quickstart: SFTQuickstartConfig = section(SFTQuickstartConfig, "The created model.")
     provenance: Provenance = dataclasses.field(default_factory=Provenance, repr=False, compare=False)
