@@ -66,6 +66,24 @@ def test_weights_and_index(tmp_path, max_shard_size, count):
         assert report.ok and report.notes == ()
 
 
+def test_config_says_what_the_tensors_are(tmp_path):
+    """A bfloat16 checkpoint that carries the settings of an fp8 one, trained in fp32."""
+    source = source_directory(tmp_path / "source")
+    config = {"torch_dtype": "bfloat16", "quantization_config": {"quant_method": "fp8"}, "vocab_size": 7}
+    parts = {"text_config": {"dtype": "bfloat16", "size": 3}, "vision_config": {"quantization_config": {}}}
+    (source / "config.json").write_text(json.dumps(config | parts))
+    with begin_save(tmp_path / "run", step=1, layout=Layout()) as save:
+        write_hf(save, weights().items(), source)
+        path = save.commit() / "actor/hf_model"
+    assert json.loads((path / "config.json").read_text()) == {
+        "torch_dtype": "float32",
+        "vocab_size": 7,
+        "text_config": {"dtype": "float32", "size": 3},
+        "vision_config": {},
+    }
+    assert verify(path.parents[1]).ok
+
+
 def test_other_files_are_carried_over_and_weights_are_not(tmp_path):
     path = export(tmp_path, weights().items(), "5GB")
     assert sorted(str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()) == [

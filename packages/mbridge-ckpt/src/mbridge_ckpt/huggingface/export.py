@@ -80,15 +80,17 @@ def export_hf(
             files = _files_for(opened, paths, hf_files, recipe)
             with _weights_verified(opened) as whole:
                 _check(recipe, whole)
-                count = write_weights(sink, _counted(_build(recipe, whole), progress), limit)
+                records = write_weights(sink, _counted(_build(recipe, whole), progress), limit)
+                count = len(records)
         else:
+            records = []
             files = [(path.removeprefix(prefix), opened.verified(path)) for path in paths]
             count = sum(len(opened.manifest.file(path).tensors) for path in weights)
             if max_shard_size is not None:
                 files = [(path, file) for path, file in files if not is_weights(Path(path).name)]
-                count = write_weights(sink, _counted(_exported(opened, weights), progress), limit)
+                records = write_weights(sink, _counted(_exported(opened, weights), progress), limit)
         for path, file in files:
-            copy_file(sink, file, path)
+            copy_file(sink, file, path, records)
             if progress is not None:
                 progress(file.stat().st_size)
         total = sum(file.stat().st_size for file in sink.path.rglob("*") if file.is_file())

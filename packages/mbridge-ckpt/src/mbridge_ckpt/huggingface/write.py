@@ -4,8 +4,10 @@ Shards are written in the safetensors format, with no more memory than one shard
 """
 
 import json
+import math
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -44,7 +46,7 @@ def write_hf(
             since a gathering iterator is collective. So does the first rank when its disk fails: `commit` then raises.
         tensors: (HuggingFace name, tensor on any device), each name once. Consumed one at a time.
         source: HuggingFace directory whose other files (config, tokenizer, chat template, generation and processor
-            configuration, custom code) are copied; None to copy nothing.
+            configuration, custom code) are copied; None to copy nothing. config.json gets the dtype of the tensors.
         max_shard_size: bytes, or text such as "5GB" or "512MiB". A larger tensor gets a shard of its own.
 
     Raises:
@@ -57,9 +59,9 @@ def write_hf(
             pass
         return
     files = other_files(Path(source)) if source is not None else []
-    write_weights(save, tensors, limit, prefix=f"{directory}/")
+    records = write_weights(save, tensors, limit, prefix=f"{directory}/")
     for path, file in files:
-        copy_file(save, file, f"{directory}/{path}")
+        copy_file(save, file, f"{directory}/{path}", records)
 
 
 class Sink(Protocol):
@@ -78,8 +80,10 @@ class Sink(Protocol):
         """Return a contiguous copy on the CPU, which later changes of `tensor` do not reach."""
 
 
-def write_weights(sink: Sink, tensors: "Iterable[tuple[str, Tensor]]", limit: int, *, prefix: str = "") -> int:
-    """Write shards of at most `limit` bytes, and an index if there are several; returns the number of tensors."""
+def write_weights(
+    sink: Sink, tensors: "Iterable[tuple[str, Tensor]]", limit: int, *, prefix: str = ""
+) -> list[TensorRecord]:
+    """Write shards of at most `limit` bytes, and an index if there are several; returns a record of each tensor."""
     shards: list[tuple[TensorRecord, ...]] = []
     total = 0
     for shard in _shards(sink, tensors, limit):
@@ -87,7 +91,7 @@ def write_weights(sink: Sink, tensors: "Iterable[tuple[str, Tensor]]", limit: in
         total += sum(tensor.nbytes for tensor in shard.values())
         shard.clear()  # or it would live, by the loop's name, while the next one fills
     _name_shards(sink, prefix, shards, total)
-    return sum(len(records) for records in shards)
+    return [record for records in shards for record in records]
 
 
 def is_weights(name: str) -> bool:
@@ -118,10 +122,38 @@ def other_files(source: Path) -> list[tuple[str, Path]]:
     return found
 
 
-def copy_file(sink: Sink, file: Path, path: str) -> None:
-    """Copy `file` into the sink under `path`."""
+def copy_file(sink: Sink, file: Path, path: str, records: list[TensorRecord]) -> None:
+    """Copy `file` into the sink under `path`; a config.json with what it says of the tensors of `records` corrected.
+
+    Engines convert tensors to its dtype, and dequantize them where it has a `quantization_config`.
+    """
+    if file.name == "config.json" and records:
+        elements = Counter[str]()
+        for record in records:
+            elements[record.dtype] += math.prod(record.shape)
+        try:
+            config = json.loads(file.read_bytes())
+        except ValueError:
+            config = None  # not ours to judge
+        described = _described(config, elements.most_common(1)[0][0]) if isinstance(config, dict) else config
+        if described != config:
+            with sink.stream(path) as stream:
+                stream.write(json.dumps(described, indent=2).encode() + b"\n")
+            return
     with file.open("rb") as reader, sink.stream(path) as stream:
         shutil.copyfileobj(reader, stream, READ_BLOCK)
+
+
+def _described(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Return the config.json of plain tensors of `dtype`, or such a part of one."""
+    described: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in ("dtype", "torch_dtype"):
+            described[key] = dtype
+        elif key != "quantization_config":
+            is_part = key.endswith("_config") and isinstance(value, dict)
+            described[key] = _described(value, dtype) if is_part else value
+    return described
 
 
 def parse_size(size: int | str) -> int:
