@@ -430,6 +430,16 @@ def test_tokenizer_larger_than_the_model(checked: Checked, model: Path, make_mod
     assert "the tokenizer has 212 tokens and the model embeddings for 211" in problem.reason
 
 
+@pytest.mark.parametrize("key", ["rope_type", "type"])
+def test_dynamic_rope_ends_at_its_positions(
+    checked: Checked, model: Path, make_model: Callable[..., Path], key: str
+) -> None:
+    make_model(model, rope_scaling={key: "dynamic", "factor": 2.0})
+    assert not checked("runner.seq_length=4096").errors
+    (found,) = checked("runner.seq_length=4097").errors
+    assert found.id == "position-embeddings" and "beyond them rope_type 'dynamic'" in found.reason
+
+
 def test_problems_of_keys_and_rules_come_together(checked: Checked) -> None:
     report = checked(
         f"{TP}=5", "actor.bogus=1", "rollout.vllm={a: 1}", "actor.model.sequence_parallel=true", world_size=5

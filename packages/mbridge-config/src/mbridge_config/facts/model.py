@@ -40,6 +40,7 @@ class HFFacts:
     vocab_size: int | None = None
     max_position_embeddings: int | None = None
     rope_theta: float | None = None
+    rope_type: str | None = None
     rotary_fraction: float | None = None
     norm_epsilon: float | None = None
     tied_embeddings: bool = False
@@ -148,6 +149,7 @@ class _Reader:
             num_query_groups=groups,
             head_dim=head_dim,
             rope_theta=self.rotary("rope_theta"),
+            rope_type=self.rope_type(),
             rotary_fraction=self.rotary("partial_rotary_factor"),
             norm_epsilon=_number(self.text.get("rms_norm_eps", self.text.get("layer_norm_eps"))),
             tied_embeddings=self.tied(family),
@@ -216,6 +218,12 @@ class _Reader:
         parameters = self.text.get("rope_parameters")
         nested = parameters.get(name) if isinstance(parameters, dict) else None
         return _number(self.text.get(name, nested))
+
+    def rope_type(self) -> str | None:
+        """Return the kind of rotary scaling, under its newer or its older names."""
+        parameters = self.text.get("rope_parameters") or self.text.get("rope_scaling")
+        kind = parameters.get("rope_type", parameters.get("type")) if isinstance(parameters, dict) else None
+        return kind if isinstance(kind, str) else None
 
     def tied(self, family: str) -> bool:
         value = self.config.get("tie_word_embeddings", self.text.get("tie_word_embeddings"))

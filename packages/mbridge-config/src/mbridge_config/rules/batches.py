@@ -56,7 +56,8 @@ def model_length(context: Context) -> Iterable[Finding]:
 
 @rule("position-embeddings", SEQUENCE)
 def positions(context: Context) -> Iterable[Finding]:
-    """Sequences may be longer than those the model was trained for.
+    """Sequences may be longer than those the model was trained for. With `rope_type: dynamic` that is an error, since
+    the rotary frequencies would then depend on the length of the batch.
 
     Fix: lower `runner.seq_length`.
     """
@@ -64,7 +65,10 @@ def positions(context: Context) -> Iterable[Finding]:
     if facts is not None and facts.max_position_embeddings is not None and longest > facts.max_position_embeddings:
         made = facts.max_position_embeddings
         reason = f"more than the {made} positions of the model (max_position_embeddings in config.json)"
-        yield Finding(SEQUENCE, reason, f"use {made} or less", Severity.WARNING)
+        severity = Severity.WARNING
+        if facts.rope_type == "dynamic":
+            severity, reason = Severity.ERROR, f"{reason}; beyond them rope_type 'dynamic' changes with the batch"
+        yield Finding(SEQUENCE, reason, f"use {made} or less", severity)
 
 
 @rule("dynamic-batch-tokens", "runner.enable_dynamic_batch_size", BUDGET, SEQUENCE)
