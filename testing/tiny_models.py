@@ -97,7 +97,7 @@ def vision_config(
 ) -> PreTrainedConfig:
     name, text_part, vision_part = VISION_CONFIGS[family]
     config: PreTrainedConfig = getattr(transformers, name)(
-        text_config=GEOMETRY | text_part | (text or {}),
+        text_config=GEOMETRY | {"bos_token_id": 1, "eos_token_id": 2} | text_part | (text or {}),
         vision_config=vision_part | (vision or {}),
         image_token_id=IMAGE_TOKEN,
         video_token_id=VIDEO_TOKEN,

@@ -35,7 +35,7 @@ def directory(tmp_path: Path) -> Path:
 def test_a_good_directory(directory: Path) -> None:
     found = open_directory(directory)
     assert (found.architecture, found.vocab_size) == ("LlamaForCausalLM", 7)
-    assert found.weight_files == (directory / "model.safetensors",)
+    assert found.files == {"weight": directory / "model.safetensors"}
 
 
 def test_the_vocabulary_of_a_vision_language_model_is_its_text_model_s(directory: Path) -> None:
@@ -46,7 +46,7 @@ def test_the_vocabulary_of_a_vision_language_model_is_its_text_model_s(directory
 
 def test_without_weights_only_the_config_counts(directory: Path) -> None:
     (directory / "model.safetensors").unlink()
-    assert open_directory(directory, needs_weights=False).weight_files == ()
+    assert open_directory(directory, needs_weights=False).files == {}
     with pytest.raises(ModelError, match="has neither model.safetensors nor model.safetensors.index.json; only"):
         open_directory(directory)
 
@@ -77,6 +77,46 @@ def test_bad_config(directory: Path, text: str | None, message: str) -> None:
     if text is not None:
         (directory / "config.json").write_text(text, encoding="utf-8", errors="surrogateescape")
     with pytest.raises(ModelError, match=message):
+        open_directory(directory)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"dtype": "auto"}, r"config\.json has dtype 'auto', which is no dtype .*; write .*\"bfloat16\""),
+        ({"torch_dtype": "half precision"}, r"config\.json has torch_dtype 'half precision'"),
+        ({"text_config": {"vocab_size": 7, "dtype": "auto"}}, r"config\.json has dtype 'auto'"),
+        (
+            {"eos_token_id": "</s>"},
+            r"config\.json has eos_token_id '</s>', where '</s>' is no whole number; give",
+        ),
+        ({"eos_token_id": [2, True]}, r"config\.json has eos_token_id \[2, True\], where True is no whole number"),
+        ({"eos_token_id": 7}, r"config\.json has eos_token_id 7, but the vocabulary has the ids 0 to 6 .*; correct"),
+        ({"eos_token_id": [2, -1]}, r"config\.json has eos_token_id \[2, -1\], but the vocabulary"),
+    ],
+)
+def test_values_that_nothing_can_use(directory: Path, changes: dict[str, object], message: str) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | changes))
+    with pytest.raises(ModelError, match=message):
+        open_directory(directory, needs_weights=False)
+
+
+def test_end_tokens_of_the_generation_config(directory: Path) -> None:
+    file = directory / "generation_config.json"
+    file.write_text(json.dumps({"eos_token_id": [2, 6]}))
+    open_directory(directory)
+    file.write_text(json.dumps({"eos_token_id": [2, 151643]}))
+    with pytest.raises(ModelError, match=r"generation_config\.json has eos_token_id \[2, 151643\], .* ids 0 to 6 "):
+        open_directory(directory)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight"])
+@pytest.mark.parametrize(("rows", "columns"), [(3, 1), (1, 3)])
+def test_rows_of_the_vocabulary(directory: Path, name: str, rows: int, columns: int) -> None:
+    (directory / "model.safetensors").write_bytes(header({name: entry([rows, columns], 0, 12)}))
+    found = f"'{name}' in .*model.safetensors has {rows} rows"
+    with pytest.raises(ModelError, match=rf'config\.json has vocab_size 7, but {found}; write "vocab_size": {rows}'):
         open_directory(directory)
 
 
@@ -115,7 +155,11 @@ def test_index(directory: Path) -> None:
     (directory / names[0]).write_bytes(header({"a": entry([2], 0, 8), "c": entry([1], 8, 12)}))
     (directory / names[1]).write_bytes(header({"b": entry([3], 0, 12)}))
     index.write_text(json.dumps({"weight_map": {"a": names[0], "b": names[1], "c": names[0]}}))
-    assert [file.name for file in open_directory(directory).weight_files] == list(names)
+    assert {name: file.name for name, file in open_directory(directory).files.items()} == {
+        "a": names[0],
+        "b": names[1],
+        "c": names[0],
+    }
     index.write_text(json.dumps({"weight_map": {"a": names[1], "b": names[1], "c": names[0]}}))
     with pytest.raises(ModelError, match=r"index\.json says that 'two\.safetensors' holds 1 tensor.*, first 'a'; down"):
         open_directory(directory)

@@ -62,6 +62,17 @@ def test_transformers_opens_it(gang2: Gang, source: Path, tmp_path: Path, parall
     assert list(target.parent.iterdir()) == [target]
 
 
+def test_config_says_what_the_tensors_are(gang2: Gang, tmp_path: Path) -> None:
+    """A bfloat16 checkpoint that carries the settings of an fp8 one, trained in fp32."""
+    source, target = tmp_path / "source", tmp_path / "saved"
+    make_model("llama", False, source)
+    config = json.loads((source / "config.json").read_text())
+    left_over = {"dtype": "bfloat16", "quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}
+    (source / "config.json").write_text(json.dumps(config | left_over))
+    assert gang2.run(save, source, target, Parallel(tensor=2), 10**9) == ["", ""]
+    assert json.loads((target / "config.json").read_text()) == config | {"dtype": "float32"}
+
+
 def test_one_file_and_an_empty_target(gang2: Gang, source: Path, tmp_path: Path) -> None:
     target = tmp_path / "saved"
     target.mkdir()

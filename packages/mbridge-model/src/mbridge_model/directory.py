@@ -1,19 +1,24 @@
 """A HuggingFace model directory, checked before anything is built.
 
-Only JSON files and the headers of safetensors files are read, so a mistake costs milliseconds, not a model load.
+Only JSON files and the headers of safetensors files are read, so a mistake costs milliseconds, not a model load. The
+one exception is `check_tied_output`.
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from mbridge_model.errors import ModelError
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+# How the names of the matrices with a row per token end, in text and vision-language models alike.
+_EMBEDDING, _OUTPUT = "embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,12 +28,12 @@ class HFDirectory:
     Attributes:
         path: the directory.
         config: the content of config.json.
-        weight_files: the safetensors files; empty where weights were not asked for.
+        files: the safetensors file of each tensor; empty where weights were not asked for.
     """
 
     path: Path
     config: dict[str, Any]
-    weight_files: tuple[Path, ...]
+    files: Mapping[str, Path]
 
     @property
     def architecture(self) -> str:
@@ -70,11 +75,80 @@ def open_directory(path: str | Path, *, needs_weights: bool = True) -> HFDirecto
             f"{directory / 'config.json'} has no 'vocab_size' (nor one under 'text_config'); add the number of rows of "
             "the embedding"
         )
-    files = _weight_files(directory) if needs_weights else ()
-    return HFDirectory(path=directory, config=config, weight_files=files)
+    for part in (config, text_config):
+        _check_dtype(directory / "config.json", part)
+    # Not those of text_config, which nothing reads: transformers writes defaults there that fit no small vocabulary.
+    _check_end_tokens(directory / "config.json", config, text_config["vocab_size"])
+    generation = directory / "generation_config.json"
+    if generation.is_file():
+        _check_end_tokens(generation, _read_json(generation, ""), text_config["vocab_size"])
+    files = _tensor_files(directory) if needs_weights else {}
+    _check_vocabulary(directory / "config.json", files, text_config["vocab_size"])
+    return HFDirectory(path=directory, config=config, files=files)
 
 
-def _weight_files(directory: Path) -> tuple[Path, ...]:
+def check_tied_output(directory: HFDirectory) -> None:
+    """Check that a model whose config.json ties the output layer to the embedding has no other output layer in a file.
+
+    Both matrices are read where both exist, a block of rows at a time, and nothing otherwise.
+
+    Raises:
+        ModelError: they differ, so training would drop one of them.
+    """
+    outputs, embeddings = ([name for name in directory.files if name.endswith(end)] for end in (_OUTPUT, _EMBEDDING))
+    if len(outputs) != 1 or len(embeddings) != 1:
+        return
+    output, embedding = (_open(directory.files[name]).get_slice(name) for name in (outputs[0], embeddings[0]))
+    rows = output.get_shape()[0]
+    different = sum(
+        int((output[start : start + 4096] != embedding[start : start + 4096]).any(1).sum())
+        for start in range(0, rows, 4096)
+    )
+    if different:
+        raise ModelError(
+            f"{directory.path / 'config.json'} ties the output layer to the embedding (tie_word_embeddings), but "
+            f"{outputs[0]!r} in {directory.files[outputs[0]]} differs from {embeddings[0]!r} in {different} of {rows} "
+            'rows, and would be lost; write "tie_word_embeddings": false, or remove the tensor from the file'
+        )
+
+
+def _check_dtype(file: Path, config: Mapping[str, Any]) -> None:
+    for key in ("dtype", "torch_dtype"):
+        value = config.get(key)
+        if value is not None and not isinstance(getattr(torch, str(value), None), torch.dtype):
+            raise ModelError(
+                f"{file} has {key} {value!r}, which is no dtype of tensors; write the dtype of the weights, "
+                'for example "bfloat16"'
+            )
+
+
+def _check_end_tokens(file: Path, config: Mapping[str, Any], vocab_size: int) -> None:
+    value = config.get("eos_token_id")
+    for token in value if isinstance(value, list) else [] if value is None else [value]:
+        if type(token) is not int:
+            raise ModelError(
+                f"{file} has eos_token_id {value!r}, where {token!r} is no whole number; give the id of the token in "
+                "the vocabulary, or a list of ids"
+            )
+        if not 0 <= token < vocab_size:
+            raise ModelError(
+                f"{file} has eos_token_id {value!r}, but the vocabulary has the ids 0 to {vocab_size - 1} (vocab_size "
+                "in config.json), so no answer would end; correct the id"
+            )
+
+
+def _check_vocabulary(config_file: Path, files: Mapping[str, Path], vocab_size: int) -> None:
+    for name, file in files.items():
+        if name.endswith((_EMBEDDING, _OUTPUT)):
+            rows = _open(file).get_slice(name).get_shape()[0]
+            if rows != vocab_size:
+                raise ModelError(
+                    f"{config_file} has vocab_size {vocab_size}, but {name!r} in {file} has {rows} rows; write "
+                    f'"vocab_size": {rows}, or take the config.json that belongs to these weights'
+                )
+
+
+def _tensor_files(directory: Path) -> dict[str, Path]:
     index_path = directory / _INDEX
     if index_path.exists():
         weight_map = _read_json(index_path, "").get("weight_map")
@@ -101,10 +175,9 @@ def _weight_files(directory: Path) -> tuple[Path, ...]:
                     f"{index_path} says that {name!r} holds {len(lost)} tensor(s) that it does not, first "
                     f"{min(lost)!r}; download both again"
                 )
-        return tuple(directory / name for name in names)
+        return {tensor: directory / name for tensor, name in weight_map.items()}
     if (directory / _SINGLE).is_file():
-        tensor_names(directory / _SINGLE)
-        return (directory / _SINGLE,)
+        return dict.fromkeys(tensor_names(directory / _SINGLE), directory / _SINGLE)
     raise ModelError(
         f"{directory} has neither {_SINGLE} nor {_INDEX}; only safetensors weights are read "
         "(convert older files with transformers' save_pretrained)"
@@ -117,9 +190,12 @@ def tensor_names(path: Path) -> set[str]:
     Raises:
         ModelError: the file is cut short or too long, or its header is broken.
     """
+    return set(_open(path).keys())
+
+
+def _open(path: Path) -> Any:
     try:
-        with safe_open(path, framework="numpy") as file:
-            return set(file.keys())
+        return safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
         raise ModelError(
             f"{path} is not a whole safetensors file ({path.stat().st_size} bytes; {error}); download it again"

@@ -1,9 +1,11 @@
 """From a Megatron model to HuggingFace tensors, and to a HuggingFace directory."""
 
 import json
+import logging
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, distributed, nn
 
-from mbridge_model.bridge.hf_views import join_blocks
+from mbridge_model.directory import HFDirectory
 from mbridge_model.errors import ModelError
 from mbridge_model.loading import ModelHandle
 
-# Everything else in a HuggingFace directory (config, tokenizer, chat template, custom code) is carried over as it is.
+logger = logging.getLogger("mbridge_model")
+
+# Everything else in a HuggingFace directory (tokenizer, chat template, custom code) is carried over as it is; so is
+# config.json, but for what it says of the tensors.
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf")
 
 
@@ -37,8 +42,7 @@ def export(model: list[nn.Module], handle: ModelHandle) -> Iterator[tuple[str, T
         ModelError: the memory of the weights has been freed.
     """
     with torch.no_grad():
-        for name, blocks in handle.bridge.stream_blocks(model, handle.vocab_size):
-            yield name, join_blocks(blocks)
+        yield from handle.bridge.export(model, handle.vocab_size)
 
 
 def export_recipe(model: list[nn.Module], handle: ModelHandle) -> list[dict[str, Any]] | None:
@@ -59,6 +63,7 @@ def save_hf(
 ) -> None:
     """Write weights, config, tokenizer and all other files of the source directory. Collective over all ranks.
 
+    config.json gets the dtype of the tensors that are written, and loses a `quantization_config`, since they are plain.
     The directory appears under its name only when it is complete: it is written under a temporary name and renamed.
     Rank 0 writes, holding at most one shard of the weights in host memory.
 
@@ -85,7 +90,7 @@ def save_hf(
     else:
         tensors = export(model, handle)
         try:
-            _write(tensors, handle.directory.path, target, max_shard_bytes)
+            _write(tensors, handle.directory, target, max_shard_bytes)
         except (OSError, SafetensorError) as caught:
             error = ModelError(f"{target} cannot be written: {caught}; free space or give another directory")
             error.__cause__ = caught
@@ -104,7 +109,7 @@ def _raise_everywhere(error: Exception | None) -> None:
         raise ModelError(message[0])
 
 
-def _write(tensors: Iterator[tuple[str, Tensor]], source: Path, target: Path, max_shard_bytes: int) -> None:
+def _write(tensors: Iterator[tuple[str, Tensor]], source: HFDirectory, target: Path, max_shard_bytes: int) -> None:
     """Write the directory under a temporary name and rename it to `target`; leave nothing behind on failure."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -113,15 +118,33 @@ def _write(tensors: Iterator[tuple[str, Tensor]], source: Path, target: Path, ma
         for name, tensor in tensors:
             writer.add(name, tensor)
         writer.finish()
-        for file in source.iterdir():
+        for file in source.path.iterdir():
             if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES):
                 shutil.copy(file, temporary / file.name)
+        config = _config_of_tensors(source.config, writer.dtype)
+        if config != source.config:
+            (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         temporary.chmod(0o755)  # mkdtemp makes it private
         if target.exists():
             target.rmdir()
         os.rename(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _config_of_tensors(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """Return config.json for plain tensors of `dtype`: otherwise engines would convert them, or dequantize them."""
+    changed: dict[str, Any] = {}
+    for key, value in config.items():
+        if key == "quantization_config":
+            logger.info("config.json: quantization_config left out, since the exported tensors are plain %s", dtype)
+        elif key in ("dtype", "torch_dtype"):
+            changed[key] = dtype
+        elif key.endswith("_config") and isinstance(value, dict):  # of the language model, of the vision tower
+            changed[key] = _config_of_tensors(value, dtype)
+        else:
+            changed[key] = value
+    return changed
 
 
 class _ShardWriter:
@@ -134,6 +157,12 @@ class _ShardWriter:
         self.shard_bytes = 0
         self.shards: list[list[str]] = []
         self.total_bytes = 0
+        self.bytes_by_dtype: Counter[str] = Counter()
+
+    @property
+    def dtype(self) -> str:
+        """Name of the dtype that most of the tensors have."""
+        return self.bytes_by_dtype.most_common(1)[0][0]
 
     def add(self, name: str, tensor: Tensor) -> None:
         if self.shard and self.shard_bytes + tensor.nbytes > self.max_shard_bytes:
@@ -141,6 +170,7 @@ class _ShardWriter:
         # A copy, since the exporter may hand out a view of a live parameter or reuse its buffer.
         self.shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
         self.shard_bytes += tensor.nbytes
+        self.bytes_by_dtype[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
 
     def finish(self) -> None:
         self._flush()

@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from mbridge_model.bridge.bridge import Bridge, import_bridge
-from mbridge_model.directory import HFDirectory, open_directory
+from mbridge_model.directory import HFDirectory, check_tied_output, open_directory
 from mbridge_model.families import GENERIC, Family, find_family
 from mbridge_model.families.architectures import check_architecture
 from mbridge_model.parallel import Parallel, initialize_parallel
-from mbridge_model.provider.config_checks import check_mrope, check_rotary, config_fields
+from mbridge_model.provider.config_checks import check_mrope, check_rotary, config_fields, limit_dynamic_rotary
 from mbridge_model.provider.configure import Backend, configure_provider, resolve_backend
 from mbridge_model.vision import Freeze
 
@@ -94,9 +94,11 @@ def load(
     initialize_parallel(parallel, seed)
     family = find_family(directory.architecture)
     resolved = resolve_backend(backend, dtype)
-    bridge = Bridge(directory.path, trust_remote_code=trust_remote_code)
+    bridge = Bridge(directory, trust_remote_code=trust_remote_code)
     check_architecture(directory.config, resolved)
     provider = bridge.provider()
+    if provider.share_embeddings_and_output_weights:
+        check_tied_output(directory)
     logger.info("%s: family %s, %s backend", directory.path, family.name, resolved)
     if family is GENERIC and directory.architecture not in GENERIC.architectures:
         logger.warning(
@@ -124,6 +126,7 @@ def load(
         bind(provider, family.vision, resolved)
     model = bridge.build(provider)
     check_rotary(bridge.hf_config, model)
+    limit_dynamic_rotary(bridge.hf_config, model)
     if provider.gradient_accumulation_fusion:
         from mbridge_model.patches.gradient_accumulation import mark_tied_embeddings
 
@@ -131,6 +134,7 @@ def load(
     if weights:
         bridge.check_coverage(model)
         bridge.load_weights(model)
+        bridge.check_finite(model)
     handle = ModelHandle(
         directory=directory, family=family, backend=resolved, parallel=parallel, provider=provider, bridge=bridge
     )

@@ -1,6 +1,8 @@
 """Variants of the families and other architectures: each agrees with transformers, or is refused by name."""
 
+import json
 import re
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from mbridge_model import Parallel
+from safetensors.torch import load_file, save_file
 
 from testing.gang import Gang, WorkerPool
 from testing.megatron_forward import pack, run_forward
@@ -62,6 +65,15 @@ AGREE: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2, sliding window in two layers": ("Qwen2Config", WINDOW),
     "qwen3, sliding window in two layers": ("Qwen3Config", {"head_dim": 32} | WINDOW),
     "qwen2, YaRN": ("Qwen2Config", {"rope_scaling": YARN}),
+    "mistral, YaRN": ("MistralConfig", {"sliding_window": None, "rope_scaling": YARN}),
+    "mistral, YaRN with other turns": (
+        "MistralConfig",
+        {"sliding_window": None, "rope_scaling": YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "truncate": False}},
+    ),
+    "llama, dynamic RoPE up to its length": (
+        "LlamaConfig",
+        {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}, "max_position_embeddings": 18},
+    ),
     "llama, linear RoPE": ("LlamaConfig", {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
     "llama, llama3 RoPE": ("LlamaConfig", {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 8192}}),
     "llama, head_dim": ("LlamaConfig", {"head_dim": 32}),
@@ -77,7 +89,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 32}},
         r"rotary embedding differs from what config\.json says in rope_parameters",
     ),
-    "dynamic RoPE": (
+    "long RoPE": (
         "LlamaConfig",
         {"rope_scaling": {"rope_type": "longrope", "short_factor": [2.0] * 8, "long_factor": [3.0] * 8, "factor": 4.0}},
         r"rotary embedding differs from what config\.json says in rope_parameters",
@@ -141,7 +153,6 @@ def compare(directory: Path, parallel: Parallel, dtype: torch.dtype = torch.floa
     """Runs in a worker. Largest differences of dense and packed logits; exported tensors that are not bit-exact."""
     from mbridge_model import export, load
     from megatron.core import parallel_state
-    from safetensors.torch import load_file
 
     reference = torch.load(directory.with_suffix(".pt"), weights_only=True)
     model, handle = load(directory, parallel, dtype=dtype)
@@ -196,13 +207,13 @@ def test_bfloat16_is_near_fp32(worker_pool: WorkerPool, make: Callable[[str], Pa
     assert wrong == []
 
 
-def refusal(directory: Path) -> str:
+def refusal(directory: Path, parallel: Parallel | None = None) -> str:
     """Runs in a worker."""
     from mbridge_model import ModelError, load
     from megatron.core import parallel_state
 
     try:
-        load(directory)
+        load(directory, parallel)
     except ModelError as error:
         return str(error)
     finally:
@@ -214,3 +225,85 @@ def refusal(directory: Path) -> str:
 def test_refused(worker_pool: WorkerPool, make: Callable[[str], Path], case: str) -> None:
     (message,) = Gang(1, worker_pool).run(refusal, make(case))
     assert re.search(REFUSED[case][2], message), message
+
+
+def forward_beyond(directory: Path) -> str:
+    """Runs in a worker. The model has `max_position_embeddings` 18."""
+    from mbridge_model import ModelError, load
+    from megatron.core import parallel_state
+
+    model, _ = load(directory)
+    try:
+        run_forward(model, torch.zeros((1, 19), dtype=torch.int64), VOCAB_SIZE)
+    except ModelError as error:
+        return str(error)
+    finally:
+        parallel_state.destroy_model_parallel()
+    return "computed"
+
+
+def test_dynamic_rope_ends_at_its_length(worker_pool: WorkerPool, make: Callable[[str], Path]) -> None:
+    (message,) = Gang(1, worker_pool).run(forward_beyond, make("llama, dynamic RoPE up to its length"))
+    assert re.match("a sequence has 19 tokens, .* rope_type 'dynamic' and max_position_embeddings 18, ", message)
+
+
+def changed(source: Path, target: Path, config: dict[str, Any], tensors: Callable[[dict[str, Any]], Any]) -> Path:
+    """Copy a directory with changes of its config.json and of its tensors."""
+    shutil.copytree(source, target)
+    before = json.loads((target / "config.json").read_text())
+    (target / "config.json").write_text(json.dumps(before | config))
+    content = load_file(target / "model.safetensors")
+    tensors(content)
+    save_file(content, target / "model.safetensors")
+    return target
+
+
+BROKEN: dict[str, tuple[dict[str, Any], Callable[[dict[str, Any]], Any], str]] = {
+    "tied, with another output layer": (
+        {"tie_word_embeddings": True},
+        lambda tensors: None,
+        r"config\.json ties .* \(tie_word_embeddings\), but 'lm_head\.weight' in .*model\.safetensors differs from "
+        r"'model\.embed_tokens\.weight' in 131 of 131 rows, .*; write \"tie_word_embeddings\": false",
+    ),
+    "NaN": (
+        {},
+        lambda tensors: tensors["model.layers.2.self_attn.k_proj.weight"][3, 5].fill_(torch.nan),
+        r"1 tensor\(s\) hold NaN.*, first 'model\.layers\.2\.self_attn\.k_proj\.weight' in .*model\.safetensors; ",
+    ),
+    "infinity": (
+        {},
+        lambda tensors: tensors["model.embed_tokens.weight"][130, 0].fill_(-torch.inf),
+        r"1 tensor\(s\) hold NaN, infinity .*, first 'model\.embed_tokens\.weight' in .*model\.safetensors; ",
+    ),
+    "code of its own": (
+        {"architectures": ["OtherForCausalLM"], "auto_map": {"AutoModelForCausalLM": "modeling_other.Other"}},
+        lambda tensors: None,
+        r"config\.json says in auto_map that OtherForCausalLM is computed by .*modeling_other\.Other.*; use",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_directory(worker_pool: WorkerPool, make: Callable[[str], Path], tmp_path: Path, case: str) -> None:
+    config, tensors, pattern = BROKEN[case]
+    directory = changed(make("mistral"), tmp_path / "broken", config, tensors)
+    (message,) = Gang(1, worker_pool).run(refusal, directory)
+    assert re.search(pattern, message), message
+
+
+def test_every_rank_learns_of_nan(gang2: Gang, make: Callable[[str], Path], tmp_path: Path) -> None:
+    """Only the second pipeline stage has the tensor."""
+    config, tensors, pattern = BROKEN["NaN"]
+    directory = changed(make("mistral"), tmp_path / "broken", config, tensors)
+    for message in gang2.run(refusal, directory, Parallel(pipeline=2), timeout=60):
+        assert re.search(pattern, message), message
+
+
+def test_a_copy_of_the_embedding_is_no_other_output_layer(
+    worker_pool: WorkerPool, make: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def copy_embedding(tensors: dict[str, Any]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    directory = changed(make("mistral"), tmp_path / "copy", {"tie_word_embeddings": True}, copy_embedding)
+    assert Gang(1, worker_pool).run(refusal, directory) == ["loaded"]

@@ -21,6 +21,7 @@ MODULES = {
     "CPU": "mbridge_model.patches.cpu",
     "DIVERTED_LOGS": "mbridge_model.patches.quiet",
     "EMBEDDING_GRADIENTS": "mbridge_model.patches.gradient_accumulation",
+    "MISTRAL_YARN": "mbridge_model.bridge.bridge",
     "ROTARY": "mbridge_model.patches.rotary",
     "SWIGLU": "mbridge_model.patches.swiglu",
     "WEIGHT_GRADIENTS": "mbridge_model.patches.gradient_accumulation",
@@ -31,6 +32,9 @@ def check_tables() -> None:
     """Runs in a worker."""
     from importlib import import_module
 
+    from mbridge_model.bridge.bridge import import_bridge
+
+    import_bridge()
     for name, module in MODULES.items():
         check_table(getattr(import_module(module), name))
 

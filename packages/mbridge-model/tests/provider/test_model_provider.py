@@ -35,7 +35,7 @@ def changed_fields(directory: Path, overrides: dict[str, Any]) -> tuple[dict[str
     logger.setLevel(logging.INFO)
     try:
         _, handle = load(directory, overrides=overrides)
-        untouched = Bridge(directory).provider()
+        untouched = Bridge(handle.directory).provider()
         untouched.finalize()
         names = [field.name for field in dataclasses.fields(untouched)]
         pairs = {name: (getattr(untouched, name), getattr(handle.provider, name)) for name in names}

@@ -65,7 +65,7 @@ def mrope_section(directory: Path) -> tuple[list[int], list[int], float, float]:
     model, handle = load(directory)
     right = largest_difference(model, directory)
     model[0].language_model.mrope_section = [4, 2, 2]
-    upstream = Bridge(directory).provider().mrope_section
+    upstream = Bridge(handle.directory).provider().mrope_section
     return upstream, handle.config.mrope_section, right, largest_difference(model, directory)
 
 

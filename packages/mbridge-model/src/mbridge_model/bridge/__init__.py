@@ -3,5 +3,5 @@
 In: a checked directory and a provider. Out: the built model with its weights, and the weights under their HuggingFace
 names. `bridge.py` is the only module that imports megatron.bridge.
 
-Uses: `errors`, `patches`.
+Uses: `directory`, `errors`, `patches`.
 """

@@ -8,7 +8,6 @@ happens when a model is built, not before.
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +16,22 @@ from mbridge_model.bridge.hf_views import Parts
 from mbridge_model.bridge.install import require_bridge
 from mbridge_model.bridge.slices import SlicedReader
 from mbridge_model.bridge.tasks import has_vocabulary, hf_names, load_only, task_parts
+from mbridge_model.directory import HFDirectory
 from mbridge_model.errors import ModelError
+from mbridge_model.patches import Patch, PatchTable
 from mbridge_model.patches.cpu import allow_missing_transformer_engine, enable_cpu
 from mbridge_model.patches.quiet import quiet
+
+MISTRAL_YARN = PatchTable(
+    "read a Mistral with YaRN",
+    (
+        Patch(
+            target="megatron.bridge.models.mistral.mistral_bridge:MistralModelProvider",
+            reason="it is given an argument that it lacks, scale_factor; YaRN's fields are set from config.json later",
+            wrapper=lambda provider: lambda *, scale_factor=None, **fields: provider(**fields),
+        ),
+    ),
+)
 
 
 def import_bridge() -> Any:
@@ -81,15 +93,16 @@ class Bridge:
     """One HuggingFace directory as Megatron-Bridge sees it.
 
     Args:
-        path: a directory that `open_directory` has checked.
+        directory: as `open_directory` returned it.
         trust_remote_code: let transformers run Python files of the directory.
 
     Raises:
         ModelError: Megatron-Bridge has no conversion for the architecture, or cannot read the directory.
     """
 
-    def __init__(self, path: Path, *, trust_remote_code: bool = False) -> None:
-        self.path = path
+    def __init__(self, directory: HFDirectory, *, trust_remote_code: bool = False) -> None:
+        self.directory = directory
+        self.path = path = directory.path
         self._tasks: tuple[list[torch.nn.Module], list[Any]] = [], []
         self._parts: dict[str, Parts] = {}
         auto_bridge = import_bridge()
@@ -97,6 +110,12 @@ class Bridge:
             with quiet():
                 self._bridge = auto_bridge.from_hf_pretrained(str(path), trust_remote_code=trust_remote_code)
         except ValueError as error:
+            if code := directory.config.get("auto_map"):
+                raise ModelError(
+                    f"{path / 'config.json'} says in auto_map that {directory.architecture} is computed by Python code "
+                    f"of the directory ({code}), for which Megatron-Bridge has no Megatron model; use a model whose "
+                    "class is part of transformers"
+                ) from error
             first_line = str(error).strip().splitlines()[0]
             raise ModelError(f"Megatron-Bridge cannot convert {path}: {first_line}") from error
 
@@ -107,7 +126,7 @@ class Bridge:
             ModelError: config.json has a setting that Megatron-Bridge does not know.
         """
         try:
-            with quiet():
+            with quiet(), MISTRAL_YARN:
                 return self._bridge.to_megatron_provider(load_weights=False)
         except (ValueError, NotImplementedError) as error:
             raise ModelError(f"Megatron-Bridge cannot convert {self.path}: {error}") from error
@@ -176,11 +195,37 @@ class Bridge:
                 left.append(task)
         return left
 
-    def stream_blocks(self, model: list[torch.nn.Module], vocab_size: int) -> Iterator[tuple[str, list[torch.Tensor]]]:
-        """Yield (HuggingFace name, blocks of rows of the whole tensor) on every rank. Collective: all must iterate.
+    def check_finite(self, model: list[torch.nn.Module]) -> None:
+        """Check that every parameter is finite. Collective over all ranks, so that all of them raise.
+
+        Each rank reads its parameters once from its own memory, which takes as long as a copy of them: on a GPU
+        milliseconds, on a CPU 1 s for each GB and thread.
+
+        Raises:
+            ModelError: naming the tensors and their files.
+        """
+        found: set[str] = set()
+        for task in self._conversion_tasks(model):
+            if task is None or task.megatron_module is None or not task.param_weight.numel():
+                continue
+            if not torch.isfinite(torch.stack(task.param_weight.detach().aminmax())).all():
+                tensors = self._bridge.hf_pretrained.state.source.load_tensors(hf_names(task))
+                broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+                found.update(broken or hf_names(task))
+        found_by_rank: list[set[str]] = [set() for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather_object(found_by_rank, found)
+        if names := sorted(set().union(*found_by_rank)):
+            raise ModelError(
+                f"{len(names)} tensor(s) hold NaN, infinity or a number that the model's dtype cannot hold, first "
+                f"{names[0]!r} in {self.directory.files[names[0]]}; every output would be NaN. Download the file "
+                "again, or take an earlier checkpoint"
+            )
+
+    def export(self, model: list[torch.nn.Module], vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yield (HuggingFace name, whole tensor) on every rank. Collective: all must iterate.
 
         Tensors with a row per token are cut to `vocab_size` rows, since Megatron-Bridge leaves them padded. Where this
-        rank has the whole model, most blocks are views of parameters, and Megatron-Bridge converts the others.
+        rank has the whole model, most tensors are views of parameters, and Megatron-Bridge converts the others.
 
         Raises:
             ModelError: the memory of the weights has been freed.
@@ -209,11 +254,11 @@ class Bridge:
         vocabulary = {"lm_head.weight"}.union(*(hf_names(task) for task in tasks if has_vocabulary(task)))
         converted = self._bridge.export_hf_weights(model, cpu=False, show_progress=False, conversion_tasks=left)
         for name, tensor in converted:
-            yield name, [tensor[:vocab_size] if name in vocabulary else tensor]
+            yield name, tensor[:vocab_size] if name in vocabulary else tensor
 
     def _parts_of(self, task: Any, vocab_size: int) -> Parts | None:
         """Return views of a parameter that this rank holds whole; None if Megatron-Bridge must convert it."""
-        if task is None or task.megatron_module is None:
+        if task.megatron_module is None:
             return None
         known = self._parts.get(task.global_param_name)
         if known is None or not known.are_of(task.param_weight):

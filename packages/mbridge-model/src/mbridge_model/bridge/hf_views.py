@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping
 
-import torch
 from torch import Tensor
 
 
@@ -30,11 +29,6 @@ def part_views(parameter: Tensor, parts: Iterable[str], *, queries: int, groups:
     return {"query": grouped[:, :queries].flatten(1, 2), "key": grouped[:, queries], "value": grouped[:, queries + 1]}
 
 
-def join_blocks(blocks: list[Tensor]) -> Tensor:
-    """Concatenate blocks of rows; a single block is returned without a copy."""
-    return blocks[0] if len(blocks) == 1 else torch.cat(blocks)
-
-
 class Parts:
     """The HuggingFace tensors that one Megatron parameter consists of, as views that are created once.
 
@@ -54,13 +48,14 @@ class Parts:
         views = part_views(self._data, parts, queries=heads // groups, groups=groups)
         if rows is not None:
             views["whole"] = views["whole"][:rows]
-        is_grouped = "query" in parts
-        self._named = [(parts[part], list(view) if is_grouped else [view]) for part, view in views.items()]
+        self._is_grouped = "query" in parts
+        self._named = [(parts[part], view) for part, view in views.items()]
 
     def are_of(self, parameter: Tensor) -> bool:
         """Return whether the parameter has not moved; data parallelism, for one, moves it into a buffer."""
         return parameter.data_ptr() == self._data.data_ptr()
 
-    def __iter__(self) -> Iterator[tuple[str, list[Tensor]]]:
-        """Yield (HuggingFace name, blocks of rows): a block per group for a fused attention, else a single one."""
-        return iter(self._named)
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (HuggingFace name, tensor): a view, or a copy of rows that are not contiguous in a fused attention."""
+        for name, view in self._named:
+            yield name, view.flatten(0, 1) if self._is_grouped else view

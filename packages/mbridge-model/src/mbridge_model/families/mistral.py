@@ -1,4 +1,4 @@
-"""Mistral: Llama's layer, in some versions with a sliding attention window."""
+"""Mistral: Llama's layer, in some versions with a sliding attention window or YaRN."""
 
 from mbridge_model.families.family import Family
 

@@ -11,20 +11,22 @@ from torch import Tensor, nn
 
 from mbridge_model.errors import ModelError
 
-# Of YaRN's parameters, those that config.json leaves out where they have the value of the paper (Peng et al. 2023),
-# and which Megatron-Core has no default for.
-_YARN_DEFAULTS = {
-    "yarn_beta_fast": 32.0,
-    "yarn_beta_slow": 1.0,
-    "yarn_mscale": 1.0,
-    "yarn_mscale_all_dim": 0.0,
-    "yarn_correction_range_round_to_int": True,
+# Megatron's field of each of YaRN's parameters, its key in config.json, and its value where config.json leaves it out:
+# that of the paper (Peng et al. 2023), for which Megatron-Core has no default.
+_YARN = {
+    "yarn_rotary_scaling_factor": ("factor", None),
+    "yarn_original_max_position_embeddings": ("original_max_position_embeddings", None),
+    "yarn_beta_fast": ("beta_fast", 32.0),
+    "yarn_beta_slow": ("beta_slow", 1.0),
+    "yarn_mscale": ("mscale", 1.0),
+    "yarn_mscale_all_dim": ("mscale_all_dim", 0.0),
+    "yarn_correction_range_round_to_int": ("truncate", True),
 }
 
 
 def config_fields(hf_config: Any, provider: Any) -> dict[str, Any]:
     """Return provider fields that follow from `hf_config` (a transformers configuration) and that `provider` lacks."""
-    return _window_fields(hf_config, provider) | _yarn_fields(provider) | _mrope_fields(hf_config, provider)
+    return _window_fields(hf_config, provider) | _yarn_fields(hf_config, provider) | _mrope_fields(hf_config, provider)
 
 
 def _window_fields(hf_config: Any, provider: Any) -> dict[str, Any]:
@@ -37,10 +39,13 @@ def _window_fields(hf_config: Any, provider: Any) -> dict[str, Any]:
     return {"window_size": (window - 1, 0), "window_attn_skip_freq": slides} if any(slides) else {}
 
 
-def _yarn_fields(provider: Any) -> dict[str, Any]:
-    if provider.position_embedding_type != "yarn":
+def _yarn_fields(hf_config: Any, provider: Any) -> dict[str, Any]:
+    """Of Mistral's provider Megatron-Bridge sets none of them, of others those that config.json has."""
+    parameters = getattr(hf_config, "rope_parameters", None) or {}
+    if parameters.get("rope_type") != "yarn" or not hasattr(provider, "yarn_rotary_scaling_factor"):
         return {}
-    return {name: value for name, value in _YARN_DEFAULTS.items() if getattr(provider, name, None) is None}
+    values = {field: parameters.get(key, default) for field, (key, default) in _YARN.items()}
+    return {"position_embedding_type": "yarn"} | values
 
 
 def _mrope_fields(hf_config: Any, provider: Any) -> dict[str, Any]:
@@ -99,6 +104,32 @@ def check_rotary(hf_config: Any, model: list[nn.Module]) -> None:
             f"Megatron-Core's rotary embedding differs from what config.json says in rope_parameters {parameters}: it "
             "has no such variant, and the model would compute something else"
         )
+
+
+def limit_dynamic_rotary(hf_config: Any, model: list[nn.Module]) -> None:
+    """Make a model of dynamic RoPE refuse sequences beyond `max_position_embeddings`.
+
+    Up to there its frequencies are the plain ones. Beyond, they depend on the length of the batch, so that a model that
+    samples token by token, and one that reads the whole sequence, compute different things.
+    """
+    from megatron.core.utils import unwrap_model
+
+    parameters = getattr(hf_config, "rope_parameters", None) or {}
+    if parameters.get("rope_type") != "dynamic":
+        return
+    limit = hf_config.max_position_embeddings
+
+    def check(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+        if arguments[0] > limit:
+            raise ModelError(
+                f"a sequence has {arguments[0]} tokens, and config.json has rope_type 'dynamic' and "
+                f"max_position_embeddings {limit}, beyond which the frequencies depend on the length of the batch; "
+                f"shorten sequences to {limit}, or use rope_type 'yarn' or 'linear'"
+            )
+
+    for chunk in unwrap_model(model):
+        if (rotary := getattr(chunk, "rotary_pos_emb", None)) is not None:
+            rotary.register_forward_pre_hook(check)
 
 
 def _hf_frequencies(hf_config: Any) -> tuple[Tensor, float]:
