@@ -193,8 +193,11 @@ def test_reasoning_gym_scores_its_own_tasks():
     with RewardPool(timeout=5.0, task="chain_sum", parameters=parameters) as pool:
         right = [(f"<think>9</think>1+1\n<answer>+{p.solutions[0]}.0</answer>".replace("+-", "-"), p) for p in train]
         wrong = [(f"<answer>{int(p.solutions[0]) + 100}</answer>", p) for p in train]
-        scores = score(pool, [*right, *wrong, ("", train[0])])
-    assert [score.right for score in scores] == [True] * 5 + [False] * 6
+        solution = train[0].solutions[0]
+        unfinished = [f"<think><answer>{solution}</answer>", f"\\boxed{{{solution}", f"<answer>{solution}", ""]
+        scores = score(pool, [*right, *wrong, *[(text, train[0]) for text in unfinished]])
+    assert [score.right for score in scores] == [True] * 5 + [False] * 9
+    assert [score.value for score in scores[10:]] == [0.0] * 4
     assert {score.status for score in scores} == {"scored"}
 
 
@@ -204,7 +207,13 @@ def test_reasoning_gym_scores_its_own_tasks():
         ("<answer>1</answer> or <answer> 2\n</answer>", "2"),
         ("\\boxed{3} then \\boxed{\\frac{1}{2}} end", "\\frac{1}{2}"),
         ("<think><answer>1</answer></think> 5 ", "5"),
-        ("\\boxed{unclosed", "\\boxed{unclosed"),
+        ("\\boxed{unclosed", ""),
+        ("\\boxed{3} then \\boxed{4", ""),
+        ("<answer>1</answer> or <answer>2", ""),
+        ("\\boxed{3} so <answer>", ""),
+        ("<answer>1</answer><think>or <answer>2</answer>", ""),
+        ("<think>1</think> <think><answer>2</answer>", ""),
+        ("\\boxed{3} <answer>4</answer>", "4"),
         ("", ""),
     ],
 )

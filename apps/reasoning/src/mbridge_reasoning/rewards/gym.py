@@ -9,10 +9,10 @@ from mbridge_reasoning.rewards.extraction import final_answer
 
 
 def task_scorer(task: str, parameters: Mapping[str, Any]) -> Scorer:
-    """Score what `final_answer` finds by the task; it may give a part of 1.0."""
+    """Score final answers as the task does, which may give a part of 1.0. What is unfinished counts as no answer."""
     dataset = create_task(task, parameters)
 
     def score(answer: Answer) -> float:
-        return float(dataset.score_answer(final_answer(answer.text), dict(answer.prompt.row)))
+        return float(dataset.score_answer(final_answer(answer.text) or None, dict(answer.prompt.row)))
 
     return one_by_one(score)

@@ -7,7 +7,7 @@ from typing import Any
 
 from mbridge_reasoning.rewards.base import Answer, Scorer, one_by_one
 from mbridge_reasoning.rewards.extraction import boxes, tagged_answer, without_thoughts
-from mbridge_reasoning.rewards.notation import normalize, normalize_content, number_in_base
+from mbridge_reasoning.rewards.notation import normalize, normalize_expression, number_in_base, without_chinese
 
 EXACT = 1e-15
 """Largest relative difference of two exact numbers that are taken for equal, evaluated to 30 digits."""
@@ -32,61 +32,53 @@ def math_scorer() -> Scorer:
     extraction = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 
     @functools.lru_cache(maxsize=4096)
-    def parsed_solution(solution: str) -> tuple[Any, ...]:
-        # LaTeX is found only inside an environment. With its full stop, a number would be text.
-        return tuple(parse(_solution(solution), extraction, parsing_timeout=None))
+    def parsed_solution(solution: str) -> list[Any]:
+        return list(parse(solution, extraction, parsing_timeout=None))
 
     def score(answer: Answer) -> float:
         text = _answer(answer.text)
         found = parse(text, extraction, parsing_timeout=None)
-        solutions = answer.prompt.solutions
-        return float(
-            bool(found)
-            and any(
-                _same_base(text, solution)
-                and verify(list(parsed_solution(solution)), found, allow_set_relation_comp=True, timeout_seconds=None)
-                for solution in solutions
-            )
-        )
+        return float(bool(found) and any(right(text, found, _solution(each)) for each in answer.prompt.solutions))
+
+    def right(text: str, found: list[Any], solution: str) -> bool:
+        given, wanted = _number_in_base(text), _number_in_base(solution)
+        if given is not None and wanted is not None:
+            return given == wanted
+        return bool(verify(parsed_solution(solution), found, allow_set_relation_comp=True, timeout_seconds=None))
 
     return one_by_one(score)
 
 
 def _answer(text: str) -> str:
     """Return the part of `text` that is the final answer, as math-verify finds it; "" if there is none."""
-    text = _without_currency(without_thoughts(text))
-    if "<think>" in text:  # thoughts that never end
-        return ""
+    text = normalize(without_thoughts(text))
     tagged = tagged_answer(text)
     if tagged is not None:
         is_sentence = re.search(r"(?i)\b(?:answer|is|are|equals?)\b", tagged)
         text = tagged if boxes(tagged) or is_sentence else f"\\boxed{{{tagged.strip('$')}}}"
     found = boxes(text)
-    if not found:
-        return normalize(text)
-    if not (found[-1][2] or "").strip():
+    if found and not (found[-1][2] or "").strip():
         return ""
-    parts, end = [], 0
-    for start, stop, content in found:
-        parts += [normalize(text[end:start]), f"\\boxed{{{normalize_content(content or '')}}}"]
-        end = stop
-    return "".join(parts) + normalize(text[end:])
+    return _normalize_boxes(text)
 
 
 def _solution(solution: str) -> str:
-    plain = _without_currency(solution)
-    if boxes(plain) or "$" in plain:
-        return normalize(plain)
-    return f"\\boxed{{{normalize_content(plain)}}}"
+    """Return `solution` in a box, unless it has boxes or dollars: math-verify reads LaTeX only inside of these."""
+    text = normalize(solution)
+    return _normalize_boxes(text if boxes(text) or "$" in text else f"\\boxed{{{text}}}")
 
 
-def _same_base(text: str, solution: str) -> bool:
-    """Say whether answer and solution are the same digits in the same base, as far as both name one."""
+def _normalize_boxes(text: str) -> str:
+    parts, end = [], 0
+    for start, stop, content in boxes(text):
+        parts += [without_chinese(text[end:start]), f"\\boxed{{{normalize_expression(content or '')}}}"]
+        end = stop
+    return "".join(parts) + without_chinese(text[end:])
+
+
+def _number_in_base(text: str) -> tuple[str, int] | None:
     found = boxes(text)
-    given = number_in_base(found[-1][2] or "" if found else text.rpartition(" ")[2].rstrip("."))
-    inside = boxes(solution)
-    wanted = number_in_base(inside[-1][2] or "" if inside else solution)
-    return given is None or wanted is None or given == wanted
+    return number_in_base(found[-1][2] or "" if found else text.rpartition(" ")[2].rstrip("."))
 
 
 def _compare_small_numbers() -> None:
@@ -131,8 +123,3 @@ def _mend_percentages() -> None:
 
     if not hasattr(PSParser.AtomContext, "FUNC_GAMMA"):
         PSParser.AtomContext.FUNC_GAMMA = lambda context: None
-
-
-def _without_currency(text: str) -> str:
-    r"""Remove `\$`, which delimits no LaTeX but is taken for a delimiter; `\\$` is a line break and a delimiter."""
-    return re.sub(r"(?<!\\)\\\$", "", text)
