@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mbridge_model import Parallel
+from mbridge_model import Freeze, Parallel
 from mbridge_train.engine.batch import Sample, aggregation_weights
 
 from testing.tiny_models import VOCAB_SIZE
@@ -66,6 +66,7 @@ def build(
     weights: bool = True,
     batching: dict[str, Any] | None = None,
     frozen: str | None = None,
+    freeze: Freeze | None = None,
     backend: Any = "auto",
 ) -> Any:
     """Return a new engine, independent of earlier ones; parameters with `frozen` in their name are not trained."""
@@ -99,9 +100,11 @@ def build(
         dtype=getattr(torch, dtype),
         seed=seed,
         weights=weights,
+        freeze=freeze,
     )
     for name, parameter in model[0].named_parameters():
-        parameter.requires_grad_(frozen is None or frozen not in name)
+        if frozen is not None and frozen in name:
+            parameter.requires_grad_(False)
     return Engine(
         model,
         handle,

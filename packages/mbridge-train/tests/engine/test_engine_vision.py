@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from mbridge_ckpt import reshard
-from mbridge_model import MropeSettings, Parallel, VisionInputs
+from mbridge_model import Freeze, MropeSettings, Parallel, VisionInputs
 from mbridge_train.engine.batch import Sample, aggregation_weights
 from mbridge_train.errors import TrainError
 
 from testing.gang import Gang
 from testing.tiny_models import make_vision_model
-from testing.training_runs import BETAS, OVERLAPPED, SHARDED, WEIGHT_DECAY, build, leave
+from testing.training_runs import BETAS, OVERLAPPED, PLAIN, SHARDED, WEIGHT_DECAY, build, digests, leave
 from testing.vision_forward import positions_of
 from testing.vision_samples import LAYOUTS, SECONDS_PER_GRID, make_sample, transformers_inputs
 
@@ -179,6 +179,45 @@ def test_training_goes_on_under_another_layout(gang2: Gang, models: Path, tmp_pa
             assert weights.keys() == loaded.keys()
             assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
             assert [loss for loss, _ in ours] == pytest.approx([loss for loss, _ in record], abs=1e-5)
+
+
+def stop_and_resume(directory: Path, output: Path, optimizer: dict[str, Any], dtype: str, freeze: Freeze) -> Any:
+    """Return losses, digests of all state, and whether this stage trains anything: straight through, and resumed."""
+    from mbridge_train.checkpoint.load import load_checkpoint
+    from mbridge_train.checkpoint.placement import parameter_names
+    from mbridge_train.checkpoint.save import save_checkpoint
+
+    try:
+        straight = build(directory, Parallel(pipeline=2), optimizer, dtype=dtype, freeze=freeze)
+        train(straight, directory, 0, 1)
+        path = save_checkpoint(straight, output, step=1, loop_state={}, export_hf=False)
+        expected = train(straight, directory, 1, 2), digests(straight), bool(parameter_names(straight))
+        resumed = build(directory, Parallel(pipeline=2), optimizer, dtype=dtype, freeze=freeze, seed=99)
+        load_checkpoint(resumed, path)
+        return expected, (train(resumed, directory, 1, 2), digests(resumed), bool(parameter_names(resumed)))
+    finally:
+        leave()
+
+
+LANGUAGE, VISION = Freeze(language_model=True), Freeze(vision_model=True, vision_projection=True)
+FROZEN_STAGES = [
+    ("sharded", SHARDED, "float32", LANGUAGE),
+    ("overlapped", OVERLAPPED, "float32", LANGUAGE),
+    ("unsharded", PLAIN, "float32", LANGUAGE),
+    ("sharded bf16", SHARDED, "bfloat16", LANGUAGE),
+    ("unsharded bf16", PLAIN, "bfloat16", LANGUAGE),
+    ("unsharded fp16", PLAIN | {"initial_loss_scale": 2.0**10}, "float16", LANGUAGE),
+    ("tower sharded", SHARDED, "float32", VISION),
+]
+
+
+@pytest.mark.parametrize("case", FROZEN_STAGES, ids=lambda case: case[0])
+def test_a_frozen_stage_is_saved_and_resumed(gang2: Gang, models: Path, tmp_path: Path, case: Any) -> None:
+    """With a frozen language model, nothing is trained on the second stage, which holds only its layers."""
+    _, optimizer, dtype, freeze = case
+    results = gang2.run(stop_and_resume, models / "qwen3_vl", tmp_path, optimizer, dtype, freeze)
+    assert [expected for expected, _ in results] == [resumed for _, resumed in results]
+    assert [trains for (_, _, trains), _ in results] == [True, not freeze.language_model]
 
 
 def overlapped(directory: Path, optimizer: dict[str, Any], layouts: tuple[str, ...]) -> Any:
