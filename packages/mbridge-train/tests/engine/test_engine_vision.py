@@ -220,6 +220,23 @@ def test_a_frozen_stage_is_saved_and_resumed(gang2: Gang, models: Path, tmp_path
     assert [trains for (_, _, trains), _ in results] == [True, not freeze.language_model]
 
 
+def build_all_frozen(directory: Path, optimizer: dict[str, Any]) -> str:
+    freeze = Freeze(language_model=True, vision_model=True, vision_projection=True)
+    try:
+        with pytest.raises(TrainError) as error:
+            build(directory, Parallel(pipeline=2), optimizer, freeze=freeze)
+        return str(error.value)
+    finally:
+        leave()
+
+
+@pytest.mark.parametrize("optimizer", [SHARDED, PLAIN])
+def test_a_model_without_trained_parameters_is_refused(gang2: Gang, models: Path, optimizer: dict[str, Any]) -> None:
+    """Megatron-Core makes an optimizer that is a stub, without groups or state that could be saved."""
+    messages = gang2.run(build_all_frozen, models / "qwen3_vl", optimizer)
+    assert all(message.startswith("every parameter of the model is frozen") for message in messages)
+
+
 def overlapped(directory: Path, optimizer: dict[str, Any], layouts: tuple[str, ...]) -> Any:
     """One sample a micro-batch, so that one rank sees images while the other reads text, or nothing."""
     try:

@@ -119,6 +119,9 @@ class Optimizer:
     Args:
         model: chunks from `wrap_data_parallel`.
         settings: as given to `wrap_data_parallel`.
+
+    Raises:
+        TrainError: every parameter of the model is frozen.
     """
 
     def __init__(self, model: list[DistributedDataParallel], settings: OptimizerSettings) -> None:
@@ -149,20 +152,27 @@ class Optimizer:
             ),
             model,
         )
+        if not self.parts:
+            raise TrainError(
+                "every parameter of the model is frozen, so nothing is trained: train a part of it, or build the "
+                "engine without an optimizer"
+            )
         # Megatron-Core calls it between the reduction of the gradients and the update.
         self.megatron.get_grad_norm = partial(_finite_norm, self.megatron.get_grad_norm)
 
     @property
     def parts(self) -> list[Any]:
-        """The optimizers of the chain that Megatron-Core always returns; usually one."""
-        return list(getattr(self.megatron, "chained_optimizers", [self.megatron]))
+        """The optimizers of the chain that Megatron-Core always returns; usually one.
+
+        Optimizers for which no rank has a parameter are left out: they are stubs without state.
+        """
+        chained = getattr(self.megatron, "chained_optimizers", [self.megatron])
+        return [part for part in chained if part.optimizer is not None]
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that the update changes: fp32 master weights, or the weights themselves, and moments."""
         found: list[Tensor] = []
         for part in self.parts:
-            if part.optimizer is None:  # no parameter of this rank is trained
-                continue
             found += [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
             found += [value for state in part.optimizer.state.values() for value in state.values()]
         return [value for value in found if isinstance(value, Tensor)]
