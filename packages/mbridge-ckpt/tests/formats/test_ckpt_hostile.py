@@ -18,7 +18,7 @@ import torch
 from mbridge_ckpt import CorruptCheckpointError, UnsafeCheckpointError, load_torch
 from mbridge_ckpt.formats.safetensors import read_safetensors_header
 from mbridge_ckpt.formats.tensors import TensorRecord
-from mbridge_ckpt.formats.torch_inspect import inspect_torch_file
+from mbridge_ckpt.formats.torch_reader import inspect_torch_file
 
 Expected = tuple[type[Exception], str]
 MARK = "hostile_mark"  # a file that code in a pickle would make
@@ -151,24 +151,24 @@ def memo_index_without_measure(path: Path) -> Expected:
 def key_of_tuples_nested_without_end(path: Path) -> Expected:
     # Hashing such a key ends the process with a segmentation fault, from some hundred thousand on.
     archive(path, b"\x80\x02})" + b"\x85" * 30_000 + b"K\x01s.")
-    return UnsafeCheckpointError, "nests tuples without measure"
+    return UnsafeCheckpointError, "nests tuples without bound"
 
 
 def key_of_tuples_nested_by_the_memo(path: Path) -> Expected:
     # The same of tuples with marks, each put into the memo, dropped and fetched again.
     level = b"(" + b"h\x00" + b"tq\x000"
     archive(path, b"\x80\x02})q\x000" + level * 30_000 + b"h\x00K\x01s.")
-    return UnsafeCheckpointError, "nests tuples without measure"
+    return UnsafeCheckpointError, "nests tuples without bound"
 
 
 def tuples_nested_with_marks(path: Path) -> Expected:
     archive(path, b"\x80\x02" + b"(" * 500_000 + b"t" * 500_000 + b".")
-    return UnsafeCheckpointError, "nests tuples without measure"
+    return UnsafeCheckpointError, "nests tuples without bound"
 
 
 def key_of_sizes_nested_without_end(path: Path) -> Expected:
     archive(path, b"\x80\x02}ctorch\nSize\nq\x00)" + b"\x85" * 2 + b"RK\x01s.")
-    return CorruptCheckpointError, "torch.Size of what are no numbers"
+    return CorruptCheckpointError, "torch.Size of something other than integers"
 
 
 def lists_nested_without_end(path: Path) -> Expected:

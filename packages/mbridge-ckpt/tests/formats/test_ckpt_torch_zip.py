@@ -11,8 +11,7 @@ from mbridge_ckpt.errors import CheckpointError
 from mbridge_ckpt.files.hashing import HashingFile, hash_file
 from mbridge_ckpt.formats.tensors import DTYPE_BYTES
 from mbridge_ckpt.formats.torch_files import load_torch, write_torch_file
-from mbridge_ckpt.formats.torch_inspect import inspect_torch_file
-from mbridge_ckpt.formats.torch_reader import TorchFileReader
+from mbridge_ckpt.formats.torch_reader import TorchFileReader, inspect_torch_file
 from mbridge_ckpt.formats.torch_zip import LazyTensor
 
 CONTAINERS = {

@@ -198,7 +198,7 @@ def test_a_recipe_that_does_not_fit_writes_nothing(tmp_path: Path) -> None:
             export_hf(checkpoint, tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
-    fails("x is made of lm_head, which the checkpoint has not", parameter="lm_head")
+    fails("x is made of lm_head, which the checkpoint lacks", parameter="lm_head")
     fused = PREFIX + "self_attention.linear_qkv.weight"
     fails(
         "linear_qkv.weight has 30 rows; 8 heads in 2 groups of head_dim 3 have 36",
@@ -209,7 +209,7 @@ def test_a_recipe_that_does_not_fit_writes_nothing(tmp_path: Path) -> None:
         head_dim=3,
     )
     fails("has 10 rows, the recipe takes 11", parameter="decoder.final_layernorm.weight", rows=11)
-    fails("21 rows, which is no gate and up", parameter="embedding.word_embeddings.weight", part="up")
+    fails("21 rows, no gate and up projection", parameter="embedding.word_embeddings.weight", part="up")
 
 
 @pytest.mark.parametrize(

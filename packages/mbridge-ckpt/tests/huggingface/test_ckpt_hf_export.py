@@ -196,7 +196,10 @@ def test_a_file_that_nobody_announced_is_part_of_the_checkpoint(tmp_path):
         save.write_json("a.json", 1)
         path = save.commit()
     assert [record.path for record in open_checkpoint(path).manifest.files] == ["a.json", "actor/hf_model/model.bin"]
-    assert verify(path).notes == () and prune(tmp_path, Retention(last=1)).with_action("keep") == [path]
+    assert verify(path).notes == ()
+    assert [(verdict.path, verdict.action) for verdict in prune(tmp_path, Retention(last=1)).verdicts] == [
+        (path, "keep")
+    ]
 
 
 @pytest.mark.parametrize(

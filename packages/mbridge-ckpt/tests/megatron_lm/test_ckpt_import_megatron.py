@@ -238,7 +238,7 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], Any], type[CheckpointError],
     "shape": (lambda v: v["model"].update({FC1: torch.ones(3, 3)}), LayoutError, f"mp_rank_01.*: {FC1} is "),
     "missing": (lambda v: v["model"].pop(FC1), LayoutError, f"{FC1} is None"),
     "legacy": (lambda v: v["model"].update(language_model={}), LayoutError, "only models of Megatron-Core"),
-    "list": (lambda v: v.update(model=[]), CorruptCheckpointError, "'model' is not there"),
+    "list": (lambda v: v.update(model=[]), CorruptCheckpointError, "'model' is missing"),
     "code": (lambda v: v.update(rng_state=Calls()), UnsafeCheckpointError, "its pickle calls posix.mkdir"),
 }
 

@@ -1,4 +1,4 @@
-"""Write and read files and get their checksum (XXH3, 128 bits), with the bytes touched once."""
+"""Write and read files and compute their checksum (XXH3, 128 bits) in the same pass."""
 
 import ctypes
 import io
@@ -8,9 +8,9 @@ from pathlib import Path
 
 import xxhash
 
-READ_BLOCK = 8 << 20  # of a file that is only copied
-BLOCK = 1 << 20  # small enough that what was read is still in the processor's cache when it is hashed
-WRITE_BLOCK = 4 << 20  # hashed and then written while it is still in the processor's cache
+READ_BLOCK = 8 << 20  # for files that are only copied
+BLOCK = 1 << 20  # small enough to be still in the processor's cache when it is hashed
+WRITE_BLOCK = 4 << 20  # likewise, between hashing and writing
 LARGEST_GAP = 4096
 HUGE_PAGES_FROM = 4 << 20
 
@@ -28,9 +28,9 @@ def hash_file(path: Path) -> tuple[int, str]:
 
 
 class HashingFile:
-    """A new file that is hashed while it is written, so that the checksum is of the bytes that were meant.
+    """A new file that is hashed while it is written.
 
-    A checksum taken by reading the file back would bless whatever the disk made of it.
+    A checksum of the bytes read back would not notice if the disk had changed them.
     """
 
     def __init__(self, path: Path) -> None:
@@ -78,8 +78,8 @@ class HashingFile:
 class HashingReader(io.RawIOBase):
     """A file that is hashed while it is read.
 
-    The reader may seek: bytes count when they continue what was hashed, short gaps (headers, padding) are filled, and
-    `digest` reads what is missing. A file that is read in order is therefore read once.
+    The reader may seek: bytes are hashed if they continue the hashed part, short gaps (headers, padding) are filled,
+    and `digest` reads the rest. A file that is read in order is therefore read once.
     """
 
     def __init__(self, path: Path) -> None:
@@ -143,10 +143,7 @@ class HashingReader(io.RawIOBase):
 
 
 def _use_huge_pages(view: memoryview) -> None:
-    """Ask for huge pages under fresh memory that is about to be filled: its faults cost more than reading and hashing.
-
-    Only a hint; a kernel that ignores it loses nothing.
-    """
+    """Ask for huge pages for fresh memory, whose page faults cost more than reading and hashing. Only a hint."""
     address = ctypes.addressof(ctypes.c_char.from_buffer(view))
     begin = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
     length = (address + len(view)) // mmap.PAGESIZE * mmap.PAGESIZE - begin

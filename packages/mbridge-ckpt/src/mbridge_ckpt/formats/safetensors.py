@@ -3,15 +3,16 @@
 The format (huggingface/safetensors): 8 bytes little-endian header length, that many bytes of JSON, then the data.
 """
 
-import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
+from mbridge_ckpt.files.json_text import parse_json
 from mbridge_ckpt.files.paths import relative_path
-from mbridge_ckpt.formats.tensors import DTYPE_BYTES, SAFETENSORS_CODES, TensorRecord
+from mbridge_ckpt.formats.tensors import DTYPE_BYTES, SAFETENSORS_CODES, TensorRecord, read_into
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,31 +24,24 @@ _DTYPES = {code: dtype for dtype, code in SAFETENSORS_CODES.items()}
 def read_safetensors_header(path: Path) -> tuple[TensorRecord, ...]:
     """Return the tensors of a safetensors file, in the order of their data.
 
-    Raises CorruptCheckpointError, or UnsafeCheckpointError for ranges that overlap, reach beyond the file or a header
-    longer than the file; the message names `path` and the tensor.
+    Raises CorruptCheckpointError, or UnsafeCheckpointError for ranges that overlap or reach beyond the file and for a
+    header longer than the file; the message names `path` and the tensor.
     """
-    try:
-        with path.open("rb") as stream:
-            size = stream.seek(0, 2)
-            stream.seek(0)
-            length = int.from_bytes(stream.read(8), "little")
-            if size < 8:
-                raise CorruptCheckpointError(f"{size} bytes, too short for a safetensors file")
-            if length > min(size - 8, MAXIMUM_HEADER_BYTES):
-                raise UnsafeCheckpointError(f"its header claims {length} bytes in a file of {size}")
-            return _tensors(_object(stream.read(length)), size - 8 - length)
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise CorruptCheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except CheckpointError as error:
-        raise type(error)(f"{path}: {error}") from None
+    with _named_errors(path), path.open("rb") as stream:
+        size = stream.seek(0, 2)
+        stream.seek(0)
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8:
+            raise CorruptCheckpointError(f"{size} bytes, too short for a safetensors file")
+        if length > min(size - 8, MAXIMUM_HEADER_BYTES):
+            raise UnsafeCheckpointError(f"its header claims {length} bytes in a file of {size}")
+        return _tensors(_object(stream.read(length)), size - 8 - length)
 
 
 def read_safetensors(path: Path) -> "Iterator[tuple[str, Tensor]]":
     """Yield (name, CPU tensor) in the order of the data, with the memory of one; raises as `read_safetensors_header`.
 
-    The safetensors library maps the file, so that all that was read of it counts as memory of the process.
+    The safetensors library maps the file, so that everything read from it counts as memory of the process.
     """
     import torch
 
@@ -56,13 +50,7 @@ def read_safetensors(path: Path) -> "Iterator[tuple[str, Tensor]]":
         stream.seek(8 + int.from_bytes(stream.read(8), "little"))
         for record in records:
             tensor = torch.empty(record.shape, dtype=getattr(torch, record.dtype))
-            if tensor.numel():
-                rest = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-                while len(rest):
-                    count = stream.readinto(rest)
-                    if not count:
-                        raise CorruptCheckpointError(f"{path}: ends within {record.name}")
-                    rest = rest[count:]
+            read_into(tensor, stream, path)
             yield record.name, tensor
             del tensor  # before the next one is made
 
@@ -72,7 +60,7 @@ def read_safetensors_index(path: Path) -> dict[str, str]:
 
     Raises CorruptCheckpointError, or UnsafeCheckpointError for a shard that is absolute or outside the directory.
     """
-    try:
+    with _named_errors(path):
         weight_map = _object(path.read_bytes()).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise CorruptCheckpointError("no weight_map of names to file names")
@@ -82,6 +70,12 @@ def read_safetensors_index(path: Path) -> dict[str, str]:
             except ValueError as error:
                 raise UnsafeCheckpointError(f"weight_map of {name!r}: {error}; shards lie beside the index") from None
         return weight_map
+
+
+@contextmanager
+def _named_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
     except FileNotFoundError:
         raise
     except OSError as error:
@@ -91,19 +85,9 @@ def read_safetensors_index(path: Path) -> dict[str, str]:
 
 
 def _object(data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CorruptCheckpointError(f"its header is not JSON: {error}") from None
+    value = parse_json(data)
     if not isinstance(value, dict):
         raise CorruptCheckpointError(f"its header is a JSON {type(value).__name__}, not an object")
-    return value
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("a name occurs twice")
     return value
 
 

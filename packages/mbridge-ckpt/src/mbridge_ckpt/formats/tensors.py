@@ -1,6 +1,14 @@
-"""What the formats say of a tensor: its name, shape and dtype."""
+"""A tensor in a file: its name, shape and dtype, and how its bytes become a tensor in memory."""
 
 from dataclasses import dataclass
+from io import RawIOBase
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mbridge_ckpt.errors import CorruptCheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +40,20 @@ TORCH_STORAGES = {
     "uint8": "ByteStorage", "bool": "BoolStorage",
 }  # fmt: skip
 """torch's storage classes of the dtypes that have one; the others are stored untyped beside their dtype."""
+
+
+def tensor_bytes(tensor: "Tensor") -> memoryview:
+    """Return the bytes of a contiguous CPU tensor, in its own memory."""
+    import torch
+
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
+
+
+def read_into(tensor: "Tensor", stream: RawIOBase, path: Path) -> None:
+    """Fill a contiguous CPU tensor from an open file; raise CorruptCheckpointError naming `path` if that ends early."""
+    rest = tensor_bytes(tensor)
+    while len(rest):
+        count = stream.readinto(rest)
+        if not count:
+            raise CorruptCheckpointError(f"{path}: ends within a tensor")
+        rest = rest[count:]

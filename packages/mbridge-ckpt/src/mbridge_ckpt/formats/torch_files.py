@@ -8,7 +8,7 @@ from typing import IO, TYPE_CHECKING, Any
 from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
 from mbridge_ckpt.files.hashing import HashingReader
 from mbridge_ckpt.formats.tensors import DTYPE_BYTES, TensorRecord
-from mbridge_ckpt.formats.torch_inspect import MAXIMUM_DEPTH, read_structure
+from mbridge_ckpt.formats.torch_reader import MAXIMUM_DEPTH, read_structure
 from mbridge_ckpt.formats.torch_zip import LazyTensor, Writer, host_tensor, write_torch_zip
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ def write_torch_file(
     """Write `value` in torch.save's format; returns the tensors in it.
 
     `value` is made of dict, OrderedDict, list, tuple, str, int, float, bool, None, torch.Size, torch.dtype, tensors and
-    LazyTensors. Tensors are stored detached, on the CPU and without the rest of a storage they are a view of; one at a
-    time is copied to the host if it is elsewhere, by `to_host`. Two tensors that share memory are stored twice.
+    LazyTensors. Tensors are stored detached, on the CPU and without the rest of the storage that they are a view of;
+    `to_host` copies them to the host one at a time. Two tensors that share memory are stored twice.
 
     Raises CheckpointError naming the key for any other type: it could be written but not read back safely.
     """
@@ -32,7 +32,7 @@ def write_torch_file(
 
 
 def load_torch(path: str | Path, *, map_location: Any = "cpu", mmap: bool = False) -> Any:
-    """Read a torch.save file that holds only what `write_torch_file` writes.
+    """Read a torch.save file that holds only the types that `write_torch_file` takes.
 
     The file is inspected before torch opens it, and then opened with `weights_only=True`. `mmap=True` maps tensors
     from the file instead of reading them (memory is paged in as it is touched).
@@ -46,7 +46,7 @@ def load_torch(path: str | Path, *, map_location: Any = "cpu", mmap: bool = Fals
 
 
 def load_torch_hashed(path: Path, map_location: Any = "cpu") -> tuple[Any, str]:
-    """As `load_torch`, and the XXH3-128 of the file, which is read once for both."""
+    """Read as `load_torch`, and return the XXH3-128 of the file, too, which is read once for both."""
     with HashingReader(path) as stream:
         read_structure(stream, path)
         value = _load(path, stream, map_location, False)
@@ -70,7 +70,7 @@ def _load(path: Path, source: Path | IO[bytes] | HashingReader, map_location: An
 
 
 def _plain(value: Any, name: str, depth: int, records: list[TensorRecord]) -> Any:
-    """`value` with its containers copied and its tensors recorded; raises for what cannot be stored."""
+    """Copy the containers of `value` and record its tensors; raises CheckpointError if it cannot be stored."""
     import torch
 
     if depth > MAXIMUM_DEPTH:

@@ -1,21 +1,51 @@
-"""Read single tensors, or rows of them, out of a torch.save file, with no more memory than what is asked for."""
+"""Read torch.save files that are not trusted: their structure, and single tensors or rows of them.
 
+A `.pt` file is a zip of stored (not compressed) entries: one pickle, and the raw bytes of each storage. Reading a
+tensor needs no more memory than the tensor.
+"""
+
+import io
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import IO, TYPE_CHECKING, Any, Self
 
-from mbridge_ckpt.errors import CorruptCheckpointError
-from mbridge_ckpt.formats.tensors import DTYPE_BYTES
-from mbridge_ckpt.formats.torch_inspect import StandIns, StoredTensor, read_structure
+from mbridge_ckpt.errors import CorruptCheckpointError, UnsafeCheckpointError
+from mbridge_ckpt.formats.tensors import DTYPE_BYTES, TensorRecord, read_into
+from mbridge_ckpt.formats.torch_pickle import StandIns, StoredTensor, unpickle
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+MAXIMUM_PICKLE_BYTES = 256 << 20
+MAXIMUM_DEPTH = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Structure:
+    """The content of a torch.save file: the value with a StoredTensor in place of each tensor, the tensors in their
+    order, and the position in the file of each storage's bytes.
+    """
+
+    value: Any
+    tensors: tuple[TensorRecord, ...]
+    positions: dict[str, int]
+
+
+def inspect_torch_file(path: Path) -> tuple[TensorRecord, ...]:
+    """List the tensors in a torch.save file in the order of the file, without reading their bytes.
+
+    Raises CorruptCheckpointError (not such a file, or damaged) or UnsafeCheckpointError (would run code, has compressed
+    entries that may expand without bound, or entries outside the archive); the message names `path`.
+    """
+    with path.open("rb") as stream:
+        return read_structure(stream, path).tensors
 
 
 class TorchFileReader:
     """An open torch.save file. `value` is what was saved, with a StoredTensor in place of each tensor.
 
-    Runs nothing in the file; raises as `inspect_torch_file` does. `stand_ins` are further names its pickle may use.
+    Nothing in the file is run; raises as `inspect_torch_file`. `stand_ins` are further names that its pickle may use.
     """
 
     def __init__(self, path: Path, stand_ins: StandIns | None = None) -> None:
@@ -29,7 +59,7 @@ class TorchFileReader:
         self.value, self._positions = structure.value, structure.positions
 
     def read(self, tensor: StoredTensor, rows: tuple[int, int] | None = None) -> "Tensor":
-        """A fresh CPU tensor; `rows` are begin and end along dimension 0, all by default."""
+        """Read a tensor into fresh CPU memory; `rows` are begin and end along dimension 0, by default all."""
         import torch
 
         dtype = getattr(torch, tensor.dtype)
@@ -49,22 +79,92 @@ class TorchFileReader:
         return result
 
     def _fill(self, tensor: "Tensor", entry: str, offset: int) -> None:
-        import torch
-
-        if not tensor.numel():
-            return
         self._stream.seek(self._positions[entry] + offset)
-        rest = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-        while len(rest):
-            count = self._stream.readinto(rest)
-            if not count:
-                raise CorruptCheckpointError(f"{self.path}: ends within a tensor")
-            rest = rest[count:]
+        read_into(tensor, self._stream, self.path)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stream.close()
+
+
+def read_structure(stream: IO[bytes] | io.RawIOBase, path: Path, stand_ins: StandIns | None = None) -> Structure:
+    """Read the structure of an open torch.save file; raises as `inspect_torch_file`."""
+    try:
+        return _read(stream, stand_ins or {})
+    except (CorruptCheckpointError, UnsafeCheckpointError) as error:
+        raise type(error)(f"{path}: {error}") from None
+    except OSError as error:
+        raise CorruptCheckpointError(f"{path}: cannot be read: {error}") from None
+    except Exception as error:  # noqa: BLE001 - a malformed pickle can make the unpickler raise nearly anything
+        raise CorruptCheckpointError(f"{path}: damaged pickle: {type(error).__name__}: {error}") from None
+
+
+def _read(stream: Any, stand_ins: StandIns) -> Structure:
+    try:
+        entries = zipfile.ZipFile(stream).infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeDecodeError) as error:
+        raise CorruptCheckpointError(f"not a torch.save file, or cut short: {error}") from None
+    file_bytes = stream.seek(0, io.SEEK_END)
+    names = [entry.filename for entry in entries]
+    if len(set(names)) != len(names):
+        raise UnsafeCheckpointError("two entries of the archive have the same name")
+    for entry in entries:
+        if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+            raise UnsafeCheckpointError(
+                f"entry {entry.filename} is compressed ({entry.compress_size} to {entry.file_size} bytes), which"
+                " torch.save never does; it may expand to fill the memory"
+            )
+        if entry.filename.startswith("/") or ".." in entry.filename.split("/"):
+            raise UnsafeCheckpointError(f"entry {entry.filename!r} lies outside the archive")
+    if sum(entry.file_size for entry in entries) > file_bytes:
+        raise UnsafeCheckpointError("its entries overlap: together they are larger than the file")
+    pickles = [entry for entry in entries if entry.filename.count("/") == 1 and entry.filename.endswith("/data.pkl")]
+    if len(pickles) != 1:
+        raise CorruptCheckpointError(f"not a torch.save file: {len(pickles)} entries named data.pkl, expected 1")
+    if pickles[0].file_size > MAXIMUM_PICKLE_BYTES:
+        raise UnsafeCheckpointError(
+            f"its pickle is {pickles[0].file_size} bytes; at most {MAXIMUM_PICKLE_BYTES} are read"
+        )
+    prefix = pickles[0].filename.removesuffix("data.pkl") + "data/"
+    storages = {e.filename.removeprefix(prefix): e for e in entries if e.filename.startswith(prefix)}
+    data = _stored_bytes(stream, pickles[0])
+    value = unpickle(data, {key: entry.file_size for key, entry in storages.items()}, stand_ins)
+    positions = {key: _data_offset(stream, entry) for key, entry in storages.items()}
+    records: list[TensorRecord] = []
+    # Each container costs a byte of pickle or more, unless it is the same one again: lists that hold one another twice
+    # are short to write and endless to walk through.
+    _flatten(value, "", 0, records, [1000 + len(data)])
+    return Structure(value, tuple(records), positions)
+
+
+def _data_offset(stream: Any, entry: zipfile.ZipInfo) -> int:
+    stream.seek(entry.header_offset)
+    header = stream.read(30)
+    if len(header) < 30 or header[:4] != b"PK\x03\x04":
+        raise CorruptCheckpointError(f"entry {entry.filename} has no local header")
+    names = int.from_bytes(header[26:28], "little") + int.from_bytes(header[28:30], "little")
+    return entry.header_offset + 30 + names
+
+
+def _stored_bytes(stream: Any, entry: zipfile.ZipInfo) -> bytes:
+    # Not ZipFile.read: it insists on the zip's own CRC-32, which torch can be told to leave out.
+    stream.seek(_data_offset(stream, entry))
+    data = stream.read(entry.file_size)
+    if len(data) < entry.file_size:
+        raise CorruptCheckpointError(f"entry {entry.filename} is cut short")
+    return data
+
+
+def _flatten(value: Any, name: str, depth: int, records: list[TensorRecord], budget: list[int]) -> None:
+    budget[0] -= 1
+    if depth > MAXIMUM_DEPTH or budget[0] < 0:
+        raise UnsafeCheckpointError(f"containers nested deeper than {MAXIMUM_DEPTH} or without end, at {name[:80]}")
+    prefix = f"{name}/" if name else ""
+    if isinstance(value, StoredTensor):
+        records.append(TensorRecord(name, value.shape, value.dtype))
+    elif isinstance(value, (dict, list, tuple)):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            if isinstance(item, (StoredTensor, dict, list, tuple)):
+                _flatten(item, f"{prefix}{key}", depth + 1, records, budget)

@@ -1,8 +1,8 @@
 """Write a torch.save file tensor by tensor, in one pass, with no more memory than one tensor.
 
-torch.save wants every tensor in memory, and a GPU's on the host with its whole storage. This writes the same format
-(a zip of stored entries: data.pkl, then the bytes of each storage, 64-byte aligned so that they can be mapped) but asks
-for each tensor only when its turn has come. torch.load reads it with `weights_only=True`.
+torch.save needs all tensors in memory, and those of a GPU on the host with their whole storages. This module writes the
+same format (a zip of stored entries: data.pkl, then the bytes of each storage, 64-byte aligned so that they can be
+mapped) but reads each tensor only when it is written. torch.load reads the file with `weights_only=True`.
 """
 
 import io
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mbridge_ckpt.formats.tensors import DTYPE_BYTES, TORCH_STORAGES
+from mbridge_ckpt.formats.tensors import DTYPE_BYTES, TORCH_STORAGES, tensor_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,18 +28,30 @@ _FULL_16 = 0xFFFF
 
 
 class Writer(Protocol):
-    """Where the bytes go; written strictly forward."""
+    """A destination of bytes that is only appended to."""
 
     def write(self, data: bytes | memoryview, /) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LazyTensor:
-    """A tensor to be made when it is written: `read()` must give this shape and dtype ("float32"), on any device."""
+    """A tensor made only when it is written: `read()` must return this shape and dtype ("float32"), on any device."""
 
     shape: tuple[int, ...]
     dtype: str
     read: "Callable[[], Tensor]"
+
+    def counted(self, progress: Callable[[int], None] | None) -> "LazyTensor":
+        """Return the same tensor, whose bytes are reported to `progress` when it has been read."""
+        if progress is None:
+            return self
+
+        def read() -> "Tensor":
+            value = self.read()
+            progress(value.nbytes)
+            return value
+
+        return LazyTensor(self.shape, self.dtype, read)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,21 +62,14 @@ class _Storage:
 
 
 def host_tensor(tensor: "Tensor") -> "Tensor":
-    """`tensor` detached, contiguous and on the CPU; not a copy if it is all that already."""
+    """Return `tensor` detached, contiguous and on the CPU; not a copy if it is all that already."""
     return tensor.detach().cpu().contiguous()
-
-
-def tensor_bytes(tensor: "Tensor") -> memoryview:
-    """The bytes of a contiguous CPU tensor, in its own memory."""
-    import torch
-
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else memoryview(b"")
 
 
 def write_torch_zip(out: Writer, value: Any, to_host: "Callable[[Tensor], Tensor]" = host_tensor) -> None:
     """Write `value`: plain containers with torch tensors and LazyTensors as leaves (checked by the caller).
 
-    `to_host` gives the contiguous CPU tensor whose bytes are then handed to `out`.
+    `to_host` returns the contiguous CPU tensor whose bytes are then written to `out`.
     """
     pickled = io.BytesIO()
     pickler = _Pickler(pickled)
@@ -95,7 +100,7 @@ def _real(tensor: "Tensor | LazyTensor") -> "Tensor":
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles each tensor as torch does: a call that rebuilds it from a storage kept outside of the pickle."""
+    """Pickles each tensor as torch does: as a call that rebuilds it from a storage outside of the pickle."""
 
     def __init__(self, stream: io.BytesIO) -> None:
         super().__init__(stream, protocol=2)  # the one that weights_only reads
@@ -135,12 +140,12 @@ class _Archive:
         self._directory: list[bytes] = []
 
     def add(self, name: str, data: bytes) -> None:
-        """A small entry, with its CRC-32 so that tools which scan pickles in zips accept it."""
+        """Add a small entry, with its CRC-32 so that tools that scan pickles in zips accept it."""
         self._begin(name, len(data), zlib.crc32(data))
         self._write(data)
 
     def add_storage(self, name: str, size: int, data: memoryview) -> None:
-        """Bytes of a storage. No CRC-32: it would cost more than the writing, and the manifest has a checksum."""
+        """Add a storage without CRC-32, which would cost more than writing it; the manifest has a checksum."""
         self._begin(name, size, 0)
         if data.nbytes != size:
             raise ValueError(f"{name}: announced {size} bytes, got {data.nbytes}")
@@ -162,7 +167,7 @@ class _Archive:
         self._directory.append(struct.pack("<4s6H3I5H2I", b"PK\1\2", *fields) + encoded + extra)
 
     def finish(self) -> None:
-        """The central directory, which readers start from."""
+        """Write the central directory, which readers start from."""
         begin, count = self._position, len(self._directory)
         self._write(b"".join(self._directory))
         size = self._position - begin

@@ -1,28 +1,23 @@
 """A directory that appears whole under its name or not at all, for content that is not a checkpoint."""
 
-import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import Self
 
 from mbridge_ckpt.errors import CheckpointError
 from mbridge_ckpt.files.durable import fsync_path, fsync_tree_directories
 from mbridge_ckpt.files.hashing import HashingFile
 from mbridge_ckpt.files.paths import inside
 from mbridge_ckpt.manifest.layout import refuse_inside_checkpoint
-from mbridge_ckpt.store.checkpoint_writer import SaveStream
+from mbridge_ckpt.store.checkpoint_writer import FileSink, SaveStream
 from mbridge_ckpt.store.transaction import FileStream
 
-if TYPE_CHECKING:
-    from torch import Tensor
 
-
-class NewDirectory:
+class NewDirectory(FileSink):
     """Files go into a hidden directory beside `final`, which `commit` renames; without it the block's end removes it.
 
     Raises CheckpointError if `final` exists, since nothing is overwritten, or lies in a checkpoint.
@@ -51,15 +46,6 @@ class NewDirectory:
         """Rename a file."""
         os.rename(inside(self.path, old), inside(self.path, new))
 
-    def host_copy(self, tensor: "Tensor") -> "Tensor":
-        """Copy `tensor` to ordinary memory."""
-        return tensor.detach().to("cpu", copy=True).contiguous()
-
-    def write_json(self, path: str, value: Any) -> None:
-        """Write a new file of JSON text."""
-        with self.stream(path) as stream:
-            stream.write(json.dumps(value, indent=2, allow_nan=False).encode() + b"\n")
-
     def commit(self) -> Path:
         """Give the directory its final name and return it."""
         fsync_tree_directories(self.path)
@@ -75,7 +61,5 @@ class NewDirectory:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         shutil.rmtree(self.path, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Make a HuggingFace directory from a checkpoint, without Megatron and without transformers.
 
-A checkpoint that was saved with its export has the files; they are compared with their checksums and copied, or cut
-into shards of another size. From one that was saved without, the weights are built by its recipe (see `recipe`).
+If the checkpoint was saved with its export, the files are compared with their checksums and copied, or split into
+shards of another size. If it was saved without, the weights are built by its recipe (see `recipe`).
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +27,7 @@ Progress = Callable[[int], None] | None
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ExportReport:
-    """What `export_hf` made: the directory, its bytes in all, the number of tensors, and where these came from."""
+    """The result of `export_hf`: the directory, its total size, the number of tensors, and where they came from."""
 
     path: Path
     bytes: int
@@ -78,7 +78,10 @@ def export_hf(
     with NewDirectory(Path(destination)) as sink:
         if recipe is not None:
             files = _files_for(opened, paths, hf_files, recipe)
-            with _weights_verified(opened) as whole:
+            for record in opened.manifest.files:
+                if record.placements:
+                    opened.verified(record.path)
+            with WholeModel(opened) as whole:
                 _check(recipe, whole)
                 records = write_weights(sink, _counted(_build(recipe, whole), progress), limit)
                 count = len(records)
@@ -116,19 +119,12 @@ def _files_for(
     return files
 
 
-def _weights_verified(checkpoint: Checkpoint) -> WholeModel:
-    for record in checkpoint.manifest.files:
-        if record.placements:
-            checkpoint.verified(record.path)
-    return WholeModel(checkpoint)
-
-
 def _check(recipe: HfRecipe, whole: WholeModel) -> None:
-    """Check that each tensor can be made, before the first is."""
+    """Check that every tensor can be made before the first one is."""
     for tensor in recipe.tensors:
         if tensor.parameter not in whole.parameters:
             raise LayoutError(
-                f"{whole.checkpoint.path}: {tensor.name} is made of {tensor.parameter}, which the checkpoint has not;"
+                f"{whole.checkpoint.path}: {tensor.name} is made of {tensor.parameter}, which the checkpoint lacks;"
                 f" its {RECIPE_FILE} is of another model"
             )
         rows = whole.parameters[tensor.parameter].placement.vocabulary_rows
@@ -136,7 +132,7 @@ def _check(recipe: HfRecipe, whole: WholeModel) -> None:
 
 
 def _build(recipe: HfRecipe, whole: WholeModel) -> "Iterator[tuple[str, Tensor]]":
-    """Yield the tensors of the recipe. A parameter that makes several consecutive ones is read once."""
+    """Yield the tensors of the recipe. A parameter of several consecutive tensors is read once."""
     name, parameter = "", None
     for tensor in recipe.tensors:
         if tensor.parameter != name or parameter is None:

@@ -1,7 +1,7 @@
-"""How HuggingFace tensors come out of Megatron's parameters: a recipe, saved with a checkpoint whose export is skipped.
+"""The recipe by which HuggingFace tensors are made from Megatron's parameters.
 
-A JSON file in the checkpoint, `actor/hf_recipe.json`, with which `export_hf` builds the HuggingFace weights later and
-without Megatron:
+It is a JSON file in the checkpoint, `actor/hf_recipe.json`, from which `export_hf` builds the HuggingFace weights later
+and without Megatron:
 
     {"format": "mbridge-hf-recipe", "format_version": 1, "source": "/models/qwen", "tensors": [
       {"name": "lm_head.weight", "parameter": "output_layer.weight", "rows": 151936},
@@ -12,10 +12,11 @@ without Megatron:
 import json
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, LayoutError
+from mbridge_ckpt.files.json_text import parse_document, without_defaults, wrong_keys
 from mbridge_ckpt.formats.tensors import SAFETENSORS_CODES
 
 if TYPE_CHECKING:
@@ -26,22 +27,25 @@ if TYPE_CHECKING:
 RECIPE_FILE = "actor/hf_recipe.json"
 FORMAT, FORMAT_VERSION = "mbridge-hf-recipe", 1
 Part = Literal["whole", "query", "key", "value", "gate", "up"]
+_TYPES = dict.fromkeys(("name", "parameter", "part", "dtype"), str) | dict.fromkeys(
+    ("heads", "groups", "head_dim", "rows"), int
+)
 _ATTENTION = ("query", "key", "value")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HfTensor:
-    """One HuggingFace tensor, and the part of a parameter of the whole model that it is.
+    """One HuggingFace tensor, as a part of a parameter of the whole model.
 
     Attributes:
         name: its HuggingFace name.
         parameter: the parameter's global name (see `ParameterPlacement`).
-        part: "whole"; "query", "key" or "value": the rows of one of them in a fused weight or bias, in which Megatron
-            puts for each of `groups` query groups its heads / groups query heads, its key head, its value head, each
-            of `head_dim` rows; "gate" or "up": the first or second half of the rows of a gated `linear_fc1`.
+        part: "whole"; "query", "key" or "value": these rows of a fused weight or bias, which holds for each of `groups`
+            query groups its heads / groups query heads, its key head and its value head, each of `head_dim` rows;
+            "gate" or "up": the first or second half of the rows of a gated `linear_fc1`.
         heads, groups, head_dim: of the attention; given with its parts and with no other.
-        rows: first rows that are kept of "whole": the real tokens of a padded vocabulary. None: all.
-        dtype: what the tensor is converted to, "bfloat16" for example. None: as it is stored.
+        rows: number of first rows of "whole" to keep, the real tokens of a padded vocabulary. None: all.
+        dtype: converts the tensor, for example to "bfloat16". None: the dtype that is stored.
     """
 
     name: str
@@ -74,7 +78,7 @@ class HfTensor:
             raise LayoutError(f"{self.name}: dtype {self.dtype!r} is unknown to safetensors")
 
     def shape(self, parameter: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of this tensor, made of a parameter of that shape; raises LayoutError if it cannot be made of it."""
+        """Return the shape of this tensor, given that of the whole parameter; raises LayoutError if they do not fit."""
         if self.part == "whole" and self.rows is None:
             return parameter
         if not parameter:
@@ -86,7 +90,7 @@ class HfTensor:
             return (self.rows, *rest)
         if self.part in ("gate", "up"):
             if rows % 2:
-                raise LayoutError(f"{self.name}: {self.parameter} has {rows} rows, which is no gate and up projection")
+                raise LayoutError(f"{self.name}: {self.parameter} has {rows} rows, no gate and up projection")
             return (rows // 2, *rest)
         heads, groups, head_dim = self._attention()
         if rows != (heads + 2 * groups) * head_dim:
@@ -97,7 +101,7 @@ class HfTensor:
         return ((heads if self.part == "query" else groups) * head_dim, *rest)
 
     def take(self, parameter: "Tensor") -> "Tensor":
-        """This tensor out of the whole parameter; may be a view of it."""
+        """Take this tensor out of the whole parameter; the result may be a view of it."""
         import torch
 
         shape = self.shape(tuple(parameter.shape))
@@ -118,9 +122,7 @@ class HfTensor:
         return self.heads, self.groups, self.head_dim
 
     def to_json(self) -> dict[str, Any]:
-        """Only what differs from the defaults."""
-        defaults = {field.name: field.default for field in fields(self)}
-        return {key: value for key, value in asdict(self).items() if value != defaults[key]}
+        return without_defaults(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -139,7 +141,7 @@ class HfRecipe:
             raise LayoutError(f"recipe: {name} comes {count} times")
 
     def to_bytes(self) -> bytes:
-        """JSON text for `RECIPE_FILE`; write it with `Save.write_bytes`."""
+        """Return JSON text for `RECIPE_FILE`; write it with `Save.write_bytes`."""
         tensors = [tensor.to_json() for tensor in self.tensors]
         value = {"format": FORMAT, "format_version": FORMAT_VERSION, "source": self.source, "tensors": tensors}
         return json.dumps(value, separators=(",", ":"), allow_nan=False).encode() + b"\n"
@@ -149,17 +151,7 @@ class HfRecipe:
         """Parse and check untrusted text; raises CorruptCheckpointError naming the tensor and key, and CheckpointError
         for a format of a later version.
         """
-        try:
-            value = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise CorruptCheckpointError(f"not JSON: {error}") from None
-        if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise CorruptCheckpointError(f'no "format": "{FORMAT}" in it')
-        if value.get("format_version") != FORMAT_VERSION:
-            raise CheckpointError(
-                f"format version {value.get('format_version')!r}, this program reads {FORMAT_VERSION}; install a later"
-                " mbridge-ckpt"
-            )
+        value = parse_document(data, FORMAT, FORMAT_VERSION)
         source, tensors = value.get("source"), value.get("tensors")
         if not isinstance(tensors, list) or not isinstance(source, (str, type(None))):
             raise CorruptCheckpointError("tensors is no list, or source no text")
@@ -170,7 +162,7 @@ class HfRecipe:
 
 
 def read_recipe(checkpoint: "Checkpoint") -> HfRecipe:
-    """The recipe of a checkpoint that has one; raises CheckpointError's classes, naming the file."""
+    """Read the recipe of a checkpoint that has one; raises CheckpointError's classes, naming the file."""
     path = checkpoint.verified(RECIPE_FILE)
     try:
         return HfRecipe.from_bytes(path.read_bytes())
@@ -179,15 +171,11 @@ def read_recipe(checkpoint: "Checkpoint") -> HfRecipe:
 
 
 def _parse(values: list[Any]) -> Iterator[HfTensor]:
-    types: dict[str, tuple[type, ...]] = {"name": (str,), "parameter": (str,), "part": (str,), "dtype": (str,)}
-    types |= dict.fromkeys(("heads", "groups", "head_dim", "rows"), (int,))
     for value in values:
         if not isinstance(value, dict):
             raise CorruptCheckpointError(f"tensors: expected objects, found {type(value).__name__}")
-        wrong = [key for key, item in value.items() if type(item) not in types.get(key, ())]
-        wrong += [key for key in ("name", "parameter") if key not in value]
-        if wrong:
-            raise CorruptCheckpointError(f"tensor {value.get('name')!r}: bad, missing or unknown keys {sorted(wrong)}")
+        if wrong := wrong_keys(value, _TYPES, ("name", "parameter")):
+            raise CorruptCheckpointError(f"tensor {value.get('name')!r}: bad, missing or unknown keys {wrong}")
         yield HfTensor(**value)
 
 

@@ -6,19 +6,15 @@ Shards are written in the safetensors format, with no more memory than one shard
 import json
 import math
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from mbridge_ckpt.errors import CheckpointError
-from mbridge_ckpt.files.hashing import READ_BLOCK
-from mbridge_ckpt.formats.tensors import SAFETENSORS_CODES, TensorRecord
-from mbridge_ckpt.formats.torch_zip import tensor_bytes
+from mbridge_ckpt.formats.tensors import SAFETENSORS_CODES, TensorRecord, tensor_bytes
 from mbridge_ckpt.manifest.layout import HF_DIRECTORY
-from mbridge_ckpt.store.checkpoint_writer import CheckpointWriter, SaveStream
+from mbridge_ckpt.store.checkpoint_writer import CheckpointWriter, FileSink
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -64,24 +60,8 @@ def write_hf(
         copy_file(save, file, f"{directory}/{path}", records)
 
 
-class Sink(Protocol):
-    """Where the files of an export go: a `Save`, or a new directory."""
-
-    def stream(self, path: str) -> AbstractContextManager[SaveStream]:
-        """Open a new file."""
-
-    def rename(self, old: str, new: str) -> None:
-        """Rename a file of this sink."""
-
-    def write_json(self, path: str, value: Any) -> None:
-        """Write a new file of JSON text."""
-
-    def host_copy(self, tensor: "Tensor") -> "Tensor":
-        """Return a contiguous copy on the CPU, which later changes of `tensor` do not reach."""
-
-
 def write_weights(
-    sink: Sink, tensors: "Iterable[tuple[str, Tensor]]", limit: int, *, prefix: str = ""
+    sink: FileSink, tensors: "Iterable[tuple[str, Tensor]]", limit: int, *, prefix: str = ""
 ) -> list[TensorRecord]:
     """Write shards of at most `limit` bytes, and an index if there are several; returns a record of each tensor."""
     shards: list[tuple[TensorRecord, ...]] = []
@@ -122,7 +102,7 @@ def other_files(source: Path) -> list[tuple[str, Path]]:
     return found
 
 
-def copy_file(sink: Sink, file: Path, path: str, records: list[TensorRecord]) -> None:
+def copy_file(sink: FileSink, file: Path, path: str, records: list[TensorRecord]) -> None:
     """Copy `file` into the sink under `path`; a config.json with what it says of the tensors of `records` corrected.
 
     Engines convert tensors to its dtype, and dequantize them where it has a `quantization_config`.
@@ -140,8 +120,7 @@ def copy_file(sink: Sink, file: Path, path: str, records: list[TensorRecord]) ->
             with sink.stream(path) as stream:
                 stream.write(json.dumps(described, indent=2).encode() + b"\n")
             return
-    with file.open("rb") as reader, sink.stream(path) as stream:
-        shutil.copyfileobj(reader, stream, READ_BLOCK)
+    sink.copy(file, path)
 
 
 def _described(config: dict[str, Any], dtype: str) -> dict[str, Any]:
@@ -171,7 +150,7 @@ def parse_size(size: int | str) -> int:
     return count
 
 
-def _shards(sink: Sink, tensors: "Iterable[tuple[str, Tensor]]", limit: int) -> "Iterator[dict[str, Tensor]]":
+def _shards(sink: FileSink, tensors: "Iterable[tuple[str, Tensor]]", limit: int) -> "Iterator[dict[str, Tensor]]":
     shard: dict[str, Tensor] = {}
     seen: set[str] = set()
     size = 0
@@ -190,7 +169,7 @@ def _shards(sink: Sink, tensors: "Iterable[tuple[str, Tensor]]", limit: int) -> 
         yield shard
 
 
-def _write_shard(sink: Sink, path: str, shard: "dict[str, Tensor]") -> tuple[TensorRecord, ...]:
+def _write_shard(sink: FileSink, path: str, shard: "dict[str, Tensor]") -> tuple[TensorRecord, ...]:
     # Widest types first, so that every tensor begins at a multiple of its element size.
     names = sorted(shard, key=lambda name: (-shard[name].element_size(), name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -214,7 +193,7 @@ def _write_shard(sink: Sink, path: str, shard: "dict[str, Tensor]") -> tuple[Ten
     return tuple(records)
 
 
-def _name_shards(sink: Sink, prefix: str, shards: list[tuple[TensorRecord, ...]], total: int) -> None:
+def _name_shards(sink: FileSink, prefix: str, shards: list[tuple[TensorRecord, ...]], total: int) -> None:
     """Give the shards their names, which hold the number of shards, and write the index if there is more than one."""
     if len(shards) == 1:
         sink.rename(f"{prefix}part-00000", f"{prefix}model.safetensors")

@@ -1,4 +1,4 @@
-"""Where things lie: the parallel layout, and the names of directories and files inside a checkpoint.
+"""The parallel layout, and the names of directories and files inside a checkpoint.
 
 checkpoints/
   latest -> global_step_10
@@ -47,13 +47,8 @@ class Layout:
             if type(size) is not int or size < 1:
                 raise LayoutError(f"layout: {field.name} is {size!r}; it must be an integer of at least 1")
 
-    @property
-    def world_size(self) -> int:
-        """Ranks of a job with this layout (expert groups lie across data and context ranks and add none)."""
-        return self.tensor * self.pipeline * self.data * self.context
-
     def __str__(self) -> str:
-        """`TP 2, PP 1, DP 4`, and the other sizes where they are not 1."""
+        """Return `TP 2, PP 1, DP 4` and the other sizes that are not 1."""
         always = f"TP {self.tensor}, PP {self.pipeline}, DP {self.data}"
         others = {"VPP": self.virtual_pipeline, "CP": self.context, "EP": self.expert, "expert TP": self.expert_tensor}
         return always + "".join(f", {name} {size}" for name, size in others.items() if size > 1)
@@ -63,7 +58,7 @@ class Layout:
 
     @classmethod
     def from_json(cls, value: Any) -> "Layout":
-        """Raises CorruptCheckpointError for anything but an object of known names and positive integers."""
+        """Raise CorruptCheckpointError for anything but an object of known names and positive integers."""
         known = {field.name for field in fields(cls)}
         if not isinstance(value, dict) or not set(value) <= known:
             raise CorruptCheckpointError(f"layout: expected an object with keys among {sorted(known)}, found {value!r}")
@@ -74,20 +69,20 @@ class Layout:
 
 
 def step_directory(step: int) -> str:
-    """Name of a committed checkpoint, `global_step_10`."""
+    """Return the name of a committed checkpoint, `global_step_10`."""
     if type(step) is not int or step < 0:
         raise ValueError(f"step must be a non-negative integer, not {step!r}")
     return f"global_step_{step}"
 
 
 def step_of(name: str) -> int | None:
-    """Step of a committed checkpoint's name; None for any other name, leading zeros included."""
+    """Return the step of a committed checkpoint's name; None for any other name, leading zeros included."""
     match = _STEP_DIRECTORY.fullmatch(name)
     return int(match.group(1)) if match else None
 
 
 def mp_rank_directory(layout: Layout, *, tensor_rank: int, pipeline_rank: int = 0, expert_rank: int = 0) -> str:
-    """Megatron-LM's name for a model-parallel rank: mp_rank_TT, mp_rank_TT_PPP or mp_rank_TT[_PPP]_EEE.
+    """Return Megatron-LM's name for a model-parallel rank: mp_rank_TT, mp_rank_TT_PPP or mp_rank_TT[_PPP]_EEE.
 
     The pipeline and expert parts appear only where that kind of parallelism is used.
     """
@@ -100,29 +95,29 @@ def mp_rank_directory(layout: Layout, *, tensor_rank: int, pipeline_rank: int = 
 
 
 def iteration_directory(step: int) -> str:
-    """Relative path of the Megatron part of a checkpoint."""
+    """Return the relative path of the Megatron part of a checkpoint."""
     return f"actor/iter_{step:07d}"
 
 
 def model_file(step: int, layout: Layout, *, tensor_rank: int, pipeline_rank: int = 0, expert_rank: int = 0) -> str:
-    """Relative path of a model-parallel rank's weights, schedule and iteration."""
+    """Return the relative path of a model-parallel rank's weights and iteration."""
     rank = mp_rank_directory(layout, tensor_rank=tensor_rank, pipeline_rank=pipeline_rank, expert_rank=expert_rank)
     return f"{iteration_directory(step)}/{rank}/model_optim_rng.pt"
 
 
 def optimizer_file(step: int, layout: Layout, *, tensor_rank: int, pipeline_rank: int = 0, expert_rank: int = 0) -> str:
-    """Relative path of a model-parallel rank's optimizer state, held by parameter name."""
+    """Return the relative path of a model-parallel rank's optimizer state by parameter name."""
     rank = mp_rank_directory(layout, tensor_rank=tensor_rank, pipeline_rank=pipeline_rank, expert_rank=expert_rank)
     return f"{iteration_directory(step)}/{rank}/distrib_optim.pt"
 
 
 def rank_state_file(rank: int) -> str:
-    """Relative path of what one rank of the job needs to go on: random number generators, data position, loop."""
+    """Return the relative path of the state that one rank of the job needs to go on, such as its random streams."""
     return f"state/rank_{rank:05d}.pt"
 
 
 def refuse_inside_checkpoint(path: Path) -> None:
-    """Raise CheckpointError if something new at `path` would lie in a committed checkpoint, whose files are fixed."""
+    """Raise CheckpointError if a new file or directory `path` would lie in a committed checkpoint."""
     real = Path(os.path.realpath(path))
     for place in (real, *real.parents):
         if step_of(place.name) is not None and (place / MANIFEST_FILE).exists():

@@ -1,16 +1,16 @@
-"""manifest.json: what a committed checkpoint holds. Its presence under a final name is what "committed" means."""
+"""manifest.json, the list of a checkpoint's files. A checkpoint is committed if its final name holds a manifest."""
 
 import json
 import re
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, IncompleteCheckpointError
 from mbridge_ckpt.files.hashing import hash_bytes
+from mbridge_ckpt.files.json_text import parse_document
 from mbridge_ckpt.files.paths import relative_path
 from mbridge_ckpt.formats.tensors import TensorRecord
 from mbridge_ckpt.manifest.layout import HF_DIRECTORY, MANIFEST_FILE, Layout
@@ -24,7 +24,7 @@ _DIGEST = re.compile(r"[0-9a-f]{32}")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FileRecord:
-    """One file: path relative to the checkpoint, size, XXH3-128 in hexadecimal, and what it holds."""
+    """One file: path relative to the checkpoint, size, XXH3-128 in hexadecimal, and its tensors."""
 
     path: str
     bytes: int
@@ -34,7 +34,7 @@ class FileRecord:
 
     @property
     def needed_to_resume(self) -> bool:
-        """False for the HuggingFace export, which may be deleted without harm to a resumed run."""
+        """Whether a run cannot resume without it; False for the HuggingFace export, which may be deleted."""
         return not self.path.startswith(HF_DIRECTORY + "/")
 
     def to_json(self) -> dict[str, Any]:
@@ -48,9 +48,9 @@ class FileRecord:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """A whole checkpoint. `metadata` is the writer's own (metrics, names); `writer` holds versions.
+    """A whole checkpoint. `metadata` is free for the program that saves (metrics, names); `writer` holds versions.
 
-    `created` is when it was committed, in ISO 8601 and UTC; later than that of the checkpoint committed before it.
+    `created` is the time of the commit in ISO 8601 and UTC; it is later than that of the previous checkpoint.
     """
 
     step: int
@@ -62,16 +62,16 @@ class Manifest:
 
     @property
     def commit_order(self) -> tuple[str, int]:
-        """Sorts checkpoints as they were committed: a run that went back has older ones of later steps."""
+        """Key that sorts checkpoints as they were committed: a run that went back has older ones of later steps."""
         return self.created, self.step
 
     @property
     def total_bytes(self) -> int:
-        """Size of all files, the manifest not counted."""
+        """Size of all files without the manifest."""
         return sum(record.bytes for record in self.files)
 
     def file(self, path: str) -> FileRecord:
-        """Record of `path`; raises IncompleteCheckpointError if the checkpoint was written without it."""
+        """Return the record of `path`; raises IncompleteCheckpointError if the checkpoint was written without it."""
         for record in self.files:
             if record.path == path:
                 return record
@@ -80,7 +80,7 @@ class Manifest:
         )
 
     def to_bytes(self) -> bytes:
-        """JSON text ending in a checksum of itself, so that a flipped bit in the manifest shows too."""
+        """Return JSON text that ends with a checksum of itself, so that a flipped bit in the manifest shows too."""
         body = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -95,20 +95,10 @@ class Manifest:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Manifest":
-        """Parse and check; raises CorruptCheckpointError, and CheckpointError for a format of a later version."""
-        try:
-            value = json.loads(data, object_pairs_hook=_no_duplicates, parse_constant=_number, parse_float=_number)
-        except (ValueError, RecursionError) as error:
-            raise CorruptCheckpointError(f"not JSON: {error}") from None
-        if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise CorruptCheckpointError(f'no "format": "{FORMAT}" in it')
-        version = value.get("format_version")
-        if version != FORMAT_VERSION:
-            raise CheckpointError(
-                f"format version {version!r}, this program reads version {FORMAT_VERSION}; install a later mbridge-ckpt"
-            )
+        """Parse and check; raises CorruptCheckpointError, and CheckpointError for a later version of the format."""
+        value = parse_document(data, FORMAT, FORMAT_VERSION)
         digest = value.pop("manifest_xxh3_128", None)
-        # Hashing a re-serialisation works because it is how the writer made the text: same keys, order and spacing.
+        # Hashing a re-serialization works because the writer made the text the same way: same keys, order and spacing.
         if digest != hash_bytes(_dump(value)):
             raise CorruptCheckpointError("its checksum does not fit its content; the manifest was damaged or edited")
         return cls(
@@ -122,7 +112,7 @@ class Manifest:
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """Manifest of a checkpoint directory; reads no other file. Errors name the file."""
+    """Read the manifest of a checkpoint directory, and no other file. Errors name the file."""
     path = directory / MANIFEST_FILE
     try:
         if path.is_symlink():
@@ -193,17 +183,3 @@ def _typed[T](value: dict[str, Any], key: str, kind: type[T]) -> T:
 
 def _dump(value: Any) -> bytes:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
-
-
-def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) != len(pairs):
-        raise ValueError("an object has the same key twice")
-    return value
-
-
-def _number(text: str) -> float:
-    value = float(text)
-    if not isfinite(value):  # NaN, Infinity, 1e999
-        raise ValueError(f"{text} is no finite number")
-    return value

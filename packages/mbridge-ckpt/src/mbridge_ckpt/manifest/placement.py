@@ -1,34 +1,38 @@
-"""How one parameter of a rank's file fits into the whole model: all that resharding needs to know, and no Megatron."""
+"""Where a parameter of a rank's file belongs in the whole model: all that resharding needs, without Megatron."""
 
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from mbridge_ckpt.errors import CorruptCheckpointError, LayoutError
+from mbridge_ckpt.files.json_text import without_defaults, wrong_keys
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Stage = Literal["first", "layer", "last", "every"]
+_TYPES = dict.fromkeys(("name", "global_name", "stage", "last_stage_copy"), str) | dict.fromkeys(
+    ("layer", "expert", "partition_dim", "partition_stride", "vocabulary_rows"), int
+)
 _LAYER = re.compile(r"((?:^|.*\.)decoder\.layers\.)([0-9]+)(\..*)")
 _EXPERT = re.compile(r"(.*\.local_experts\.)([0-9]+)(\..*)")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParameterPlacement:
-    """One parameter as it stands in a model-parallel rank's file.
+    """One parameter in the file of a model-parallel rank.
 
     name: its key in that file, with the layer index local to the stage or model chunk (Megatron-Core's numbering); a
         rank with several chunks (virtual pipeline) prefixes the names of each.
-    global_name: the same with the layer index (and expert index) of the whole model; unique in the model.
+    global_name: the same with the layer and expert numbers of the whole model; unique in the model.
     stage: where pipelining puts it: "first" (embedding, vision tower), "last" (final norm, output layer), "layer"
         (with its transformer layer) or "every" (a copy on each stage).
     layer: global layer number, counted from 0; None unless stage is "layer".
     expert: global expert number of an expert's own parameter; None otherwise.
     partition_dim: the dimension cut by tensor parallelism; -1 for a parameter that every tensor rank holds whole.
-    partition_stride: number of equal blocks that are cut separately along `partition_dim` and then laid together on
-        each rank, Megatron's `partition_stride`. 1: one contiguous piece a rank (attention's fused query-key-value is
-        grouped by key-value head and so needs no more). 2: gated linear units, [gate piece; up piece] on each rank.
+    partition_stride: number of equal blocks along `partition_dim` that are cut separately; each rank has its piece of
+        every block (Megatron's `partition_stride`). 1: one contiguous piece per rank (attention's fused query-key-value
+        is grouped by key-value head and so needs no more). 2: gated linear units, [gate; up] pieces on each rank.
     vocabulary_rows: rows of dimension 0 that are real tokens, for embedding and output layer, whose row count is
         padded to fit the tensor-parallel size; None otherwise.
     last_stage_copy: for a tied embedding, the name under which the last stage holds a copy where it is not the first.
@@ -57,28 +61,18 @@ class ParameterPlacement:
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Only what differs from the defaults: a large model has tens of thousands of these in its manifest."""
-        defaults = {field.name: field.default for field in fields(self)}
-        return {key: value for key, value in asdict(self).items() if value != defaults[key]}
+        return without_defaults(self)
 
     @classmethod
     def from_json(cls, value: Any) -> "ParameterPlacement":
-        """Raises CorruptCheckpointError when a key is unknown, missing or of the wrong type."""
+        """Raise CorruptCheckpointError if a key is unknown, missing or of the wrong type."""
         if not isinstance(value, dict):
             raise CorruptCheckpointError(f"placement: expected an object, found {type(value).__name__}")
-        texts, integers = ("name", "global_name"), ("partition_dim", "partition_stride")
-        optional_integers = ("layer", "expert", "vocabulary_rows")
-        known = {field.name for field in fields(cls)}
-        wrong = [key for key in value if key not in known]
-        wrong += [key for key in texts if not isinstance(value.get(key), str)]
-        wrong += [key for key in integers if key in value and type(value[key]) is not int]
-        wrong += [key for key in optional_integers if key in value and type(value[key]) not in (int, type(None))]
-        wrong += ["stage"] if value.get("stage") not in get_args(Stage) else []
-        wrong += ["last_stage_copy"] if not isinstance(value.get("last_stage_copy"), (str, type(None))) else []
+        wrong = wrong_keys(value, _TYPES, ("name", "global_name", "stage"))
+        if not wrong and value["stage"] not in get_args(Stage):
+            wrong = ["stage"]
         if wrong:
-            raise CorruptCheckpointError(
-                f"placement of {value.get('name')!r}: bad or unknown keys {sorted(set(wrong))}"
-            )
+            raise CorruptCheckpointError(f"placement of {value.get('name')!r}: bad, missing or unknown keys {wrong}")
         try:
             return cls(**value)
         except LayoutError as error:
@@ -86,7 +80,7 @@ class ParameterPlacement:
 
 
 def local_name(placement: ParameterPlacement, layer_offset: int) -> str:
-    """Name of a layer's parameter in the file of a stage whose first layer is `layer_offset`."""
+    """Return the name of a layer's parameter in the file of a stage whose first layer is `layer_offset`."""
     match = _LAYER.fullmatch(placement.global_name)
     if not match or placement.layer is None:
         raise LayoutError(f"{placement.global_name}: no 'decoder.layers.N.' in the name of a layer's parameter")
@@ -105,13 +99,12 @@ def place_parameter(
     vocabulary_rows: int | None = None,
     last_stage_copy: str | None = None,
 ) -> ParameterPlacement:
-    """Placement of one Megatron-Core parameter, from its name and the marks that Megatron leaves on it.
+    """Place one Megatron-Core parameter by its name and the marks that Megatron leaves on it.
 
-    Reads `tensor_model_parallel`, `partition_dim` and `partition_stride` of `parameter`. `prefix` is put before `name`
-    in the file. `layer_offset` is the global number of the stage's (or model chunk's) first layer, `expert_offset` that
-    of the rank's first expert. A name with `decoder.layers.N.` gets stage "layer", except on stage "first": there they
-    are layers of a vision tower. `partition_stride` overrides the mark, for parameters whose marks are known to be
-    wrong.
+    Reads `tensor_model_parallel`, `partition_dim` and `partition_stride` of `parameter`. `prefix` precedes `name` in
+    the file. `layer_offset` is the global number of the first layer of the stage (or model chunk), `expert_offset` that
+    of the rank's first expert. A name with `decoder.layers.N.` gets stage "layer", except on stage "first", where it is
+    a layer of a vision tower. `partition_stride` overrides a mark that is known to be wrong.
     """
     global_name, layer, expert = name, None, None
     if stage != "first" and (match := _LAYER.fullmatch(name)):

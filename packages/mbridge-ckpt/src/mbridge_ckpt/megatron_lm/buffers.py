@@ -1,9 +1,9 @@
 """The distributed optimizer's state, `distrib_optim.pt` (Megatron-Core's `DistributedOptimizer.save_parameter_state`).
 
-For each gradient buffer (one for each dtype of a model chunk's parameters) it holds flat float32 tensors: the master
+For each gradient buffer (one per dtype of a model chunk's parameters) the file holds flat float32 tensors: the master
 weights and the two moments of all its parameters, in reverse order. Each parameter begins at a multiple of 64 elements
-within its bucket, and buckets follow each other without the padding at their ends. Before February 2024 nothing was
-aligned, and each bucket was a tensor of its own.
+within its bucket, and buckets follow one another without the padding at their ends. Before February 2024 nothing was
+aligned, and each bucket was a separate tensor.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,7 +12,7 @@ from math import ceil, prod
 from typing import TYPE_CHECKING, Any
 
 from mbridge_ckpt.errors import LayoutError
-from mbridge_ckpt.formats.torch_inspect import StoredTensor
+from mbridge_ckpt.formats.torch_pickle import StoredTensor
 from mbridge_ckpt.formats.torch_reader import TorchFileReader
 from mbridge_ckpt.formats.torch_zip import LazyTensor
 from mbridge_ckpt.megatron_lm.entries import FIX, MASTER, Entry, State, first_unlike
@@ -28,7 +28,7 @@ _DEFAULT_BUCKET = 40_000_000
 
 
 def from_buffers(tree: MegatronTree, rank: Rank, entries: list[Entry], flat: Any, reader: TorchFileReader) -> State:
-    """State of `entries`, which are all parameters of this optimizer; `flat` is what `reader`'s file holds of it.
+    """Return the state of `entries`, all parameters of one optimizer, from its part `flat` of the open file.
 
     Raises LayoutError if no order of the parameters in the flat tensors fits their sizes and their weights.
     """
@@ -47,12 +47,13 @@ def from_buffers(tree: MegatronTree, rank: Rank, entries: list[Entry], flat: Any
         segments = {kind: _segments(world.get(key), f"{where}: {key}") for kind, key in _FLAT_KEYS.items()}
         totals = {kind: sum(segment.shape[0] for segment in parts) for kind, parts in segments.items()}
         for offsets in _placings(members, totals, _bucket_sizes(tree, members)):
-            found = {
-                (entry.stage.key, entry.name): {
-                    kind: _flat_piece(reader, segments[kind], offset, entry) for kind in _FLAT_KEYS
+            found: State = {}
+            for entry, offset in zip(members, offsets, strict=True):
+                shape = entry.weight.shape
+                found[entry.stage.key, entry.name] = {
+                    kind: LazyTensor(shape, "float32", partial(_read_flat, reader, segments[kind], offset, shape))
+                    for kind in _FLAT_KEYS
                 }
-                for entry, offset in zip(members, offsets, strict=True)
-            }
             if first_unlike(tree, rank, members, found) is None:
                 state |= found
                 break
@@ -72,7 +73,7 @@ def _segments(value: Any, where: str) -> list[StoredTensor]:
 
 
 def _bucket_sizes(tree: MegatronTree, members: Sequence[Entry]) -> list[int | None]:
-    """Sizes of a bucket that Megatron may have used; None is one bucket."""
+    """Return the bucket sizes that Megatron may have used; None is a single bucket."""
     data = argument(tree.arguments, "data_parallel_size", int) or 1
     data *= argument(tree.arguments, "context_parallel_size", int) or 1
     sizes: list[int | None] = [None, argument(tree.arguments, "ddp_bucket_size", int)]
@@ -84,7 +85,7 @@ def _bucket_sizes(tree: MegatronTree, members: Sequence[Entry]) -> list[int | No
 def _placings(
     members: Sequence[Entry], totals: dict[str, int], bucket_sizes: Sequence[int | None]
 ) -> Iterator[list[int]]:
-    """Possible offsets of the parameters in the flat tensors, of those that fill them exactly."""
+    """Yield the possible offsets of the parameters that fill the flat tensors exactly."""
     seen = []
     for alignment in _ALIGNMENTS:
         for bucket_size in bucket_sizes:
@@ -98,7 +99,7 @@ def _placings(
 def _placing(
     members: Sequence[Entry], alignment: int, bucket_size: int | None, shared_apart: bool
 ) -> tuple[list[int], int]:
-    """Offsets and total of Megatron-Core's layout without the padding at the ends of buckets."""
+    """Return offsets and total size in Megatron-Core's layout, without the padding at the ends of buckets."""
     offsets: list[int] = []
     bucket = end = 0  # where the bucket begins, and where its last parameter ends
     for entry in reversed(members):
@@ -111,10 +112,6 @@ def _placing(
         if apart or (bucket_size is not None and end - bucket >= bucket_size):
             bucket = end
     return offsets[::-1], end
-
-
-def _flat_piece(reader: TorchFileReader, segments: list[StoredTensor], offset: int, entry: Entry) -> LazyTensor:
-    return LazyTensor(entry.weight.shape, "float32", partial(_read_flat, reader, segments, offset, entry.weight.shape))
 
 
 def _read_flat(reader: TorchFileReader, segments: list[StoredTensor], offset: int, shape: tuple[int, ...]) -> "Tensor":

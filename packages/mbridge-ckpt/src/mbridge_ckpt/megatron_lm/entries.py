@@ -1,10 +1,10 @@
-"""A rank's parameters as an optimizer of Megatron-LM counts them, and the proof that its state was mapped rightly."""
+"""A rank's parameters as an optimizer of Megatron-LM numbers them, and the check of the mapping to them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
-from mbridge_ckpt.formats.torch_inspect import StoredTensor
+from mbridge_ckpt.formats.torch_pickle import StoredTensor
 from mbridge_ckpt.formats.torch_zip import LazyTensor
 from mbridge_ckpt.megatron_lm.tree import MegatronTree, ModelStage, Rank
 
@@ -14,7 +14,7 @@ FIX = "import the weights alone with --no-optimizer"
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A parameter of the rank: where its weight lies, and whether it is an expert's."""
+    """A parameter of the rank: where its weight lies, and whether it belongs to an expert."""
 
     stage: ModelStage
     name: str
@@ -28,11 +28,11 @@ class Entry:
 
 
 State = dict[tuple[str, str], dict[str, LazyTensor]]
-"""For (stage's key, parameter's name in the file) of a rank: master weight and moments, float32, in its shape."""
+"""By (key of the stage, name in the file): master weight and moments in float32 and in the parameter's shape."""
 
 
 def first_unlike(tree: MegatronTree, rank: Rank, entries: Sequence[Entry], state: State) -> str | None:
-    """The first parameter whose master weight, rounded to the model's dtype, is not its weight."""
+    """Return the first parameter whose master weight, rounded to the model's dtype, is not its weight."""
     import torch
 
     for entry in entries:

@@ -1,7 +1,7 @@
-"""The plain optimizer's state inside `model_optim_rng.pt`: moments by index, counted through the parameter groups.
+"""The plain optimizer's state in `model_optim_rng.pt`: moments by index, counted through the parameter groups.
 
-Within a group parameters stand in the order of the model. Of bfloat16 and float16 models the float32 master weights
-are stored by group, those of a float32 model are its weights.
+Within a group, parameters have the order of the model. The float32 master weights of bfloat16 and float16 models are
+stored by group; those of a float32 model are its weights.
 """
 
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mbridge_ckpt.errors import LayoutError
-from mbridge_ckpt.formats.torch_inspect import StoredTensor
+from mbridge_ckpt.formats.torch_pickle import StoredTensor
 from mbridge_ckpt.formats.torch_reader import TorchFileReader
 from mbridge_ckpt.formats.torch_zip import LazyTensor
 from mbridge_ckpt.megatron_lm.entries import FIX, MASTER, MOMENTS, Entry, State, first_unlike
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 
 
 def from_groups(tree: MegatronTree, rank: Rank, entries: list[Entry], part: dict[str, Any]) -> State:
-    """State of `entries`, which are all parameters of this optimizer; raises LayoutError if it does not fit them.
+    """Return the state of `entries`, all parameters of one optimizer; raises LayoutError if it does not fit them.
 
-    That of half-precision models is proven by their master weights, that of others rests on counts, order and shapes.
+    With half-precision models the master weights prove the mapping; with others it rests on counts, order and shapes.
     """
     reader = tree.reader(tree.path(rank))
     inner = part["optimizer"] if isinstance(part.get("optimizer"), dict) else part
@@ -48,7 +48,7 @@ def from_groups(tree: MegatronTree, rank: Rank, entries: list[Entry], part: dict
 def _of_group(
     reader: TorchFileReader, indices: list[int], names: list[Entry], moments: dict[Any, Any], masters: list[Any]
 ) -> State:
-    """State of a group's parameters; without those whose tensors are missing or of another shape."""
+    """Return the state of a group's parameters, without those whose tensors are missing or of another shape."""
     found: State = {}
     halves = iter(masters)
     for index, entry in zip(indices, names, strict=False):
@@ -66,17 +66,17 @@ def _of_group(
 
 
 def _is_vector(entry: Entry) -> bool:
-    """Megatron-Core decays no vectors and biases, which so are a parameter group of their own."""
+    """Megatron-Core applies no weight decay to vectors and biases, and so puts them into a separate group."""
     return len(entry.weight.shape) == 1 or entry.name.endswith(".bias")
 
 
 def _is_vector_but_query_key_norm(entry: Entry) -> bool:
-    """As above with its option apply_wd_to_qk_layernorm."""
+    """The same rule under its option apply_wd_to_qk_layernorm."""
     return _is_vector(entry) and "q_layernorm." not in entry.name and "k_layernorm." not in entry.name
 
 
 def _indices(group: Any) -> list[int]:
-    """Numbers of a group's parameters in the optimizer's state."""
+    """Return the numbers of a group's parameters in the optimizer's state."""
     numbers = group.get("params") if isinstance(group, dict) else None
     return [number for number in numbers if isinstance(number, int)] if isinstance(numbers, list) else []
 
@@ -84,7 +84,7 @@ def _indices(group: Any) -> list[int]:
 def _members(
     groups: list[Any], indices: list[list[int]], entries: list[Entry], rule: Callable[[Entry], bool]
 ) -> list[list[Entry]]:
-    """The parameters of each group, in order; none for a group whose number of parameters is another."""
+    """Return the parameters of each group, in order; none for a group that has another number of them."""
     alone = sum(bool(numbers) for numbers in indices) == 1
     members = []
     for group, numbers in zip(groups, indices, strict=True):

@@ -1,12 +1,13 @@
 """Convert a tree that Megatron-LM wrote (`--ckpt-format torch`) to a checkpoint, tensor by tensor.
 
-Virtual pipeline chunks become separate stages, and the experts of all expert ranks are merged, so that whatever reads
-our checkpoints (reshard, diff, export-hf, a resumed run) reads the result.
+Virtual pipeline chunks become separate stages, and the experts of all expert ranks are merged, so that every reader of
+our checkpoints (reshard, diff, export-hf, a resumed run) can read the result.
 """
 
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,15 +37,15 @@ def import_megatron(
     """Write the tree `source` as a committed checkpoint into the checkpoints directory `directory`.
 
     Args:
-        source: what Megatron-LM calls `--save` (then its newest iteration is taken), or one iteration's directory.
+        source: the directory of Megatron-LM's `--save` (its newest iteration is read), or that of one iteration.
         directory: gets `global_step_<iteration>`, which must not exist.
-        optimizer: import the optimizer state too; it is refused where it cannot be mapped to parameters for certain.
-        vocabulary_rows: real tokens, the first rows of embedding and output layer; by default all rows that are stored,
-            since a tree does not tell which of them are padding.
-        progress: gets the bytes of each tensor written.
+        optimizer: import the optimizer state too; it is refused if it cannot be mapped to parameters with certainty.
+        vocabulary_rows: real tokens, the first rows of embedding and output layer; by default all stored rows, since a
+            tree does not tell which of them are padding.
+        progress: called with the bytes of each tensor written.
 
-    Before anything is written, names and shapes are compared over the ranks, parameters that ranks should hold alike
-    bit by bit, and master weights with weights. Memory: a few tensors of the largest. Returns the new checkpoint.
+    Before anything is written, names and shapes are compared across ranks, replicated parameters bit by bit, and master
+    weights with weights. Memory: a few tensors of the largest. Returns the new checkpoint.
 
     Raises CheckpointError's classes, naming the file and the parameter: CorruptCheckpointError and
     UnsafeCheckpointError (a file), IncompleteCheckpointError (a rank is missing), LayoutError (cannot be mapped).
@@ -57,9 +58,8 @@ def import_megatron(
         placements = [_placements(tree, stage, rows, tied) for stage in tree.stages]
         states: dict[tuple[int, int, int], RankOptimizer] = {}
         if optimizer:
-            for pipeline_rank in range(tree.pipeline):
-                for rank in ((t, pipeline_rank, e) for t in range(tree.tensor) for e in range(tree.expert)):
-                    states[rank] = read_optimizer(tree, rank, tied=tied)
+            for rank in product(range(tree.tensor), range(tree.pipeline), range(tree.expert)):
+                states[rank] = read_optimizer(tree, rank, tied=tied)
         layout = Layout(
             tensor=tree.tensor,
             pipeline=len(tree.stages),
@@ -101,7 +101,7 @@ def _check_ranks(tree: MegatronTree, stage: ModelStage) -> None:
     """Check that all tensor and expert ranks have the same names and shapes, and equal values where they should."""
     own = tree.weights(stage, 0, 0)
     shapes = {name: (tensor.shape, tensor.dtype) for name, tensor in own.items()}
-    others = [(t, e) for t in range(tree.tensor) for e in range(tree.expert) if (t, e) != (0, 0)]
+    others = list(product(range(tree.tensor), range(tree.expert)))[1:]
     for tensor_rank, expert_rank in others:
         where = tree.path((tensor_rank, stage.pipeline_rank, expert_rank))
         theirs = {n: (t.shape, t.dtype) for n, t in tree.weights(stage, tensor_rank, expert_rank).items()}
@@ -120,7 +120,7 @@ def _check_ranks(tree: MegatronTree, stage: ModelStage) -> None:
             if not _equal(tree.read(stage, name, *model), tree.read(stage, name, tensor_rank, expert_rank)):
                 raise CorruptCheckpointError(
                     f"{tree.path((tensor_rank, stage.pipeline_rank, expert_rank))}: {name} differs from that of"
-                    f" tensor rank {model[0]}, expert rank {model[1]}, though these ranks hold it alike"
+                    f" tensor rank {model[0]}, expert rank {model[1]}, though these ranks hold the same copy"
                 )
 
 
@@ -201,11 +201,11 @@ def _write(
         weights = tree.weights(stage, tensor_rank, expert_rank)
         for parameter, placement in own:
             stored, read = weights[parameter.name], partial(tree.read, stage, parameter.name, tensor_rank, expert_rank)
-            model[placement.name] = _counted(LazyTensor(stored.shape, stored.dtype, read), progress)
+            model[placement.name] = LazyTensor(stored.shape, stored.dtype, read).counted(progress)
             if states and parameter.cut != "buffer":
                 found = states[tensor_rank, stage.pipeline_rank, expert_rank].state[stage.key, parameter.name]
                 for kind, piece in found.items():
-                    state[kind][placement.name] = _counted(piece, progress)
+                    state[kind][placement.name] = piece.counted(progress)
     content = {"model": model, "iteration": tree.iteration, "layout": save.layout.to_json()}
     placed = [placement for own in placements for _, placement in own]
     save.write_torch(model_file(save.step, save.layout, **ranks), content, placements=placed)
@@ -214,16 +214,6 @@ def _write(
         # Megatron-LM counts the schedule in samples; a step that fp16 skips moves neither it nor Adam.
         counts = {"step": facts.step, "schedule_step": facts.step, "grad_scaler": facts.grad_scaler}
         save.write_torch(optimizer_file(save.step, save.layout, **ranks), state | counts)
-
-
-def _counted(tensor: LazyTensor, progress: Callable[[int], None] | None) -> LazyTensor:
-    def read() -> "Tensor":
-        value = tensor.read()
-        if progress is not None:
-            progress(value.nbytes)
-        return value
-
-    return replace(tensor, read=read)
 
 
 def _origin(tree: MegatronTree, optimizer: bool) -> dict[str, Any]:

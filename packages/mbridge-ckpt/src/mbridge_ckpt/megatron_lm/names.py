@@ -1,7 +1,7 @@
-"""What Megatron-Core's names of a GPT model's parameters say: how tensor parallelism cuts them, and where they stand.
+"""Tell from the name of a GPT model's parameter how tensor parallelism cuts it and to which stage it belongs.
 
 The rules are those of megatron.core.models.gpt and its layers (column-parallel: the output dimension 0 is cut;
-row-parallel: the input dimension 1), with the names of the Transformer Engine and of the local layers.
+row-parallel: the input dimension 1), with the names of both the Transformer Engine's and the local layers.
 """
 
 import re
@@ -13,8 +13,8 @@ from mbridge_ckpt.manifest.placement import ParameterPlacement, Stage
 EMBEDDING, OUTPUT_LAYER = "embedding.word_embeddings.weight", "output_layer.weight"
 
 Cut = Literal["whole", "rows", "columns", "gated_rows", "buffer"]
-"""How a tensor lies on tensor ranks: each has it all, its rows, its columns, or rows of gate and of up projection if
-the layer is gated; "buffer": each has it all, and it is no parameter, so no optimizer knows it."""
+"""The share of a tensor that a tensor rank holds: all of it, its rows, its columns, or, if the layer is gated, rows of
+the gate and of the up projection; "buffer": all of it, but it is no parameter, so no optimizer knows it."""
 
 _NORM = r"(?:[a-z_]*norm|ln_[a-z]+)\.(?:weight|bias)"
 _LAYER_RULES: tuple[tuple[str, Cut], ...] = (
@@ -49,7 +49,7 @@ _LAYER = re.compile(r"decoder\.layers\.([0-9]+)\..*")
 
 @dataclass(frozen=True, slots=True)
 class NamedParameter:
-    """What a name in a rank's file says; layer and expert numbers are the file's own, `expert` None for others."""
+    """A parameter by its name in a rank's file. Layer and expert are numbered as in the file; None if it has none."""
 
     name: str
     cut: Cut
@@ -58,42 +58,35 @@ class NamedParameter:
     expert: int | None
 
     def placement(self, *, layer_offset: int, expert_offset: int, stride: int) -> ParameterPlacement:
-        """Placement in a file that holds the experts of all expert ranks, under the experts' global numbers."""
-        name = self.name if self.expert is None else with_expert(self.name, self.expert + expert_offset)
+        """Return its placement in a file that holds the experts of all expert ranks, under their global numbers."""
         layer = None if self.layer is None else self.layer + layer_offset
+        name, expert = self.name, None
+        if self.expert is not None:
+            expert = self.expert + expert_offset
+            match = _EXPERT.fullmatch(name)
+            assert match is not None
+            name = f"{match[1]}{match[2]}{expert}{match[4]}" if match[2] else f"{match[1]}{match[5]}{expert}"
         return ParameterPlacement(
             name=name,
             global_name=re.sub(r"^(decoder\.layers\.)[0-9]+", rf"\g<1>{layer}", name),
             stage=self.stage,
             layer=layer,
-            expert=None if self.expert is None else self.expert + expert_offset,
+            expert=expert,
             partition_dim={"rows": 0, "gated_rows": 0, "columns": 1}.get(self.cut, -1),
             partition_stride=stride,
         )
 
 
 def parse_name(name: str) -> NamedParameter | None:
-    """None for a name that is not in the table."""
+    """Look `name` up in the table; None if it is not there."""
     for rule, cut, stage in _COMPILED:
         if rule.fullmatch(name):
             layer, expert = _LAYER.fullmatch(name), _EXPERT.fullmatch(name)
-            return NamedParameter(
-                name,
-                cut,
-                stage,
-                int(layer[1]) if layer else None,
-                int(expert[3] or expert[6]) if expert else None,
-            )
+            expert_number = int(expert[3] or expert[6]) if expert else None
+            return NamedParameter(name, cut, stage, int(layer[1]) if layer else None, expert_number)
     return None
 
 
-def with_expert(name: str, expert: int) -> str:
-    """The name of an expert's parameter with another expert number."""
-    match = _EXPERT.fullmatch(name)
-    assert match is not None
-    return f"{match[1]}{match[2]}{expert}{match[4]}" if match[2] else f"{match[1]}{match[5]}{expert}"
-
-
 def down_projection(name: str) -> str:
-    """The name of the second linear layer's weight beside a first linear layer's weight or bias (`linear_fc1`)."""
+    """Return the name of the second linear layer's weight, given the first one's weight or bias (`linear_fc1`)."""
     return name.replace(".linear_fc1.", ".linear_fc2.").replace(".bias", ".weight")

@@ -1,7 +1,7 @@
-"""Find each parameter's optimizer state in the files of a Megatron-LM rank, which have no names in them.
+"""Find each parameter's optimizer state in the files of a Megatron-LM rank, which do not name it.
 
-The mapping is deduced from the order of the model's parameters, and the master weights prove it: rounded to the model's
-dtype they must equal the weights beside them. What cannot be mapped for certain is refused.
+The mapping is inferred from the order of the model's parameters, and the master weights prove it: rounded to the dtype
+of the model they must equal the weights. A state that cannot be mapped with certainty is refused.
 """
 
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mbridge_ckpt.errors import LayoutError
-from mbridge_ckpt.formats.torch_inspect import StoredTensor
+from mbridge_ckpt.formats.torch_pickle import StoredTensor
 from mbridge_ckpt.formats.torch_reader import TorchFileReader
 from mbridge_ckpt.megatron_lm.buffers import from_buffers
 from mbridge_ckpt.megatron_lm.entries import FIX, Entry, State
@@ -21,7 +21,7 @@ from mbridge_ckpt.megatron_lm.tree import OPTIMIZER_FILE, MegatronTree, Rank
 
 @dataclass(frozen=True, slots=True)
 class RankOptimizer:
-    """A rank's optimizer state, Adam's step count, and the state of fp16's loss scale if there is one."""
+    """A rank's optimizer state, Adam's step count, and the state of the fp16 loss scaler if there is one."""
 
     state: State
     step: int
@@ -42,19 +42,18 @@ def read_optimizer(tree: MegatronTree, rank: Rank, *, tied: bool) -> RankOptimiz
     if not all(isinstance(part, dict) for part in parts) or len(parts) > 2:
         raise LayoutError(f"{path}: the optimizer has {len(parts)} parts of unknown form; {FIX}")
     entries = list(_entries(tree, rank, tied))
-    # A second optimizer is that of experts with data-parallel groups of their own.
+    # A second optimizer is that of experts, which have separate data-parallel groups.
     shares = [entries] if len(parts) == 1 else [[e for e in entries if e.is_expert is flag] for flag in (False, True)]
     state: State = {}
     if (path.parent / OPTIMIZER_FILE).exists():
-        flat_path = path.parent / OPTIMIZER_FILE
-        reader = tree.reader(flat_path)
+        reader = tree.reader(path.parent / OPTIMIZER_FILE)
         flat_parts = reader.value if isinstance(reader.value, list) else [reader.value]
         if len(flat_parts) != len(parts):
             raise LayoutError(
-                f"{flat_path}: state of {len(flat_parts)} optimizers, {path.name} has {len(parts)}; {FIX}"
+                f"{reader.path}: state of {len(flat_parts)} optimizers, {path.name} has {len(parts)}; {FIX}"
             )
         for share, flat in zip(shares, flat_parts, strict=True):
-            if flat is not None:  # None: another data-parallel rank's, which is the first expert rank's file
+            if flat is not None:  # None: it is in the file of the first expert rank
                 state |= from_buffers(tree, rank, share, flat, reader)
     else:
         for share, part in zip(shares, parts, strict=True):
@@ -78,7 +77,7 @@ def _entries(tree: MegatronTree, rank: Rank, tied: bool) -> Iterator[Entry]:
 
 
 def _step(tree: MegatronTree, path: Path, parts: list[dict[str, Any]]) -> int:
-    """Adam's count: of the groups (Transformer Engine's and Apex's), or of the parameters (torch's)."""
+    """Return Adam's step count, kept by group (Transformer Engine, Apex) or by parameter (torch)."""
     reader, found = tree.reader(path), set()
     for part in parts:
         inner = part["optimizer"] if isinstance(part.get("optimizer"), dict) else part

@@ -1,24 +1,24 @@
 """Open the files of a Megatron-LM checkpoint: torch.save files whose pickles name a few classes of Megatron and NumPy.
 
-Such a file holds, beside tensors and plain containers, the run's arguments (an argparse.Namespace with enumerations),
-NumPy's random state, Transformer Engine's byte streams, and tensors with attributes. Each of these names is listed here
-with an inert stand-in; any other name is refused. Nothing named in a file is ever imported or called.
+Besides tensors and plain containers, such a file holds the run's arguments (an argparse.Namespace with enumerations),
+NumPy's random state, Transformer Engine's byte streams, and tensors with attributes. The names of these classes are
+listed here with an inert stand-in each; any other name is refused. Nothing named in a file is imported or called.
 """
 
 from pathlib import Path
 from typing import Any
 
 from mbridge_ckpt.errors import UnsafeCheckpointError
-from mbridge_ckpt.formats.torch_inspect import StandIns, StoredTensor
+from mbridge_ckpt.formats.torch_pickle import StandIns, StoredTensor
 from mbridge_ckpt.formats.torch_reader import TorchFileReader
 
 
 class RunArguments:
-    """Stand-in for an argparse.Namespace: an object whose attributes are the arguments of the run."""
+    """Stand-in for an argparse.Namespace, with the arguments of the run as attributes."""
 
 
 class _Opaque:
-    """Stand-in for an object that is not needed: accepts any arguments and any state, and keeps neither."""
+    """Stand-in for an object that is not needed: accepts any arguments and state, and drops them."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -28,7 +28,7 @@ class _Opaque:
 
 
 class _Typed:
-    """Stand-in for torch's call that rebuilds a tensor with Python attributes: the tensor without them."""
+    """Stand-in for torch's function that rebuilds a tensor with Python attributes: returns it without them."""
 
     __slots__ = ()
 
@@ -37,7 +37,7 @@ class _Typed:
 
 
 class _Parameter:
-    """Stand-in for torch's call that rebuilds a Parameter: its tensor."""
+    """Stand-in for torch's function that rebuilds a Parameter: returns its tensor."""
 
     __slots__ = ()
 

@@ -1,20 +1,20 @@
-"""Read the directory tree that Megatron-LM writes with `--ckpt-format torch`, and find out what layout wrote it.
+"""Read the directory tree that Megatron-LM writes with `--ckpt-format torch`, and infer the layout that wrote it.
 
-SRC/latest_checkpointed_iteration.txt names SRC/iter_NNNNNNN or SRC/release; below lies mp_rank_TT[_PPP][_EEE] for each
-tensor, pipeline and expert rank, with model_optim_rng.pt and, of the distributed optimizer, distrib_optim.pt. A stage
-here is a model chunk: with virtual pipelining (`model0`, `model1`, …) there are several on each pipeline rank, and the
-whole model's layers go through chunk 0 of all pipeline ranks, then chunk 1 of all.
+SRC/latest_checkpointed_iteration.txt names SRC/iter_NNNNNNN or SRC/release; which holds mp_rank_TT[_PPP][_EEE] for
+each tensor, pipeline and expert rank, with model_optim_rng.pt and, with the distributed optimizer, distrib_optim.pt.
+Here a stage is a model chunk: with virtual pipelining (`model0`, `model1`, …) each pipeline rank has several, and the
+layers of the whole model run through chunk 0 of all pipeline ranks, then through chunk 1 of all.
 """
 
 import re
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from mbridge_ckpt.errors import CorruptCheckpointError, IncompleteCheckpointError, LayoutError
-from mbridge_ckpt.formats.torch_inspect import StoredTensor
+from mbridge_ckpt.formats.torch_pickle import StoredTensor
 from mbridge_ckpt.formats.torch_reader import TorchFileReader
 from mbridge_ckpt.megatron_lm.names import EMBEDDING, NamedParameter, parse_name
 from mbridge_ckpt.megatron_lm.pickles import argument, open_megatron_file
@@ -29,8 +29,10 @@ Rank = tuple[int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class ModelStage:
-    """A piece of the model between two cuts of pipelining: the key of its weights in the files of a pipeline rank, its
-    parameters in the order of the file (the same on each tensor and expert rank), and its first layer's global number.
+    """A piece of the model between two cuts of pipelining.
+
+    `key` leads to its weights in the files of `pipeline_rank`; `parameters` have the order of these files, the same on
+    each tensor and expert rank; `layer_offset` is the global number of its first layer.
     """
 
     pipeline_rank: int
@@ -40,19 +42,19 @@ class ModelStage:
 
 
 class MegatronTree:
-    """An open tree; a context manager. Only directories and pickles are read, tensors when they are asked for.
+    """An open tree; a context manager. Only directories and pickles are read at first, and tensors by `read`.
 
     Attributes:
-        directory: the iteration's.
+        directory: of the iteration.
         iteration: its number; 0 for a release without one.
         tensor, pipeline, virtual_pipeline, expert: sizes of the layout.
-        stages: in the model's order; there are `pipeline * virtual_pipeline`.
-        arguments: the run's, see `argument`.
+        stages: in the model's order, `pipeline * virtual_pipeline` of them.
+        arguments: of the run, see `argument`.
 
     Raises:
-        IncompleteCheckpointError: no such tree, or a rank's file is missing.
-        CorruptCheckpointError, UnsafeCheckpointError: of a file.
-        LayoutError: an unknown parameter, or ranks that do not fit together.
+        IncompleteCheckpointError: there is no tree, or a rank's file is missing.
+        CorruptCheckpointError, UnsafeCheckpointError: a file cannot be read, or would run code.
+        LayoutError: a parameter is unknown, or the ranks do not fit together.
     """
 
     def __init__(self, source: str | Path) -> None:
@@ -73,14 +75,14 @@ class MegatronTree:
             self._open.close()
             raise
 
-    def path(self, rank: Rank, file: str = MODEL_FILE) -> Path:
-        """A file of a rank."""
-        return self._paths[rank] / file
+    def path(self, rank: Rank) -> Path:
+        """Return a rank's file of weights; that of its optimizer, if any, lies beside it."""
+        return self._paths[rank] / MODEL_FILE
 
     def reader(self, path: Path) -> TorchFileReader:
-        """The open file."""
+        """Return the open file."""
         if path not in self._readers:
-            if path.exists() and not path.is_file():  # a pipe would be waited for without end
+            if path.exists() and not path.is_file():  # opening a pipe would wait forever
                 raise CorruptCheckpointError(f"{path}: is no regular file; copy the tree again")
             try:
                 self._readers[path] = self._open.enter_context(open_megatron_file(path))
@@ -88,25 +90,28 @@ class MegatronTree:
                 raise IncompleteCheckpointError(f"{path}: the file is missing; copy the whole tree") from None
         return self._readers[path]
 
-    def content(self, rank: Rank, file: str = MODEL_FILE) -> dict[str, Any]:
-        """What a rank's file holds, with a StoredTensor in place of each tensor."""
-        path = self.path(rank, file)
+    def content(self, rank: Rank) -> dict[str, Any]:
+        """Return the content of a rank's file, with a StoredTensor in place of each tensor."""
+        path = self.path(rank)
         value = self.reader(path).value
         if not isinstance(value, dict):
             raise CorruptCheckpointError(f"{path}: holds a {type(value).__name__}, not a dict of Megatron-LM")
         return value
 
     def weights(self, stage: ModelStage, tensor_rank: int, expert_rank: int = 0) -> dict[str, StoredTensor]:
-        """Parameters and buffers of a stage by their names in the file."""
+        """Return parameters and buffers of a stage by their names in the file."""
         return self._weights((tensor_rank, stage.pipeline_rank, expert_rank), stage.key)
 
     def read(self, stage: ModelStage, name: str, tensor_rank: int, expert_rank: int = 0) -> Any:
-        """A tensor of `weights`, on the CPU."""
+        """Read a tensor of `weights` into CPU memory."""
         reader = self.reader(self.path((tensor_rank, stage.pipeline_rank, expert_rank)))
         return reader.read(self.weights(stage, tensor_rank, expert_rank)[name])
 
     def _ranks(self) -> dict[Rank, Path]:
-        """Rank directories. Of two numbers the second is a pipeline rank, unless the first file holds a whole model."""
+        """Find the directories of the ranks.
+
+        Of two numbers the second is a pipeline rank, unless the first file holds a whole model.
+        """
         found = {}
         names = [(match, path) for path in sorted(self.directory.iterdir()) if (match := _RANK.fullmatch(path.name))]
         if not names:
@@ -129,8 +134,7 @@ class MegatronTree:
         return isinstance(model, dict) and EMBEDDING in model and any("decoder.final_" in str(name) for name in model)
 
     def _check_ranks(self) -> None:
-        sizes = (self.tensor, self.pipeline, self.expert)
-        for rank in ((t, p, e) for t in range(sizes[0]) for p in range(sizes[1]) for e in range(sizes[2])):
+        for rank in product(range(self.tensor), range(self.pipeline), range(self.expert)):
             if rank not in self._paths:
                 raise IncompleteCheckpointError(
                     f"{self.directory} has no directory of tensor rank {rank[0]}, pipeline rank {rank[1]}, expert rank"
@@ -148,7 +152,7 @@ class MegatronTree:
         model = self.content(rank).get(key)
         where = f"{self.path(rank)}: {key!r}"
         if not isinstance(model, dict):
-            raise CorruptCheckpointError(f"{where} is not there, or no dict of parameters")
+            raise CorruptCheckpointError(f"{where} is missing, or no dict of parameters")
         tensors = {}
         for name, tensor in model.items():
             if str(name).endswith("_extra_state"):
@@ -163,31 +167,26 @@ class MegatronTree:
 
     def _stages(self) -> tuple[ModelStage, ...]:
         stages, offset = [], 0
-        keys = [f"model{chunk}" for chunk in range(self.virtual_pipeline)] if self.virtual_pipeline > 1 else ["model"]
-        if self.virtual_pipeline == 1 and "model0" in self.content((0, 0, 0)):
-            keys = ["model0"]
-        for key in keys:
-            for pipeline_rank in range(self.pipeline):
-                parameters = tuple(
-                    self._parse(name, self.path((0, pipeline_rank, 0)))
-                    for name in self._weights((0, pipeline_rank, 0), key)
-                )
-                layers = sorted({parameter.layer for parameter in parameters if parameter.layer is not None})
-                if layers != list(range(len(layers))):
-                    raise LayoutError(f"{self.path((0, pipeline_rank, 0))}: {key!r} has layers {layers}, with gaps")
-                stages.append(ModelStage(pipeline_rank, key, parameters, offset))
-                offset += len(layers)
+        chunked = "model0" in self.content((0, 0, 0))
+        keys = [f"model{chunk}" for chunk in range(self.virtual_pipeline)] if chunked else ["model"]
+        for key, pipeline_rank in product(keys, range(self.pipeline)):
+            path = self.path((0, pipeline_rank, 0))
+            parameters = []
+            for name in self._weights((0, pipeline_rank, 0), key):
+                parameter = parse_name(name)
+                if parameter is None:
+                    raise LayoutError(
+                        f"{path}: {name} is no known parameter of Megatron-Core's GPT models, so it is unknown how"
+                        " tensor parallelism cuts it; models with other parts cannot be imported"
+                    )
+                parameters.append(parameter)
+            layers = sorted({parameter.layer for parameter in parameters if parameter.layer is not None})
+            if layers != list(range(len(layers))):
+                raise LayoutError(f"{path}: {key!r} has layers {layers}, with gaps")
+            stages.append(ModelStage(pipeline_rank, key, tuple(parameters), offset))
+            offset += len(layers)
         self.layers = offset
         return tuple(stages)
-
-    def _parse(self, name: str, path: Path) -> NamedParameter:
-        parameter = parse_name(name)
-        if parameter is None:
-            raise LayoutError(
-                f"{path}: {name} is no known parameter of Megatron-Core's GPT models, so it is unknown how tensor"
-                " parallelism cuts it; models with other parts cannot be imported"
-            )
-        return parameter
 
     def _check_arguments(self) -> None:
         sizes = {
@@ -206,14 +205,12 @@ class MegatronTree:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._open.close()
 
 
 def find_iteration(source: Path) -> Path:
-    """The iteration's directory that the tracker file in `source` names; `source` itself without such a file."""
+    """Return the iteration's directory that the tracker file in `source` names, or `source` without such a file."""
     if not source.is_dir():
         raise IncompleteCheckpointError(f"{source} is not a directory; give a checkpoint tree of Megatron-LM")
     tracker = source / TRACKER
@@ -227,7 +224,5 @@ def find_iteration(source: Path) -> Path:
         raise CorruptCheckpointError(f"{tracker}: {text!r} is neither a number nor 'release'")
     directory = source / (text if text == "release" else f"iter_{int(text):07d}")
     if not directory.is_dir():
-        raise IncompleteCheckpointError(
-            f"{directory}, which {TRACKER} names, is not there; give another one of {source}"
-        )
+        raise IncompleteCheckpointError(f"{directory}, which {TRACKER} names, is missing; give another one of {source}")
     return directory

@@ -1,5 +1,5 @@
 """A checkpoint cut for other tensor- and pipeline-parallel sizes, tensor by tensor and without Megatron.
 
 In: a committed checkpoint and the new sizes. Out: a committed checkpoint in another directory.
-Uses: `errors`, `files`, `formats`, `huggingface`, `manifest`, `store`.
+Uses: `errors`, `formats`, `huggingface`, `manifest`, `store`.
 """

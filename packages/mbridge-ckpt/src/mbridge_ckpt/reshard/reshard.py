@@ -1,7 +1,6 @@
 """Reshard a checkpoint for another tensor- and pipeline-parallel layout, tensor by tensor and without Megatron."""
 
 import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -9,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mbridge_ckpt.errors import CheckpointError, LayoutError
-from mbridge_ckpt.files.hashing import READ_BLOCK
-from mbridge_ckpt.formats.torch_inspect import StoredTensor
+from mbridge_ckpt.formats.torch_pickle import StoredTensor
 from mbridge_ckpt.formats.torch_zip import LazyTensor
 from mbridge_ckpt.manifest.layout import (
     TRACKER_FILE,
@@ -82,7 +80,7 @@ def _write_rank(
         if not whole.checkpoint.has(first):
             continue
         value: dict[str, Any] = {}
-        for key, item in whole.first_value(first).items():
+        for key, item in whole.reader(first).value.items():
             if isinstance(item, dict) and (key == MODEL if is_model else _is_state(whole, key)):
                 kept = [target for target in targets if whole.has(key, target.source)]
                 value[key] = {t.placement.name: _lazy(whole, key, t, rank, layout.tensor, rows, progress) for t in kept}
@@ -107,14 +105,8 @@ def _lazy(
 ) -> LazyTensor:
     padded = rows.get(target.source)
     shape, dtype = whole.shape(kind, target.source, size=size, rows=padded)
-
-    def read() -> Any:
-        tensor = whole.read(kind, target.source, rank=rank, size=size, rows=padded)
-        if progress is not None:
-            progress(tensor.nbytes)
-        return tensor
-
-    return LazyTensor(shape, dtype, read)
+    read = partial(whole.read, kind, target.source, rank=rank, size=size, rows=padded)
+    return LazyTensor(shape, dtype, read).counted(progress)
 
 
 def _with_lazy_tensors(whole: WholeModel, file: str, value: Any) -> Any:
@@ -132,8 +124,6 @@ def _copy_rest(save: Save, checkpoint: Checkpoint, progress: Callable[[int], Non
         path = checkpoint.path / record.path
         if record.path.startswith("actor/iter_") or record.path == TRACKER_FILE or not path.exists():
             continue
-        with path.open("rb") as reader, save.stream(record.path) as stream:
-            stream.tensors = record.tensors
-            shutil.copyfileobj(reader, stream, READ_BLOCK)
+        save.copy(path, record.path, record.tensors)
         if progress is not None:
             progress(record.bytes)

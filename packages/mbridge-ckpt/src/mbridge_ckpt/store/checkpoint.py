@@ -1,11 +1,11 @@
 """Open a committed checkpoint, load its files with their checksums verified, and find the one to resume from."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, IncompleteCheckpointError
+from mbridge_ckpt.files.json_text import parse_json
 from mbridge_ckpt.formats.torch_files import load_torch, load_torch_hashed
 from mbridge_ckpt.manifest.layout import Layout, rank_state_file, step_of
 from mbridge_ckpt.manifest.manifest import FileRecord, Manifest, read_manifest
@@ -59,9 +59,9 @@ class Checkpoint:
         """Load a JSON file."""
         file = self.verified(path)
         try:
-            return json.loads(file.read_bytes())
-        except (ValueError, RecursionError) as error:
-            raise CorruptCheckpointError(f"{file}: not JSON: {error}") from None
+            return parse_json(file.read_bytes())
+        except CorruptCheckpointError as error:
+            raise CorruptCheckpointError(f"{file}: {error}") from None
 
     def _record(self, path: str) -> FileRecord:
         try:

@@ -1,6 +1,7 @@
-"""The interface of a save in progress, written at once (`Save`) or in the background (`SnapshotSave`)."""
+"""The interface of a save in progress, which writes at once (`Save`) or in the background (`SnapshotSave`)."""
 
 import json
+import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -9,6 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from mbridge_ckpt.errors import CheckpointError
+from mbridge_ckpt.files.hashing import READ_BLOCK
 from mbridge_ckpt.formats.tensors import TensorRecord
 from mbridge_ckpt.formats.torch_files import write_torch_file
 from mbridge_ckpt.manifest.layout import MANIFEST_FILE, TRACKER_FILE, Layout, rank_state_file
@@ -24,7 +26,7 @@ _RESERVED = (MANIFEST_FILE, WRITER_FILE, TRACKER_FILE)
 
 
 class SaveStream(ABC):
-    """One file being written. Set `tensors` and `placements` to have them in the manifest."""
+    """One file being written. Set `tensors` and `placements` to record them in the manifest."""
 
     def __init__(self) -> None:
         self.tensors: tuple[TensorRecord, ...] = ()
@@ -35,7 +37,38 @@ class SaveStream(ABC):
         """Write all of `data`; returns the number of bytes."""
 
 
-class CheckpointWriter(ABC):
+class FileSink(ABC):
+    """A place for new files, which are written one at a time."""
+
+    @abstractmethod
+    def stream(self, path: str) -> AbstractContextManager[SaveStream]:
+        """Open a new file to be written piece by piece."""
+
+    @abstractmethod
+    def rename(self, old: str, new: str) -> None:
+        """Rename a file that was written here by this process."""
+
+    def host_copy(self, tensor: "Tensor") -> "Tensor":
+        """Return a contiguous copy of `tensor` on the CPU, which later changes of `tensor` do not reach."""
+        return tensor.detach().to("cpu", copy=True).contiguous()
+
+    def write_bytes(self, path: str, data: bytes) -> None:
+        """Write `data` unchanged."""
+        with self.stream(path) as stream:
+            stream.write(data)
+
+    def write_json(self, path: str, value: Any) -> None:
+        """Write `value` as JSON text; raises ValueError for NaN and infinities, TypeError for types that JSON lacks."""
+        self.write_bytes(path, json.dumps(value, indent=2, allow_nan=False).encode() + b"\n")
+
+    def copy(self, file: Path, path: str, tensors: tuple[TensorRecord, ...] = ()) -> None:
+        """Write a copy of `file`, which holds `tensors`."""
+        with file.open("rb") as reader, self.stream(path) as stream:
+            stream.tensors = tensors
+            shutil.copyfileobj(reader, stream, READ_BLOCK)
+
+
+class CheckpointWriter(FileSink):
     """A save in progress. A context manager whose block ends with `commit`."""
 
     def __init__(self, step: int, layout: Layout, ranks: Ranks) -> None:
@@ -56,35 +89,14 @@ class CheckpointWriter(ABC):
             stream.tensors = write_torch_file(stream, value, self.to_host)
             stream.placements = tuple(placements)
 
-    def write_json(self, path: str, value: Any) -> None:
-        """Write `value` as JSON text; raises ValueError for NaN and infinities, TypeError for types that JSON lacks."""
-        self.write_bytes(path, json.dumps(value, indent=2, allow_nan=False).encode() + b"\n")
-
-    def write_bytes(self, path: str, data: bytes) -> None:
-        """Write `data` unchanged."""
-        with self.stream(path) as stream:
-            stream.write(data)
-
     def write_rank_state(self, state: dict[str, Any]) -> None:
         """Store what this rank needs to resume (random state, data position, loop); called once on each rank."""
         rank = self._ranks.global_rank
         self.write_torch(rank_state_file(rank), wrap_rank_state(rank, state))
 
     @abstractmethod
-    def stream(self, path: str) -> AbstractContextManager[SaveStream]:
-        """Open a new file to be written piece by piece."""
-
-    @abstractmethod
-    def rename(self, old: str, new: str) -> None:
-        """Rename a file that this rank wrote in this save."""
-
-    @abstractmethod
     def to_host(self, tensor: "Tensor") -> "Tensor":
         """Return `tensor` detached, contiguous and on the CPU, to be written to a stream before anything changes it."""
-
-    @abstractmethod
-    def host_copy(self, tensor: "Tensor") -> "Tensor":
-        """As `to_host`, but always a copy, which later changes of `tensor` do not reach."""
 
     @abstractmethod
     def commit(self, metadata: dict[str, Any] | None = None, *, writer: dict[str, str] | None = None) -> Path:

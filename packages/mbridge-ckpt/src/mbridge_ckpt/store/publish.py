@@ -1,4 +1,4 @@
-"""Turn a finished temporary directory into a checkpoint: the rename, and the names that a save uses while it runs."""
+"""Turn a finished temporary directory into a checkpoint by a rename, and name the directories of running saves."""
 
 import os
 import platform
@@ -32,7 +32,7 @@ class Leftover:
 
 
 def temporary_directory(directory: Path, step: int, kind: str = "saving") -> Path:
-    """A fresh name beside the final one (so that a rename stays in one file system), hidden from `ls` and globs."""
+    """Return a new name beside the final one, so that a rename stays in one file system, hidden from `ls` and globs."""
     return directory / f".{step_directory(step)}.{kind}-{uuid.uuid4().hex[:12]}"
 
 
@@ -79,9 +79,7 @@ def publish(temporary: Path, step: int) -> Path:
         else:
             exchange(temporary, final)
         raise
-    with suppress(
-        OSError
-    ):  # the checkpoint is durable; a power cut could only bring back where `latest` pointed before
+    with suppress(OSError):  # the checkpoint is durable; a power cut could at most bring back the old `latest`
         fsync_path(directory)
     if old is not None:
         shutil.rmtree(old, ignore_errors=True)

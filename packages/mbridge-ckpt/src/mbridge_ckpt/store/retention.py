@@ -1,4 +1,4 @@
-"""Decide which checkpoints to keep, and remove the others and what dead saves left behind."""
+"""Decide which checkpoints to keep, and remove the others and the leftovers of dead saves."""
 
 import os
 import shutil
@@ -18,17 +18,17 @@ from mbridge_ckpt.manifest.manifest import Manifest, read_manifest
 from mbridge_ckpt.store.checkpoint import list_checkpoints
 from mbridge_ckpt.store.publish import WRITER_FILE, Leftover, find_leftovers, temporary_directory
 
-# Without locks (some network file systems) a save is taken for dead when nothing in it changed for this long.
+# Without locks (some network file systems) a save is presumed dead if nothing in it changed for this long.
 _DEAD_AFTER_SECONDS = 24 * 3600
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Retention:
-    """What to keep; a checkpoint stays if any rule wants it. With no rule at all, every checkpoint stays.
+    """Rules of which checkpoints to keep; one that any rule keeps stays. Without any rule, every checkpoint stays.
 
     last: the n last committed. every: those whose step is a multiple. best: the n best by `metric`, which saves store
     in `metadata["metrics"]`; `best_is` says whether the largest or the smallest value is best (ties: the newer one).
-    Where no checkpoint has the metric, `best` keeps all: it may be misspelled.
+    If no checkpoint has the metric, `best` keeps all: it may be misspelled.
     """
 
     last: int | None = None
@@ -62,18 +62,15 @@ class PruneReport:
     verdicts: tuple[Verdict, ...]
     freed_bytes: int
 
-    def with_action(self, action: str) -> list[Path]:
-        return [verdict.path for verdict in self.verdicts if verdict.action == action]
-
 
 def prune(
     directory: str | Path, retention: Retention, *, protect: Iterable[str | Path] = (), dry_run: bool = False
 ) -> PruneReport:
     """Remove what `retention` does not keep and what dead saves left behind; call it on one rank only.
 
-    Never removed: the newest checkpoint, what `latest` points to, those in `protect` (give the one a run was resumed
-    from), and whatever is not wholly ours: a directory without our manifest or with files that are not in it. A
-    checkpoint first loses its name in one rename, so that none is ever half there.
+    Never removed: the newest checkpoint, the one that `latest` points to, those in `protect` (pass the one that a run
+    was resumed from), and directories without our manifest or with files that it does not list. A checkpoint first
+    loses its name in one rename, so that none is ever incomplete under its name.
     """
     root = Path(directory)
     protected = {Path(path).resolve() for path in protect} | {(root / LATEST_LINK).resolve()}
@@ -155,25 +152,19 @@ def _remove(path: Path, step: int) -> None:
 
 
 def _settle(leftover: Leftover, dry_run: bool) -> Verdict:
-    final = leftover.path.parent / step_directory(leftover.step)
-    if leftover.kind == "link":
-        if time.time() - leftover.path.lstat().st_mtime < 60:
-            return Verdict(leftover.path, "keep", "its save is running, or was until recently")
+    path, kind = leftover.path, leftover.kind
+    final = path.parent / step_directory(leftover.step)
+    is_new_link = kind == "link" and time.time() - path.lstat().st_mtime < 60
+    if is_new_link or (kind == "saving" and _alive(path)):
+        return Verdict(path, "keep", "its save is running, or was until recently")
+    if kind == "replaced" and not os.path.lexists(final):
         if not dry_run:
-            leftover.path.unlink(missing_ok=True)
-        return Verdict(leftover.path, "remove", "left by an interrupted save")
-    if leftover.kind == "saving" and _alive(leftover.path):
-        return Verdict(leftover.path, "keep", "its save is running, or was until recently")
-    if leftover.kind == "replaced" and not os.path.lexists(final):
-        if not dry_run:
-            os.rename(leftover.path, final)
+            os.rename(path, final)
             fsync_path(final.parent)
-        return Verdict(leftover.path, "restore", f"moved aside by a save that died; moved back to {final.name}")
+        return Verdict(path, "restore", f"moved aside by a save that died; moved back to {final.name}")
     if not dry_run:
-        shutil.rmtree(leftover.path)
-    return Verdict(
-        leftover.path, "remove", f"left by an interrupted {'removal' if leftover.kind == 'deleting' else 'save'}"
-    )
+        path.unlink(missing_ok=True) if kind == "link" else shutil.rmtree(path)
+    return Verdict(path, "remove", f"left by an interrupted {'removal' if kind == 'deleting' else 'save'}")
 
 
 def _alive(path: Path) -> bool:

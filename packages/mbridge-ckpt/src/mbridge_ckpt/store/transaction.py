@@ -50,7 +50,7 @@ def begin_save(
 ) -> "Save":
     """Begin a save of `global_step_<step>` in the checkpoints directory `directory`; collective over `group`.
 
-    `group` is best a gloo group of its own; None is the default group, or this process alone without one.
+    `group` should be a separate gloo group; None is the default group, or this process alone without one.
     `existing` says what happens to a committed checkpoint of the same step: "replace" keeps it until the new one is
     complete and then exchanges the two, "refuse" raises here, before anything is written.
 
@@ -133,10 +133,10 @@ class Save(CheckpointWriter):
                 file.abandon()
 
     def file(self, path: str) -> Path:
-        """Absolute path for a file that another library writes; `commit` reads it back once for its checksum.
+        """Return the absolute path for a file that another library writes; `commit` reads it back for its checksum.
 
-        So it does with any file found below `self.path`, but then on the first rank alone. Prefer the other methods:
-        they hash what was meant to be written, this one what the disk gives back.
+        `commit` does so for any other file below `self.path` too, but on the first rank alone. Prefer the other
+        methods, which hash the bytes as they are written and not as the disk returns them.
         """
         target = self._new_file(path)
         try:
@@ -161,15 +161,6 @@ class Save(CheckpointWriter):
         """Return `tensor` itself where possible: it is written before the caller goes on."""
         return host_tensor(tensor)
 
-    def host_copy(self, tensor: "Tensor") -> "Tensor":
-        """Copy `tensor` to ordinary memory."""
-        return tensor.detach().to("cpu", copy=True).contiguous()
-
-    @property
-    def failed(self) -> bool:
-        """Whether this rank met an I/O error, so that nothing it writes from then on is kept."""
-        return self._failure is not None
-
     def commit(self, metadata: dict[str, Any] | None = None, *, writer: dict[str, str] | None = None) -> Path:
         """Make the save a checkpoint and return its directory, on every rank; collective.
 
@@ -191,7 +182,7 @@ class Save(CheckpointWriter):
     def _publish(self, records: list[FileRecord], metadata: dict[str, Any], writer: dict[str, str]) -> None:
         if any(record.path.startswith(iteration_directory(self.step) + "/") for record in records):
             records.append(_write(self.path, TRACKER_FILE, str(self.step).encode()))
-        # Files that somebody wrote below `path` without saying so belong to the checkpoint too.
+        # Files that were written below `path` by other means belong to the checkpoint too.
         for path in sorted(set(files_below(self.path)) - {record.path for record in records} - {WRITER_FILE}):
             records.append(_read_back(self.path, path))
         manifest = Manifest(
@@ -288,12 +279,12 @@ class FileStream(SaveStream):
         self._file = file
 
     def write(self, data: bytes | memoryview, /) -> int:
-        """OSError ends the `with` block of this stream."""
+        """Write all of `data`; an OSError ends the `with` block of this stream."""
         return self._file.write(data) if self._file is not None else memoryview(data).nbytes
 
 
 def _lock_writer(temporary: Path) -> int:
-    """Leave a mark that is locked as long as this process lives, however it ends: how `prune` knows dead from live."""
+    """Leave a mark that stays locked until this process ends, however it ends: `prune` tells dead from live by it."""
     descriptor = os.open(temporary / WRITER_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         os.write(descriptor, json.dumps({"host": socket.gethostname(), "process": os.getpid()}).encode())

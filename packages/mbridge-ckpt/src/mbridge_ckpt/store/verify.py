@@ -1,4 +1,4 @@
-"""Compare a checkpoint on the disk with its manifest: by sizes and headers within moments, by checksums in full."""
+"""Compare a checkpoint on the disk with its manifest: quickly by sizes and headers, or in full by checksums."""
 
 import os
 import stat
@@ -13,7 +13,7 @@ from mbridge_ckpt.files.hashing import hash_file
 from mbridge_ckpt.files.paths import files_below, inside
 from mbridge_ckpt.formats.safetensors import read_safetensors_header, read_safetensors_index
 from mbridge_ckpt.formats.tensors import TensorRecord
-from mbridge_ckpt.formats.torch_inspect import inspect_torch_file
+from mbridge_ckpt.formats.torch_reader import inspect_torch_file
 from mbridge_ckpt.manifest.layout import HF_DIRECTORY, MANIFEST_FILE
 from mbridge_ckpt.manifest.manifest import FileRecord, read_manifest
 from mbridge_ckpt.store.ranks import Ranks
@@ -104,8 +104,8 @@ def require_whole(
 def check_file(root: Path, record: FileRecord, *, contents: bool = True) -> Path:
     """Compare one file with its record and return its path. Errors (CheckpointError's classes) name the file.
 
-    Sizes, headers and tensor lists always; with `contents` the checksum too. A checksum says nothing of what the file
-    would run when it is loaded.
+    Sizes, headers and tensor lists always; with `contents` the checksum too. A matching checksum does not exclude that
+    a file would run code when it is loaded.
     """
     path = inside(root, record.path)
     with _named_errors(path, record):
@@ -124,7 +124,7 @@ def load_checked[T](root: Path, record: FileRecord, load: Callable[[Path], tuple
         try:
             value, digest = load(path)
         except CheckpointError:
-            _check_digest(path, record, hash_file(path)[1])  # a changed file may hold anything: report the change
+            _check_digest(path, record, hash_file(path)[1])  # a changed file may raise anything: report the change
             raise
         _check_digest(path, record, digest)
         return value

@@ -7,11 +7,10 @@ from the rows or columns of the pieces that overlap it. Memory: the requested pi
 import re
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from mbridge_ckpt.errors import LayoutError
-from mbridge_ckpt.formats.torch_inspect import StoredTensor
+from mbridge_ckpt.formats.torch_pickle import StoredTensor
 from mbridge_ckpt.formats.torch_reader import TorchFileReader
 from mbridge_ckpt.manifest.placement import ParameterPlacement
 from mbridge_ckpt.store.checkpoint import Checkpoint
@@ -70,17 +69,13 @@ class WholeModel:
     @property
     def layers(self) -> int:
         """Transformer layers of the whole model."""
-        return 1 + max(
-            (p.placement.layer for p in self.parameters.values() if p.placement.layer is not None), default=-1
+        return max(
+            (1 + p.placement.layer for p in self.parameters.values() if p.placement.layer is not None), default=0
         )
 
     def copied_names(self) -> set[str]:
         """Return the names under which a last stage holds copies of tied embeddings; other layouts may have none."""
         return {p.placement.last_stage_copy for p in self.parameters.values() if p.placement.last_stage_copy}
-
-    def first_value(self, file: str) -> Any:
-        """Return the content of a file of the first rank, with StoredTensors in place of tensors."""
-        return self.reader(file).value
 
     def load(self, file: str) -> dict[str, Any]:
         """Load what a file holds besides the state of parameters: its small values, including tensors."""
@@ -93,7 +88,7 @@ class WholeModel:
         }
 
     def reader(self, file: str) -> TorchFileReader:
-        """Return the open file."""
+        """Return the open file; its `value` has StoredTensors in place of tensors."""
         if file not in self._readers:
             self._readers[file] = self._open.enter_context(TorchFileReader(self.checkpoint.path / file))
         return self._readers[file]
@@ -108,7 +103,7 @@ class WholeModel:
         """Return shape and dtype of a piece for tensor-parallel size `size`; `rows`: of the whole vocabulary."""
         parameter = self.parameters[name]
         placement = parameter.placement
-        stored = self._stored(kind, parameter, 0)
+        _, stored = self._stored(kind, parameter, 0)
         shape = list(stored.shape)
         if placement.partition_dim >= 0:
             whole = shape[placement.partition_dim] * len(parameter.files)
@@ -133,19 +128,18 @@ class WholeModel:
         shape, dtype = self.shape(kind, name, size=size, rows=rows)
         dimension, blocks = placement.partition_dim, placement.partition_stride
         if dimension < 0 or (size == count and rows is None):
-            return self._reader(kind, parameter, rank if dimension >= 0 else 0).read(
-                self._stored(kind, parameter, rank if dimension >= 0 else 0)
-            )
+            reader, stored = self._stored(kind, parameter, rank if dimension >= 0 else 0)
+            return reader.read(stored)
         piece = torch.zeros(shape, dtype=getattr(torch, dtype))
         ours = shape[dimension] // blocks
-        theirs = self._stored(kind, parameter, 0).shape[dimension] // blocks
+        theirs = self._stored(kind, parameter, 0)[1].shape[dimension] // blocks
         for source in range(count):
             # Both cut each block into equal parts, ours into `size` and the stored ones into `count`.
             begin = max(rank * ours, source * theirs)
             end = min((rank + 1) * ours, (source + 1) * theirs)
             if begin >= end:
                 continue
-            stored, reader = self._stored(kind, parameter, source), self._reader(kind, parameter, source)
+            reader, stored = self._stored(kind, parameter, source)
             other = None if dimension == 0 else reader.read(stored)
             for block in range(blocks):
                 start = block * theirs + begin - source * theirs
@@ -156,27 +150,22 @@ class WholeModel:
                 piece.narrow(dimension, block * ours + begin - rank * ours, end - begin).copy_(part)
         return piece
 
-    def _reader(self, kind: str, parameter: _Parameter, rank: int) -> TorchFileReader:
-        return self.reader(_file_of(kind, parameter.files[rank]))
-
     def _table(self, kind: str, file: str) -> dict[str, Any]:
         table = self.reader(file).value
         found = table.get(kind) if isinstance(table, dict) else None
         return found if isinstance(found, dict) else {}
 
-    def _stored(self, kind: str, parameter: _Parameter, rank: int) -> StoredTensor:
+    def _stored(self, kind: str, parameter: _Parameter, rank: int) -> tuple[TorchFileReader, StoredTensor]:
         file = _file_of(kind, parameter.files[rank])
         stored = self._table(kind, file).get(parameter.placement.name)
         if not isinstance(stored, StoredTensor):
             raise LayoutError(f"{self.checkpoint.path / file}: no {kind} of {parameter.placement.name}")
-        return stored
+        return self.reader(file), stored
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._open.close()
 
 
