@@ -18,7 +18,7 @@ from mbridge_config import (
 )
 from mbridge_train.build import DTYPES, build_engine, save_settings
 from mbridge_train.checkpoint.resume import find_checkpoint, restore, say_if_finished
-from mbridge_train.checkpoint.runs import RunSaver, is_due
+from mbridge_train.checkpoint.run_saver import RunSaver, is_due
 from mbridge_train.data.errors import DataError
 from mbridge_train.data.hf_files import from_directory
 from mbridge_train.data.order import RowOrder, require_same_data

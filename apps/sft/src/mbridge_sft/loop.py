@@ -18,7 +18,7 @@ from mbridge_model import Freeze
 from mbridge_train.build import build_engine, save_settings
 from mbridge_train.checkpoint.load import load_model
 from mbridge_train.checkpoint.resume import find_checkpoint, restore, say_if_finished
-from mbridge_train.checkpoint.runs import RunSaver, is_due
+from mbridge_train.checkpoint.run_saver import RunSaver, is_due
 from mbridge_train.data.encode import Encoder
 from mbridge_train.data.errors import DataError
 from mbridge_train.data.examples import Examples

@@ -12,7 +12,7 @@ from mbridge_config.schema.runner import RunnerConfig
 from mbridge_model import Freeze, Parallel, load
 
 from mbridge_train.checkpoint.load import load_start
-from mbridge_train.checkpoint.runs import SaveSettings
+from mbridge_train.checkpoint.run_saver import SaveSettings
 from mbridge_train.engine.engine import Engine, MicroBatching
 from mbridge_train.engine.plan import round_up
 from mbridge_train.optim.optimizer import OptimizerSettings

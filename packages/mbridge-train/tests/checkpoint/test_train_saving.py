@@ -16,7 +16,7 @@ END = 5
 
 def run(directory: Path, output: Path, metrics: dict[str, float] | None = None, **settings: Any) -> Any:
     """Losses of END steps with a checkpoint after each, and the weights as they stood then."""
-    from mbridge_train.checkpoint.runs import RunSaver, SaveSettings
+    from mbridge_train.checkpoint.run_saver import RunSaver, SaveSettings
 
     try:
         engine = build(directory, Parallel(tensor=2), OVERLAPPED)

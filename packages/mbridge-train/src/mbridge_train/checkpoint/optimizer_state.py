@@ -1,8 +1,8 @@
-"""Optimizer state by parameter name, whole, whatever the optimizer does with it in memory.
+"""Convert optimizer state to whole tensors by parameter name and back, however the optimizer keeps it in memory.
 
-Megatron-Core's distributed optimizer keeps flat slices of buckets, and writes them as such: a file that only the same
-layout can read. Here each parameter of a model-parallel rank has its fp32 master copy and its two moments under its
-name and in its shape, so that a checkpoint can be resharded and read without Megatron.
+Megatron-Core's distributed optimizer keeps flat slices of buckets and writes files that only the same layout can read.
+Here each parameter of a model-parallel rank has its fp32 master copy and its two moments under its name and in its
+shape, so that a checkpoint can be resharded and read without Megatron.
 """
 
 from collections.abc import Callable, Iterator
@@ -25,9 +25,9 @@ def collect(optimizer: Optimizer, names: dict[nn.Parameter, str], layout: RankLa
     """Gather the state on data-parallel rank 0. Collective over the data-parallel group.
 
     Args:
-        optimizer: after at least zero steps; before the first one the moments are zeros.
+        optimizer: before its first step the moments are zeros.
         names: each trainable parameter of this rank, and its name.
-        layout: the engine's.
+        layout: of the engine.
 
     Returns:
         On data-parallel rank 0: {"fp32_param" | "exp_avg" | "exp_avg_sq": {name: float32 CPU tensor in the
@@ -57,7 +57,7 @@ def collect(optimizer: Optimizer, names: dict[nn.Parameter, str], layout: RankLa
 
 
 def facts(optimizer: Optimizer) -> dict[str, Any]:
-    """Return what the state holds besides the tensors of parameters, alike on every rank; see `collect`."""
+    """Return the state apart from the tensors of parameters, which is the same on every rank; see `collect`."""
     scaler = _grad_scaler(optimizer)
     return {
         "step": _adam_step(optimizer),
@@ -78,25 +78,15 @@ def restore(
         names, layout: as in `collect`.
         state: on data-parallel rank 0; ignored on the others.
     """
-    # The small facts are needed on every data-parallel rank, the tensors are scattered by Megatron-Core.
-    shared_facts = [
-        None
-        if state is None
-        else {key: value for key, value in state.items() if not isinstance(value, dict) or key == "grad_scaler"}
-    ]
-    group = layout.data_gloo
-    torch.distributed.broadcast_object_list(shared_facts, src=torch.distributed.get_global_rank(group, 0), group=group)
-    shared = shared_facts[0]
-    assert shared is not None
+    # Every data-parallel rank needs the small facts; Megatron-Core scatters the tensors.
+    facts_of_state = {key: value for key, value in (state or {}).items() if key not in (MASTER, *MOMENTS)}
+    shared = _broadcast(facts_of_state, layout)
     for part in optimizer.parts:
         _ensure_moments(part)
         if isinstance(part, DistributedOptimizer):
             part.load_parameter_state_from_dp_zero(_flatten(part, names, state) if state is not None else None)
         else:
-            own = [state]
-            torch.distributed.broadcast_object_list(own, src=torch.distributed.get_global_rank(group, 0), group=group)
-            values = own[0]
-            assert values is not None
+            values = _broadcast(state or {}, layout)
             for parameter, name in names.items():
                 master = getattr(parameter, "main_param", parameter)
                 master.copy_(values[MASTER][name])
@@ -110,8 +100,15 @@ def restore(
         scaler.load_state_dict(shared["grad_scaler"])
 
 
+def _broadcast(value: dict[str, Any], layout: RankLayout) -> dict[str, Any]:
+    """Return the value of data-parallel rank 0."""
+    group, box = layout.data_gloo, [value]
+    torch.distributed.broadcast_object_list(box, src=torch.distributed.get_global_rank(group, 0), group=group)
+    return box[0]
+
+
 def _grad_scaler(optimizer: Optimizer) -> Any:
-    """Return the loss scaler of fp16, None otherwise. The chain of optimizers has none."""
+    """Return the loss scaler of fp16 training, else None. Parts have it, the chain of optimizers does not."""
     return getattr(optimizer.parts[0], "grad_scaler", None)
 
 
@@ -121,7 +118,7 @@ def _adam_step(optimizer: Optimizer) -> int:
 
 @torch.no_grad()
 def _ensure_moments(part: Any) -> None:
-    """Give zeros to every parameter without moments. (A step with zero gradients would, but also decay the weights.)"""
+    """Give every parameter without moments zeros. (A step with zero gradients would also decay the weights.)"""
     for group in part.optimizer.param_groups:
         for parameter in group["params"]:
             if not part.optimizer.state[parameter]:
@@ -129,7 +126,7 @@ def _ensure_moments(part: Any) -> None:
 
 
 def _flat_keys() -> tuple[tuple[str, str], ...]:
-    """Return our names and Megatron-Core's."""
+    """Return pairs of our name and Megatron-Core's."""
     return ((MASTER, "param"), *((key, key) for key in MOMENTS))
 
 

@@ -1,7 +1,7 @@
-"""Read a checkpoint into a run with other tensor- or pipeline-parallel sizes than the run that wrote it.
+"""Read a checkpoint into a run whose tensor- or pipeline-parallel sizes differ from those of its writer.
 
 Each rank reads the pieces of its own parameters from the files of all ranks that wrote them
-(`mbridge_ckpt.WholeModel`), weights and optimizer moments alike; nothing is gathered and no other copy is written.
+(`mbridge_ckpt.WholeModel`), both weights and optimizer moments; nothing is gathered, and no other copy is written.
 """
 
 from collections.abc import Iterator

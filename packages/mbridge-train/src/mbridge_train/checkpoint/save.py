@@ -1,6 +1,6 @@
 """Save a training run: model, optimizer, schedule, random streams and the loop's own state.
 
-The files and their guarantees are `mbridge_ckpt`'s; this module says what goes into them.
+`mbridge_ckpt` writes the files and guarantees them; this module decides what they hold.
 """
 
 from pathlib import Path
@@ -42,27 +42,27 @@ def save_checkpoint(
     file_format: Literal["torch", "torch_dist"] = "torch",
     saver: AsyncSaver | None = None,
 ) -> Path:
-    """Save everything that the run needs to go on. Collective over all ranks.
+    """Save everything that the run needs to continue. Collective over all ranks.
 
-    What is offloaded is brought to the device for it and offloaded again.
+    Offloaded tensors are brought to the device for the save and offloaded again.
 
     Args:
         engine: with an optimizer.
         directory: `<output_dir>/<experiment_name>/checkpoints`.
         step: number of the checkpoint, `global_step_<step>`.
         loop_state: JSON object of the application's loop, the same on every rank.
-        metrics: stored beside, for retention by a metric.
+        metrics: stored in the manifest, for retention by a metric.
         export_hf: also write the weights as a HuggingFace directory.
-        max_shard_size: of that directory's files.
+        max_shard_size: largest file of that directory.
         file_format: "torch": files of each model-parallel rank, by parameter name; "torch_dist": Megatron-Core's
             distributed checkpoint. Both are read under any layout.
         saver: writes in the background; the weights may change as soon as this returns. Not with "torch_dist".
 
     Returns:
-        The committed directory; with `saver` the one that will be.
+        The committed directory; with `saver`, the directory that will be committed.
 
     Raises:
-        mbridge_ckpt.SaveError: on every rank, if one rank could not write; nothing is then left half written.
+        mbridge_ckpt.SaveError: on every rank, if one rank could not write; no partial checkpoint is left.
     """
     with engine.onloaded():
         engine.synchronize_weights()
@@ -92,7 +92,7 @@ def save_checkpoint(
 
 
 def _recipe(engine: Engine) -> HfRecipe | None:
-    """For `mbridge-ckpt export-hf`, which makes the HuggingFace copy later and without Megatron."""
+    """Return the recipe by which `mbridge-ckpt export-hf` makes the HuggingFace copy later and without Megatron."""
     entries = export_recipe(engine.model, engine.handle)
     if entries is None:
         return None

@@ -1,11 +1,11 @@
-"""Megatron-Core's `torch_dist` checkpoints: one set of files for all ranks, to be read under any layout.
+"""Read and write Megatron-Core's `torch_dist` checkpoints: one set of files for all ranks, readable under any layout.
 
-Keys are Megatron-Core's own: a weight under its sharded name, its optimizer state under
-`optimizer.state.<kind>.<name>`, as Megatron-LM writes them with fully reshardable optimizer state. So the weights of a
-directory that somebody else's Megatron wrote load too.
+Keys are those of Megatron-Core: a weight has its sharded name, its optimizer state `optimizer.state.<kind>.<name>`, as
+Megatron-LM writes them with fully reshardable optimizer state. The weights of directories that Megatron-LM wrote load,
+too.
 
-Such a directory may come from anywhere, and torch reads it with pickle. So its metadata is read here first by an
-unpickler that knows only the classes of a sound one, and all else with `weights_only`.
+Such a directory may come from anywhere, and torch reads it with pickle. Its metadata is therefore checked first by an
+unpickler that knows only the classes of a valid one; everything else is read with `weights_only`.
 """
 
 import os
@@ -34,7 +34,7 @@ _CONFIG_FILE = "metadata.json"
 _METADATA_FILE = ".metadata"
 _FACTS = "mbridge_facts"
 
-# What the writers of torch and Megatron-Core name in `.metadata`.
+# The names that the writers of torch and Megatron-Core use in `.metadata`.
 _METADATA_CLASSES = {
     "torch.distributed.checkpoint.metadata": {
         *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
@@ -49,15 +49,14 @@ _METADATA_CLASSES = {
 
 
 def is_torch_dist(directory: Path) -> bool:
-    """Whether `directory` (an iteration's) holds files of this kind."""
+    """Return whether `directory`, that of an iteration, holds files of this format."""
     return (directory / _CONFIG_FILE).is_file() and (directory / _METADATA_FILE).is_file()
 
 
 def write(engine: Engine, save: Save, relative: str, state: dict[str, Any] | None) -> None:
     """Write model and optimizer below `relative` in a save in progress. Collective over all ranks.
 
-    Args:
-        state: of `optimizer_state.collect`, on data-parallel rank 0.
+    `state` is that of `optimizer_state.collect` on data-parallel rank 0.
     """
     directory = save.path / relative
     if save.is_first:
@@ -76,7 +75,7 @@ def write(engine: Engine, save: Save, relative: str, state: dict[str, Any] | Non
 
 
 def read_model(engine: Engine, directory: Path) -> dict[str, Tensor]:
-    """Weights of this rank by its own names. Collective over all ranks.
+    """Read the weights of this rank by its own names. Collective over all ranks.
 
     Raises:
         TrainError: the directory holds another model.
@@ -88,7 +87,10 @@ def read_model(engine: Engine, directory: Path) -> dict[str, Tensor]:
 
 
 def read_optimizer(engine: Engine, directory: Path) -> dict[str, Any] | None:
-    """State of this rank's optimizer as `optimizer_state.collect` gives it. Collective; raises as `read_model`."""
+    """Read the state of this rank's optimizer in the form of `optimizer_state.collect`; raises as `read_model`.
+
+    Collective over all ranks.
+    """
     content: dict[str, Any] = {}
     if engine.layout.is_writer:
         names = parameter_names(engine)
@@ -98,7 +100,7 @@ def read_optimizer(engine: Engine, directory: Path) -> dict[str, Any] | None:
         loaded = dist_checkpointing.load(content, str(directory))
     if _FACTS not in loaded:
         raise TrainError(
-            f"{directory} was not written by this product, so only its weights can be taken; start from it with "
+            f"{directory} was not written by mbridge, so only its weights can be loaded; start from it with "
             "actor.megatron.use_hf_ckpt=false and actor.model.megatron_checkpoint"
         )
     if not engine.layout.is_writer:
@@ -110,8 +112,8 @@ def read_optimizer(engine: Engine, directory: Path) -> dict[str, Any] | None:
 def _sharded_state(engine: Engine) -> dict[str, Any]:
     """Return Megatron-Core's description of each weight's place in the whole model, by our names.
 
-    Beside the weights it has each layer's `_extra_state`, Transformer Engine's fp8 metadata, which is empty here. It is
-    written because Megatron-Core by default refuses a checkpoint without it, and never read: it is pickled.
+    Besides the weights it has the `_extra_state` of each layer, Transformer Engine's fp8 metadata, which is empty here.
+    It is written because Megatron-Core by default refuses a checkpoint without it, but never read, since it is pickled.
     """
     return {
         prefix + name: value
@@ -138,7 +140,7 @@ def _sharded_optimizer(engine: Engine, state: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _reading(directory: Path) -> Iterator[None]:
-    """Check what would be unpickled, force `weights_only` on the rest, and say upstream's errors in our terms."""
+    """Check the metadata, force `weights_only` on the rest, and raise upstream's errors as TrainError."""
     _check_metadata(directory / _METADATA_FILE)
     before = os.environ.get("TORCH_FORCE_WEIGHTS_ONLY_LOAD")
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: when and in which format they are written, and which of them are kept."""
+"""Save a run at its intervals, at once or in the background, and remove the checkpoints that no rule keeps."""
 
 import logging
 import math
@@ -46,7 +46,7 @@ def is_due(step: int, interval: int) -> bool:
 
 
 class RunSaver:
-    """Saves an engine when it is due and removes what is not kept. Every method is collective over all ranks.
+    """Saves an engine when a save is due, and prunes its checkpoints. Every method is collective over all ranks.
 
     A context manager: its end waits for a save in the background.
 
@@ -78,8 +78,8 @@ class RunSaver:
             loop_state, metrics: see `save_checkpoint`; metrics that are not a finite number are left out.
 
         Raises:
-            mbridge_ckpt.SaveError: on every rank, if one rank could not write; nothing is then left half written. In
-                the background: also if the last save failed.
+            mbridge_ckpt.SaveError: on every rank, if one rank could not write; no partial checkpoint is left. In the
+                background: also if the last save failed.
         """
         if last:
             self.check(wait=True)
@@ -104,7 +104,7 @@ class RunSaver:
         return path
 
     def check(self, *, wait: bool = False) -> None:
-        """Notice that a save in the background has ended, or wait for it; call it once a step.
+        """Notice the end of a save in the background, or wait for it; call it once per step.
 
         Raises:
             mbridge_ckpt.SaveError: it failed.
