@@ -1,4 +1,4 @@
-"""The command line: what it prints, its exit codes, and that it needs no torch to look at a checkpoint."""
+"""The command line: its output and exit codes, and that looking at a checkpoint needs no torch."""
 
 import json
 import os

@@ -17,7 +17,7 @@ FILE = {"path": "a.pt", "bytes": 3, "xxh3_128": "0" * 32, "tensors": [["x", [2, 
 
 
 def signed(change: dict) -> bytes:
-    """A manifest whose checksum fits, whatever it says."""
+    """Return a manifest of any content with the right checksum."""
     empty = {"layout": {}, "writer": {}, "metadata": {}, "files": [FILE]}
     body = {"format": "mbridge-checkpoint", "format_version": 1, "step": 1, "created": "", **empty, **change}
     text = json.dumps(body, separators=(",", ":")).encode()

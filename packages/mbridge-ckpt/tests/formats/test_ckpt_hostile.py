@@ -25,7 +25,7 @@ MARK = "hostile_mark"  # a file that code in a pickle would make
 
 
 class Calls:
-    """Pickles to a call."""
+    """Pickles as a call."""
 
     def __init__(self, function: Callable, *arguments: Any) -> None:
         self._call = function, arguments
@@ -44,7 +44,7 @@ def archive(path: Path, pickled: bytes, storages: dict[str, bytes] | None = None
 
 
 def tensor_pickle(elements: int, offset: int, size: tuple[int, ...], stride: tuple[int, ...]) -> bytes:
-    """The pickle of {"x": tensor} with a float32 storage "0" of `elements`, in torch's form."""
+    """Return the pickle of {"x": tensor} with a float32 storage "0" of `elements`, in torch's form."""
 
     class Storage:
         pass

@@ -1,4 +1,4 @@
-"""The streaming writer makes files that torch.load reads, and the reader without torch sees the same as torch."""
+"""The streaming writer makes files that torch.load reads, and the reader without torch agrees with torch."""
 
 import io
 import zipfile

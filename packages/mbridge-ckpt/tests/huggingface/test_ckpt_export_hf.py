@@ -1,4 +1,4 @@
-"""`export-hf`: of a checkpoint with an export, and of one without by its recipe; whole or not at all."""
+"""`export-hf` from a checkpoint with an export, and from one without by its recipe; complete or not at all."""
 
 import json
 import subprocess
@@ -49,7 +49,7 @@ def hf_weights() -> dict[str, Tensor]:
 
 
 def interleaved(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Megatron's fused order, one head after another: of each group its query heads, the key head, the value head."""
+    """Fuse in Megatron's order: for each group its query heads, its key head and its value head."""
     rows = []
     for group in range(GROUPS):
         heads = range(group * HEADS // GROUPS, (group + 1) * HEADS // GROUPS)
@@ -71,7 +71,7 @@ def recipe(**changes: Any) -> HfRecipe:
 
 
 def save(directory: Path, hf_recipe: bytes | None, files: dict[str, str] | None = None) -> Path:
-    """A checkpoint of two tensor ranks with the parameters of `hf_weights`, and no exported weights."""
+    """Save a checkpoint of two tensor ranks with the parameters of `hf_weights`, without exported weights."""
     hf = hf_weights()
     embedding = torch.cat([hf["embed"], torch.full((PADDED - VOCABULARY, HIDDEN), torch.nan)])
     whole = {
@@ -129,7 +129,7 @@ def assert_exported(path: Path) -> None:
 
 
 def test_weights_are_built_by_the_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Padding rows go, grouped heads come apart, files come from the model's source; several shards have an index."""
+    """Padding rows are dropped, fused heads split, other files copied from the source; several shards have an index."""
     source = source_directory(tmp_path / "source")
     checkpoint = save(tmp_path / "run", recipe(source=str(source)).to_bytes())
     report = export_hf(checkpoint, tmp_path / "one")
@@ -176,7 +176,7 @@ def test_an_export_is_copied_or_cut_anew(tmp_path: Path) -> None:
 
 
 def test_where_the_small_files_come_from(tmp_path: Path) -> None:
-    """The checkpoint, else the option, else the recipe's source."""
+    """Small files come from the checkpoint, else from the option, else from the recipe's source."""
     own = save(tmp_path / "own", recipe().to_bytes(), {"config.json": "of the checkpoint"})
     assert export_hf(own, tmp_path / "a").path.joinpath("config.json").read_text() == "of the checkpoint"
     bare = save(tmp_path / "bare", recipe(source=str(tmp_path / "gone")).to_bytes())
@@ -250,7 +250,7 @@ def test_a_recipe_is_read_as_it_was_written() -> None:
 
 
 def test_memory_is_one_shard(tmp_path: Path) -> None:
-    """Six tensors of 36 MiB in shards of two, by recipe and from an export; no Megatron, no transformers."""
+    """Export six tensors of 36 MiB in shards of two, by recipe and from an export, without Megatron or transformers."""
     megabytes, count = 36, 6  # larger than what the C library keeps for itself when it is freed
     tensors = {f"decoder.layers.{n}.w": torch.full((1024, megabytes * 256), float(n)) for n in range(count)}
     made = HfRecipe(tensors=tuple(HfTensor(name=name, parameter=name) for name in tensors))

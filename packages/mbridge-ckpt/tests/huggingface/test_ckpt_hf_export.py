@@ -1,4 +1,4 @@
-"""The HuggingFace export opens with transformers, equals the model, and carries the source's other files over."""
+"""The HuggingFace export opens with transformers, equals the model, and has the source's other files."""
 
 import json
 from pathlib import Path
@@ -95,7 +95,7 @@ def test_other_files_are_carried_over_and_weights_are_not(tmp_path):
 
 
 def test_a_download_cache_is_carried_over_as_files(tmp_path):
-    """A snapshot of the HuggingFace cache: links to blobs, of a multimodal model with code of its own."""
+    """Make a snapshot of the HuggingFace cache: links to blobs of a multimodal model with custom code."""
     names = ["config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json"]
     names += ["video_preprocessor_config.json", "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json"]
     names += ["special_tokens_map.json", "chat_template.jinja", "chat_template.json", "modeling_own.py"]
@@ -123,7 +123,7 @@ def test_a_download_cache_is_carried_over_as_files(tmp_path):
 
 
 def test_memory_is_one_shard_and_one_tensor(tmp_path, monkeypatch):
-    """Of what is held to be written: no shard lives on while the next one fills."""
+    """No shard is kept in memory while the next one fills."""
     import weakref
 
     from mbridge_ckpt.huggingface import write as hf_write

@@ -33,7 +33,7 @@ Sizes = dict[str, int]
 
 
 def whole_model(experts: int = 0, seed: int = 0) -> dict[str, Tensor]:
-    """A tied model in one piece, in Megatron-Core's order; gate above up in linear_fc1."""
+    """Return a tied model in one piece, in Megatron-Core's order, with gate above up in linear_fc1."""
     generator = torch.Generator().manual_seed(seed)
     shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (VOCABULARY, HIDDEN)}
     for layer in range(LAYERS):
@@ -56,7 +56,7 @@ def whole_model(experts: int = 0, seed: int = 0) -> dict[str, Tensor]:
 
 
 def cut(name: str, tensor: Tensor, rank: int, size: int) -> Tensor:
-    """A tensor rank's piece, as Megatron cuts it."""
+    """Return a tensor rank's piece as Megatron cuts it."""
     if "linear_fc1" in name:
         return torch.cat([half.chunk(size)[rank] for half in tensor.chunk(2)])
     if "linear_fc2" in name or "linear_proj" in name:
@@ -95,7 +95,7 @@ def rank_models(model: dict[str, Tensor], sizes: Sizes, tensor: int, pipeline: i
 
 
 def flat_state(parts: list[dict[str, dict[str, Tensor]]], old: bool) -> dict[Any, Any]:
-    """`distrib_optim.pt` of parts {kind: {name: tensor}}: reversed, at multiples of 64; if old, unaligned in lists."""
+    """Return `distrib_optim.pt` of {kind: {name: tensor}} parts: reversed, at multiples of 64; old: unaligned lists."""
     state: dict[Any, Any] = {} if old else {"buckets_coalesced": True}
     for number, kinds in enumerate(parts):
         flat: dict[str, Any] = {}
@@ -113,7 +113,7 @@ def flat_state(parts: list[dict[str, dict[str, Tensor]]], old: bool) -> dict[Any
 
 
 def write_tree(root: Path, sizes: Sizes, *, experts: int = 0, release: bool = False, flat: str | None = None) -> Path:
-    """The tree of a whole model; `flat` is "new" or "old" for a distributed optimizer's state, None for none."""
+    """Write the tree of a whole model; `flat` is the form of a distributed optimizer's state: "new", "old" or None."""
     sizes = {"tensor": 1, "pipeline": 1, "virtual": 1, "expert": 1} | sizes
     models = {kind: whole_model(experts, seed) for seed, kind in enumerate(("param", "exp_avg", "exp_avg_sq"))}
     for tensor in range(sizes["tensor"]):
@@ -140,7 +140,7 @@ def write_tree(root: Path, sizes: Sizes, *, experts: int = 0, release: bool = Fa
 
 
 def arguments(sizes: Sizes) -> Namespace:
-    """Of the kinds of values that Megatron-LM's arguments hold."""
+    """Has the types of values that Megatron-LM's arguments hold."""
     names = {"tensor": "tensor_model_parallel_size", "pipeline": "pipeline_model_parallel_size"}
     names["expert"] = "expert_model_parallel_size"
     return Namespace(
@@ -176,7 +176,7 @@ def assert_whole(path: Path, experts: int = 0, kinds: tuple[str, ...] = ("model"
     ids=str,
 )
 def test_every_kind_of_tree(tmp_path: Path, sizes: Sizes, stages: int) -> None:
-    """Also mp_rank_TT_EEE, which looks like mp_rank_TT_PPP; the experts come together, chunks become stages."""
+    """Experts are merged, and chunks become stages; mp_rank_TT_EEE is told from mp_rank_TT_PPP."""
     experts = EXPERTS if "expert" in sizes else 0
     source = write_tree(tmp_path / "tree", sizes, experts=experts)
     found = import_megatron(source, tmp_path / "imported", optimizer=False)
@@ -192,7 +192,7 @@ def test_every_kind_of_tree(tmp_path: Path, sizes: Sizes, stages: int) -> None:
 @pytest.mark.parametrize("flat", ["new", "old"])
 @pytest.mark.parametrize("sizes", [{"tensor": 2}, {"pipeline": 2, "virtual": 2}], ids=str)
 def test_flat_optimizer_state(tmp_path: Path, sizes: Sizes, flat: str) -> None:
-    """Of several chunks, of a tied embedding, and of Megatron-Core before February 2024."""
+    """Covers several chunks, a tied embedding, and Megatron-Core before February 2024."""
     found = import_megatron(write_tree(tmp_path / "tree", sizes, flat=flat), tmp_path / "imported")
     assert_whole(found, kinds=("model", "fp32_param", "exp_avg", "exp_avg_sq"))
     first = next(r.path for r in open_checkpoint(found).manifest.files if r.path.endswith("distrib_optim.pt"))

@@ -34,7 +34,7 @@ KINDS = ("fp32_param", "exp_avg", "exp_avg_sq")
 
 
 def whole_model(tied: bool, seed: int) -> dict[str, torch.Tensor]:
-    """A model in one piece, with the names of Megatron-Core; gate above up in linear_fc1; rows of real tokens only."""
+    """Return a model in one piece, with gate above up in linear_fc1 and only the rows of real tokens."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> torch.Tensor:
@@ -57,7 +57,7 @@ def whole_model(tied: bool, seed: int) -> dict[str, torch.Tensor]:
 
 
 def piece(name: str, tensor: torch.Tensor, rank: int, size: int) -> torch.Tensor:
-    """What tensor rank `rank` of `size` holds, written down the way Megatron does it, not the way the package does."""
+    """Return the piece of tensor rank `rank` of `size`, cut as in Megatron's code and not as in the package."""
     if "embedding" in name or "output_layer" in name:
         padded = torch.zeros(ceil(VOCABULARY / size) * size, HIDDEN)
         padded[:VOCABULARY] = tensor
@@ -137,7 +137,7 @@ def assert_same_checkpoint(found: Path, expected: Path) -> None:
 
 
 def plain(checkpoint, path: str) -> dict:
-    """Content of a file as a flat dict in the order of the file, text and None included."""
+    """Return the content of a file as a flat dict in the order of the file, text and None included."""
     flat = {}
 
     def walk(value, name: str) -> None:
@@ -224,7 +224,7 @@ def test_sizes_that_do_not_fit(tmp_path, sizes, message):
     [(6, 3, {2: "1, 3", 4: "1, 3"}), (8, 2, {2: None, 4: None}), (4, 4, {2: None, 4: None})],
 )
 def test_heads_that_no_run_could_share(tmp_path, heads, groups, sizes):
-    """By what the recipe says of the attention. The 24 rows of the fused weight can be cut by all these sizes."""
+    """The recipe gives the heads; the 24 rows of the fused weight alone could be cut by all these sizes."""
     attention = {"heads": heads, "groups": groups, "head_dim": 24 // (heads + 2 * groups)}
     name = "decoder.layers.0.self_attention.linear_qkv.weight"
     recipe = HfRecipe(tensors=(HfTensor(name="q", parameter=name, part="query", **attention),))

@@ -10,7 +10,7 @@ CALLS = ("mkdir", "open", "write", "fsync", "rename", "symlink", "replace", "unl
 
 
 class Interceptor:
-    """Takes the place of the functions of `os`, from when it is made to the end of the process."""
+    """Replaces the functions of `os` from its creation to the end of the process."""
 
     def __init__(self, kill_at: int | str | None, fail_at: int | str | None, number: int) -> None:
         self.count = 0
@@ -42,7 +42,7 @@ class Interceptor:
 
 
 def intercept(kill_at: int | str | None, fail_at: int | str | None, number: int, file_limit: int | None) -> Interceptor:
-    """From here on this process is struck as fault_worker.py's commands say."""
+    """From here on, faults strike this process as the commands of fault_worker.py say."""
     if file_limit is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     return Interceptor(kill_at, fail_at, number)

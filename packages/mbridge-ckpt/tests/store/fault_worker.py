@@ -1,4 +1,4 @@
-"""A process that makes checkpoints in children which are killed or whose system calls fail, on command.
+"""A process that saves checkpoints in children that are killed, or whose system calls fail, on command.
 
 Torch is imported once, in the parent, and each child is a fork of it, so that hundreds of kills take seconds. Reads one
 JSON object a line on stdin and answers each with one on stdout:
@@ -109,7 +109,7 @@ def save_in_background(strike: tuple, command: dict, *arguments) -> None:
 
 
 def run(command: dict) -> list[dict | None]:
-    """Result of every rank; None for one that was killed."""
+    """Return the result of every rank; None for a killed one."""
     children = []
     for rank in range(command["world"]):
         reading, writing = os.pipe()

@@ -1,4 +1,4 @@
-"""Kill, starve and break saves in every place; what was committed before or during them must load and be equal."""
+"""Kill, starve and break saves at every point; every checkpoint committed before or meanwhile must load unchanged."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""Paths that lead out of a checkpoint, and manifests and indexes that lie."""
+"""Paths that lead out of a checkpoint, and false manifests and indexes."""
 
 import json
 import os
@@ -150,7 +150,7 @@ class _MakesDirectory:
 
 
 def test_a_pickle_with_code_is_a_fault_though_its_checksum_is_right(tmp_path):
-    """Whoever writes the file may write the manifest too."""
+    """An author of a hostile file may also write the manifest."""
     with begin_save(tmp_path / "run", step=1, layout=Layout()) as save:
         torch.save({"x": _MakesDirectory(tmp_path / "mark")}, save.file("state/more.pt"))
         path = save.commit()

@@ -1,4 +1,4 @@
-"""`torch_dist` directories from elsewhere: weights are taken, code is not run, damage is named."""
+"""`torch_dist` directories from elsewhere: weights are loaded, code is not run, damage is named."""
 
 import pickle
 import shutil
@@ -25,7 +25,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_as_megatron_does(directory: Path) -> Any:
-    """Weights and Transformer Engine's metadata, and nothing of ours; returns the weights by HuggingFace's names."""
+    """Save weights and Transformer Engine's metadata, and nothing of ours; return the weights by HuggingFace name."""
     from mbridge_train.checkpoint.placement import named_chunks
     from megatron.core import dist_checkpointing
 
@@ -41,7 +41,7 @@ def write_as_megatron_does(directory: Path) -> Any:
 
 
 def save_and_read_as_megatron_does(directory: Path) -> list[str]:
-    """Names of weights that Megatron-Core, at its default strictness, read otherwise than they were saved."""
+    """Return the names of weights that Megatron-Core, at its default strictness, reads with other values than saved."""
     from mbridge_train.checkpoint.placement import model_state, named_chunks
     from mbridge_train.checkpoint.save import save_checkpoint
     from megatron.core import dist_checkpointing
@@ -66,7 +66,7 @@ def test_megatron_core_reads_what_is_saved(gang2: Gang, directory: Path) -> None
 
 
 def read(model: Path, checkpoint: Path, parallel: Parallel) -> Any:
-    """Weights after reading, or the class and message of what was raised."""
+    """Return the weights after reading, or class and message of the exception."""
     from mbridge_train.checkpoint.load import load_start
 
     try:
@@ -92,7 +92,7 @@ def harmful_metadata(checkpoint: Path, mark: Path) -> None:
 
 
 def harmful_object(checkpoint: Path, mark: Path) -> None:
-    """In place of the small values that are read along with the tensors."""
+    """Put an object that runs code in place of the small values that are read along with the tensors."""
     for file in checkpoint.iterdir():
         if file.name != "metadata.json":
             file.unlink()

@@ -105,7 +105,7 @@ def test_resume_is_exact_on_four_ranks(gang4: Gang, models: Path, tmp_path: Path
 
 
 def save_trained(directory: Path, output: Path, parallel: Parallel, optimizer: dict[str, Any], *, step: int) -> Any:
-    """Checkpoint of a trained engine; returns its weights under their HuggingFace names, on rank 0."""
+    """Save a trained engine; return its weights under their HuggingFace names, on rank 0."""
     from mbridge_train.checkpoint.save import save_checkpoint
 
     try:
@@ -119,7 +119,7 @@ def save_trained(directory: Path, output: Path, parallel: Parallel, optimizer: d
 
 
 def resume(directory: Path, checkpoint: Path, parallel: Parallel, optimizer: dict[str, Any]) -> Any:
-    """Weights after loading, or the message of the error that it raised."""
+    """Return the weights after loading, or the message of the error."""
     from mbridge_train.checkpoint.load import load_checkpoint
     from mbridge_train.errors import TrainError
 
@@ -134,7 +134,7 @@ def resume(directory: Path, checkpoint: Path, parallel: Parallel, optimizer: dic
 
 
 def test_files_and_what_does_not_fit(gang2: Gang, models: Path, tmp_path: Path) -> None:
-    """The files of TP 2; the HuggingFace copy is the live model, and is not needed to resume."""
+    """Files under TP 2: the HuggingFace copy equals the live model and is not needed to resume."""
     from transformers import AutoModelForCausalLM
 
     tensor_2 = Parallel(tensor=2)
@@ -164,7 +164,7 @@ def test_files_of_pipeline_stages(gang2: Gang, models: Path, tmp_path: Path) -> 
 
 
 def states_by_name(directory: Path) -> Any:
-    """The optimizer's state of DP 2, distributed or not, after three steps, on rank 0."""
+    """Return the optimizer's state of DP 2, distributed or not, after three steps, on rank 0."""
     from mbridge_train.checkpoint import optimizer_state
     from mbridge_train.checkpoint.placement import parameter_names
 
@@ -180,7 +180,7 @@ def states_by_name(directory: Path) -> Any:
 
 
 def adamw_twin(directory: Path) -> dict[str, dict[str, Tensor]]:
-    """fp32 weights and moments of transformers' model after the same steps of torch's AdamW, one process."""
+    """Return fp32 weights and moments of transformers' model after the same steps of torch's AdamW in one process."""
     from mbridge_train.optim.schedule import Schedule
     from transformers import AutoModelForCausalLM
 
@@ -219,7 +219,7 @@ SAME_SHAPE = {
 
 
 def test_optimizer_state_is_that_of_one_process(gang2: Gang, models: Path) -> None:
-    """Each parameter's master weight and moments, by name and in its shape, against torch's AdamW."""
+    """Compare each parameter's master weight and moments, by name and in its shape, with torch's AdamW."""
     plain, sharded = gang2.run(states_by_name, models / "tied")[0]
     twin = adamw_twin(models / "tied")
     assert plain["step"] == sharded["step"] == plain["schedule_step"] == sharded["schedule_step"] == STOP
@@ -238,7 +238,7 @@ def test_optimizer_state_is_that_of_one_process(gang2: Gang, models: Path) -> No
 
 
 def start_from_megatron(directory: Path, checkpoint: Path, optimizer: dict[str, Any], dtype: str) -> Any:
-    """One step from randomly made weights into which only the model of a checkpoint was loaded."""
+    """Take one step from random weights into which only the model of a checkpoint was loaded."""
     from mbridge_ckpt import open_checkpoint
     from mbridge_train.checkpoint.load import load_model
 
@@ -252,7 +252,7 @@ def start_from_megatron(directory: Path, checkpoint: Path, optimizer: dict[str, 
 
 
 def save_untrained(directory: Path, output: Path, dtype: str) -> Any:
-    """Checkpoint of the HuggingFace weights as they are, and two steps from them."""
+    """Save the HuggingFace weights unchanged, and take two steps from them."""
     from mbridge_train.checkpoint.save import save_checkpoint
 
     try:
@@ -266,7 +266,7 @@ def save_untrained(directory: Path, output: Path, dtype: str) -> Any:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_start_from_megatron_checkpoint(gang2: Gang, models: Path, tmp_path: Path, dtype: str) -> None:
-    """`use_hf_ckpt: false`: the optimizer's master weights are those that were loaded, not the random ones."""
+    """With `use_hf_ckpt: false` the optimizer's master weights are the loaded ones, not the random ones."""
     want = gang2.run(save_untrained, models / "tied", tmp_path, dtype)
     for optimizer in (PLAIN, OVERLAPPED):
         got = gang2.run(start_from_megatron, models / "tied", tmp_path / "global_step_0", optimizer, dtype)
@@ -278,7 +278,7 @@ def test_start_from_megatron_checkpoint(gang2: Gang, models: Path, tmp_path: Pat
 
 
 def reference_of_trained(directory: Path, optimizer: dict[str, Any]) -> Any:
-    """Reference log probabilities before and after training, own ones around a swap, and digests around it."""
+    """Return reference log probabilities before and after training, and own ones and digests around a swap."""
     from mbridge_train.engine.snapshot import Snapshot
 
     try:
@@ -296,7 +296,7 @@ def reference_of_trained(directory: Path, optimizer: dict[str, Any]) -> Any:
 
 
 def train_and_look(directory: Path, optimizer: dict[str, Any]) -> Any:
-    """Log probabilities straight after a step, and the rest of the run; no reference."""
+    """Return log probabilities right after a step, and the rest of the run, without a reference."""
     try:
         engine = build(directory, Parallel(), optimizer)
         train(engine, 0, STOP)
@@ -306,7 +306,7 @@ def train_and_look(directory: Path, optimizer: dict[str, Any]) -> Any:
 
 
 def test_reference_swap_is_exact(gang2: Gang, models: Path) -> None:
-    """The snapshot gives the original's log probabilities after training, and training goes on as if not swapped."""
+    """The snapshot keeps the original's log probabilities after training, and swapping does not change the training."""
     untouched = gang2.run(train_and_look, models / "tied", PLAIN)
     for optimizer in (PLAIN, OVERLAPPED):
         results = gang2.run(reference_of_trained, models / "tied", optimizer)

@@ -15,7 +15,7 @@ from testing.training_runs import SHARDED, build, leave
 
 
 def save(directory: Path, output: Path, parallel: Parallel, dtype: str) -> None:
-    """Two checkpoints of the same weights: step 1 with the export, step 2 with the recipe alone."""
+    """Save the same weights twice: step 1 with the export, step 2 with the recipe alone."""
     from mbridge_train.checkpoint.save import save_checkpoint
 
     try:
@@ -27,7 +27,7 @@ def save(directory: Path, output: Path, parallel: Parallel, dtype: str) -> None:
 
 
 def recipe(family: str, source: Path) -> HfRecipe:
-    """By hand, from the two layouts' descriptions."""
+    """Write the recipe by hand from the descriptions of the two layouts."""
     tensors = []
 
     def add(name: str, parameter: str, **fields: Any) -> None:

@@ -51,7 +51,7 @@ def build(directory: Path, parallel: Parallel, optimizer: dict[str, Any], dtype:
 
 
 def train(engine: Any, first: int, last: int) -> list[tuple[float, float]]:
-    """Loss and gradient norm of steps `first` to `last` - 1."""
+    """Return loss and gradient norm of steps `first` to `last` - 1."""
     from mbridge_train.losses.policy import sft_loss
 
     record = []
@@ -69,7 +69,7 @@ def train(engine: Any, first: int, last: int) -> list[tuple[float, float]]:
 
 
 def write_tree(engine: Any, root: Path, arguments: dict[str, Any]) -> None:
-    """What Megatron-LM's `save_checkpoint` does with `--ckpt-format torch`, on every rank."""
+    """Write the files of Megatron-LM's `save_checkpoint` with `--ckpt-format torch`, on every rank."""
     from megatron.core import parallel_state as groups
     from megatron.core.enums import ModelType
     from megatron.core.transformer.enums import AttnBackend
@@ -117,7 +117,7 @@ def write_tree(engine: Any, root: Path, arguments: dict[str, Any]) -> None:
 
 
 def train_and_save(model: Path, output: Path, case: dict[str, Any], arguments: dict[str, Any]) -> Any:
-    """Train, write a tree and a checkpoint of our own of the same moment, and go on; the record of going on."""
+    """Train, write a tree and a checkpoint of ours at the same step, train on, and return the record of that."""
     from mbridge_train.checkpoint.save import save_checkpoint
     from megatron.core import parallel_state
 
@@ -141,7 +141,7 @@ def resume(model: Path, checkpoint: Path, case: dict[str, Any]) -> Any:
 
     try:
         engine = build(model, **case)
-        with pytest.raises(TrainError, match="cannot be resumed: it holds nothing of the run's step, sampler, as"):
+        with pytest.raises(TrainError, match="cannot be resumed: its loop state lacks step, sampler, since"):
             restore(engine, open_checkpoint(checkpoint), ("step", "sampler"), print)
         assert load_checkpoint(engine, checkpoint) == {}
         assert engine.optimizer.steps == STOP

@@ -25,7 +25,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def save_and_go_on(
     directory: Path, output: Path, parallel: Parallel, optimizer: dict[str, Any], dtype: str, file_format: str = "torch"
 ) -> Any:
-    """Train, save, train on: losses and norms after the checkpoint, and the weights at the end."""
+    """Train, save, train on; return losses and norms after the checkpoint, and the weights at the end."""
     from mbridge_train.checkpoint.save import save_checkpoint
 
     try:

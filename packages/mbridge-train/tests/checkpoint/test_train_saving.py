@@ -1,4 +1,4 @@
-"""What a run saves: in the background as it stood at that step, HuggingFace copies now and then, old ones removed."""
+"""Saves of a run: the state of that step in the background, HuggingFace copies at their interval, old ones removed."""
 
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ END = 5
 
 
 def run(directory: Path, output: Path, metrics: dict[str, float] | None = None, **settings: Any) -> Any:
-    """Losses of END steps with a checkpoint after each, and the weights as they stood then."""
+    """Return the losses of END steps with a checkpoint after each, and the weights at each of them."""
     from mbridge_train.checkpoint.run_saver import RunSaver, SaveSettings
 
     try:
@@ -82,7 +82,7 @@ def test_what_is_kept_and_exported(gang2: Gang, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_compared_is_kept(gang2: Gang, tmp_path: Path) -> None:
-    """A metric that is not measured says nothing of a checkpoint, nor does one that is no finite number."""
+    """A checkpoint is not ranked by a metric that is not measured or not finite."""
     make_model("qwen2", True, tmp_path / "model")
     retention = Retention(best=1, metric="validation/accuracy")
     metrics = {"reward": float("inf"), "entropy": float("nan")}
@@ -92,7 +92,7 @@ def test_what_cannot_be_compared_is_kept(gang2: Gang, tmp_path: Path) -> None:
 
 
 def test_save_that_comes_too_early_is_left_out(gang2: Gang, tmp_path: Path) -> None:
-    """But never the last one."""
+    """The last save is never skipped."""
     make_model("qwen2", True, tmp_path / "model")
     settings = {"in_background": True, "when_busy": "refuse", "hf_export_every": 0}
     gang2.run(run, tmp_path / "model", tmp_path / "run", **settings)

@@ -16,7 +16,7 @@ STEP = 2
 
 
 def build_interleaved(directory: Path) -> Any:
-    """An engine of two pipeline stages with two model chunks each, built by Megatron-Core, with random weights."""
+    """Build an engine of two pipeline stages with two model chunks each, with random weights."""
     from mbridge_train.engine.engine import Engine, MicroBatching
     from mbridge_train.optim.optimizer import OptimizerSettings
     from mbridge_train.optim.schedule import Schedule
@@ -47,7 +47,7 @@ def save_plain(directory: Path, output: Path) -> None:
 
 
 def load_and_save_interleaved(directory: Path, source: Path, output: Path, file_format: Any) -> list[str]:
-    """Names of this rank's trained parameters; the checkpoint goes through a chunked engine into `output`."""
+    """Load the checkpoint into a chunked engine, save it to `output`, and return the names of trained parameters."""
     from mbridge_train.checkpoint.load import load_checkpoint
     from mbridge_train.checkpoint.placement import parameter_names
     from mbridge_train.checkpoint.save import save_checkpoint

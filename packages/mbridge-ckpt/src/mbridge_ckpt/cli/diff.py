@@ -13,8 +13,8 @@ KINDS = (MODEL, "fp32_param", "exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One parameter: the largest absolute difference and the second's norm of difference over the first's norm, both
-    in float64; None for both when it is in one checkpoint only or has another shape or dtype, which `reason` says.
+    """One parameter that differs: the largest absolute difference, and the norm of the difference relative to that of
+    the first, both in float64. Both are None if shape or dtype differ or one side lacks it, as `reason` says.
     """
 
     kind: str

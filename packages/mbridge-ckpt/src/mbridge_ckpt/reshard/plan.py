@@ -1,4 +1,4 @@
-"""Decide what each rank's file holds under another layout: which parameters, and how many rows of a vocabulary."""
+"""Decide which parameters and how many rows of a vocabulary each rank's file holds under another layout."""
 
 from dataclasses import dataclass, replace
 from math import ceil
@@ -9,7 +9,7 @@ from mbridge_ckpt.manifest.layout import Layout
 from mbridge_ckpt.manifest.placement import ParameterPlacement, local_name
 from mbridge_ckpt.store.whole_model import MODEL, WholeModel
 
-# What Megatron rounds a vocabulary up to a multiple of, times the tensor-parallel size, in the order they are tried.
+# Megatron pads a vocabulary to a multiple of one of these times the tensor-parallel size; tried in this order.
 _VOCABULARY_MULTIPLES = (128, 1, 2, 4, 8, 16, 32, 64, 256, 512, 1024)
 
 
@@ -30,7 +30,7 @@ def refuse_shared_heads(whole: WholeModel, size: int) -> None:
     for tensor in read_recipe(whole.checkpoint).tensors:
         heads, groups, parameter = tensor.heads, tensor.groups, whole.parameters.get(tensor.parameter)
         if heads is None or groups is None or parameter is None or parameter.placement.partition_dim < 0:
-            continue  # no attention, or one that every rank has whole
+            continue  # no attention, or one that is not cut
         if not _can_share(heads, groups, size):
             fitting = ", ".join(str(number) for number in range(1, heads + 1) if _can_share(heads, groups, number))
             raise LayoutError(
@@ -54,7 +54,7 @@ def stage_parameters(whole: WholeModel, layout: Layout, stage: int) -> list[Targ
     for name, parameter in whole.parameters.items():
         placement = parameter.placement
         if name in copies:
-            continue  # made below, from what it is a copy of
+            continue  # made below from its original
         if placement.stage == "layer":
             assert placement.layer is not None
             if placement.layer // each == stage:

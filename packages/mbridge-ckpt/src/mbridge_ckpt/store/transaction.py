@@ -1,8 +1,8 @@
 """Save on all ranks or on none: every rank writes into one temporary directory, and one rename makes it a checkpoint.
 
-Order of events, each on the disk before the next begins: files of every rank (fsync), agreement of all ranks,
-manifest, directories, rename to `global_step_N`, `latest`. A process that dies at any point leaves either the new
-checkpoint whole or none of it, and the old ones as they were.
+Each step is on the disk before the next begins: files of every rank (fsync), agreement of all ranks, manifest,
+directories, rename to `global_step_N`, `latest`. A process that dies at any point leaves either the whole new
+checkpoint or none of it, and the old ones unchanged.
 """
 
 import json
@@ -11,7 +11,7 @@ import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
 from types import TracebackType
@@ -59,20 +59,11 @@ def begin_save(
     return Save(Path(directory), step=step, layout=layout, ranks=Ranks(group), existing=existing)
 
 
-@dataclass(frozen=True, slots=True)
-class _Failure:
-    """Why one rank cannot go on, in a form that travels to the others."""
-
-    global_rank: int
-    host: str
-    reason: str
-
-
 class Save(CheckpointWriter):
     """A save that is on the disk when `commit` returns, made by `begin_save`.
 
     An I/O error (full disk, file-size limit) in a `write_*` method does not raise there: this rank goes on, so that
-    collectives inside the block stay matched; what it writes later is dropped, and `commit` raises on every rank. An
+    collectives inside the block stay matched; its later writes are dropped, and `commit` raises on every rank. An
     exception in the block leaves it at once (an OSError as SaveError), and the other ranks raise SaveError at `commit`.
     """
 
@@ -89,7 +80,7 @@ class Save(CheckpointWriter):
         self._final = directory / step_directory(step)
         self._records: dict[str, FileRecord] = {}
         self._external: list[str] = []
-        self._failure: _Failure | None = None
+        self._failure: str | None = None  # why this rank cannot go on, for all ranks to read
         self._lock = -1
         temporary = temporary_directory(directory, step)
         if self._ranks.rank == 0:
@@ -210,7 +201,7 @@ class Save(CheckpointWriter):
 
     def _note(self, reason: str) -> None:
         if self._failure is None:
-            self._failure = _Failure(self._ranks.global_rank, socket.gethostname(), reason)
+            self._failure = f"rank {self._ranks.global_rank} ({socket.gethostname()}): {reason}"
 
     def _note_writing(self, path: str, error: OSError) -> None:
         where = self._final / path if path else error.filename or self._final
@@ -228,8 +219,7 @@ class Save(CheckpointWriter):
         failures = [failure for failure, _ in answers if failure is not None]
         if failures:
             self._abandon()
-            reasons = "; ".join(f"rank {f.global_rank} ({f.host}): {f.reason}" for f in failures)
-            raise SaveError(f"{self._final} was not saved: {reasons}; earlier checkpoints are untouched")
+            raise SaveError(f"{self._final} was not saved: {'; '.join(failures)}; earlier checkpoints are untouched")
         return [value for _, value in answers]
 
     def _abandon(self) -> None:
@@ -272,7 +262,7 @@ class Save(CheckpointWriter):
 
 
 class FileStream(SaveStream):
-    """A file on the disk; drops what it is given once its rank has failed."""
+    """A file on the disk, or, after a failure of this rank, a sink that drops its input."""
 
     def __init__(self, file: HashingFile | None) -> None:
         super().__init__()

@@ -24,14 +24,14 @@ _MODEL_FILE = re.compile(r"(actor/iter_[0-9]{7}/mp_rank_)([0-9]{2,})((?:_[0-9]{3
 
 @dataclass(slots=True)
 class _Parameter:
-    """A parameter of the whole model: its placement, and its pieces' files by tensor rank."""
+    """A parameter of the whole model: its placement, and the files of its pieces by tensor rank."""
 
     placement: ParameterPlacement
     files: dict[int, str] = field(default_factory=dict)
 
 
 class WholeModel:
-    """The parameters of a checkpoint by global name; a context manager, which keeps the files open.
+    """The parameters of a checkpoint by global name; a context manager that keeps the files open.
 
     Parameter kinds are "model" (the weights) and those of the optimizer ("fp32_param", "exp_avg", "exp_avg_sq").
     Raises LayoutError for a checkpoint without placements or with expert parallelism. Checksums are not compared here;
@@ -64,7 +64,7 @@ class WholeModel:
             raise LayoutError(f"{checkpoint.path} holds no model parameters with placements")
         for name, parameter in self.parameters.items():
             if sorted(parameter.files) != list(range(layout.tensor)):
-                raise LayoutError(f"{checkpoint.path}: {name} is there for tensor ranks {sorted(parameter.files)} only")
+                raise LayoutError(f"{checkpoint.path}: {name} exists for tensor ranks {sorted(parameter.files)} only")
 
     @property
     def layers(self) -> int:
@@ -78,7 +78,7 @@ class WholeModel:
         return {p.placement.last_stage_copy for p in self.parameters.values() if p.placement.last_stage_copy}
 
     def load(self, file: str) -> dict[str, Any]:
-        """Load what a file holds besides the state of parameters: its small values, including tensors."""
+        """Load the content of a file apart from the state of parameters: its small values, including tensors."""
         reader = self.reader(file)
         names = {parameter.placement.name for parameter in self.parameters.values()}
         return {
@@ -94,13 +94,13 @@ class WholeModel:
         return self._readers[file]
 
     def has(self, kind: str, name: str) -> bool:
-        """Return whether the parameter has this kind of state (a frozen one has no optimizer state)."""
+        """Return whether the parameter has this kind of state (a frozen one has none of the optimizer)."""
         parameter = self.parameters[name]
         file = _file_of(kind, parameter.files[0])
         return self.checkpoint.has(file) and parameter.placement.name in self._table(kind, file)
 
     def shape(self, kind: str, name: str, *, size: int = 1, rows: int | None = None) -> tuple[tuple[int, ...], str]:
-        """Return shape and dtype of a piece for tensor-parallel size `size`; `rows`: of the whole vocabulary."""
+        """Return shape and dtype of a piece for tensor-parallel size `size`; `rows` are those of a whole vocabulary."""
         parameter = self.parameters[name]
         placement = parameter.placement
         _, stored = self._stored(kind, parameter, 0)

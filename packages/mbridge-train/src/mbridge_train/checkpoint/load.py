@@ -1,7 +1,7 @@
-"""Load what was saved into an engine, whatever layout wrote it.
+"""Load a checkpoint into an engine, whatever layout wrote it.
 
-A run that is resumed on the same layout continues bit for bit like one that was never stopped; under other parallel
-sizes, to rounding.
+A run that is resumed on the same layout continues bit for bit as if it had not been stopped; under other parallel sizes
+it continues up to rounding.
 """
 
 from dataclasses import replace
@@ -33,10 +33,10 @@ from mbridge_train.errors import TrainError
 
 
 def load_checkpoint(engine: Engine, checkpoint: Checkpoint | Path) -> dict[str, Any]:
-    """Put a saved state back into the engine and the random streams. Collective over all ranks.
+    """Restore engine and random streams from a checkpoint. Collective over all ranks.
 
     The tensor-, pipeline- and data-parallel sizes may differ from those of the run that saved. With the same sizes the
-    random streams (of dropout) continue too; with others they stay as they were seeded.
+    random streams (of dropout) continue, too; with others they start from the seed.
 
     Returns:
         The `loop_state` that was saved; {} for a checkpoint imported from Megatron-LM, which has none.
@@ -64,11 +64,11 @@ def load_start(engine: Engine, path: Path) -> None:
     """Load the weights that a run begins with. Collective over all ranks.
 
     Args:
-        path: one of our checkpoints, or a `torch_dist` directory of Megatron-Core, also one with a tracker file.
+        path: a checkpoint of ours, or a `torch_dist` directory of Megatron-Core, with or without a tracker file.
 
     Raises:
-        TrainError: another model's, or a tree of Megatron-LM's other format, which has to be imported first.
-        mbridge_ckpt.CheckpointError: there is none, or a file is missing or damaged.
+        TrainError: it is of another model, or a tree of Megatron-LM's other format, which has to be imported first.
+        mbridge_ckpt.CheckpointError: there is no checkpoint, or a file is missing or damaged.
     """
     if (path / MANIFEST_FILE).exists() or (path / "latest").exists():
         return load_model(engine, open_checkpoint(path))
@@ -78,7 +78,7 @@ def load_start(engine: Engine, path: Path) -> None:
     if any(directory.glob("mp_rank_*")):
         raise TrainError(
             f"{path} is a tree of Megatron-LM; import it with `mbridge-ckpt import-megatron {path} DIRECTORY` and set "
-            "actor.model.megatron_checkpoint to what that makes"
+            "actor.model.megatron_checkpoint to the result"
         )
     return load_model(engine, open_checkpoint(path))
 
@@ -103,7 +103,7 @@ def _copy_in(engine: Engine, weights: dict[str, Tensor]) -> None:
         for name, tensor in model_state(engine).items():
             tensor.copy_(weights[name])
         if engine.optimizer is not None:
-            # Half-precision training has fp32 copies of the weights, which the first step would put back.
+            # Half-precision training keeps fp32 copies of the weights, which the first step would write back.
             engine.optimizer.megatron.reload_model_params()
 
 
@@ -141,11 +141,11 @@ def _read_optimizer(engine: Engine, checkpoint: Checkpoint) -> dict[str, Any] | 
 
 def _reads_only_own_file(engine: Engine, checkpoint: Checkpoint) -> bool:
     """Return whether this rank needs only the file of its model-parallel rank, whose checksum it compares."""
-    # Data-parallel ranks have the same weights, and the optimizer's state is stored whole, so their number is free.
+    # Data-parallel ranks have the same weights, and the optimizer's state is stored whole: their number may differ.
     layout = engine.layout.checkpoint
     if replace(checkpoint.layout, data=layout.data) != layout or torch_dist.is_torch_dist(_iteration(checkpoint)):
         return False
-    # With the same sizes, layers may still be cut elsewhere: the first stage of a vision-language model may have more.
+    # Stages may be cut elsewhere under the same sizes: the first one of a vision-language model may have more layers.
     path = model_file(checkpoint.step, checkpoint.layout, **model_parallel_ranks(engine))
     stored = {placement.name: placement.global_name for placement in checkpoint.manifest.file(path).placements}
     return stored == {placement.name: placement.global_name for placement in placements(engine)}

@@ -43,8 +43,7 @@ def read_optimizer(engine: Engine, whole: WholeModel) -> dict[str, Any]:
     placed = [placement for placement in placements(engine) if placement.name in trained]
     rows = {name: tensor.shape[0] for name, tensor in model_state(engine).items() if tensor.dim()}
     first = optimizer_file(whole.checkpoint.step, whole.checkpoint.layout, tensor_rank=0)
-    facts = {key: value for key, value in whole.load(first).items() if key not in (MASTER, *MOMENTS)}
-    return {key: dict(_pieces(engine, whole, key, placed, rows)) for key in (MASTER, *MOMENTS)} | facts
+    return whole.load(first) | {key: dict(_pieces(engine, whole, key, placed, rows)) for key in (MASTER, *MOMENTS)}
 
 
 def _pieces(
@@ -57,7 +56,7 @@ def _pieces(
 
 
 def _stored_name(whole: WholeModel, placement: ParameterPlacement) -> str:
-    """Return the global name in the checkpoint. A tied output layer on a later stage may be stored as the embedding."""
+    """Return the name in the checkpoint: a tied output layer on a later stage may be stored as the embedding."""
     if placement.global_name in whole.parameters:
         return placement.global_name
     originals = (n for n, p in whole.parameters.items() if p.placement.last_stage_copy == placement.global_name)

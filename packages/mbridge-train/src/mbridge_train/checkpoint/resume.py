@@ -16,12 +16,12 @@ def find_checkpoint(wanted: str | None, directory: Path, say: Callable[[str], No
     """Find the checkpoint that `runner.resume_dir` names; None starts at step 0.
 
     Args:
-        wanted: a `global_step_<n>` directory; "auto": the newest whole one in `directory`; None: none.
+        wanted: a `global_step_<n>` directory; "auto": the newest complete one in `directory`; None: none.
         directory: the run's checkpoints.
-        say: takes a line for the terminal: which ones "auto" passed over, and why.
+        say: prints a line: the checkpoints that "auto" passed over, and why.
 
     Raises:
-        mbridge_ckpt.CheckpointError: `wanted` is not a whole checkpoint.
+        mbridge_ckpt.CheckpointError: `wanted` is not a complete checkpoint.
     """
     if wanted is None:
         return None
@@ -38,28 +38,28 @@ def find_checkpoint(wanted: str | None, directory: Path, say: Callable[[str], No
 def restore(engine: Engine, checkpoint: Checkpoint, keys: Iterable[str], say: Callable[[str], None]) -> dict[str, Any]:
     """Load `checkpoint` into `engine` and return the loop's state. Collective over all ranks.
 
-    Says so where the checkpoint was written under another layout.
+    Prints a line if the checkpoint was written under another layout.
 
     Args:
-        keys: of the state from which the loop continues.
+        keys: of the loop's state that the run needs.
 
     Raises:
-        TrainError: it has no such state, being of another kind of run, or imported. And what `load_checkpoint` raises.
+        TrainError: it lacks such a key: it is of another kind of run, or imported. Also as `load_checkpoint` raises.
     """
     if checkpoint.layout != engine.layout.checkpoint:
         say(f"{checkpoint.path} was written with {checkpoint.layout}; this run has {engine.layout.checkpoint}")
     state = load_checkpoint(engine, checkpoint)
     if missing := [key for key in keys if key not in state]:
         raise TrainError(
-            f"{checkpoint.path} cannot be resumed: it holds nothing of the run's {', '.join(missing)}, as one of "
-            "another kind of run or an imported one; begin a new run with its weights: runner.resume_dir=null "
+            f"{checkpoint.path} cannot be resumed: its loop state lacks {', '.join(missing)}, since it is of "
+            "another kind of run or imported; begin a new run with its weights: runner.resume_dir=null "
             f"actor.megatron.use_hf_ckpt=false actor.model.megatron_checkpoint={checkpoint.path}"
         )
     return state
 
 
 def say_if_finished(length: RunLength, *, step: int, say: Callable[[str], None]) -> None:
-    """Say so if a checkpoint of `step` leaves nothing to do for a run of this length."""
+    """Print a line if a checkpoint of `step` leaves nothing to do for a run of this length."""
     if step >= length.steps:
         end = f"the run ends with step {length.steps} ({length.reason})"
         say(f"nothing to do: the checkpoint is of step {step}, and {end}; raise that to train on")
