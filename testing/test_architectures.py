@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 from mbridge_config import ReasoningConfig, check
@@ -39,7 +39,7 @@ def test_tables(worker_pool: WorkerPool) -> None:
     assert set(known) >= TORCH
 
 
-def refusal(directory: Path, backend: str) -> str | None:
+def refusal(directory: Path, backend: Literal["te", "torch"]) -> str | None:
     """Runs in a worker: what `load` says, or None where it gets as far as the weights."""
     from mbridge_model import load
     from megatron.core import parallel_state

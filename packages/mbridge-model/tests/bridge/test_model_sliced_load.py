@@ -79,7 +79,7 @@ def test_a_pipeline_stage_reads_its_layers(gang2: Gang, tmp_path: Path) -> None:
 @pytest.mark.parametrize("shape", [(8,), (2, 4, 1), (3, 4)])
 def test_a_parameter_of_another_shape_is_left_to_megatron_bridge(tmp_path: Path, shape: tuple[int, ...]) -> None:
     save_file({"weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
-    reader = SlicedReader(tmp_path, {"weight": "model.safetensors"}, rank=0, size=2)
+    reader = SlicedReader({"weight": tmp_path / "model.safetensors"}, rank=0, size=2)
     parameter = torch.zeros(shape)
     assert not reader.fill(parameter, {"whole": "weight"}, queries=1, groups=1, pads_rows=False)
     assert not parameter.any()

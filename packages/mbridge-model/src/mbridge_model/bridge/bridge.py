@@ -173,7 +173,6 @@ class Bridge:
         """Fill every parameter whose shard this rank can read by itself; return the remaining tasks."""
         if not type(model_bridge).maybe_modify_loaded_hf_weight.__qualname__.startswith("MegatronModelBridge."):
             return tasks  # this family changes tensors as they are read
-        source = self._bridge.hf_pretrained.state.source
         reader: SlicedReader | None = None
         left = []
         for task in tasks:
@@ -181,9 +180,7 @@ class Bridge:
             if task is not None and task.megatron_module is not None:
                 mapping, parts, config = task.mapping, task_parts(task), task.megatron_module.config
                 if parts is not None and not mapping.is_expert:
-                    reader = reader or SlicedReader(
-                        self.path, source.key_to_filename_map, mapping.tp_rank, mapping.tp_size
-                    )
+                    reader = reader or SlicedReader(self.directory.files, mapping.tp_rank, mapping.tp_size)
                     is_filled = reader.fill(
                         task.param_weight.detach(),
                         parts,

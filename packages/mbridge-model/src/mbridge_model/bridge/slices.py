@@ -20,17 +20,15 @@ class SlicedReader:
     """Reads the slices of a safetensors directory that one tensor-parallel rank needs.
 
     Args:
-        path: directory of the files.
-        files: file name of each tensor.
+        files: the file of each tensor.
         rank, size: of tensor parallelism.
     """
 
-    def __init__(self, path: Path, files: Mapping[str, str], rank: int, size: int) -> None:
-        self._path = path
+    def __init__(self, files: Mapping[str, Path], rank: int, size: int) -> None:
         self._files = files
         self._rank = rank
         self._size = size
-        self._open: dict[str, Any] = {}
+        self._open: dict[Path, Any] = {}
 
     def fill(self, parameter: Tensor, parts: Mapping[str, str], *, queries: int, groups: int, pads_rows: bool) -> bool:
         """Copy this rank's shard of one Megatron parameter out of the mapped files, without an intermediate copy.
@@ -99,5 +97,5 @@ class SlicedReader:
     def _slice(self, name: str) -> Any:
         file = self._files[name]
         if file not in self._open:
-            self._open[file] = safe_open(self._path / file, framework="pt", device="cpu")
+            self._open[file] = safe_open(file, framework="pt", device="cpu")
         return self._open[file].get_slice(name)

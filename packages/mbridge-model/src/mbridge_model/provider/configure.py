@@ -162,7 +162,7 @@ def check_layout_overrides(overrides: Mapping[str, Any]) -> None:
 
 
 def _set_vision_fields(changes: "_Changes", parallel: Parallel, overrides: Mapping[str, Any]) -> None:
-    from mbridge_model.vision.specification import language_layers
+    from mbridge_model.vision.deepstack import language_layers
 
     provider = changes.provider
     features = len(getattr(provider.vision_config, "deepstack_visual_indexes", ()))
