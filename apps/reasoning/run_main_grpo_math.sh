@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# GRPO on verifiable math, one process a GPU:
+# GRPO on verifiable math, one process per GPU:
 #
 #   bash run_main_grpo_math.sh CONFIG [key=value ...]
 #
-# CONFIG is a file of config/math or config, without .yaml. Several hosts: run the same line on each, with
-# cluster.num_nodes=N, and with MASTER_ADDR (a name or address of host 0 that all hosts reach) and NODE_RANK
-# (0 ... N-1, another on each host) in the environment. MASTER_PORT is 29500 unless set.
+# CONFIG is the name of a file in config/math or config, without .yaml. On several hosts, run the same line on each with
+# cluster.num_nodes=N, and set in the environment MASTER_ADDR (a name or address of host 0 that all hosts can reach) and
+# NODE_RANK (0 ... N-1, different on each host). MASTER_PORT defaults to 29500.
 set -euo pipefail
 
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
