@@ -1,4 +1,4 @@
-"""The simplest environment, with an engine that a stranger wrote: answers are scored while others are generated."""
+"""The simplest environment, with an engine of a test's own: answers are scored while others are generated."""
 
 import time
 from collections.abc import Iterable, Iterator, Sequence

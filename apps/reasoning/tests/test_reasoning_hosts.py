@@ -1,4 +1,4 @@
-"""A run on several hosts: the command of one host says that it cannot start it."""
+"""A run on several hosts: the command on one host reports that it cannot start them all."""
 
 import sys
 

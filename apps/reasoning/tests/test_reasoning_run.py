@@ -1,4 +1,4 @@
-"""Whole runs of the app: what they leave, and that a run which was stopped goes on as if it had not been."""
+"""Whole runs of the app: their files, and resuming as if the run had not been stopped."""
 
 import gzip
 import json
@@ -19,7 +19,7 @@ PROGRAM = Path(__file__).parent / "reasoning_run_program.py"
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """The directory that the program's runs are in, and what they printed."""
+    """Return the directory of the program's runs, and their output."""
     directory = tmp_path_factory.mktemp("runs")
     return directory, execute(str(PROGRAM), str(directory))
 
@@ -45,7 +45,7 @@ def test_resumed_run_has_the_state_of_the_unbroken_one(runs: tuple[Path, str], r
 
 
 def test_training_changes_the_weights(runs: tuple[Path, str]) -> None:
-    """Or the comparisons above would hold of runs that do nothing."""
+    """Otherwise the comparisons above would also hold for runs that do nothing."""
     directory, _ = runs
     before, after = (saved(directory / "unbroken", step, "model_optim_rng.pt")["model"] for step in (2, 4))
     assert all(not torch.equal(before[name], after[name]) for name in before)
@@ -155,7 +155,7 @@ def test_a_finished_run_says_that_nothing_is_left_to_do(runs: tuple[Path, str]) 
 
 
 def test_every_step_has_the_phases_that_the_report_stacks(runs: tuple[Path, str]) -> None:
-    """Also those after a validation, which has streamed their weights already."""
+    """This includes steps after a validation, which has already streamed their weights."""
     directory, _ = runs
     records = [json.loads(line) for line in (directory / "unbroken" / "metrics.jsonl").read_text().splitlines()]
     phases = [{name for name in TIME_SPLIT if name in record} for record in records[1:]]
@@ -181,7 +181,7 @@ def test_damaged_checkpoint_is_passed_over(runs: tuple[Path, str]) -> None:
 
 
 def test_a_run_goes_on_with_other_parallel_sizes(runs: tuple[Path, str]) -> None:
-    """Two ranks of the launcher, tensor-parallel, go on from one rank's checkpoint, and one rank from theirs."""
+    """Two tensor-parallel ranks resume from one rank's checkpoint, and one rank from theirs."""
     directory, printed = runs
     assert "was written with TP 1, PP 1, DP 1; this run has TP 2, PP 1, DP 1" in printed
     unbroken = metrics(directory / "unbroken")
@@ -203,7 +203,7 @@ def test_the_config_that_init_writes_runs(runs: tuple[Path, str]) -> None:
 
 
 def test_a_reward_function_of_ones_own_trains(runs: tuple[Path, str]) -> None:
-    """The README's: -1 for an answer that is cut off, else what is right less 0.01 a character."""
+    """The README's function: -1 for an answer that is cut off, else 1 if right, less 0.01 per character."""
     directory, _ = runs
     record = metrics(directory / "own-reward")
     assert list(record) == [1, 2]

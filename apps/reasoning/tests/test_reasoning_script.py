@@ -1,4 +1,4 @@
-"""run_main_grpo_math.sh: what it makes torchrun do, and what it says when it cannot."""
+"""run_main_grpo_math.sh: the arguments that it gives to torchrun, and its messages on failure."""
 
 import os
 import re

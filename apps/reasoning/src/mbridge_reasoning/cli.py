@@ -1,4 +1,4 @@
-"""`mbridge-reasoning`: the command line. No torch here: a mistake is said at once, not after its import."""
+"""`mbridge-reasoning`: the command line. Nothing here imports torch, so that a mistake is reported at once."""
 
 import sys
 
@@ -10,11 +10,11 @@ from mbridge_reasoning.rewards.pool import RewardPool
 
 
 def check_start(config: ReasoningConfig) -> None:
-    """Check, before any rank starts, what the config alone does not say. Nothing is left behind.
+    """Check data, reward function and directories before any rank starts. Nothing is left behind.
 
     Raises:
         DataError: a data file cannot be used.
-        ConfigError: the run is too short for its schedule, or cannot write where it is to.
+        ConfigError: the run is too short for its schedule, or cannot write to its directory.
         RewardError: `reward.function` cannot be imported.
     """
     if config.data.type == "math":

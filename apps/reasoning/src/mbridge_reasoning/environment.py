@@ -38,11 +38,11 @@ class SingleTurn:
         self.timed = timed
 
     def episodes(self, prompts: Sequence[Prompt], *, seed: int) -> list[Episode]:
-        """Return one episode a prompt, in their order. Collective over all ranks; every rank gets all of them.
+        """Return one episode per prompt, in order. Collective over all ranks; every rank gets all of them.
 
         Args:
             prompts: the same on every rank.
-            seed: with the position of a prompt it names the random stream of its answer.
+            seed: together with the position of a prompt, it names the random stream of the answer.
 
         Raises:
             RewardError: a worker cannot start, or the user's reward function is broken.
@@ -57,7 +57,7 @@ class SingleTurn:
                 (text,) = self.tokenizer.batch_decode([completion.tokens], skip_special_tokens=True)
                 answer = Answer(text=text, prompt=prompts[completion.request], end=completion.end)
                 scored.append((completion, self.rewards.submit(answer)))
-        with self.timed("reward"):  # what generation did not hide
+        with self.timed("reward"):  # the part that generation did not hide
             mine = {
                 completion.request: single_turn(prompts[completion.request], completion, score.result())
                 for completion, score in scored

@@ -1,4 +1,4 @@
-"""Episodes: what the policy lived through, and the training samples that are made of it."""
+"""Episodes of the policy, and the training samples that are made of them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from mbridge_reasoning.rollout.base import Completion, EndReason
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Episode:
-    """One episode. The policy's tokens may lie anywhere but at the start: between turns, others may write.
+    """One episode. The policy's tokens may be anywhere but at the start: between its turns, others may write.
 
     Attributes:
         tokens: int64 [length], everything that the policy read and wrote.
@@ -38,7 +38,7 @@ class Episode:
         if not self.tokens.shape == self.policy_mask.shape == self.rollout_logprobs.shape:
             raise ValueError(
                 f"an episode has {len(self.tokens)} tokens, {len(self.policy_mask)} entries of the mask and "
-                f"{len(self.rollout_logprobs)} log probabilities: give one of each a token"
+                f"{len(self.rollout_logprobs)} log probabilities: give one of each per token"
             )
         if self.policy_mask[0]:
             raise ValueError("the policy cannot have written the first token of an episode: nothing predicts it")
@@ -70,8 +70,8 @@ def make_samples(
         episodes: of this optimizer step; the loss is aggregated over the tokens that the policy wrote.
         advantages: float32 [len(episodes)], one for all tokens of an episode.
         aggregation: of the token losses.
-        old_logprobs: float32 [length] an episode, of the policy that the ratio is taken to.
-        reference_logprobs: likewise of the reference policy; None without a KL penalty.
+        old_logprobs: float32 [length] per episode, of the policy in the denominator of the ratio.
+        reference_logprobs: the same of the reference policy; None without a KL penalty.
     """
     weights = aggregation_weights([episode.policy_mask for episode in episodes], aggregation)
     return [

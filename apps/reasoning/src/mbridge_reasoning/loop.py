@@ -41,7 +41,7 @@ def run(config: ReasoningConfig, command: list[str]) -> None:
     """Train as `config` says.
 
     Args:
-        config: checked. Rank 0's is used everywhere, since `${now:}` and the like differ between processes.
+        config: checked. Rank 0's is used everywhere, since `${now:}` and similar values differ between processes.
         command: the words of the command line that started the run, to show how to resume it.
     """
     device = join(config.actor.megatron.distributed_timeout_minutes)
@@ -75,7 +75,7 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
         batch_size=config.data.rollout_batch_size,
         seed=config.data.seed if config.data.shuffle else None,
     )
-    refuse_short_run(config, rows=len(train))  # of which long prompts may have been left out
+    refuse_short_run(config, rows=len(train))  # again, since long prompts may have been left out
     length = run_length(config, rows=len(train))
     steps = length.steps
 
@@ -164,7 +164,7 @@ def _tokenized(
 
 
 def _data_state(config: ReasoningConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:
-    """Return what decides which prompts a step has."""
+    """Return the facts that determine the prompts of each step."""
     digest = hashlib.sha256()
     for prompt in prompts:
         digest.update(repr((prompt.tokens, prompt.solutions)).encode())
@@ -178,28 +178,24 @@ def _data_state(config: ReasoningConfig, prompts: Sequence[Prompt]) -> dict[str,
 
 
 def _read_data(config: ReasoningConfig) -> tuple[list[Prompt], list[Prompt]]:
-    if config.data.type == "reasoning_gym":
-        # On one rank for all: what a task draws may depend on more than its seed.
-        made: tuple[list[Prompt], list[Prompt]] | DataError | None = None
-        if torch.distributed.get_rank() == 0:
-            try:
-                made = _make_prompts(config)
-            except DataError as error:
-                made = error
-        made = broadcast(made)
-        assert made is not None
-        if isinstance(made, DataError):
-            raise made
-        return made
-    return read_data_files(config)
-
-
-def _make_prompts(config: ReasoningConfig) -> tuple[list[Prompt], list[Prompt]]:
+    if config.data.type != "reasoning_gym":
+        return read_data_files(config)
     gym = config.data.reasoning_gym
-    return make_prompts(
-        gym.task or "",
-        train_size=gym.train_size,
-        validation_size=gym.validation_size,
-        seed=config.data.seed,
-        parameters=gym.parameters,
-    )
+    # On one rank for all, since a task's draws may depend on more than its seed.
+    made: tuple[list[Prompt], list[Prompt]] | DataError | None = None
+    if torch.distributed.get_rank() == 0:
+        try:
+            made = make_prompts(
+                gym.task or "",
+                train_size=gym.train_size,
+                validation_size=gym.validation_size,
+                seed=config.data.seed,
+                parameters=gym.parameters,
+            )
+        except DataError as error:
+            made = error
+    made = broadcast(made)
+    assert made is not None
+    if isinstance(made, DataError):
+        raise made
+    return made

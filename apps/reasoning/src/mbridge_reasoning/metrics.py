@@ -1,4 +1,4 @@
-"""What is measured of episodes, and what is shown of a run: figures on the terminal, curves in the report."""
+"""Metrics of episodes and steps, and their display: figures on the terminal, curves in the report."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -70,11 +70,11 @@ def episode_metrics(episodes: Sequence[Episode], prefix: str) -> dict[str, float
 def mismatch_metrics(episodes: Sequence[Episode], trainer_logprobs: Sequence[Tensor]) -> dict[str, float]:
     """Measure how far the rollout engine's log probabilities are from the trainer's for the same weights and tokens.
 
-    Both are meant to be of the same distribution, so this measures differences of kernels and precision, and shows
-    stale or damaged weights at once. The KL estimate is k3 (Schulman 2020) of rollout from trainer.
+    Both should be of the same distribution, so this measures differences of kernels and precision, and reveals stale or
+    damaged weights at once. The KL estimate is k3 (Schulman 2020) of rollout from trainer.
 
     Args:
-        trainer_logprobs: float32 [length] an episode; only tokens that the policy wrote are compared.
+        trainer_logprobs: float32 [length] per episode; only tokens that the policy wrote are compared.
     """
     differences = torch.cat(
         [

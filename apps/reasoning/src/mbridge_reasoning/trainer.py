@@ -1,7 +1,8 @@
 """One GRPO step: stream weights, sample and score, advantages, log probabilities, minibatch updates.
 
-Generation and training take turns on the GPU. What `actor.offload_weight`, `offload_grad` and `offload_optimizer` name
-leaves it during generation; with `offload_weight` the rollout engine sleeps during training.
+Generation and training take turns on the GPU. The state that `actor.offload_weight`,
+`offload_grad` and `offload_optimizer` name leaves it during generation; with `offload_weight` the rollout engine sleeps
+during training.
 """
 
 from collections.abc import Callable, Sequence
@@ -92,7 +93,7 @@ class GRPOTrainer:
         """Train on `algorithm.group_size` answers to each prompt.
 
         Args:
-            number: of the step; with the seed it decides every random choice, so that a resumed run makes the same.
+            number: of the step; with the seed it determines every random choice, so a resumed run repeats them.
             prompts: the same on every rank.
 
         Returns:
@@ -143,7 +144,7 @@ class GRPOTrainer:
         return episode_metrics(episodes, "validation")
 
     def _sample(self, prompts: Sequence[Prompt], *, seed: int) -> list[Episode]:
-        """Return one scored episode a prompt."""
+        """Return one scored episode per prompt."""
         self._make_room_for_generation()
         episodes = self.environment.episodes(prompts, seed=seed)
         if self.config.rollout.print_outputs:

@@ -1,4 +1,4 @@
-"""Reading problems, tokenizing prompts, and what is said about data that cannot be used."""
+"""Reading and tokenizing prompts, and messages about unusable data."""
 
 import json
 from pathlib import Path

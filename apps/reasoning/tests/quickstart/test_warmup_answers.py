@@ -1,4 +1,4 @@
-"""What the warm-up teaches is right, and in the mixture asked for."""
+"""The warm-up's answers are right, and mixed as asked for."""
 
 import pytest
 from mbridge_reasoning.data.prompts import Prompt

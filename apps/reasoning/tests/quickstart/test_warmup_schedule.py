@@ -1,4 +1,4 @@
-"""The schedule of the quickstart's warm-up is its own, whatever that of the run is."""
+"""The quickstart's warm-up has its own schedule, whatever the schedule of the run."""
 
 import pytest
 from mbridge_config import ReasoningConfig, compose

@@ -1,4 +1,4 @@
-"""Reward functions of the user's own, loaded and run as the workers do it."""
+"""Custom reward functions, loaded and run as in the workers."""
 
 import textwrap
 from pathlib import Path

@@ -46,7 +46,7 @@ def requests(prompts, sampling, seed) -> list[Request]:
 
 
 def answers(engine, prompts, sampling, *, seed) -> list[Completion]:
-    """In the order of the prompts that this rank answers."""
+    """Return completions in the order of the prompts that this rank answers."""
     return sorted(engine.generate(requests(prompts, sampling, seed)), key=lambda completion: completion.request)
 
 
@@ -100,7 +100,7 @@ def test_a_sequence_does_not_depend_on_its_batch_or_rank(directory, prompts):
 
 
 def test_completions_come_as_they_finish(directory, prompts):
-    """Of one batch, the shorter answers first, while the longer ones are still to be decoded."""
+    """Within a batch, shorter answers come first, while longer ones are still being decoded."""
     engine = rollout(directory)
     steps = []
     engine.model.register_forward_pre_hook(lambda *_: steps.append(1))

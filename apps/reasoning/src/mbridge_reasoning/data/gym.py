@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from reasoning_gym.dataset import ProceduralDataset
 
 PATIENCE = 2000
-"""Draws without a new question after which a task is taken to have no more of them."""
+"""The number of draws without a new question after which a task counts as exhausted."""
 
 
 def make_prompts(
@@ -32,8 +32,8 @@ def make_prompts(
 ) -> tuple[list[Prompt], list[Prompt]]:
     """Make `train_size` and `validation_size` prompts of a reasoning-gym task: (training, validation).
 
-    No question is asked twice, in training, in validation or between the two. Equal arguments give equal prompts, also
-    in another process, and more training prompts leave the validation prompts as they were.
+    No question occurs twice, neither within a set nor in both. Equal arguments give equal prompts, in any process, and
+    a larger training set does not change the validation prompts.
 
     Raises:
         DataError: the task is unknown, refuses the parameters, has too few different questions with them, or fails.

@@ -1,4 +1,4 @@
-"""Prompts with verifiable answers: what one is, reading them from json and jsonl files, tokenizing them."""
+"""Prompts with verifiable answers: read them from json and jsonl files, and tokenize them."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ Message = dict[str, str]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Prompt:
-    """What the policy is asked, and what its answer is judged by.
+    """A question to the policy, with the right answers to it.
 
     Attributes:
         content: text, or chat messages with `role` and `content`.
@@ -62,9 +62,9 @@ def read_prompts(
     solutions_key: str = "solutions",
     need_solutions: bool = True,
 ) -> list[Prompt]:
-    """Read prompts from `.jsonl` files (one JSON object a line) and `.json` files (one array of objects).
+    """Read prompts from `.jsonl` files (one JSON object per line) and `.json` files (one array of objects).
 
-    Order is kept: files as given, records as they lie in them. Without `need_solutions` a record may lack
+    The order of files and of their records is kept. Without `need_solutions` a record may lack
     `solutions_key`.
 
     Raises:
@@ -91,7 +91,7 @@ def tokenize_prompts(
 ) -> list[Prompt]:
     """Return the same prompts with `tokens`.
 
-    A text becomes one user message if `apply_chat_template` is set, and is tokenized as it stands otherwise; a list of
+    A text becomes one user message if `apply_chat_template` is set, and is tokenized as it is otherwise; a list of
     messages always goes through the template. `max_prompt_length` counts tokens, including those of the template.
     Longer prompts are left out if `filter_long` is set.
 
@@ -168,7 +168,7 @@ def _prompt(record: dict[str, Any], source: str, prompt_key: str, solutions_key:
 
 
 def _refuse_half_characters(texts: Iterable[str], source: str, key: str) -> None:
-    """Raise `DataError` for text with one of a pair of escapes such as \\ud83d\\ude00, which tokenizers do not take."""
+    """Raise `DataError` for half of a pair of escapes such as \\ud83d\\ude00, which tokenizers refuse."""
     for text in texts:
         if half := re.search(r"[\ud800-\udfff]", text):
             raise DataError(
@@ -209,7 +209,7 @@ def _solutions(value: Any, source: str, key: str) -> tuple[str, ...]:
 
 
 def _is_answer(value: Any) -> bool:
-    # Python's JSON has NaN and Infinity, which are what a failed computation left, and makes Infinity of 1e999.
+    # Python's JSON reads NaN and Infinity, which a failed computation leaves, and turns 1e999 into Infinity.
     if isinstance(value, float):
         return math.isfinite(value)
     return isinstance(value, str | int) and not isinstance(value, bool)  # bool is an int for Python, not for a reader

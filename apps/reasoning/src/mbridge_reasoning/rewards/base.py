@@ -1,4 +1,4 @@
-"""What is scored and what comes of it. Shared by the trainer and the reward workers, so nothing here imports torch."""
+"""Answers and their scores. Shared by the trainer and the reward workers, so nothing here imports torch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What an answer is worth.
+    """The score of an answer.
 
     Attributes:
         value: 1.0 for a right answer; reasoning-gym tasks and reward functions may give other values.
@@ -36,11 +36,11 @@ class Score:
 
 
 class Scorer(NamedTuple):
-    """What a reward worker runs.
+    """The function that a reward worker runs.
 
     Attributes:
-        score: returns one value an answer.
-        batched: it takes several answers at once; otherwise one.
+        score: returns one value per answer.
+        batched: whether it takes several answers at once.
     """
 
     score: Callable[[Sequence[Answer]], list[float]]

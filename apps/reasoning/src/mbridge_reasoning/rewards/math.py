@@ -10,24 +10,24 @@ from mbridge_reasoning.rewards.extraction import boxes, tagged_answer, without_t
 from mbridge_reasoning.rewards.notation import normalize, normalize_expression, number_in_base, without_chinese
 
 EXACT = 1e-15
-"""Largest relative difference of two exact numbers that are taken for equal, evaluated to 30 digits."""
+"""The largest relative difference at which two exact numbers, evaluated to 30 digits, count as equal."""
 
 ROUNDED = 2e-6
-"""Likewise where one is a decimal: 0.333333 is 1/3."""
+"""The same where one of them is a decimal: 0.333333 is 1/3."""
 
 
 def math_scorer() -> Scorer:
     """Make a scorer: 1.0 where the final answer equals any of the solutions, 0.0 otherwise.
 
-    The last <answer>…</answer> is the answer if there is one. Else the last \\boxed{…} is, and boxes close before it
-    count as one answer with it, so that two guesses are not a right one; then other LaTeX, then plain expressions. An
-    empty or unfinished tag or box is no answer, whatever stands before it, nor are thoughts, or an escaped dollar sign.
+    The last <answer>…</answer> is the answer if there is one, else the last \\boxed{…}, else other LaTeX, else a plain
+    expression. Boxes shortly before the last one belong to the same answer, so that two guesses do not make a right
+    one. An empty or unfinished tag or box is no answer, whatever precedes it, and neither are thoughts.
     """
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse, verify
 
     _mend_percentages()
     _compare_small_numbers()
-    # It would say that its time limits are off; the worker's own limits replace them.
+    # It would warn that its time limits are off; the worker's limits replace them.
     logging.getLogger("math_verify").setLevel(logging.ERROR)
     extraction = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 
@@ -82,7 +82,7 @@ def _number_in_base(text: str) -> tuple[str, int] | None:
 
 
 def _compare_small_numbers() -> None:
-    """Have math-verify compare numbers relatively, too.
+    """Make math-verify compare numbers relatively as well.
 
     It rounds to 6 decimals, and drops differences below 1e-15, so that 2^-98 equals 2^-99.
     """
@@ -101,7 +101,7 @@ def _compare_small_numbers() -> None:
 
 
 def _differ(a: Any, b: Any) -> bool:
-    """Say whether two numbers are relatively further apart than their kind allows; False for anything else."""
+    """Return whether two numbers differ by more than their kind allows, relatively; False for anything else."""
     from math_verify.grader import get_pct_val
     from sympy import Float
 
@@ -115,9 +115,9 @@ def _differ(a: Any, b: Any) -> bool:
 
 
 def _mend_percentages() -> None:
-    """Give ANTLR's parser a function that latex2sympy2-extended asks for wherever it meets a percentage.
+    """Give ANTLR's parser the function that latex2sympy2-extended calls for each percentage.
 
-    The parser of ANTLR 4.9.3, which hydra needs, lacks it, and math-verify then reads no percentages.
+    The parser of ANTLR 4.9.3, which hydra needs, lacks it, so that math-verify would read no percentages.
     """
     from latex2sympy2_extended.antlr_parser import PSParser
 

@@ -1,8 +1,9 @@
-"""Rewards of answers, from worker processes that a hanging or crashing scorer cannot take down.
+"""Scores answers in worker processes, so that a scorer that hangs or crashes does not harm the run.
 
-The processes are this file's own and not those of `concurrent.futures` or `multiprocessing.Pool`, because a spawned
-child of these imports the trainer's main module with torch, a hanging one cannot be killed alone, and what comes back
-is unpickled. Threads of the trainer wait for them, so that answers are scored while others are still generated.
+This file starts its processes itself instead of using `concurrent.futures` or `multiprocessing.Pool`, because their
+spawned children import the trainer's main module with torch, a single one that hangs cannot be killed, and their
+replies are unpickled. Threads of the trainer wait for the workers, so that answers are scored while others are still
+generated.
 """
 
 import json
@@ -30,10 +31,10 @@ START_LIMIT = 600.0
 """Seconds a worker may take to import its libraries."""
 
 GRACE = 1.0
-"""Seconds after the time limit in which a worker may still answer for itself; then it is killed."""
+"""Seconds after the time limit within which a worker may still report the timeout itself; then it is killed."""
 
 BATCH = 64
-"""Most answers that a batched function is given at once."""
+"""The largest number of answers that a batched function is given at once."""
 
 
 class RewardPool:
@@ -80,7 +81,7 @@ class RewardPool:
 
     @classmethod
     def of(cls, config: ReasoningConfig) -> "RewardPool":
-        """Make the pool that `reward` asks for. A function of the user's own goes before `reward.reward_type`."""
+        """Make the pool that `reward` asks for. `reward.function` takes precedence over `reward.reward_type`."""
         reward, gym = config.reward, config.data.reasoning_gym
         uses_gym = reward.function is None and reward.reward_type == "reasoning_gym"
         return cls(
@@ -114,7 +115,7 @@ class RewardPool:
         """End all workers, also those that hang."""
         self._closed.set()
         self._threads.shutdown(wait=False, cancel_futures=True)
-        for _ in range(2):  # the second time for one that a thread was just starting anew
+        for _ in range(2):  # the second time for a worker that a thread was just restarting
             for worker in self._workers:
                 worker.kill()
             self._threads.shutdown(wait=True)
@@ -126,7 +127,7 @@ class RewardPool:
         self.close()
 
     def _serve(self) -> None:
-        """Score what waits, as much as one worker takes at once; nothing if another thread has taken it already."""
+        """Score as many waiting answers as one worker takes at once; none if other threads have taken them all."""
         worker = self._idle.get()
         taken: list[tuple[Answer, Future[Score]]] = []
         try:
@@ -139,7 +140,7 @@ class RewardPool:
             for (_, future), score in zip(taken, scores, strict=True):
                 future.set_result(score)
         except BaseException as error:  # noqa: BLE001 (raised again where the result is asked for)
-            self._failure = error  # what waits has no better prospects
+            self._failure = error  # the waiting answers would fail as well
             for _, future in taken or self._take(1):
                 future.set_exception(error)
         finally:

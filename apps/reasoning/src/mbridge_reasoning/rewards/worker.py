@@ -2,8 +2,8 @@
 
 Over the connection with file descriptor FD it receives pickled `WorkerSettings`, then pickled lists of `Answer`, and
 replies in JSON: first `{"batched": …}` or `{"error": …}`, then for each list `{"values": …}`, `{"status": …}` or
-`{"error": …}`. Pickle goes one way only, from the trainer, which is trusted; what comes back from a process that
-evaluates a model's words is JSON.
+`{"error": …}`. Pickle goes one way only, from the trainer, which is trusted; replies of a process that
+evaluates a model's text are JSON.
 """
 
 import ctypes
@@ -27,12 +27,12 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WorkerSettings:
-    """How answers are scored.
+    """The settings of a reward worker.
 
     Attributes:
         timeout: seconds that one call of the scorer may take.
-        memory_limit: bytes of address space: an answer such as 9**9**9**9 fails here and not on the whole machine.
-        function: `FILE.py:NAME` or `MODULE:NAME`; None: `task`'s scorer, and without it math-verify.
+        memory_limit: bytes of address space: an answer such as 9**9**9**9 exhausts these and not the machine.
+        function: `FILE.py:NAME` or `MODULE:NAME`; if None, the scorer of `task`, and without a task math-verify.
         task, parameters: of reasoning-gym.
     """
 
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def _scorer(connection: Connection, settings: WorkerSettings) -> Scorer | None:
-    """Import what scores, which takes seconds, and report it or why it cannot be had."""
+    """Import the scorer, which takes seconds, and report success or the reason of the failure."""
     try:
         if settings.function is not None:
             from mbridge_reasoning.rewards.function import function_scorer
@@ -111,7 +111,7 @@ def _score(scorer: Scorer, answers: Sequence[Answer], timeout: float) -> dict[st
     except RewardError as error:
         return {"error": str(error)}
     except Exception:  # noqa: BLE001
-        # Whatever breaks the scorer (recursion, memory, a bug of its own) is not a right answer.
+        # An answer that breaks the scorer (recursion, memory, a bug) is not right.
         return {"status": "failed"}
 
 

@@ -18,7 +18,7 @@ EndReason = Literal["end_token", "stop_string", "length"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
-    """How the next token is drawn.
+    """Settings by which the next token is drawn.
 
     `temperature` divides the logits. `top_k` (0 or -1: off) and then `top_p` (1.0: off) restrict the distribution from
     which a token is drawn, but not the one its log probability is taken from. `greedy` takes the most likely token and
@@ -124,7 +124,7 @@ class RolloutEngine(Protocol):
         """
 
     def sleep(self) -> None:
-        """Give the memory back. The weights are lost: `generate` needs `wake` and `update_weights` first."""
+        """Release the memory. The weights are lost: `generate` needs `wake` and `update_weights` first."""
 
     def wake(self) -> None:
-        """Take the memory for the weights again; a no-op when awake."""
+        """Allocate the memory for the weights again; a no-op when awake."""

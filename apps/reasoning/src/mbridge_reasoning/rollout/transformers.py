@@ -51,8 +51,8 @@ class TransformersRollout:
     Args:
         model_directory: HuggingFace directory of the policy.
         end_tokens: ids that end an answer.
-        batch_size: the largest number of sequences decoded at once. A batch loses rows as they finish, so that one
-            long answer costs a batch of one.
+        batch_size: the largest number of sequences decoded at once. A batch loses rows as they finish, so one
+            long answer is decoded in a batch of one.
         rank, world_size: of the trainer; each rank decodes its share of the requests.
     """
 
@@ -80,7 +80,7 @@ class TransformersRollout:
         self.model.to_empty(device=self.device).eval().requires_grad_(False)
         self.model.tie_weights()
         for module in self.model.modules():
-            # No weight stream carries these (rotary frequencies), so the model's own initialization computes them.
+            # Weight streams do not carry these (rotary frequencies), so the model's initialization computes them.
             if module._non_persistent_buffers_set:
                 self.model._init_weights(module)
         self.weights_version = 0
@@ -184,7 +184,7 @@ class _Batch:
     """Requests with the same sampling settings that are decoded together. A row leaves when its answer ends.
 
     Attributes:
-        alive: positions of the requests that are still being answered, one a row.
+        alive: positions of the requests that are still being answered, one per row.
     """
 
     @torch.inference_mode()
@@ -247,7 +247,7 @@ class _Batch:
         return completions
 
     def _completions(self, rows: Tensor, ended: Tensor) -> list[Completion]:
-        """Of the rows that the bool tensor `rows` selects; `ended` says which drew an end token."""
+        """Return those of the rows that the bool tensor `rows` selects; `ended` tells which drew an end token."""
         selected = rows.nonzero().squeeze(-1)
         return [
             Completion(
@@ -270,7 +270,7 @@ class _Batch:
 def draw(
     logits: Tensor, uniforms: Tensor, sampling: SamplingParams, blocked: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverting the cumulative distribution at the row's uniform number.
+    """Draw one token per row by inverting the cumulative distribution at the row's uniform number.
 
     Args:
         logits: [rows, vocabulary] in any float dtype.
