@@ -1,4 +1,4 @@
-"""Training checkpoints that are never half there, run no code, and fit any parallel layout.
+"""Training checkpoints that are never half written, never run code, and load under any parallel layout.
 
 Importing this does not import torch; writing or reading a tensor does.
 """

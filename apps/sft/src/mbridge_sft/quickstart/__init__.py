@@ -1,5 +1,5 @@
-"""Makes what the quickstart trains: handwritten digits as parquet files, and a tiny random Qwen3-VL.
+"""Make the data and the model of the quickstart: handwritten digits as parquet files, and a tiny random Qwen3-VL.
 
-In: the config. Out: files and a HuggingFace directory, which the run then reads as it reads those of a user.
+In: the config. Out: files and a HuggingFace directory, which the run then reads like a user's own.
 Uses: `start`.
 """

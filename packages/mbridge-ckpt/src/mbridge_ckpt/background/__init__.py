@@ -1,5 +1,5 @@
-"""Saving beside the training: a rank copies its tensors into shared memory, and a process beside it writes them.
+"""Save while training goes on: a rank copies its tensors into shared memory, and a separate process writes them.
 
-In: what `begin_save` takes. Out: the same committed checkpoints, and news of them at each step.
+In: the arguments of `begin_save`. Out: the same committed checkpoints, and an error at a later step if a save failed.
 Uses: `errors`, `formats`, `manifest`, `store`.
 """

@@ -1,4 +1,4 @@
-"""Files and names on a disk, whatever is in them.
+"""Files and paths on a disk, whatever their content.
 
 In: paths and bytes. Out: files that are durable and hashed as they are written or read, atomic renames, and paths that
 were checked to stay inside a directory.

@@ -1,4 +1,4 @@
-"""Refuse what cannot run: one small function for each mistake, whose docstring is its cause and fix.
+"""Refuse configs that cannot run: one small function per mistake, whose docstring gives the cause and the fix.
 
 In: a config, and the facts of its model as far as they are known. Out: the rules of each kind of run.
 Uses: `compat`, `facts`, `paths`, `plan`, `problems`, `run`, `schema`.

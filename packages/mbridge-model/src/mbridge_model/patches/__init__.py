@@ -1,7 +1,7 @@
-"""Changes to libraries while they run: tables of patches, each with its reason.
+"""Run-time changes to libraries: tables of patches, each with its reason.
 
-In: an installed torch, Megatron-Core and Megatron-Bridge. Out: the same libraries on a CPU, with faster kernels, and
-silent. `python -m mbridge_model.patches` lists every patch.
+In: an installed torch, Megatron-Core and Megatron-Bridge. Out: the same libraries, which then run on a CPU,
+use faster kernels, and send log records below ERROR to our logger. `python -m mbridge_model.patches` lists every patch.
 
 Uses: `errors`, `kernels`.
 """

@@ -1,4 +1,4 @@
-"""Megatron's configuration: what is changed on the provider that Megatron-Bridge returns.
+"""Megatron's configuration: the changes to the provider that Megatron-Bridge returns.
 
 In: that provider, config.json, the family, the layout, the precision, the backend and the user's overrides. Out: the
 finalized provider, with each change in the log.

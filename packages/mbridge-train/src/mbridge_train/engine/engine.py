@@ -334,14 +334,14 @@ def _loss_and_metrics(
 
 
 def _per_sample(inputs: ModelInputs, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, dict[str, list[Tensor]]]:
-    """Return for each output an empty tensor, which has its shape, and those of the samples; the loss is 0."""
+    """Return a loss of 0 and, for each output, an empty tensor that gives its shape, then a tensor per sample."""
     device = inputs.weights.device
     results = {name: [values[:0], *inputs.unpack(values)] for name, values in outputs.items()}
     return torch.zeros((), device=device), _uncounted(device), results
 
 
 def _uncounted(device: torch.device) -> Tensor:
-    """Return 0 as the number of tokens, by which Megatron-Core would divide; see below."""
+    """Return 0, a placeholder for the number of tokens, which `_finalize_summed_gradients` ignores."""
     return torch.zeros((), dtype=torch.int, device=device)
 
 

@@ -10,7 +10,7 @@ from mbridge_train.memory.host_copy import HostCopy
 
 
 class Snapshot:
-    """A copy of this rank's current weights. Swapping needs little device memory, not that of a second model."""
+    """A copy of this rank's current weights. Swapping needs far less device memory than a second model."""
 
     def __init__(self, engine: Engine) -> None:
         engine.synchronize_weights()

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
-"""Logits that are converted to float32 at a time: 64 MiB, or 1 GiB on a GPU, where a fused kernel stores none."""
+"""Number of logits converted to float32 at a time: 64 MiB, or 1 GiB on a GPU, where a fused kernel stores none."""
 
 # exp() of this is 0 in float32 and float64; as a floor it keeps 0 * -inf out of p log p.
 _LOG_FLOOR = -1e4
@@ -49,8 +49,8 @@ def vocab_parallel_logprob_and_entropy(
         targets: int64 [tokens]: token ids in the whole vocabulary.
         group: ranks that hold the slices; None (or a group of one) if ``local_logits`` is the whole vocabulary.
         vocab_start: token id of the first column of this rank.
-        vocab_size: true size of the vocabulary. Columns of ids from it on are padding: they are treated as -inf and get
-            zero gradients.
+        vocab_size: true size of the vocabulary. Columns of ids at or above it are padding: they are treated as
+            -inf and get zero gradients.
         temperature: divides the logits after their conversion to float32.
         with_entropy: whether to compute the entropy, in nats.
         overwrite: let the backward pass overwrite the logits with their gradient; they must not be read again.

@@ -107,7 +107,7 @@ def policy_loss(
         ``ratio``, ``approx_kl`` (of the old from the current policy, (r - 1) - log r, Schulman 2020),
         ``clip_fraction_low``, ``clip_fraction_high`` and ``clip_fraction_dual`` (tokens whose gradient this bound
         removes), ``kl``, ``entropy``, and ``max_abs_log_ratio`` over tokens with a weight. All but the last are
-        weighted sums. ``clip_fraction_dual``, ``kl`` and ``entropy`` are there if their option or input is.
+        weighted sums. ``clip_fraction_dual``, ``kl`` and ``entropy`` are present if their option or input is given.
 
     Raises:
         ValueError: an input is missing, or a coefficient is out of its range.
