@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mbridge_train.engine.batch import Sample
-from mbridge_train.engine.collate import ModelInputs, collate_dense, collate_packed
+from mbridge_train.engine.collate import ModelInputs, collate
 from mbridge_train.engine.plan import Plan, padding_share, plan_micro_batches
 from mbridge_train.errors import TrainError
 
@@ -106,7 +106,7 @@ def by_hand() -> list[Sample]:
 
 
 def test_dense_by_hand() -> None:
-    inputs = collate_dense(by_hand(), pad_to_multiple=4)
+    inputs = collate(by_hand(), packed=False, pad_to_multiple=4)
     assert inputs.tokens.tolist() == [[11, 12, 13, 0], [21, 0, 0, 0], [31, 32, 0, 0]]
     assert inputs.position_ids.tolist() == [[0, 1, 2, 3]] * 3
     assert inputs.targets.tolist() == [[12, 13, 0, 0], [0, 0, 0, 0], [32, 0, 0, 0]]
@@ -117,7 +117,7 @@ def test_dense_by_hand() -> None:
 
 
 def test_packed_by_hand() -> None:
-    inputs = collate_packed(by_hand(), pad_to_multiple=2)
+    inputs = collate(by_hand(), packed=True, pad_to_multiple=2)
     assert inputs.tokens.tolist() == [[11, 12, 13, 0, 21, 0, 31, 32]]
     assert inputs.position_ids.tolist() == [[0, 1, 2, 3, 0, 1, 0, 1]]
     assert inputs.targets.tolist() == [[12, 13, 0, 0, 0, 0, 32, 0]]
@@ -134,8 +134,8 @@ def test_packed_by_hand() -> None:
 @pytest.mark.parametrize(
     ("inputs", "shape"),
     [
-        (collate_dense([], pad_to_multiple=4, field_names=["advantages"]), (1, 4)),
-        (collate_packed([], pad_to_multiple=4, field_names=["advantages"]), (1, 4)),
+        (collate([], packed=False, pad_to_multiple=4, field_names=["advantages"]), (1, 4)),
+        (collate([], packed=True, pad_to_multiple=4, field_names=["advantages"]), (1, 4)),
     ],
 )
 def test_empty_micro_batch_is_padding_without_weight(inputs: ModelInputs, shape: tuple[int, int]) -> None:
@@ -152,7 +152,8 @@ def test_empty_micro_batch_is_padding_without_weight(inputs: ModelInputs, shape:
 @given(lengths=st.lists(st.integers(1, 17), min_size=1, max_size=9), multiple=st.sampled_from([1, 4, 6]))
 def test_unpack_inverts_both_layouts(lengths: list[int], multiple: int) -> None:
     samples = [make_sample(length, seed) for seed, length in enumerate(lengths)]
-    for inputs in (collate_dense(samples, multiple), collate_packed(samples, multiple)):
+    for packed in (False, True):
+        inputs = collate(samples, packed=packed, pad_to_multiple=multiple)
         assert sorted(inputs.fields) == ["advantages", "old_logprobs", "reference_logprobs"]
         for name, values in {"weights": inputs.weights, **inputs.fields}.items():
             for sample, unpacked in zip(samples, inputs.unpack(values.flatten()), strict=True):
@@ -170,13 +171,13 @@ def test_unpack_inverts_both_layouts(lengths: list[int], multiple: int) -> None:
 
 def test_collate_errors() -> None:
     with pytest.raises(ValueError, match="sample 1 of the batch has no field 'advantages', which sample 0 has"):
-        collate_dense([make_sample(3), make_sample(3, reinforcement=False)])
+        collate([make_sample(3), make_sample(3, reinforcement=False)], packed=False)
     with pytest.raises(ValueError, match=r"\[9\] values for \[2, 4\] positions"):
-        collate_dense([make_sample(4), make_sample(2)]).unpack(torch.zeros(9))
+        collate([make_sample(4), make_sample(2)], packed=False).unpack(torch.zeros(9))
 
 
 def test_to_moves_every_tensor() -> None:
-    moved = collate_packed([make_sample(3)]).to("meta")
+    moved = collate([make_sample(3)], packed=True).to("meta")
     tensors = (moved.tokens, moved.targets, moved.fields["advantages"], moved.cu_seqlens)
     assert {tensor.device.type for tensor in tensors if tensor is not None} == {"meta"}
     assert moved.max_seqlen == 3
@@ -197,9 +198,7 @@ def test_padding_share(packed: bool, multiple: int, expected: float) -> None:
     share = padding_share(plan, lengths, packed=packed, pad_each_to_multiple=multiple)
     assert share == pytest.approx(expected)
     samples = [make_sample(length) for length in lengths]
-    collate = {
-        True: lambda chosen: collate_packed(chosen, pad_to_multiple=multiple),
-        False: lambda chosen: collate_dense(chosen, pad_to_multiple=multiple),
-    }[packed]
-    places = sum(collate([samples[index] for index in chosen]).tokens.numel() for chosen in plan[0])
+    micro_batches = [[samples[index] for index in chosen] for chosen in plan[0]]
+    collated = [collate(chosen, packed=packed, pad_to_multiple=multiple) for chosen in micro_batches]
+    places = sum(inputs.tokens.numel() for inputs in collated)
     assert share == pytest.approx(1 - 15 / places), "the layouts themselves say the same"

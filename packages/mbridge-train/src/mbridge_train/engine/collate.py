@@ -6,7 +6,8 @@ of a sample does not change the results of its tokens.
 
 from collections.abc import Sequence
 from copy import copy
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from itertools import accumulate
 from typing import Self
 
 import torch
@@ -83,64 +84,37 @@ class ModelInputs:
         return moved
 
 
-def collate_dense(
+def collate(
     samples: Sequence[Sample],
-    pad_to_multiple: int = 1,
     *,
+    packed: bool,
+    pad_to_multiple: int = 1,
     field_names: Sequence[str] | None = None,
     with_vision: bool = True,
 ) -> ModelInputs:
-    """Collate one row per sample, padded on the right.
+    """Collate the samples of a micro-batch.
 
-    An empty micro-batch becomes one row of padding with zero weight and all fields, so that a rank without work runs
-    the same code and collectives as the others.
+    An empty micro-batch becomes one sequence of padding with zero weight and all fields, so that a rank without work
+    runs the same code and collectives as the others.
 
     Args:
         samples: the micro-batch.
-        pad_to_multiple: rows are as long as the longest sample, rounded up to a multiple of this.
+        packed: whether to lay the samples end to end in one row (THD), each padded on the right, or in a row each,
+            padded on the right to the longest one.
+        pad_to_multiple: padded lengths are multiples of this, so that sequence and context parallelism can split them.
         field_names: fields of the global batch, for a micro-batch that may be empty; None: fields of `samples`.
         with_vision: whether to materialize images and videos.
 
     Raises:
         ValueError: a sample lacks a field that others have.
     """
-    width = round_up(max((sample.length for sample in samples), default=1), pad_to_multiple)
-    rows = max(len(samples), 1)
-    starts = [row * width for row in range(len(samples))]
-    return _lay_out(samples, starts, torch.arange(width).repeat(rows, 1), field_names, with_vision)
-
-
-def collate_packed(
-    samples: Sequence[Sample],
-    pad_to_multiple: int = 1,
-    *,
-    field_names: Sequence[str] | None = None,
-    with_vision: bool = True,
-) -> ModelInputs:
-    """Collate all samples end to end in one row (THD).
-
-    Arguments and errors are those of :func:`collate_dense`, but each sample is padded on the right to a multiple of
-    ``pad_to_multiple``, for sequence and context parallelism. An empty micro-batch becomes one sequence of padding.
-    """
     lengths = [sample.length for sample in samples] or [pad_to_multiple]
     segments = [round_up(length, pad_to_multiple) for length in lengths]
-    cu_seqlens, cu_seqlens_padded = (
-        torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32) for sizes in (lengths, segments)
-    )
-    position_ids = torch.cat([torch.arange(segment) for segment in segments]).unsqueeze(0)
-    starts = cu_seqlens_padded[: len(samples)].tolist()
-    inputs = _lay_out(samples, starts, position_ids, field_names, with_vision)
-    return replace(inputs, cu_seqlens=cu_seqlens, cu_seqlens_padded=cu_seqlens_padded, max_seqlen=max(segments))
-
-
-def _lay_out(
-    samples: Sequence[Sample],
-    starts: list[int],
-    position_ids: Tensor,
-    field_names: Sequence[str] | None,
-    with_vision: bool,
-) -> ModelInputs:
-    """Return dense inputs in the shape of ``position_ids``; sample ``i`` starts at the flat position ``starts[i]``."""
+    if not packed:
+        segments = [max(segments)] * len(segments)
+    boundaries = [0, *accumulate(segments)]
+    starts = boundaries[: len(samples)]
+    position_ids = torch.cat([torch.arange(segment) for segment in segments]).view(1 if packed else len(segments), -1)
 
     def place(values: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
         row = torch.zeros(position_ids.numel(), dtype=dtype)
@@ -157,6 +131,9 @@ def _lay_out(
         fields={name: place([sample.fields[name][1:] for sample in samples], torch.float32) for name in names},
         sample_starts=starts,
         sample_lengths=[sample.length for sample in samples],
+        cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) if packed else None,
+        cu_seqlens_padded=torch.tensor(boundaries, dtype=torch.int32) if packed else None,
+        max_seqlen=max(segments) if packed else None,
         vision=_materialize_vision(samples) if with_vision else None,
     )
 

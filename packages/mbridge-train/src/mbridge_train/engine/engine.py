@@ -24,7 +24,7 @@ from torch.profiler import record_function
 
 from mbridge_train.engine.agreement import check_agreement
 from mbridge_train.engine.batch import Sample, common_fields
-from mbridge_train.engine.collate import ModelInputs, collate_dense, collate_packed
+from mbridge_train.engine.collate import ModelInputs, collate
 from mbridge_train.engine.heads import Head, HeadInputs, LogprobHead
 from mbridge_train.engine.plan import Plan, padding_share, plan_micro_batches
 from mbridge_train.engine.results import gather_samples, reduce_metrics
@@ -292,15 +292,17 @@ class Engine:
             )
             return output, partial(finish, inputs)
 
-        collate = partial(
-            collate_packed if self._is_packed else collate_dense,
+        collate_samples = partial(
+            collate,
+            packed=self._is_packed,
             pad_to_multiple=self._length_multiple,
             field_names=common_fields(batch),
             with_vision=self.layout.is_first_stage,
         )
         # Micro-batches are collated one at a time, when the schedule asks for them.
         iterators = [
-            (collate([batch[index] for index in micro_batch]) for micro_batch in micro_batches) for _ in self.model
+            (collate_samples([batch[index] for index in micro_batch]) for micro_batch in micro_batches)
+            for _ in self.model
         ]
         with torch.set_grad_enabled(not forward_only):
             results = get_forward_backward_func()(

@@ -77,7 +77,7 @@ def padding_share(plan: Plan, lengths: Sequence[int], *, packed: bool, pad_each_
     Args:
         plan: from `plan_micro_batches`.
         lengths: number of tokens of each sample.
-        packed: whether samples are laid out end to end (`collate_packed`) or in rows (`collate_dense`).
+        packed: whether samples are laid out end to end or in rows (`collate`).
         pad_each_to_multiple: multiple to which each sample, if packed, or each row is padded.
     """
     micro_batches = [micro_batch for rank in plan for micro_batch in rank if micro_batch]
