@@ -7,8 +7,8 @@ from pathlib import Path
 
 from mbridge_config import SFTConfig, refuse_existing_run, refuse_short_run, refuse_unwritable_directory
 from mbridge_config.schema.sft import SFTDataConfig
-from mbridge_train.data.examples import Examples
-from mbridge_train.data.rows import ReadSettings, read_examples
+from mbridge_train.data.examples import Examples, ReadSettings
+from mbridge_train.data.rows import read_examples
 
 
 def check_start(config: SFTConfig) -> None:

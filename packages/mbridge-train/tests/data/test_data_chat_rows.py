@@ -5,8 +5,8 @@ import json
 
 import pytest
 from mbridge_train.data.errors import DataError, RowError
-from mbridge_train.data.examples import ImageReference, Message
-from mbridge_train.data.rows import ReadSettings, read_examples
+from mbridge_train.data.examples import ImageReference, Message, ReadSettings
+from mbridge_train.data.rows import read_examples
 
 USER = {"role": "user", "content": "Hi"}
 ANSWER = {"role": "assistant", "content": "Hello"}

@@ -7,8 +7,8 @@ import pyarrow.parquet as pq
 import pytest
 from mbridge_train.data import parquet
 from mbridge_train.data.errors import DataError, RowError
-from mbridge_train.data.examples import ImageReference, readable
-from mbridge_train.data.rows import ReadSettings, read_examples
+from mbridge_train.data.examples import ImageReference, ReadSettings, readable
+from mbridge_train.data.rows import read_examples
 
 IMAGE = {"bytes": b"not decoded here", "path": "a.png"}
 
@@ -57,7 +57,7 @@ def test_without_choices_the_answer_is_text(tmp_path):
     path = write(tmp_path / "a.parquet", [{"q": "1+1", "a": "2"}, {"q": "1+1", "a": None}])
     examples = read(path, **columns)
     assert (examples[0].answer, examples[0].choices, examples[0].images) == ("2", None, [])
-    with pytest.raises(RowError, match=r"a.parquet row 1: 'a' is None where no choices are"):
+    with pytest.raises(RowError, match=r"a.parquet row 1: 'a' is None without choices"):
         examples[1]
 
 

@@ -1,4 +1,4 @@
-"""Conversations as text, the same text on every day."""
+"""Rendering conversations by the chat template, to the same text on every day."""
 
 from datetime import date
 from typing import TYPE_CHECKING, Any
@@ -11,18 +11,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TODAY = date(2024, 7, 26)
-"""For templates that write the day into the system's message: with the real one, a run that is resumed tomorrow would
-go on with other tokens. Llama 3's template writes this one where there is no clock."""
+"""The date for templates that write one into the system message: with the real date, a run resumed tomorrow would train
+on other tokens. Llama 3's template falls back to this date."""
 
 
 def render_chat(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], **options: Any) -> str:
-    """`messages` through the tokenizer's chat template, or through `options["chat_template"]`.
+    """Render `messages` by the tokenizer's chat template, or by `options["chat_template"]`.
 
     Args:
-        options: of `apply_chat_template`, such as `add_generation_prompt`.
+        options: options of `apply_chat_template`, such as `add_generation_prompt`.
 
     Raises:
-        TrainError: the template is not Jinja, whatever the messages are.
+        TrainError: the template is not valid Jinja.
         jinja2.TemplateError: the template refuses the messages.
     """
     try:

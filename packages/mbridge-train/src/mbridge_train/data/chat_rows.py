@@ -1,16 +1,16 @@
-"""Chats in `.jsonl` files: one object a line, with `messages` as OpenAI and HuggingFace write them.
+"""Reading chats from `.jsonl` files: one object per line, with `messages` as OpenAI and HuggingFace write them.
 
     {"messages": [{"role": "user", "content": [{"type": "image", "image": "cat.jpg"},
                                                {"type": "text", "text": "What is this?"}]},
                   {"role": "assistant", "content": "A cat."}]}
 
-Images may also be listed beside the messages, whose text then has a mark for each:
+Images may also be listed beside the messages, whose text then has a mark for each image:
 
     {"messages": [{"role": "user", "content": "<image>What is this?"}, …], "images": ["cat.jpg"]}
 
-An image is a path, a data: URL, or, if `data.allow_urls` is set, an http(s) URL. Paths start at `data.image_root` (by
-default the directory of the file) and stay in it, symbolic links included: with image_root=/ a row can name every file
-of the machine.
+An image is a path, a data: URL, or, if `data.allow_urls` is set, an http(s) URL. Paths are relative to
+`data.image_root` (by default the directory of the file) and may not leave it, not even through a symbolic link; with
+image_root=/ a row can name every file of the machine.
 """
 
 import base64
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from mbridge_train.data.errors import RowError
-from mbridge_train.data.examples import Example, ImageReference, Message, Role, with_images
+from mbridge_train.data.examples import Example, ImageReference, Message, ReadSettings, Role, with_images
 from mbridge_train.data.json_records import JsonRecords
 
 
@@ -31,20 +31,16 @@ class ChatFile:
 
     Args:
         path: the file.
-        image_root: directory that image paths start at and stay in; None: that of the file.
-        allow_urls: images may be given as http(s) URLs.
-        private_networks: addresses that URLs may lead to although they are not public.
+        settings: of which those for jsonl files count.
 
     Raises:
         DataError: the file cannot be read, or has no rows.
     """
 
-    def __init__(
-        self, path: Path, *, image_root: Path | None, allow_urls: bool, private_networks: tuple[str, ...] = ()
-    ) -> None:
+    def __init__(self, path: Path, settings: ReadSettings) -> None:
         self._records = JsonRecords(path)
-        self._root = os.path.abspath(image_root or path.parent)
-        self._allow_urls, self._networks = allow_urls, private_networks
+        self._root = os.path.abspath(settings.image_root or path.parent)
+        self._settings = settings
 
     def __len__(self) -> int:
         return len(self._records)
@@ -54,7 +50,7 @@ class ChatFile:
         return self._records.source(index)
 
     def fingerprint(self) -> str:
-        """Return that of the file's records. Files of images are not read."""
+        """Return the fingerprint of the file's records. Files of images are not read."""
         return self._records.fingerprint
 
     def __getitem__(self, index: int) -> Example:
@@ -145,12 +141,12 @@ class ChatFile:
                 raise RowError(f"{where}: the data: URL {value[:40]!r} is not base64; write data:image/png;base64,…")
             return self._base64(body, where)
         if scheme in ("http", "https"):
-            if not self._allow_urls:
+            if not self._settings.allow_urls:
                 raise RowError(
                     f"{where}: the image {value[:80]!r} is a URL; download it, or allow fetching with "
                     "data.allow_urls=true"
                 )
-            return ImageReference(location=value, networks=self._networks)
+            return ImageReference(location=value, networks=self._settings.private_networks)
         path = os.path.normpath(os.path.join(self._root, value.removeprefix("file://")))
         for inside, root in ((path, self._root), (os.path.realpath(path), os.path.realpath(self._root))):
             if os.path.commonpath([inside, root]) == root:
@@ -189,5 +185,5 @@ def _refuse_unread(record: dict[str, Any], keys: Sequence[str], where: str) -> N
     for key in keys:
         if record.get(key):
             raise RowError(
-                f"{where}: {key!r} is not read; write what the model shall see and say as text of the messages"
+                f"{where}: {key!r} is not read; write what the model should see and say as text of the messages"
             )

@@ -1,24 +1,28 @@
-"""Conversations with an answer and with images that are not decoded yet: what training and evaluation read."""
+"""The examples that training and evaluation read: conversations with an answer, and with images not decoded yet."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, Protocol
 
 from mbridge_train.data.errors import RowError
 
 IMAGE_MARK = "<image>"
-"""Stands in a text for an image that the row lists elsewhere; models have tokens of their own for it."""
+"""Marks the place, in a text, of an image that the row lists elsewhere. Not a token of the model."""
+
+CHOICES = "choices"
+"""The default column of choices, which a file may lack."""
 
 Role = Literal["system", "user", "assistant"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ImageReference:
-    """An image as its row gives it: `data`, the bytes of a file, or `location`, a path or an http(s) URL.
-
-    An image that was fetched has both.
+    """An image as its row gives it, not decoded.
 
     Attributes:
+        data: the bytes of an image file.
+        location: a path or an http(s) URL. A fetched image has both `data` and `location`.
         networks: addresses that a URL may lead to although they are not public, such as "10.0.0.0/8".
     """
 
@@ -51,11 +55,10 @@ class Example:
     """One example.
 
     Attributes:
-        messages: the turns before the answer, of which the last is the user's. Earlier turns of the assistant are
-            among them.
+        messages: the turns before the answer, earlier ones of the assistant included; the last is the user's.
         answer: the assistant's last turn.
         choices: all possible answers of a multiple-choice question, `answer` among them; None for a free answer.
-        source: file and row, for messages.
+        source: file and row, for error messages.
     """
 
     messages: tuple[Message, ...]
@@ -69,8 +72,33 @@ class Example:
         return [part for message in self.messages for part in message.parts if isinstance(part, ImageReference)]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReadSettings:
+    """How rows become examples.
+
+    Attributes:
+        prompt_key, choice_key, answer_key: parquet columns of the question, the choices and the right choice.
+        image_keys: parquet columns of images, in the order in which the model sees them. None: all columns named
+            "image", or "image" and a number, such as image_0; an empty tuple: no images.
+        answer_format: whether the model answers with the "text" of the right choice or with its "letter".
+        image_root: the directory that image paths of a jsonl file are relative to and must stay in; None: the
+            directory of the file.
+        allow_urls: images of a jsonl file may be fetched over http and https, from public addresses.
+        private_networks: other addresses that may be fetched from, such as "10.0.0.0/8".
+    """
+
+    prompt_key: str = "question"
+    choice_key: str = CHOICES
+    answer_key: str = "correct_answer"
+    image_keys: tuple[str, ...] | None = None
+    answer_format: Literal["text", "letter"] = "text"
+    image_root: Path | None = None
+    allow_urls: bool = False
+    private_networks: tuple[str, ...] = ()
+
+
 class Examples(Protocol):
-    """Rows that are read when they are asked for. Can be pickled, to be read in other processes as well."""
+    """Rows that are read on demand. Can be pickled, to be read in other processes."""
 
     def __len__(self) -> int:
         """Return the number of rows, bad ones included."""
@@ -90,10 +118,10 @@ class Examples(Protocol):
 
 
 def with_images(text: str, images: Iterator[ImageReference], where: str) -> list[str | ImageReference]:
-    """Return the parts of `text` with the next of `images` in the place of each "<image>".
+    """Return the parts of `text`, with the next of `images` in place of each "<image>".
 
     Raises:
-        RowError: there are not so many images.
+        RowError: there are fewer images than marks.
     """
     first, *others = text.split(IMAGE_MARK)
     parts: list[str | ImageReference] = [first]
@@ -109,7 +137,7 @@ def with_images(text: str, images: Iterator[ImageReference], where: str) -> list
 
 
 def readable(examples: Examples) -> Iterator[Example]:
-    """Yield all rows in their order, without the bad ones."""
+    """Yield the good rows in their order."""
     for index in range(len(examples)):
         try:
             yield examples[index]

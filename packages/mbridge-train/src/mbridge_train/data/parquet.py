@@ -1,7 +1,7 @@
-"""Questions with images, choices and the right one, in parquet files with the columns of the Robo2VLM-1 data set.
+"""Reading questions with images and choices from parquet files with the columns of the Robo2VLM-1 data set.
 
-The question and, where there are any, the choices, one a line, are the user's turn, after the images. Files are read
-by row groups, of which a few small ones are kept: HuggingFace writes 100 rows a group where there are images.
+The user's turn consists of the images, the question and, if there are any, the choices, one per line. Files are read by
+row groups, of which a few small ones are cached: HuggingFace writes 100 rows per group if there are images.
 """
 
 import ast
@@ -12,25 +12,22 @@ import reprlib
 from bisect import bisect_right
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mbridge_train.data.errors import DataError, RowError
-from mbridge_train.data.examples import Example, ImageReference, Message, with_images
+from mbridge_train.data.examples import CHOICES, Example, ImageReference, Message, ReadSettings, with_images
 
 KEPT_BYTES = 64 * 2**20
-"""Row groups that each process keeps of a file, uncompressed. A larger group is read up to the row, and not kept."""
+"""Uncompressed bytes of row groups that each process caches per file. A larger group is not cached."""
 
 FINGERPRINT_ROWS = 1024
 """Rows of a file's first row group whose texts its fingerprint covers."""
 
 LONGEST_CHOICES = 100_000
-"""Characters of a list of choices that is written as text."""
-
-CHOICES = "choices"
-"""The column of choices where no other is named; it may be missing."""
+"""Most characters of a list of choices that is written as text."""
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
@@ -40,47 +37,33 @@ class ParquetFile:
 
     Args:
         path: the file.
-        prompt_key, choice_key, answer_key: columns of the question, the choices and the right one. Without the column
-            of choices, the answer is a text of its own.
-        image_keys: columns of images, None for those named image, or image and a number.
-        answer_format: the model is to answer the text of the right choice, or its letter.
+        settings: of which those for parquet files count. Without the column of choices, answers are free text.
 
     Raises:
-        DataError: it cannot be read, has no rows, or lacks one of the columns.
+        DataError: the file cannot be read, has no rows, or lacks one of the columns.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        *,
-        prompt_key: str = "question",
-        choice_key: str = CHOICES,
-        answer_key: str = "correct_answer",
-        image_keys: tuple[str, ...] | None = None,
-        answer_format: Literal["text", "letter"] = "text",
-    ) -> None:
+    def __init__(self, path: Path, settings: ReadSettings) -> None:
         self._path = path
-        self._prompt_key, self._choice_key, self._answer_key = prompt_key, choice_key, answer_key
-        self._answer_format = answer_format
+        self._settings = settings
         self._open()
         names = self._file.schema_arrow.names
-        self._image_keys = image_keys = self._find_images() if image_keys is None else image_keys
-        self._has_choices = choice_key in names
-        for setting, key in [
-            ("prompt_key", prompt_key),
-            ("answer_key", answer_key),
-            *(("image_keys", key) for key in image_keys),
-        ]:
+        self._image_keys = self._find_images() if settings.image_keys is None else settings.image_keys
+        needed = [("prompt_key", settings.prompt_key), ("answer_key", settings.answer_key)]
+        for setting, key in [*needed, *(("image_keys", key) for key in self._image_keys)]:
             if key not in names:
                 raise DataError(f"{path} has no column {key!r}, only {', '.join(names)}: correct data.{setting}")
-        if choice_key != CHOICES and not self._has_choices:
+        self._texts = [settings.prompt_key, settings.answer_key]
+        if settings.choice_key in names:
+            self._texts.append(settings.choice_key)
+        elif settings.choice_key != CHOICES:
             raise DataError(
-                f"{path} has no column {choice_key!r}, only {', '.join(names)}: correct data.choice_key, or leave it "
-                f"at {CHOICES!r}, which a file without choices need not have"
+                f"{path} has no column {settings.choice_key!r}, only {', '.join(names)}: correct data.choice_key, or "
+                f"leave it at {CHOICES!r}, which a file without choices need not have"
             )
-        self._columns = [prompt_key, answer_key, *image_keys, *([choice_key] if self._has_choices else [])]
+        self._columns = [*self._texts, *self._image_keys]
         metadata = self._file.metadata
-        # Of each row group, the row behind its last.
+        # For each row group, the index after that of its last row.
         self._ends = list(accumulate(metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)))
         if not len(self):
             raise DataError(f"{path} has no rows: give a file with at least one, or take it out")
@@ -89,7 +72,7 @@ class ParquetFile:
         schema = self._file.schema_arrow
         found = sorted((name for name in schema.names if re.fullmatch(r"image_?\d*", name)), key=_natural)
         others = [field.name for field in schema if _may_be_image(field.type)]
-        if others and not found:  # a model that is to see images must not be trained without them by a name alone
+        if others and not found:  # a name alone must not decide to train a model without its images
             raise DataError(
                 f"{self._path} has no column named image, or image and a number, but bytes in {', '.join(others)}: "
                 f"set data.image_keys=[{others[0]}], or data.image_keys=[] to use none"
@@ -114,7 +97,7 @@ class ParquetFile:
         return self._ends[-1] if self._ends else 0
 
     def source(self, index: int) -> str:
-        """File and row."""
+        """Return file and row."""
         return f"{self._path} row {index}"
 
     def fingerprint(self) -> str:
@@ -123,9 +106,8 @@ class ParquetFile:
         groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
         chunks = [group.column(column) for group in groups for column in range(group.num_columns)]
         sizes = [(chunk.path_in_schema, chunk.num_values, chunk.total_uncompressed_size) for chunk in chunks]
-        texts = [column for column in self._columns if column not in self._image_keys]
         try:
-            first = next(self._file.iter_batches(batch_size=FINGERPRINT_ROWS, row_groups=[0], columns=texts))
+            first = next(self._file.iter_batches(batch_size=FINGERPRINT_ROWS, row_groups=[0], columns=self._texts))
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{self._path} row group 0 cannot be read: {error}") from None
         return hashlib.sha256(repr((sizes, first.to_pylist())).encode()).hexdigest()
@@ -133,9 +115,10 @@ class ParquetFile:
     def __getitem__(self, index: int) -> Example:
         source = self.source(index)
         row = self._row(index)
-        question = row[self._prompt_key]
+        settings = self._settings
+        question = row[settings.prompt_key]
         if not isinstance(question, str) or not question.strip():
-            raise RowError(f"{source}: {self._prompt_key!r} is {reprlib.repr(question)}, not a question")
+            raise RowError(f"{source}: {settings.prompt_key!r} is {reprlib.repr(question)}, not a question")
         images = [
             _image(value, f"{source}, column {key!r}")
             for key in self._image_keys
@@ -144,19 +127,19 @@ class ParquetFile:
         ]
         if self._image_keys and not images:
             raise RowError(f"{source}: no image in {', '.join(self._image_keys)}")
-        answer = row[self._answer_key]
-        choices = row[self._choice_key] if self._has_choices else None
+        answer = row[settings.answer_key]
+        choices = row.get(settings.choice_key)
         texts: tuple[str, ...] | None = None
         if choices is None:
             if not isinstance(answer, str):
                 raise RowError(
-                    f"{source}: {self._answer_key!r} is {reprlib.repr(answer)} where no choices are: write text"
+                    f"{source}: {settings.answer_key!r} is {reprlib.repr(answer)} without choices: write text"
                 )
         else:
-            texts = _choices(choices, f"{source}, column {self._choice_key!r}")
-            right = _right(answer, texts, f"{source}, column {self._answer_key!r}")
+            texts = _choices(choices, f"{source}, column {settings.choice_key!r}")
+            right = _right(answer, texts, f"{source}, column {settings.answer_key!r}")
             lines = list(texts)
-            if self._answer_format == "letter":
+            if settings.answer_format == "letter":
                 lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, texts, strict=False)]
                 texts = tuple(LETTERS[: len(texts)])
             question = "\n".join([question, "Choose one:", *lines])
@@ -207,7 +190,7 @@ def _may_be_image(kind: pa.DataType) -> bool:
 
 
 def _natural(name: str) -> tuple[int, str]:
-    """image, image_0, image_2, image_10."""
+    """Return a key that sorts image, image_0, image_2, image_10 in this order."""
     return (int("".join(filter(str.isdigit, name)) or -1), name)
 
 
@@ -240,10 +223,10 @@ def _choices(value: Any, where: str) -> tuple[str, ...]:
 
 
 def _right(answer: Any, choices: tuple[str, ...], where: str) -> int:
-    """Index of the right choice: an integer is the index itself; text is a choice, a letter, or an index."""
+    """Return the index of the right choice: an integer is the index itself; text is a choice, a letter, or an index."""
     right = -1
     if isinstance(answer, int | float) and not isinstance(answer, bool) and answer == answer // 1:
-        right = int(answer)  # pandas makes floats of integers where a row has none
+        right = int(answer)  # pandas turns a column of integers into floats if a row has none
     elif isinstance(answer, str):
         text = answer.strip()
         if text in choices:

@@ -1,8 +1,8 @@
-"""A conversation as text by the model's own chat template, divided into what is trained and what is not.
+"""Rendering a conversation by the model's own chat template, divided into trained and untrained text.
 
-Trained is what the model has to write: whatever follows the generation prompt, up to and including the token that ends
-the turn. So a newline after that token is not trained, nor the header before the answer; a think block is, where the
-template puts one into the answer without asking for it in the generation prompt.
+The trained text is what the model has to write: everything after the generation prompt, up to and including the token
+that ends the turn. So neither a newline after that token nor the header before the answer is trained. A think block is
+trained if the template puts it into the answer, but not into the generation prompt.
 """
 
 from collections.abc import Sequence
@@ -21,9 +21,9 @@ class ChatTemplate:
     """The chat template of a tokenizer or a processor.
 
     Args:
-        tokenizer: of the model.
+        tokenizer: the model's tokenizer.
         template: the template, in Jinja.
-        name: of the model's directory, for messages.
+        name: the model's directory, for error messages.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, name: str) -> None:
@@ -36,17 +36,17 @@ class ChatTemplate:
     def segments(
         self, messages: Sequence[Message], answer: str, *, train_on: Literal["last", "all"], source: str
     ) -> list[tuple[str, bool]]:
-        """The text in pieces, each with whether it is trained.
+        """Return the text in pieces, each with whether it is trained.
 
         Args:
-            messages: before the answer.
-            answer: the assistant's last turn.
-            train_on: the answer alone, or each turn of the assistant, where the turn does not say so itself.
-            source: of the example, for messages.
+            messages: the turns before the answer.
+            answer: the assistant's last turn, which is always trained.
+            train_on: train on no earlier turn of the assistant or on all of them, unless `is_trained` decides.
+            source: file and row of the example, for error messages.
 
         Raises:
             RowError: the template refuses this conversation.
-            DataError: the template is not Jinja, or does not tell where the answer begins or ends in its text.
+            DataError: the template is not valid Jinja, or its text does not show where a trained turn begins and ends.
         """
         turns = [*map(_turn, messages), {"role": "assistant", "content": answer}]
         try:
@@ -67,7 +67,7 @@ class ChatTemplate:
         return [piece for piece in [*pieces, (full[position:], False)] if piece[0]]
 
     def _span(self, turns: list[dict[str, Any]], index: int, full: str, source: str) -> tuple[int, int]:
-        """Where the trained text of the turn begins and ends in `full`."""
+        """Return where the trained text of the turn begins and ends in `full`."""
         mark = "answer"
         while mark in full:
             mark += "@"
@@ -80,26 +80,26 @@ class ChatTemplate:
         if full.startswith(prompt):
             start = len(prompt if has_prompt else before)
         elif not is_last and full.startswith(before) and (not has_prompt or prompt.startswith(before)):
-            # The generation prompt ends with a think block that the template takes out of past turns.
+            # The generation prompt ends with a think block, which the template removes from past turns.
             start = len(before)
         content_end = len(full) - len(after)
         if not found or start is None or start > content_end or not full.endswith(after):
             raise DataError(
                 f"{source}: the chat template of {self._name} does not show where the assistant's turn {index + 1} "
                 "begins and ends: its text is not what follows the generation prompt; use a template that writes a "
-                "turn in the same way whatever comes later" + ("" if is_last else ", or set data.train_on=last")
+                "turn in the same way whatever follows it" + ("" if is_last else ", or set data.train_on=last")
             )
         written = full[:content_end].removeprefix(context)
         if is_last and _words(turns[index]["content"]) not in _words(written):
             raise DataError(
                 f"{source}: the chat template of {self._name} leaves out a part of the answer, of which it writes "
-                f"{full[start:content_end][:60]!r}; use a template that writes all of it, or take that part, such as "
-                "reasoning, out of the answers"
+                f"{full[start:content_end][:60]!r}; use a template that writes the whole answer, or take the missing "
+                "part, such as reasoning, out of the answers"
             )
         return start, content_end + self._end(after, source)
 
     def _end(self, after: str, source: str) -> int:
-        """Length of the end token, and of white space before it, at the start of the text after an answer."""
+        """Return the length of the end token, with white space before it, at the start of the text after an answer."""
         text = after.lstrip()
         token = max((token for token in self._special if text.startswith(token)), key=len, default="")
         if not token:
@@ -114,7 +114,7 @@ class ChatTemplate:
             return render_chat(
                 self._tokenizer, turns, chat_template=self._template, add_generation_prompt=add_generation_prompt
             )
-        except TrainError as error:  # no row could be used, so it is no row's fault
+        except TrainError as error:  # the template is at fault, so not a RowError
             raise DataError(str(error)) from None
 
 
@@ -126,5 +126,5 @@ def _turn(message: Message) -> dict[str, Any]:
 
 
 def _words(text: str) -> str:
-    """Without white space, which templates add and take away."""
+    """Return `text` without white space, which templates add and remove."""
     return "".join(text.split())
