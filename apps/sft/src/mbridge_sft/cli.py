@@ -1,4 +1,4 @@
-"""`mbridge-sft`: the command line. Nothing heavy is imported before the config is checked."""
+"""The command line `mbridge-sft`. Nothing heavy is imported before the config is checked."""
 
 import sys
 
@@ -7,7 +7,7 @@ from mbridge_train.run.application import Application, run_application
 
 
 def main() -> int:
-    """Exit code: 0; 2 for a mistake of the user, printed without a traceback; 130 for Ctrl-C; 1 for a crash."""
+    """Return the exit code: 0; 2 for a user's mistake, printed without a traceback; 130 for Ctrl-C; 1 for a crash."""
     return run_application(APPLICATION, sys.argv[1:])
 
 

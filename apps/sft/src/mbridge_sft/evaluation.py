@@ -1,23 +1,22 @@
-"""How well the model does on held-out examples: the loss of the right answers, and which choice it finds likeliest.
+"""Evaluating the model on held-out examples: the loss of the right answers, and the choice that it finds likeliest.
 
-Each choice is scored as if it were the answer: the sum of the log probabilities of its tokens, the end token included,
-and their mean, which does not favour short choices. All sequences of a batch go through the engine as one global
-batch, so data-parallel ranks share them.
+Each choice is scored as if it were the answer: by the sum of the log-probabilities of its tokens, end token included,
+and by their mean, which does not favor short choices. All sequences of a batch go through the engine as one global
+batch, so data-parallel ranks share the work.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
-from mbridge_train.data.encode import Encoded
+from mbridge_train.data.encode import Encoded, Encoder
 from mbridge_train.data.examples import Example
 from mbridge_train.data.images import RowImages
 from mbridge_train.engine.batch import Sample
 from torch import Tensor
 
 SHOWN = 24
-"""Predictions kept to be shown, half of them wrong ones where there are as many."""
+"""Predictions kept for the report, half of them wrong if there are that many."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,9 +24,9 @@ class Question:
     """An example with the sequences to score.
 
     Attributes:
-        example: what is asked.
-        candidates: a sequence for each choice; the right answer's alone, where there are no choices.
-        right: which of them has the right answer.
+        example: the example.
+        candidates: a sequence for each choice; only that of the right answer if there are no choices.
+        right: index of the candidate with the right answer.
     """
 
     example: Example
@@ -42,7 +41,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Prediction:
-    """What the model finds likeliest. `predicted` is None where there are no choices."""
+    """The choice that the model finds likeliest. `predicted` is None if there are no choices."""
 
     example: Example
     predicted: str | None
@@ -60,17 +59,11 @@ class Evaluation:
     shown: list[Prediction]
 
 
-class _Encoder(Protocol):
-    def encode(self, example: Example) -> Encoded: ...
-
-    def encode_choices(self, example: Example) -> list[Encoded]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class QuestionEncoder:
-    """Makes a `Question` of an example. Can be pickled if `encoder` can. Raises what `encoder` does."""
+    """Encodes an example as a `Question`. Can be pickled if `encoder` can. Raises what `encoder` raises."""
 
-    encoder: _Encoder
+    encoder: Encoder
 
     def __call__(self, example: Example) -> Question:
         if example.choices is None:
@@ -80,7 +73,7 @@ class QuestionEncoder:
 
 
 def as_sample(encoded: Encoded, weights: Tensor) -> Sample:
-    """Return an encoded row as a sample of the engine, with float32 [length] weights of the loss of its tokens."""
+    """Return an encoded row as a sample of the engine. `weights`: float32 [length], of each token's loss."""
     return Sample(tokens=encoded.tokens, weights=weights, vision=encoded.images, position_ids=encoded.position_ids)
 
 
@@ -89,10 +82,10 @@ def evaluate(logprobs: Callable[[list[Sample]], list[Tensor]], batches: Iterable
 
     Args:
         logprobs: `Engine.logprobs`.
-        batches: of questions, the same on every rank.
+        batches: batches of questions, the same on every rank.
 
     Returns:
-        `validation/loss` (nats a token of the right answers, over all examples), `validation/examples` and, if there
+        `validation/loss` (nats per token of the right answers, over all examples), `validation/examples` and, if there
         are multiple-choice questions, `validation/accuracy` (by the sum) and `validation/accuracy_by_mean`.
     """
     loss, tokens, examples, asked = 0.0, 0, 0, 0
@@ -103,7 +96,7 @@ def evaluate(logprobs: Callable[[list[Sample]], list[Tensor]], batches: Iterable
         samples = [as_sample(sequence, torch.zeros(len(sequence.tokens))) for sequence in sequences]
         values = iter(zip(sequences, logprobs(samples), strict=True))
         for question in questions:
-            # In fp64: the sum over all examples is that of another order of batches.
+            # In fp64, so that the sum over all examples does not depend on the batches.
             answers = [
                 value[encoded.trained].double() for encoded, value in (next(values) for _ in question.candidates)
             ]

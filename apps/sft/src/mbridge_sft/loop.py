@@ -1,4 +1,4 @@
-"""An SFT run on one rank, from start to end. `cli.main` starts it on every rank."""
+"""An SFT run on one rank, from start to end. `cli.main` runs it on every rank."""
 
 import time
 from typing import Any
@@ -39,8 +39,8 @@ def run(config: SFTConfig, command: list[str]) -> None:
     """Train, or only evaluate, as `config` says.
 
     Args:
-        config: checked. Rank 0's is used everywhere, since `${now:}` and the like differ between processes.
-        command: the words of the command line that started the run, to show how to resume it.
+        config: the checked config. All ranks use that of rank 0, since `${now:}` and the like differ between processes.
+        command: the words of the command line, to show how to resume the run.
     """
     join(config.actor.megatron.distributed_timeout_minutes)
     try:
@@ -60,7 +60,7 @@ def _train(config: SFTConfig, command: list[str]) -> None:
     training, evaluation = read_data(config)
     assert training is not None  # a rule
     runner = config.runner
-    refuse_short_run(config, rows=len(training))  # the quickstart has made them only now
+    refuse_short_run(config, rows=len(training))  # only now, since the quickstart has just made them
     length = run_length(config, rows=len(training))
     steps = length.steps
 
@@ -102,14 +102,14 @@ def _train(config: SFTConfig, command: list[str]) -> None:
 
 
 def _evaluate(config: SFTConfig, command: list[str]) -> None:
-    """Beside what a training run of the same name has left, of which nothing is changed."""
+    """Evaluate. The output goes beside that of a training run of the same name, which stays unchanged."""
     output = RunOutput(config, run_directory(config) / "evaluation", command, DISPLAY)
     if config.quickstart.enabled:
         prepare_quickstart(config, output.message)
     _, evaluation = read_data(config)
     assert evaluation is not None  # a rule
     checkpoint = find_checkpoint(config.runner.resume_dir, checkpoint_directory(config), output.message)
-    if checkpoint is None and config.runner.resume_dir is not None:  # the figures would be those of other weights
+    if checkpoint is None and config.runner.resume_dir is not None:  # or the figures would be those of other weights
         raise DataError(
             f"there is no checkpoint to evaluate in {checkpoint_directory(config)}; correct runner.experiment_name or "
             "runner.output_dir, or set runner.resume_dir=null to evaluate the model of actor.model.model_path"
@@ -125,7 +125,7 @@ def _evaluate(config: SFTConfig, command: list[str]) -> None:
 
 
 def _evaluated(trainer: SFTTrainer, examples: Examples, output: RunOutput) -> dict[str, float]:
-    """Metrics of an evaluation, whose examples the report will show."""
+    """Evaluate, have the report show examples, and return the metrics."""
     started = time.perf_counter()
     result = trainer.evaluate(examples)
     if output.is_writer:
@@ -162,7 +162,7 @@ def _encoder(config: SFTConfig) -> Encoder:
 
 
 def _data_state(config: SFTConfig, training: Examples) -> dict[str, Any]:
-    """What decides which rows a step has."""
+    """Return the values that decide which rows a step has."""
     data = config.data
     return {
         "rows": len(training),

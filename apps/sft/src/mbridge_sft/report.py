@@ -1,4 +1,4 @@
-"""What is shown of an SFT run: figures on the terminal, curves in the report, and a grid of evaluated examples."""
+"""Showing an SFT run: figures on the terminal, curves in the report, and a grid of evaluated examples."""
 
 import base64
 import html
@@ -14,10 +14,10 @@ from mbridge_train.run.report import Chart
 from mbridge_sft.evaluation import Prediction
 
 LONGEST_TEXT = 300
-"""Characters of a question or answer that the grid shows."""
+"""Most characters of a question or answer that the grid shows."""
 
 IMAGE_SIDE = 192
-"""Pixels of the longer side of an image in the grid, at most."""
+"""Most pixels of the longer side of an image in the grid."""
 
 DISPLAY = Display(
     description="SFT",
@@ -31,13 +31,13 @@ DISPLAY = Display(
         "time/step": "seconds",
     },
     charts=(
-        Chart(title="Loss", metrics=("train/loss", "validation/loss"), unit="nats a token", best="min"),
+        Chart(title="Loss", metrics=("train/loss", "validation/loss"), unit="nats per token", best="min"),
         Chart(title="Accuracy", metrics=("validation/accuracy", "validation/accuracy_by_mean"), best="max"),
         Chart(title="Gradient norm", metrics=("train/grad_norm",)),
         Chart(title="Learning rate", metrics=("train/learning_rate",), smooth=False),
-        Chart(title="Tokens", metrics=("tokens_per_second",), unit="a second"),
+        Chart(title="Tokens", metrics=("tokens_per_second",), unit="per second"),
         *THROUGHPUT_CHARTS,
-        Chart(title="Images", metrics=("images_per_second",), unit="a second"),
+        Chart(title="Images", metrics=("images_per_second",), unit="per second"),
         Chart(title="Padding", metrics=("padding_waste",), unit="share of computed tokens"),
         Chart(
             title="Time of a step",
@@ -59,7 +59,7 @@ _STYLE = """<style>
 
 
 def example_grid(predictions: Sequence[Prediction]) -> str:
-    """HTML with each example's images, question, right answer and prediction; it needs no other file."""
+    """Return self-contained HTML with each example's images, question, right answer and prediction."""
     if not predictions:
         return ""
     cells = "\n".join(f'<div class="example">{_cell(prediction)}</div>' for prediction in predictions)
@@ -80,7 +80,7 @@ def _cell(prediction: Prediction) -> str:
 def _image(image: ImageReference, source: str) -> str:
     try:
         picture = decode(image, source)
-    except RowError as error:  # a file that was there a moment ago
+    except RowError as error:  # the file has disappeared since the evaluation
         return f'<p class="note">{_text(str(error))}</p>'
     picture.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     buffer = io.BytesIO()

@@ -1,6 +1,6 @@
-"""What is checked before any rank starts, beside the config: data files, and where the run is to write.
+"""Checking data files and the output directory before any rank starts.
 
-No torch here: a mistake is said at once, not after the seconds that importing Megatron takes.
+Nothing here imports torch, so that a mistake is reported at once, not after the seconds that importing Megatron takes.
 """
 
 from pathlib import Path
@@ -12,9 +12,9 @@ from mbridge_train.data.rows import read_examples
 
 
 def check_start(config: SFTConfig) -> None:
-    """Raise `DataError` or `ConfigError` for what would stop the run later. Nothing is left behind."""
+    """Raise `DataError` or `ConfigError` for faults that would stop the run later. Nothing is left behind."""
     for paths, is_training in zip(data_paths(config), (True, False), strict=True):
-        # The quickstart makes what is not there.
+        # The quickstart makes missing files.
         if paths and not (config.quickstart.enabled and not all(path.exists() for path in paths)):
             examples = read_examples(paths, read_settings(config.data))
             if is_training:
@@ -25,21 +25,21 @@ def check_start(config: SFTConfig) -> None:
 
 
 def read_data(config: SFTConfig) -> tuple[Examples | None, Examples | None]:
-    """(training, evaluation) examples of the paths that `data` names; None where it names none."""
+    """Return the (training, evaluation) examples of the paths in `data`; None if there are no paths."""
     settings = read_settings(config.data)
     training, evaluation = (read_examples(paths, settings) if paths else None for paths in data_paths(config))
     return training, evaluation
 
 
 def data_paths(config: SFTConfig) -> tuple[list[Path], list[Path]]:
-    """(training, evaluation) files and directories; none to train on where the run only evaluates."""
+    """Return the (training, evaluation) files and directories; none to train on if the run only evaluates."""
     data = config.data
     training = [] if config.runner.only_eval else data.train_data_paths
     return [Path(path).expanduser() for path in training], [Path(path).expanduser() for path in data.val_data_paths]
 
 
 def read_settings(data: SFTDataConfig) -> ReadSettings:
-    """How rows become examples."""
+    """Return the settings of reading that `data` holds."""
     return ReadSettings(
         prompt_key=data.prompt_key,
         choice_key=data.choice_key,

@@ -1,4 +1,4 @@
-"""One SFT step, and one evaluation. Every method is collective over all ranks."""
+"""One SFT step and one evaluation."""
 
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -17,14 +17,14 @@ from mbridge_sft.evaluation import Evaluation, Question, QuestionEncoder, as_sam
 
 
 class SFTTrainer:
-    """The model in training and what it is evaluated on.
+    """Trains and evaluates the model. Every method is collective over all ranks.
 
     Args:
-        config: checked.
+        config: the checked config.
         engine: the model.
-        encoder: of examples.
+        encoder: the encoder of examples.
         throughput: counts the operations of a step.
-        say: takes a line for the terminal: which rows are left out.
+        say: called with a line for the terminal for each row that is left out.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class SFTTrainer:
         self.say = say
 
     def batches(self, examples: Examples, *, first_step: int, bad_rows: Iterable[int]) -> EncodedBatches[Encoded]:
-        """The training batches from step `first_step` (from 0) on, without end."""
+        """Return the endless training batches from step `first_step` (from 0) on."""
         data = self.config.data
         return EncodedBatches(
             examples,
@@ -85,7 +85,7 @@ class SFTTrainer:
         } | self.throughput.metrics(samples, seconds)
 
     def evaluate(self, examples: Examples) -> Evaluation:
-        """All examples once, in their order."""
+        """Evaluate all examples once, in their order."""
         data, actor = self.config.data, self.config.actor
         questions = EncodedBatches(
             examples,
@@ -103,7 +103,7 @@ class SFTTrainer:
         return evaluate(self.engine.logprobs, questions)
 
     def _own_questions(self, questions: list[Question]) -> set[int]:
-        """Positions of the questions of which this rank scores a choice."""
+        """Return the positions of the questions of which this rank scores a choice."""
         lengths = [len(candidate.tokens) for question in questions for candidate in question.candidates]
         question_of = [number for number, question in enumerate(questions) for _ in question.candidates]
         return {question_of[index] for index in self.engine.reads_vision(lengths)}

@@ -1,8 +1,8 @@
-"""Real handwritten digits as multiple-choice questions: the data of the quickstart.
+"""Writing the data of the quickstart: real handwritten digits as multiple-choice questions.
 
 The images are the 1,797 of scikit-learn's `load_digits` (8 x 8 pixels, from UCI's "Optical Recognition of Handwritten
-Digits"), which come with the library. They are written in the columns of the Robo2VLM-1 data set, so the quickstart
-reads them as it would read that one.
+Digits"), which come with the library. The files have the columns of the Robo2VLM-1 data set, so the quickstart reads
+them as it would read that data set.
 """
 
 import io
@@ -17,10 +17,10 @@ import pyarrow.parquet as pq
 
 QUESTION = "Which digit is this?"
 SCALE = 4
-"""Pixels along each side for one of the original: 32 x 32 in all, so that a tiny patch is still a part of a stroke."""
+"""Pixels along each side per original pixel: 32 x 32 in all, so that even a tiny patch shows a part of a stroke."""
 
 HELD_OUT = 5
-"""Of each digit's images every fifth is for evaluation: 356 of 1,797, about as many of each digit."""
+"""Every fifth image of each digit is held out for evaluation: 356 of 1,797, about equally many of each digit."""
 
 _ROWS_IN_GROUP = 128
 _SCHEMA = pa.schema(
@@ -35,10 +35,10 @@ _SCHEMA = pa.schema(
 
 
 def write_digits(directory: str | Path) -> tuple[Path, Path]:
-    """Write `train/digits.parquet` and `eval/digits.parquet` under `directory`; (train directory, eval directory).
+    """Write `train/digits.parquet` and `eval/digits.parquet` under `directory`, and return the two directories.
 
-    A file appears whole or not at all, so several processes may do this at once, and one that holds the right rows
-    already is left alone. Which image is in which file, and the order of its choices, never changes.
+    Each file appears whole or not at all, so several processes may do this at once; a file that already holds the right
+    rows is left alone. The split and the order of the choices are always the same.
     """
     directory = Path(directory)
     for name, table in _tables().items():
@@ -78,7 +78,7 @@ def _write(path: Path, table: pa.Table) -> None:
         if pq.read_table(path).equals(table):
             return
     except (OSError, pa.ArrowException):
-        pass  # not there, or not what it should be
+        pass  # missing or damaged
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
     try:

@@ -1,6 +1,6 @@
-"""A tiny random Qwen3-VL with its processor, written as an ordinary HuggingFace directory.
+"""Writing a tiny random Qwen3-VL and its processor as an ordinary HuggingFace directory.
 
-The quickstart starts here: everything after it reads the directory as it would read a downloaded model.
+The run then reads the directory as it would read a downloaded model.
 """
 
 from collections.abc import Iterable
@@ -52,9 +52,9 @@ CHAT_TEMPLATE = """\
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TinyVisionGeometry:
-    """Sizes of the tiny model. Its heads have 32 channels, the fewest that all attention kernels take.
+    """Sizes of the tiny model. Its heads have 32 channels, the fewest that all attention kernels support.
 
-    An image token stands for 16 x 16 pixels: 2 x 2 patches of 8 x 8. So a 32 x 32 image is 16 patches and 4 tokens.
+    An image token covers 16 x 16 pixels: 2 x 2 patches of 8 x 8. So a 32 x 32 image has 16 patches and 4 tokens.
     """
 
     hidden_size: int = 128
@@ -74,12 +74,12 @@ class TinyVisionGeometry:
 
 
 def build_processor(corpus: Iterable[str], vocab_size: int) -> Qwen3VLProcessor:
-    """A processor like that of a Qwen3-VL: byte-level BPE trained on `corpus`, and patches of 8 x 8 pixels.
+    """Return a processor like that of Qwen3-VL: byte-level BPE trained on `corpus`, and patches of 8 x 8 pixels.
 
-    Splitting is Qwen's: every digit is one token, and any text round-trips because all 256 bytes are in the
-    vocabulary. It has fewer than `vocab_size` entries where the corpus has no further pairs to merge.
+    Text is split as Qwen splits it: every digit is one token, and any text round-trips because all 256 bytes are in the
+    vocabulary. The vocabulary has fewer than `vocab_size` entries if the corpus has no further pairs to merge.
     """
-    texts = [*corpus, "system\n", "user\n", "assistant\n"] * 2  # a pair that comes once is not merged
+    texts = [*corpus, "system\n", "user\n", "assistant\n"] * 2  # a pair that occurs once is not merged
     tokenizer = Qwen2Tokenizer(eos_token=END_OF_TURN, pad_token=PADDING, unk_token=PADDING).train_new_from_iterator(
         texts, vocab_size, new_special_tokens=_SPECIAL, show_progress=False
     )
@@ -98,9 +98,9 @@ def build_processor(corpus: Iterable[str], vocab_size: int) -> Qwen3VLProcessor:
 def write_tiny_vision_model(
     directory: str | Path, corpus: Iterable[str], *, seed: int, geometry: TinyVisionGeometry | None = None
 ) -> Path:
-    """Write configs, fp32 `model.safetensors`, and the files of the tokenizer and processor to `directory`.
+    """Write configs, fp32 `model.safetensors`, and the files of tokenizer and processor to `directory`, and return it.
 
-    The same `corpus`, `seed` and `geometry` give the same bytes. The caller's random state is left as it was.
+    The same `corpus`, `seed` and `geometry` give the same bytes. The caller's random state is restored.
     """
     geometry = geometry or TinyVisionGeometry()
     directory = Path(directory)
@@ -126,7 +126,7 @@ def write_tiny_vision_model(
 def _config(geometry: TinyVisionGeometry, processor: Qwen3VLProcessor) -> Qwen3VLConfig:
     config = Qwen3VLConfig(
         text_config={
-            # The embedding keeps the rows of the requested size, so a tensor-parallel split of it stays even.
+            # All requested rows, used or not, so that tensor-parallel ranks get equal shares of the embedding.
             "vocab_size": geometry.vocab_size,
             "hidden_size": geometry.hidden_size,
             "intermediate_size": geometry.intermediate_size,

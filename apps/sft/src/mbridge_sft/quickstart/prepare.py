@@ -1,4 +1,4 @@
-"""Makes data and model of the quickstart, unless they exist: handwritten digits, and a tiny random Qwen3-VL."""
+"""Making the data and the model of the quickstart unless they exist."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -14,9 +14,9 @@ from mbridge_sft.start import data_paths, read_settings
 
 
 def prepare_quickstart(config: SFTConfig, say: Callable[[str], None]) -> None:
-    """Make data and model unless they exist. Collective over all ranks.
+    """Make handwritten digits and a tiny random Qwen3-VL unless they exist. Collective over all ranks.
 
-    The digits go to `train` and `eval` in the directory that holds the first missing path of `data`.
+    The digits go to `train` and `eval` in the parent directory of the first missing path in `data`.
     """
     if distributed.get_rank() == 0:
         missing = [path for paths in data_paths(config) for path in paths if not path.exists()]
@@ -37,7 +37,7 @@ def prepare_quickstart(config: SFTConfig, say: Callable[[str], None]) -> None:
 
 
 def _texts(config: SFTConfig) -> Iterator[str]:
-    """Yield questions and answers to make the tokenizer of: those to train on, else those to evaluate."""
+    """Yield the questions and answers that the tokenizer is made of: the training data's, or the evaluation data's."""
     training, evaluation = data_paths(config)
     for example in readable(read_examples(training or evaluation, read_settings(config.data))):
         yield from (message.text for message in example.messages)

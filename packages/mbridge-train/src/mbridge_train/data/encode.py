@@ -1,7 +1,7 @@
-"""Examples as tokens and patches, by the model's own tokenizer, chat template and image processor.
+"""Encoding examples as tokens and patches, with the model's own tokenizer, chat template and image processor.
 
-This is done in two steps: `Encoder.encode` tokenizes the text and measures the images, which is cheap and gives the
-length of the sequence; `Encoder.decode` makes pixels of the images, on the ranks that need them.
+There are two steps: `Encoder.encode` tokenizes the text and measures the images, which is cheap and gives the length of
+the sequence; `Encoder.decode` decodes the images, on the ranks that need them.
 """
 
 from dataclasses import dataclass, replace
@@ -34,8 +34,8 @@ class Encoded:
 
     Attributes:
         tokens: int64 [length], with one placeholder for each token of an image.
-        trained: bool [length]: True on the assistant's answer and its end token, as targets.
-        images: in the order of their tokens, not decoded yet; None where there are none.
+        trained: bool [length]: True for the tokens that are trained as targets: answers and their end tokens.
+        images: the images in the order of their tokens, not decoded yet; None if there are none.
         position_ids: int64 [3, length], M-RoPE; None for a text model.
         source: file and row.
     """
@@ -51,15 +51,15 @@ class Encoder:
     """Encodes examples for the model of a HuggingFace directory. Can be pickled; the copy reads the directory again.
 
     Args:
-        model_directory: with tokenizer, chat template and, for a vision-language model, processor.
+        model_directory: directory with tokenizer, chat template and, for a vision-language model, processor.
         max_length: most tokens of a sequence; None: no limit.
-        train_on: the last answer, or all of the assistant's turns.
-        limits: of the size of images.
-        trust_remote_code: let transformers run Python files that lie in the directory.
+        train_on: train on the last answer, or on all of the assistant's turns.
+        limits: limits on the size of images.
+        trust_remote_code: let transformers run Python files in the directory.
 
     Raises:
         DataError: the directory's tokenizer or processor cannot be loaded or used, or there is no chat template.
-        ModelError: the directory is not a model's.
+        ModelError: the directory does not hold a model.
     """
 
     def __init__(
@@ -103,12 +103,12 @@ class Encoder:
             raise DataError(
                 f"{self._directory} has no chat template; put a chat_template.jinja beside the tokenizer's files"
             )
-        self._ids_of = lru_cache(maxsize=16)(self._token_ids)  # the choices of a question share all but the answer
+        self._ids_of = lru_cache(maxsize=16)(self._token_ids)  # the choices of a question differ only in the answer
         self._check_tokenizer()
         self._template = ChatTemplate(self.tokenizer, template, str(self._directory))
 
     def _load(self, kind: Any) -> Any:
-        # transformers makes an empty tokenizer where it finds none of the files.
+        # Without any of these files, transformers returns an empty tokenizer.
         if not any((self._directory / name).is_file() for name in _TOKENIZER_FILES):
             raise DataError(f"{self._directory} has none of {', '.join(_TOKENIZER_FILES)}; complete the download")
         try:
@@ -130,15 +130,15 @@ class Encoder:
 
         Raises:
             LongRowError: it is longer than `max_length`.
-            RowError: an image cannot be used, as far as its header says, or the text holds a placeholder of images.
-            DataError: the chat template does not tell the answer from the rest.
+            RowError: an image cannot be used, as far as its header shows, or the text holds an image placeholder.
+            DataError: the chat template does not show where the answer begins and ends.
         """
         return self._encode(example, self._measured(example), self._train_on)
 
     def encode_choices(self, example: Example) -> list[Encoded]:
-        """Return, for each choice, the sequence in which it is the answer, and in which only that is `trained`.
+        """Return, for each choice, the sequence with that choice as the answer, and only the answer `trained`.
 
-        They share their images. Raises what `encode` does.
+        The sequences share their images. Raises what `encode` raises.
         """
         images = self._measured(example)
         return [
@@ -150,7 +150,7 @@ class Encoder:
         """Decode the images of a row, resize them, and cut them into patches.
 
         Raises:
-            RowError: an image cannot be decoded, or has not the size that its header says.
+            RowError: an image cannot be decoded, or does not have the size that its header states.
         """
         decoded = [decode(image, images.source, most_pixels=self._most_pixels) for image in images.references]
         patches = self._image_processor(
@@ -198,8 +198,8 @@ class Encoder:
     def _encode(self, example: Example, images: RowImages | None, train_on: Literal["last", "all"]) -> Encoded:
         source = example.source
         segments = self._template.segments(example.messages, example.answer, train_on=train_on, source=source)
-        # Piece by piece, as in generation, where the prompt is tokenized before there is an answer. Only an answer that
-        # starts with white space can give other tokens than the text as a whole does.
+        # Piece by piece, as in generation, which tokenizes the prompt before there is an answer. Only an answer that
+        # starts with white space can then have other tokens than in the text as a whole.
         pieces = [(self._ids_of(text), is_trained) for text, is_trained in segments]
         tokens = torch.tensor([token for ids, _ in pieces for token in ids])
         trained = torch.tensor([is_trained for ids, is_trained in pieces for _ in ids])
@@ -230,7 +230,7 @@ class Encoder:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def _expand(self, tokens: Tensor, trained: Tensor, images: RowImages | None, source: str) -> tuple[Tensor, Tensor]:
-        """Repeat the one placeholder that the template writes for an image for each of the image's tokens."""
+        """Repeat the template's single placeholder of each image once per token of the image."""
         assert self._mrope is not None
         placeholders = tokens == self._mrope.image_token_id
         counts = torch.ones_like(tokens)

@@ -1,4 +1,4 @@
-"""What can be wrong with data. Each message says what, where (file and row), and what to change."""
+"""Errors of data. Each message says what is wrong, where (file and row), and what to change."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from mbridge_train.errors import TrainError
 
 
 class DataError(TrainError):
-    """Data cannot be read, found, made or used."""
+    """Data cannot be found, read, made or used."""
 
 
 class RowError(DataError):
@@ -14,7 +14,7 @@ class RowError(DataError):
 
 
 class LongRowError(RowError):
-    """One row has more tokens than a sequence may have."""
+    """One row has more tokens than a sequence may hold."""
 
 
 def missing_file(path: Path) -> DataError:

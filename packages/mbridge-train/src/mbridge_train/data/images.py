@@ -1,4 +1,4 @@
-"""Images of any format, orientation and depth: their size from the header alone, or their RGB pixels."""
+"""Reading images of any format, orientation and depth: their size from the header, or their RGB pixels."""
 
 import errno
 import io
@@ -27,11 +27,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 """Formats that are decoded in this process; PIL would pass others to programs such as Ghostscript."""
 
 LARGEST = 2**27
-"""Pixels above which an image is refused before it is decoded, since a small file can unpack to terabytes. (PIL has a
-limit of its own, which is somewhat higher.)"""
+"""Most pixels of an image. A larger one is refused before it is decoded, since a small file can unpack to terabytes.
+(PIL's own limit is somewhat higher.)"""
 
 LARGEST_FILE = 2**28
-"""Bytes of a file."""
+"""Most bytes of an image file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,7 +40,7 @@ class PixelLimits:
 
     Attributes:
         min_pixels, max_pixels: None takes the limit of the model's processor.
-        oversized: an image of more than `max_pixels` is resized, or refused as a bad row.
+        oversized: whether an image of more than `max_pixels` is resized or makes its row a bad row.
     """
 
     min_pixels: int | None = None
@@ -50,13 +50,13 @@ class PixelLimits:
 
 @dataclass(kw_only=True, slots=True)
 class RowImages:
-    """The images of one row, which are measured on every rank and decoded on the ranks that train on them.
+    """The images of one row, which every rank measures, and the ranks that train on the row decode.
 
     Attributes:
         references: the images, in the order of their tokens.
         grid_thw: int64 [images, 3]: patches of each image along time, height and width.
-        source: of the row, for messages.
-        vision: the pixels, once `Encoder.decode` has made them.
+        source: file and row, for error messages.
+        vision: the pixels, once `Encoder.decode` has decoded them.
     """
 
     references: tuple[ImageReference, ...]
@@ -65,24 +65,24 @@ class RowImages:
     vision: "VisionInputs | None" = None
 
     def materialize(self) -> "VisionInputs":
-        """Return the pixels. Raise `RuntimeError` on a rank whose share of the batch did not have this row."""
+        """Return the pixels. Raise `RuntimeError` on a rank whose share of the batch did not include this row."""
         if self.vision is None:
             raise RuntimeError(f"{self.source}: its images were not decoded on this rank, which now needs them")
         return self.vision
 
 
 def image_size(image: ImageReference, source: str, *, most_pixels: int = LARGEST) -> tuple[int, int]:
-    """Return the (width, height) that `decode` would give, from the image's header. Takes what `decode` takes.
+    """Return the (width, height) of the image that `decode` returns, from the header. Arguments are those of `decode`.
 
     Raises:
-        RowError: it cannot be read, has no header of a known format, or is too large.
+        RowError: the image cannot be read, has no header of a known format, or is too large.
     """
     with _opened(image, source, most_pixels) as opened:
         width, height = opened.size
-        if opened.format == "TIFF":  # whose size PIL gives upright
+        if opened.format == "TIFF":  # PIL returns its upright size
             return width, height
         if isinstance(opened, PngImageFile) and not _has_late_metadata(opened):
-            exif = Image.Image.getexif(opened)  # PngImageFile's own decodes the image
+            exif = Image.Image.getexif(opened)  # PngImageFile's own getexif decodes the image
         else:
             exif = opened.getexif()
         orientation = exif.get(ExifTags.Base.Orientation)
@@ -90,22 +90,22 @@ def image_size(image: ImageReference, source: str, *, most_pixels: int = LARGEST
 
 
 def decode(image: ImageReference, source: str, *, most_pixels: int = LARGEST) -> Image.Image:
-    """Decode an image: upright by its EXIF orientation, RGB, transparency on white, 16 bits cut to 8.
+    """Decode an image: upright by its EXIF orientation, RGB, transparency on white, 16 bits reduced to 8.
 
     Args:
-        image: what to decode.
-        source: of its row, for messages.
-        most_pixels: refuse a larger one before it is decoded.
+        image: the image to decode.
+        source: file and row, for error messages.
+        most_pixels: a larger image is refused before it is decoded.
 
     Raises:
-        RowError: it cannot be read or decoded, or is too large.
+        RowError: the image cannot be read or decoded, or is too large.
     """
     with _opened(image, source, most_pixels) as opened:
         return _rgb(ImageOps.exif_transpose(opened))
 
 
 def fetched(image: ImageReference, source: str) -> ImageReference:
-    """Return the image with the bytes that its URL gives; another image as it is.
+    """Return an image that is given by URL with its bytes fetched, and any other image unchanged.
 
     Raises:
         RowError: the server does not give them in time, or is at an address that is not allowed.
@@ -122,7 +122,7 @@ def fetched(image: ImageReference, source: str) -> ImageReference:
 
 @contextmanager
 def _opened(image: ImageReference, source: str, most_pixels: int) -> Iterator[Image.Image]:
-    """Open an image, of which PIL reads the header. Errors of opening, and of the block, become `RowError`."""
+    """Open an image and have PIL read its header. Errors, those of the `with` block included, become `RowError`."""
     name = "" if image.location is None else f" {image.location}"
     try:
         file, size = _open_file(fetched(image, source))
@@ -132,7 +132,7 @@ def _opened(image: ImageReference, source: str, most_pixels: int) -> Iterator[Im
         raise RowError(f"{source}: the image{name} has more than {LARGEST_FILE} bytes")
     try:
         with file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of broken metadata, and of sizes, which are checked here
+            warnings.simplefilter("ignore")  # about broken metadata, and about sizes, which are checked here
             with Image.open(file, formats=FORMATS) as opened:
                 width, height = opened.size
                 if width * height > most_pixels:
@@ -167,7 +167,7 @@ def _unreadable(image: ImageReference, source: str, error: Exception) -> RowErro
 
 
 def _has_late_metadata(opened: PngImageFile) -> bool:
-    """Whether a PNG file has text or EXIF after its pixels, where only decoding finds it."""
+    """Return whether a PNG file has text or EXIF after its pixels, where only decoding finds it."""
     file = opened.fp
     assert file is not None
     position, is_late = file.tell(), False

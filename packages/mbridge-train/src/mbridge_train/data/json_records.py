@@ -1,4 +1,4 @@
-"""Records of `.jsonl` files (one JSON object a line) and `.json` files (one array of objects)."""
+"""Reading records of `.jsonl` files (one JSON object per line) and `.json` files (one array of objects)."""
 
 import codecs
 import hashlib
@@ -13,10 +13,10 @@ from mbridge_train.data.errors import DataError, RowError, missing_file
 
 
 class JsonRecords:
-    """The objects of one file, in their order, counted from 0. Lines that are blank do not count.
+    """The objects of one file, in their order, numbered from 0. Blank lines do not count.
 
-    Only the line ends of a `.jsonl` file are read here; a record is parsed when it is asked for. A `.json` file is
-    parsed here and kept. Can be pickled, to be read in other processes as well.
+    The constructor finds only the line ends of a `.jsonl` file, whose records are parsed on demand. It parses and keeps
+    a `.json` file. Can be pickled, to be read in other processes.
 
     Args:
         path: a UTF-8 file, with or without a byte order mark.
@@ -53,7 +53,7 @@ class JsonRecords:
         return len(self._offsets if self._parsed is None else self._parsed)
 
     def source(self, index: int) -> str:
-        """Return where the record is: file and line, or file and number of the record, both from 1."""
+        """Return the record's place: file and line, or file and number of the record, both from 1."""
         return f"{self._path}, record {index + 1}" if self._parsed is not None else f"{self._path}:{self._lines[index]}"
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class JsonRecords:
         Raises:
             IndexError: there is no such record.
             RowError: it is not JSON, not UTF-8 or not an object.
-            DataError: the file cannot be read any more.
+            DataError: the file can no longer be read.
         """
         record = self._parse_line(index) if self._parsed is None else self._parsed[index]
         if not isinstance(record, dict):
@@ -111,18 +111,18 @@ class JsonRecords:
 
 
 def json_type(value: Any) -> str:
-    """Return the name that JSON has for the type of a parsed value."""
+    """Return JSON's name for the type of a parsed value."""
     names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")
 
 
 def _parse(content: bytes) -> Any:
-    # Decoded here, because json.loads takes bytes that begin like UTF-16 for UTF-16.
+    # Decoded here because json.loads mistakes bytes that begin like UTF-16 for UTF-16.
     return json.loads(content.removeprefix(codecs.BOM_UTF8).decode())
 
 
 def _fault(path: Path, line: int, content: bytes, error: ValueError | RecursionError) -> str:
-    """Say what is wrong with `content`, which begins at `line` of the file, and in which line."""
+    """Describe what is wrong with `content`, which begins at `line` of the file, and in which line."""
     if isinstance(error, json.JSONDecodeError):
         return f"{path}:{line + error.lineno - 1}: not JSON: {error.msg} at column {error.colno}"
     if isinstance(error, UnicodeDecodeError):

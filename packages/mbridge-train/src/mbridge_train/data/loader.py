@@ -1,12 +1,11 @@
-"""Global batches of encoded rows, prepared ahead of their use, with the images of this rank's rows alone.
+"""Prefetching global batches of encoded rows, with the images of this rank's rows only.
 
-A batch is prepared in two phases. First every rank encodes the text of all rows and measures their images, which gives
-lengths, and with the lengths the plan of micro-batches. Then each rank decodes the images of those rows that the plan
-gives to it. Before a batch is handed out, the ranks agree on its bad rows.
+A batch is prepared in two phases. First, every rank encodes the text of all rows and measures their images, which gives
+the lengths, and from them the plan of micro-batches. Then each rank decodes the images of the rows that the plan
+assigns to it. Before a batch is yielded, the ranks agree on its bad rows.
 
-The rows of a batch depend on the seed and the number of the step alone, so a run resumes at any step without reading
-what came before. A bad row leaves its batch one smaller: if the next row took its place, every later batch would depend
-on it.
+The rows of a batch depend only on the seed and the step, so a run resumes at any step without reading earlier rows. A
+bad row leaves its batch one row smaller: if the next row took its place, every later batch would depend on it.
 """
 
 from collections import deque
@@ -27,30 +26,30 @@ from mbridge_train.data.workers import WorkerPool
 
 
 class EncodedBatches[T]:
-    """Iterates over batches of `encode(example)`, the same batches whatever the number of workers.
+    """Iterate over batches of `encode(example)`. The number of workers does not change the batches.
 
-    A new iteration starts at `first_step` again. Worker processes end with the iteration, also where it is left early.
-    Iterating is collective over all ranks of the process group, if there is one.
+    Each iteration starts at `first_step`. Worker processes end with the iteration, even if it is left early. Iterating
+    is collective over all ranks of the process group, if there is one.
 
     Args:
         examples: the rows.
-        encode: such as `Encoder.encode`; with workers, something that can be pickled.
-        batch_size: rows of a batch.
-        seed: of the order. None keeps the order of the files.
+        encode: a function such as `Encoder.encode`, which can be pickled if there are workers.
+        batch_size: rows per batch.
+        seed: seed of the order. None keeps the order of the files.
         epochs: passes over the rows; None: no end.
         decode: `Encoder.decode`, for results of `encode` with an attribute `images`; None: no images are decoded.
-        own: returns the positions of those results, in a list of them, whose images this rank needs; None: all.
-        workers: processes; 0 does the work in this one, when the batch is asked for.
+        own: given the results of a batch, returns the positions of those whose images this rank needs; None: all.
+        workers: number of processes; 0 does the work in this process, on demand.
         first_step: number of the first batch, from 0.
-        max_bad_rows: how many different rows may be bad.
-        bad_rows: bad rows that were met before `first_step`: `bad_rows` of the loader that went before.
+        max_bad_rows: number of different rows that may be bad.
+        bad_rows: rows found to be bad before `first_step`: `bad_rows` of the loader of the run that is resumed.
         skip_long: leave out rows that are too long without counting them as bad.
-        report: is told of each row that is left out.
-        prefetch: batches that are prepared ahead by workers.
+        report: called with a line for each row that is left out.
+        prefetch: batches that workers prepare ahead.
 
     Raises, when iterated:
-        DataError: there are more bad rows than `max_bad_rows`, a file cannot be read any more, a worker process died,
-            or no row of a batch is good. With `epochs`, such a batch is left out, unless none is good.
+        DataError: there are more bad rows than `max_bad_rows`, a file can no longer be read, a worker process died, or
+            a batch has no good row. With `epochs`, a batch without good rows is skipped, unless no batch has any.
     """
 
     def __init__(
@@ -89,7 +88,7 @@ class EncodedBatches[T]:
 
     @property
     def bad_rows(self) -> tuple[int, ...]:
-        """Indices of the bad rows of all batches so far, to be kept with a checkpoint."""
+        """Indices of the bad rows of all batches so far, to be saved with a checkpoint."""
         return tuple(sorted(self._bad))
 
     def __iter__(self) -> Iterator[list[T]]:
@@ -110,7 +109,7 @@ class EncodedBatches[T]:
             raise self._nothing_usable("the data can be used")
 
     def _encode(self, pool: WorkerPool, rows: list[int]) -> "_Batch":
-        """Begin the first phase of a batch. Rows known to be unusable are not read again."""
+        """Start the first phase of a batch. Rows known to be unusable are not read again."""
         known = self._bad | self._long
         encoding = {
             position: pool.submit("encode", row, self._examples.source(row))
@@ -120,7 +119,7 @@ class EncodedBatches[T]:
         return _Batch(rows=rows, encoding=encoding)
 
     def _plan(self, pool: WorkerPool, batch: "_Batch") -> "_Batch":
-        """Begin the second phase: decode this rank's images of the rows that are not known to be bad."""
+        """Start the second phase: decode the images of this rank's rows, without those known to be bad."""
         for position, future in batch.encoding.items():
             result = future.result()
             (batch.errors if isinstance(result, DataError) else batch.results)[position] = result
@@ -137,9 +136,9 @@ class EncodedBatches[T]:
     def _agreed(self, pool: WorkerPool, batch: "_Batch") -> list[T]:
         """Finish a batch and return the results of its good rows, with the images of this rank's rows decoded.
 
-        Where an image turned out to be broken, or only some ranks found a row to be bad, all ranks plan again without
-        the row. The new plan may give other rows to a rank, whose images it then decodes. This ends when all ranks have
-        planned without exactly those rows that any of them found to be bad.
+        If an image turns out to be broken, or only some ranks found a row to be bad, all ranks plan again without the
+        row. The new plan may assign other rows to a rank, which then decodes their images. This ends once all ranks
+        have planned without exactly the rows that any rank found to be bad.
         """
         while True:
             for position, future in batch.decoding.items():
@@ -185,15 +184,15 @@ def _encode_row(examples: Examples, encode: Callable[[Example], Any], row: int) 
 
 @dataclass(kw_only=True, slots=True)
 class _Batch:
-    """A batch in preparation. A position is the index of a row in `rows`.
+    """A batch in preparation. Positions are indices into `rows`.
 
     Attributes:
-        rows: indices of the rows, those known to be unusable included.
+        rows: indices of the rows, including those known to be unusable.
         encoding: futures of the first phase by position, until all are in `results` or `errors`.
-        results: what the rows were encoded to, by position.
-        errors: by position; a `RowError` for a bad row, any other `DataError` ends the run.
+        results: encoded rows by position.
+        errors: errors by position: a `RowError` for a bad row; any other `DataError` ends the run.
         left_out: positions of the bad rows that the plan leaves out.
-        decoding: futures of this rank's images, by position.
+        decoding: futures of this rank's images by position.
     """
 
     rows: list[int]
@@ -210,7 +209,7 @@ class _Batch:
 
 
 def _ahead[U](items: Iterator[U], number: int) -> Iterator[U]:
-    """Yield all items, each after `number` more have been taken from the iterator."""
+    """Yield all items, and read `number` items ahead."""
     waiting: deque[U] = deque()
     for item in items:
         waiting.append(item)
@@ -220,7 +219,7 @@ def _ahead[U](items: Iterator[U], number: int) -> Iterator[U]:
 
 
 def _of_all_ranks[U](value: U) -> list[U]:
-    """Return the value of each rank. Collective."""
+    """Return the values of all ranks. Collective."""
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return [value]
     values: list[Any] = [None] * distributed.get_world_size()

@@ -1,4 +1,4 @@
-"""The rows of each batch, computed from the step's number: a run resumes at any step without replaying earlier ones."""
+"""Computing the rows of a batch from its step, so that a run resumes at any step without replaying earlier ones."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,10 +12,10 @@ from mbridge_train.data.errors import DataError
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RowOrder:
-    """An order in which every epoch has each row once. The order of an epoch depends on `(seed, epoch)` alone.
+    """An order in which every epoch has each row once. The order of an epoch depends only on `(seed, epoch)`.
 
-    A batch that reaches the end of an epoch goes on with the next one, so all batches have the same size, except the
-    last one of a finite number of epochs.
+    A batch that reaches the end of an epoch continues with the next one, so all batches have the same size, except the
+    last batch of a finite number of epochs.
 
     Attributes:
         size: number of rows of the data.
@@ -54,12 +54,12 @@ def _permutation(size: int, seed: int, epoch: int) -> "numpy.typing.NDArray[nump
 
 
 def require_same_data(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Check that a resumed run goes on with the rows and the order that it began with.
+    """Check that a resumed run continues with the rows and the order that it started with.
 
     Args:
-        saved: what decides which rows a step has, as the checkpoint has it: keys of the config with their values, and
-            `rows`, the number of rows.
-        current: the same of this run. A name that the checkpoint, being older, does not have is not compared.
+        saved: the checkpoint's values that decide which rows a step has: keys of the config, a fingerprint, and `rows`,
+            the number of rows.
+        current: the same values of this run. A name that an older checkpoint does not have is not compared.
 
     Raises:
         DataError: a value of `current` differs.
@@ -68,6 +68,6 @@ def require_same_data(saved: Mapping[str, Any], current: Mapping[str, Any]) -> N
         if name in saved and saved[name] != value:
             what = "the number of rows to train on" if name == "rows" else name
             raise DataError(
-                f"cannot go on with the data: {what} was {saved[name]} when the checkpoint was saved and is "
+                f"cannot continue with other data: {what} was {saved[name]} when the checkpoint was saved and is "
                 f"{value} now; use the data and settings of the first run, or start a new run from its HuggingFace copy"
             )

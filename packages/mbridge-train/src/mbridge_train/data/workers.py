@@ -1,11 +1,11 @@
-"""Processes that encode rows and decode images, so that the training process does not wait for either.
+"""Worker processes that encode rows and decode images, so that the training process waits for neither.
 
-They come from a fork server, which imports what they need once and has none of the training process's threads, GPU
-memory or Megatron. Each is served by one thread here, which knows the row that the process works on should it die.
+They are forked from a fork server, which imports their modules once and has none of the training process's threads, GPU
+memory or Megatron. Each is served by one thread of the training process, which knows the worker's row if it dies.
 
-torch's `DataLoader` was compared. It has one phase, whose batches are made before any plan is known; here a second
-phase decodes the images that the plan gives to this rank. Its error for a dead worker names the process, this one names
-the row; a `ProcessPoolExecutor` loses every task in flight with one process, and names none.
+Why not torch's `DataLoader`: it has one phase, which builds batches before any plan is known; here, a second phase
+decodes the images that the plan assigns to this rank. Its error for a dead worker names the process, ours the row. A
+`ProcessPoolExecutor` loses all tasks in flight when one process dies, and names none.
 """
 
 import io
@@ -23,20 +23,20 @@ import torch
 from mbridge_train.data.errors import DataError
 
 JOIN_SECONDS = 5.0
-"""Time that a worker has to end by itself."""
+"""Time that a worker has to exit by itself."""
 
 Tasks = Mapping[str, Callable[[Any], Any]]
-"""Functions of one argument by name. All can be pickled; their arguments and results, too."""
+"""Functions of one argument by name. They, their arguments and their results can be pickled."""
 
 
 class WorkerPool:
-    """Worker processes that run tasks, in the order in which they were submitted.
+    """Worker processes that start tasks in the order of submission.
 
     Args:
-        tasks: what the workers can do.
+        tasks: the tasks that can be submitted.
         workers: number of processes; 0 runs each task in this process when it is submitted.
-        preload: modules that the fork server imports once for all workers. They should not import what only training
-            needs.
+        preload: modules that the fork server imports once for all workers. They should not import modules that only
+            training needs.
     """
 
     def __init__(self, tasks: Tasks, workers: int, *, preload: Sequence[str] = ()) -> None:
@@ -60,11 +60,11 @@ class WorkerPool:
             worker.close()
 
     def submit(self, task: str, argument: Any, source: str) -> Future[Any]:
-        """Run a task on `argument`, which comes from the row `source`.
+        """Run a task on `argument`, which belongs to the row `source`.
 
         Returns:
-            A future whose result is that of the task, or an error: a `RowError` for a bad row, and `DataError` for
-            whatever else goes wrong, the death of the worker included.
+            A future whose result is the task's result or an error: a `RowError` for a bad row, a `DataError` for any
+            other failure, the death of the worker included.
         """
         if self._workers:
             return self._threads.submit(self._ask, task, argument, source)
