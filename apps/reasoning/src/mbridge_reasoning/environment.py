@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 from torch import distributed
 from transformers import PreTrainedTokenizerBase
@@ -14,28 +15,20 @@ from mbridge_reasoning.rewards.pool import RewardPool
 from mbridge_reasoning.rollout.base import Completion, Request, RolloutEngine, SamplingParams
 
 
+@dataclass(kw_only=True)
 class SingleTurn:
     """One answer to each prompt, scored while others are still generated.
 
-    Args:
+    Attributes:
         tokenizer: turns answers into the text that is scored.
         timed: opens a context that adds its duration to the phase it is given, "generate" or "reward".
     """
 
-    def __init__(
-        self,
-        *,
-        rollout: RolloutEngine,
-        rewards: RewardPool,
-        tokenizer: PreTrainedTokenizerBase,
-        sampling: SamplingParams,
-        timed: Callable[[str], AbstractContextManager[None]],
-    ) -> None:
-        self.rollout = rollout
-        self.rewards = rewards
-        self.tokenizer = tokenizer
-        self.sampling = sampling
-        self.timed = timed
+    rollout: RolloutEngine
+    rewards: RewardPool
+    tokenizer: PreTrainedTokenizerBase
+    sampling: SamplingParams
+    timed: Callable[[str], AbstractContextManager[None]]
 
     def episodes(self, prompts: Sequence[Prompt], *, seed: int) -> list[Episode]:
         """Return one episode per prompt, in order. Collective over all ranks; every rank gets all of them.

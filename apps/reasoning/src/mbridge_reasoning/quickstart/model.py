@@ -3,8 +3,8 @@
 Everything after it reads the directory as it would read a downloaded model.
 """
 
+import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -32,7 +32,7 @@ CHAT_TEMPLATE = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TinyGeometry:
     """Sizes of the tiny model. `hidden_size` must be `num_attention_heads` times a `head_dim` of 32."""
 
@@ -102,15 +102,8 @@ def write_tiny_model(
     directory = Path(directory)
     tokenizer = build_tokenizer(corpus, geometry.vocab_size)
     config = Qwen2Config(
-        # The embedding keeps the rows of the requested size, so a tensor-parallel split of it stays even.
-        vocab_size=geometry.vocab_size,
-        hidden_size=geometry.hidden_size,
-        intermediate_size=geometry.intermediate_size,
-        num_hidden_layers=geometry.num_hidden_layers,
-        num_attention_heads=geometry.num_attention_heads,
-        num_key_value_heads=geometry.num_key_value_heads,
-        max_position_embeddings=geometry.max_position_embeddings,
-        tie_word_embeddings=geometry.tie_word_embeddings,
+        # vocab_size is the requested one, not the tokenizer's, so that a tensor-parallel split stays even.
+        **dataclasses.asdict(geometry),
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=None,
