@@ -1,4 +1,4 @@
-"""Where episodes come from. One turn is the simplest environment: the policy answers a prompt, and a reward follows."""
+"""An environment makes episodes from prompts. In the simplest one, the policy answers once, and a reward follows."""
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future

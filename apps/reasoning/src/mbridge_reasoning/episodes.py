@@ -1,4 +1,4 @@
-"""Episodes of the policy, and the training samples that are made of them."""
+"""Episodes of the policy, and the training samples that are made from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from mbridge_reasoning.rollout.base import Completion, EndReason
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Episode:
-    """One episode. The policy's tokens may be anywhere but at the start: between its turns, others may write.
+    """One episode. The policy's tokens may be anywhere but at the start: between its turns, the environment may write.
 
     Attributes:
         tokens: int64 [length], everything that the policy read and wrote.
@@ -25,7 +25,7 @@ class Episode:
         end: why the policy's last answer ended.
 
     Raises:
-        ValueError: lengths differ, or the policy is said to have written the first token.
+        ValueError: lengths differ, or the mask says that the policy wrote the first token.
     """
 
     tokens: Tensor

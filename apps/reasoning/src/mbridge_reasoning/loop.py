@@ -86,7 +86,7 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
         model_directory,
         optimizer_steps=length.optimizer_steps,
     )
-    # Before a resume: the reference is the policy that the run began with.
+    # Taken before resuming, because the reference is the policy that the run began with.
     reference = Snapshot(engine) if config.algorithm.kl_beta > 0 else None
     data_state = _data_state(config, train)
     first = 0
@@ -144,7 +144,7 @@ def _tokenized(
     tokenizer: PreTrainedTokenizerBase,
     say: Callable[[str], None],
 ) -> list[Prompt]:
-    """Return the prompts of one set, which messages call `name`, with their tokens; say how many are too long."""
+    """Tokenize the prompts of the set that messages call `name`, and report how many are too long."""
     if not prompts:
         return []
     data = config.data
@@ -181,7 +181,7 @@ def _read_data(config: ReasoningConfig) -> tuple[list[Prompt], list[Prompt]]:
     if config.data.type != "reasoning_gym":
         return read_data_files(config)
     gym = config.data.reasoning_gym
-    # On one rank for all, since a task's draws may depend on more than its seed.
+    # Rank 0 makes them for all ranks, since a task's draws may depend on more than its seed.
     made: tuple[list[Prompt], list[Prompt]] | DataError | None = None
     if torch.distributed.get_rank() == 0:
         try:

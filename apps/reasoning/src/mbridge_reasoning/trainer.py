@@ -1,8 +1,7 @@
-"""One GRPO step: stream weights, sample and score, advantages, log probabilities, minibatch updates.
+"""One GRPO step: stream weights, sample and score answers, compute log probabilities, update in minibatches.
 
-Generation and training take turns on the GPU. The state that `actor.offload_weight`,
-`offload_grad` and `offload_optimizer` name leaves it during generation; with `offload_weight` the rollout engine sleeps
-during training.
+Generation and training take turns on the GPU. With `actor.offload_weight`, `offload_grad` and `offload_optimizer`, this
+state leaves the GPU during generation; with `offload_weight`, the rollout engine also sleeps during training.
 """
 
 from collections.abc import Callable, Sequence
@@ -42,9 +41,9 @@ class GRPOTrainer:
         rollout: samples from the policy.
         rewards: score this rank's answers.
         tokenizer: turns answers into text.
-        reference: weights of the reference policy; None where `algorithm.kl_beta` is 0.
+        reference: weights of the reference policy; None if `algorithm.kl_beta` is 0.
         throughput: counts the operations of training.
-        show: prints a line on the terminal; every rank calls it, for each answer where `rollout.print_outputs` is set.
+        show: prints a line on the terminal; every rank calls it, for each answer if `rollout.print_outputs` is set.
     """
 
     def __init__(
@@ -135,7 +134,7 @@ class GRPOTrainer:
         return metrics | self.phases.metrics(metrics["tokens"])
 
     def validate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
-        """Measure one answer to each prompt, sampled as in training, from the same random streams each time."""
+        """Return metrics of one answer per prompt, sampled as in training, from the same random streams each time."""
         seed = self.config.actor.seed + _VALIDATION_STREAM
         size = self.config.data.val_rollout_batch_size or len(prompts)
         episodes: list[Episode] = []
@@ -156,7 +155,7 @@ class GRPOTrainer:
 
     def _make_room_for_generation(self) -> None:
         """Give the rollout engine the policy's weights, unless it has them, and offload what it does not need."""
-        # Before the weights are streamed: this makes room for the rollout engine's, and the copies run meanwhile.
+        # First, since this makes room for the rollout engine's weights, and the copies overlap with streaming them.
         self._offload(*self.offloaded - {"weights"})
         if not self._weights_streamed:
             with self.phases.timed("stream"):
@@ -166,7 +165,7 @@ class GRPOTrainer:
         self._offload(*self.offloaded & {"weights"})
 
     def _make_room_for_training(self) -> None:
-        """Put the rollout engine, whose weights the update makes stale, to sleep, and bring the policy's back."""
+        """Let the rollout engine, whose weights go stale, sleep, and bring the policy's offloaded weights back."""
         self._weights_streamed = False
         if "weights" in self.offloaded:
             self.rollout.sleep()
@@ -190,7 +189,7 @@ class GRPOTrainer:
         old_logprobs: list[Tensor],
         reference_logprobs: list[Tensor] | None,
     ) -> dict[str, float]:
-        """Take `n_minibatches` optimizer steps; return metrics, which are means over them."""
+        """Take `n_minibatches` optimizer steps and return metrics averaged over them."""
         algorithm = self.config.algorithm
         order = torch.arange(len(episodes))
         if algorithm.shuffle_rollout:
