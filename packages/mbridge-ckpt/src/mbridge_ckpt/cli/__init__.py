@@ -1,5 +1,5 @@
 """The command `mbridge-ckpt`.
 
-In: arguments. Out: text or JSON on stdout, reasons on stderr, an exit code.
+In: arguments. Out: text or JSON on stdout, error messages on stderr, an exit code.
 Uses: `errors`, `huggingface`, `manifest`, `megatron_lm`, `reshard`, `store`.
 """

@@ -1,4 +1,4 @@
-"""Model families: the provider fields that each one forces and how it sees, one file a family, all of one shape.
+"""Model families: the provider fields that each one forces, and its vision part. All files have the same structure.
 
 In: the name of a HuggingFace architecture. Out: its `Family`.
 
@@ -12,14 +12,14 @@ FAMILIES: tuple[Family, ...] = tuple(
     module.FAMILY for module in (llama, mistral, qwen2, qwen3, qwen2_5_vl, qwen3_vl, qwen3_vl_moe)
 )
 
-# Other architectures go the same way; they just have nothing forced. The ones named here agree with transformers.
+# Other architectures are handled the same way, with nothing forced. Those named here agree with transformers.
 GENERIC = Family(
     name="generic", architectures=("GemmaForCausalLM", "NemotronForCausalLM", "Qwen3MoeForCausalLM"), forces=()
 )
 
 
 def find_family(architecture: str) -> Family:
-    """The family of a HuggingFace model class name, `GENERIC` for one that needs no rule of its own."""
+    """Return the family of a HuggingFace model class name, or `GENERIC` for one that needs no rule."""
     return next((family for family in FAMILIES if architecture in family.architectures), GENERIC)
 
 

@@ -1,6 +1,7 @@
-"""Losses: per-token tensors go in, a weighted sum and metrics come out; advantages; log probabilities of split logits.
+"""Losses: per-token tensors go in, a weighted sum and metrics come out.
 
-All are pure functions of tensors, apart from the two all-reduces over a split vocabulary.
+Also advantages, and log probabilities of sharded logits. All are pure functions of tensors, apart from the two
+all-reduces over a sharded vocabulary.
 
 Uses: `errors`.
 """
