@@ -25,6 +25,7 @@ from mbridge_train.data.order import RowOrder, require_same_data
 from mbridge_train.engine.snapshot import Snapshot
 from mbridge_train.engine.throughput import Throughput
 from mbridge_train.run.output import RunOutput
+from mbridge_train.run.preemption import Preemption
 from mbridge_train.run.processes import broadcast, join, leave, seed_all
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -117,7 +118,11 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
 
     checkpoints = RunSaver(engine, output.checkpoints, save_settings(config.actor, config.runner), resumed_from=resume)
 
-    with output.recording(total_steps=steps, first_step=first, resumed_from=resume), checkpoints:
+    with (
+        Preemption(config.runner.preemption_seconds) as preemption,
+        output.recording(total_steps=steps, first_step=first, resumed_from=resume),
+        checkpoints,
+    ):
         if first == 0 and validation:
             output.step(0, trainer.validate(validation))
         for number in range(first + 1, steps + 1):
@@ -126,15 +131,19 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
                 metrics = trainer.step(number, prompts)
             checkpoints.check()
             last = number == steps
-            if validation and (last or is_due(number, config.runner.val_check_interval)):
+            is_validated = last or (is_due(number, config.runner.val_check_interval) and not preemption.agreed())
+            if validation and is_validated:
                 started = time.perf_counter()
                 metrics |= trainer.validate(validation) | {"time/validation": time.perf_counter() - started}
-            if checkpoints.is_due(number, last=last):
+            output.is_preempted = preempted = preemption.agreed() and not last
+            if checkpoints.is_due(number, last=last or preempted):
                 started = time.perf_counter()
                 state = {"step": number, "data": data_state}
-                checkpoints.save(number, last=last, loop_state=state, metrics=metrics)
+                checkpoints.save(number, last=last, loop_state=state, metrics=metrics, preempted=preempted)
                 metrics["time/save"] = time.perf_counter() - started
             output.step(number, metrics)
+            if preempted:
+                break
 
 
 def _tokenized(

@@ -27,6 +27,7 @@ from mbridge_train.data.order import require_same_data
 from mbridge_train.engine.engine import Engine
 from mbridge_train.engine.throughput import Throughput
 from mbridge_train.run.output import RunOutput
+from mbridge_train.run.preemption import Preemption
 from mbridge_train.run.processes import broadcast, join, leave, seed_all
 
 from mbridge_sft.quickstart.prepare import prepare_quickstart
@@ -76,7 +77,11 @@ def _train(config: SFTConfig, command: list[str]) -> None:
     trainer = _trainer(config, engine, output)
     checkpoints = RunSaver(engine, output.checkpoints, save_settings(config.actor, runner), resumed_from=resume)
 
-    with output.recording(total_steps=steps, first_step=first, resumed_from=resume), checkpoints:
+    with (
+        Preemption(runner.preemption_seconds) as preemption,
+        output.recording(total_steps=steps, first_step=first, resumed_from=resume),
+        checkpoints,
+    ):
         if first == 0 and evaluation is not None:
             output.step(0, _evaluated(trainer, evaluation, output))
         batches = trainer.batches(training, first_step=first, bad_rows=bad_rows)
@@ -90,14 +95,18 @@ def _train(config: SFTConfig, command: list[str]) -> None:
             seconds = time.perf_counter() - started
             metrics |= {"time/other": seconds - waited - metrics["time/train"], "time/step": seconds}
             last = number == steps
-            if evaluation is not None and (last or is_due(number, runner.val_check_interval)):
+            is_validated = last or (is_due(number, runner.val_check_interval) and not preemption.agreed())
+            if evaluation is not None and is_validated:
                 metrics |= _evaluated(trainer, evaluation, output)
-            if checkpoints.is_due(number, last=last):
+            output.is_preempted = preempted = preemption.agreed() and not last
+            if checkpoints.is_due(number, last=last or preempted):
                 started = time.perf_counter()
                 state = {"step": number, "data": data_state, "bad_rows": list(batches.bad_rows)}
-                checkpoints.save(number, last=last, loop_state=state, metrics=metrics)
+                checkpoints.save(number, last=last, loop_state=state, metrics=metrics, preempted=preempted)
                 metrics["time/save"] = time.perf_counter() - started
             output.step(number, metrics)
+            if preempted:
+                break
             started = time.perf_counter()
 
 

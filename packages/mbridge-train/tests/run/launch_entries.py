@@ -69,3 +69,23 @@ def wait(directory: Path) -> None:
     (directory / f"{rank()}.part").write_text(str(os.getpid()))
     (directory / f"{rank()}.part").rename(directory / f"{rank()}.pid")
     time.sleep(1000)
+
+
+def preemptible(directory: Path, seconds: float, step_seconds: float) -> None:
+    """Steps without end, each with a collective; `saved_<rank>` holds the step after which the run ended."""
+    import torch
+    import torch.distributed as dist
+    from mbridge_train.run.preemption import Preemption
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=300))
+    with Preemption(seconds) as preemption:
+        (directory / f"{rank()}.part").write_text(str(os.getpid()))
+        (directory / f"{rank()}.part").rename(directory / f"{rank()}.pid")
+        step = 0
+        while step == 0 or not preemption.agreed():
+            time.sleep(step_seconds)
+            dist.all_reduce(torch.ones(3))
+            step += 1
+        (directory / f"saved_{rank()}").write_text(str(step))
+        time.sleep(0.3 * (1 - rank()))  # the report of rank 0
+        (directory / f"done_{rank()}").touch()

@@ -58,7 +58,8 @@ def main() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(sys.argv[2]):
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for number in (signal.SIGINT, signal.SIGTERM):  # sent to all processes of a job, for the parent to handle
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, _raise_time_up)
     try:
         settings: WorkerSettings = pickle.loads(connection.recv_bytes())

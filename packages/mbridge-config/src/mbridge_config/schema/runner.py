@@ -87,6 +87,12 @@ class RunnerConfig:
     resume_dir: str | None = key(
         None, "`global_step_<n>` directory to resume from; auto: the newest complete one of this run."
     )
+    preemption_seconds: float = key(
+        600.0,
+        "Time after SIGTERM to finish the step, save and write the report; then the run ends unsaved. 0: end at once.",
+        unit="seconds",
+        minimum=0,
+    )
     experiment_name: str = key("default", "Name of the run; its files go to `<output_dir>/<experiment_name>`.")
     output_dir: str = key("results", "Directory that holds the runs.")
     enable_dynamic_batch_size: bool = key(

@@ -71,17 +71,27 @@ class RunSaver:
         """Return whether step `step` ends with a checkpoint; the `last` one of a run always does."""
         return last or is_due(step, self.settings.interval)
 
-    def save(self, step: int, *, last: bool, loop_state: dict[str, Any], metrics: dict[str, float]) -> Path | None:
+    def save(
+        self,
+        step: int,
+        *,
+        last: bool,
+        loop_state: dict[str, Any],
+        metrics: dict[str, float],
+        preempted: bool = False,
+    ) -> Path | None:
         """Write `global_step_<step>` and return it; None if `when_busy` skipped it.
 
         Args:
+            last: step of the run.
+            preempted: the run ends here, before its last step; `when_busy` then does not matter.
             loop_state, metrics: see `save_checkpoint`; metrics that are not a finite number are left out.
 
         Raises:
             mbridge_ckpt.SaveError: on every rank, if one rank could not write; no partial checkpoint is left. In the
                 background: also if the last save failed.
         """
-        if last:
+        if last or preempted:
             self.check(wait=True)
         self._look_for_metric(metrics)
         try:
@@ -145,4 +155,4 @@ class RunSaver:
     def _exports(self, step: int, last: bool) -> bool:
         every, interval = self.settings.hf_export_every, self.settings.interval
         # Counted by the step, so that a resumed run goes on with the same ones.
-        return every > 0 and (last or (step // interval) % every == 0)
+        return every > 0 and (last or (is_due(step, interval) and (step // interval) % every == 0))

@@ -21,10 +21,11 @@ import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from mbridge_train.errors import TrainError
-from mbridge_train.run.launch_rank import USER_ERROR, Failure, run_entry
+from mbridge_train.run.launch_rank import PREEMPTIBLE_FILE, RESUMABLE, USER_ERROR, Failure, run_entry
 
 # Before any import, during which Ctrl-C would print a traceback.
 RANK_PROGRAM = (
@@ -61,7 +62,8 @@ def launch(entry: str, args: tuple[Any, ...] = (), nproc_per_node: int | None = 
     Returns:
         0 on success; 2 after a user error (an exception with the attribute ``exit_code == 2``), of which only the
         message is printed; 1 after any other exception, with the traceback of the rank that failed first; 130 after
-        Ctrl-C; 128 + n after signal n; the code of a ``SystemExit`` that the entry raised.
+        Ctrl-C; 75 after a preemption that was saved (see `Preemption`); 128 + n after signal n; the code of a
+        ``SystemExit`` that the entry raised.
 
     Raises:
         TrainError: more ranks are asked for than there are GPUs, or another number than torchrun or SLURM started,
@@ -179,7 +181,9 @@ def _launch_ranks(entry: str, args: tuple[Any, ...], count: int) -> int:
             local_addr="127.0.0.1",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=str(directory)),
+            signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
         )
+        _pass_on_termination(directory, count)
         try:
             elastic_launch(config, sys.executable)("-u", "-c", RANK_PROGRAM, str(directory))
             return 0
@@ -214,6 +218,26 @@ def _job_directory(job: bytes) -> Iterator[Path]:
         yield Path(name)
 
 
+def _pass_on_termination(directory: Path, count: int) -> None:
+    """On SIGTERM, ask all ranks to save and end; end at once if one cannot save yet, or on a second SIGTERM."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    asked = False
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        ranks = [int(path.read_text() or 0) for path in directory.rglob(PREEMPTIBLE_FILE)]
+        at_once = asked or len(ranks) < count or 0 in ranks
+        asked = True
+        for process in filter(None, ranks):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL if at_once else signal.SIGUSR1)
+        if at_once:
+            raise SignalException("terminated", signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, handle)
+
+
 def _silence_agent() -> None:
     """Silence the agent's own report of a failure, which repeats ours in the agent's terms, unless LOGLEVEL is set.
 
@@ -234,6 +258,10 @@ def _interrupted(number: signal.Signals) -> int:
 def _report_failure(directory: Path, exit_codes: dict[int, int], count: int) -> int:
     """Print the failure that happened first, of which all others follow, and return the exit code of the run."""
     _show_cursor()
+    if RESUMABLE in exit_codes.values():
+        return RESUMABLE
+    if 128 + signal.SIGTERM in exit_codes.values():  # a rank has said why
+        return 128 + signal.SIGTERM
     # Also of ranks that were still exiting when the agent looked.
     failures = sorted(map(Failure.read, directory.rglob("error.json")), key=lambda it: it.time)
     # A rank that a signal ended could not write a file, and the errors of its peers only say that it is gone.

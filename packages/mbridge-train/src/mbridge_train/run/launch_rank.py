@@ -23,7 +23,12 @@ from pathlib import Path
 from typing import Any, Self
 
 USER_ERROR = 2
+RESUMABLE = 75
+"""Exit code of a run that was preempted and saved: EX_TEMPFAIL of sysexits.h. 143, the code of any process that SIGTERM
+ends, could not tell a run that has saved from one that has not."""
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
+PREEMPTIBLE_FILE = "preemptible"
+"""Beside the error file, while the rank handles preemption: its process id."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 

@@ -66,6 +66,8 @@ class RunOutput:
         self.profiler = StepProfiler(megatron.profiler if megatron.use_profiler else None, directory / "profiler")
         self.is_writer = distributed.get_rank() == 0
         self._lock = RunLock(directory)
+        self.is_preempted = False
+        """Whether the run ends before its last step."""
         self.report_section = ""
         """HTML to show below the curves of the report."""
         self._writer: MetricsWriter | None = None
@@ -148,14 +150,13 @@ class RunOutput:
         if not latest.is_dir():
             return
         newest = self.checkpoints / latest.readlink()
-        words = [word for word in self.command if word.partition("=")[0] not in RESUME_KEYS]
-        words += [
-            f"runner.experiment_name={self.config.runner.experiment_name}",
-            "runner.resume_dir=auto",
-            f"runner.max_steps={int(newest.name.rsplit('_', 1)[1]) * 2}",
-        ]
-        if self.config.runner.max_epochs is not None:  # may have been reached
-            words.append("runner.max_epochs=null")
+        changed = RESUME_KEYS[:2] if self.is_preempted else RESUME_KEYS
+        words = [word for word in self.command if word.partition("=")[0] not in changed]
+        words += [f"runner.experiment_name={self.config.runner.experiment_name}", "runner.resume_dir=auto"]
+        if not self.is_preempted:
+            words.append(f"runner.max_steps={int(newest.name.rsplit('_', 1)[1]) * 2}")
+            if self.config.runner.max_epochs is not None:  # may have been reached
+                words.append("runner.max_epochs=null")
         ranks = distributed.get_world_size()
         is_given = any(word.startswith("launcher.nproc_per_node=") for word in words)
         # If torchrun or SLURM started the ranks, all on this host, the launcher can start them, too.

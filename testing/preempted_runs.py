@@ -1,0 +1,54 @@
+"""Stop a run of an app with SIGTERM, resume it, and compare it with one that was not stopped."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from testing.app_runs import assert_same_state, metrics, saved
+
+STEPS = 4
+RESUMABLE = 75
+
+
+def start(program: str, directory: Path, name: str, *overrides: str) -> subprocess.Popen[str]:
+    words = [f"runner.output_dir={directory}", f"runner.experiment_name={name}", f"runner.max_steps={STEPS}"]
+    return subprocess.Popen(
+        [sys.executable, "-m", program, *words, *overrides],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def check_preemption(program: str, directory: Path, to: str, *overrides: str) -> None:
+    """Run `program` to its end; again, with SIGTERM `to` "launcher" or "rank" after the first step; and resume that."""
+    unbroken = start(program, directory, "unbroken", *overrides)
+    _, errors = unbroken.communicate(timeout=400)
+    assert unbroken.returncode == 0, errors
+
+    stopped = start(program, directory, "stopped", *overrides)
+    run = directory / "stopped"
+    while stopped.poll() is None and not (run / "metrics.jsonl").is_file():
+        time.sleep(0.005)
+    while stopped.poll() is None and not any(step > 0 for step in metrics(run)):
+        time.sleep(0.005)
+    children = Path(f"/proc/{stopped.pid}/task/{stopped.pid}/children").read_text().split()
+    os.kill(int(children[-1]) if to == "rank" else stopped.pid, signal.SIGTERM)
+    output, errors = stopped.communicate(timeout=400)
+    assert stopped.returncode == RESUMABLE, errors
+    assert "Traceback" not in errors
+    steps = [step for step in metrics(run) if step > 0]
+    assert 1 <= steps[-1] < STEPS
+    assert (run / "report.html").is_file() and "runner.resume_dir=auto" in output
+    assert (run / "checkpoints" / "latest").readlink().name == f"global_step_{steps[-1]}"
+
+    resumed = start(program, directory, "stopped", *overrides, "runner.resume_dir=auto")
+    _, errors = resumed.communicate(timeout=400)
+    assert resumed.returncode == 0, errors
+    assert metrics(run) == metrics(directory / "unbroken")
+    for file in ("model_optim_rng.pt", "distrib_optim.pt"):
+        assert_same_state(saved(run, STEPS, file), saved(directory / "unbroken", STEPS, file))
