@@ -11,6 +11,7 @@ def test_sigterm_to_the_launcher_saves_and_resumes(tmp_path: Path) -> None:
         tmp_path,
         "launcher",
         "runner.val_check_interval=-1",
+        "actor.micro_batch_size=4",
         "algorithm.group_size=4",
         "algorithm.sampling_params.max_new_tokens=16",
         "data.rollout_batch_size=4",

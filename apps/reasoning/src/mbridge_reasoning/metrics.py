@@ -117,3 +117,13 @@ class Phases:
         split = {f"time/{phase}": spent for phase, spent in ({"stream": 0.0} | self.seconds).items()}
         other = total - sum(self.seconds.values())
         return split | {"time/other": other, "time/step": total, "tokens_per_second": tokens / total}
+
+
+def minibatch_metrics(minibatches: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Return the metrics of a step: the maximum over its minibatches of each ``max_…``, the mean of others."""
+    result = {}
+    for name in dict.fromkeys(name for metrics in minibatches for name in metrics):
+        values = [metrics[name] for metrics in minibatches if name in metrics]
+        is_maximum = name.rpartition("/")[2].startswith("max_")
+        result[name] = max(values) if is_maximum else sum(values) / len(values)
+    return result

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from mbridge_reasoning.data.prompts import Prompt
 from mbridge_reasoning.environment import SingleTurn
 from mbridge_reasoning.episodes import Episode, make_samples
-from mbridge_reasoning.metrics import Phases, episode_metrics, mismatch_metrics
+from mbridge_reasoning.metrics import Phases, episode_metrics, minibatch_metrics, mismatch_metrics
 from mbridge_reasoning.rewards.pool import RewardPool
 from mbridge_reasoning.rollout.base import RolloutEngine, SamplingParams
 
@@ -189,7 +189,7 @@ class GRPOTrainer:
         old_logprobs: list[Tensor],
         reference_logprobs: list[Tensor] | None,
     ) -> dict[str, float]:
-        """Take `n_minibatches` optimizer steps and return metrics averaged over them."""
+        """Take `n_minibatches` optimizer steps; return their `minibatch_metrics`."""
         algorithm = self.config.algorithm
         order = torch.arange(len(episodes))
         if algorithm.shuffle_rollout:
@@ -240,9 +240,4 @@ class GRPOTrainer:
                     "policy/skipped": float(not result.applied),
                 }
             )
-        names = dict.fromkeys(name for metrics in collected for name in metrics)
-        return {
-            name: sum(values) / len(values)
-            for name in names
-            if (values := [metrics[name] for metrics in collected if name in metrics])
-        }
+        return minibatch_metrics(collected)
