@@ -59,10 +59,13 @@ def unbroken(runs: Runs) -> dict[int, tuple[list[bytes], float]]:
     """The final state of each rank of a run that nobody kills, and the seconds that it takes, by number of ranks."""
     found = {}
     for world in (1, 2):
-        directory = runs.scratch / f"unbroken_{world}"
-        begin = time.monotonic()
-        finish(runs, directory, world)
-        found[world] = final_state(directory, world), time.monotonic() - begin
+        seconds = []
+        for number in range(2):  # the first run takes longer than any later one
+            directory = runs.scratch / f"unbroken_{world}_{number}"
+            begin = time.monotonic()
+            finish(runs, directory, world)
+            seconds.append(time.monotonic() - begin)
+        found[world] = final_state(directory, world), min(seconds)
     return found
 
 
@@ -139,7 +142,7 @@ def check_kills(runs: Runs, unbroken: dict[int, tuple[list[bytes], float]], seed
         outcomes.append(kill(runs, directory, world, role, rank, moments.uniform(0, seconds)))
         finish(runs, directory, world)
         assert final_state(directory, world) == state
-    assert outcomes.count("ended") >= count / 3, outcomes
+    assert outcomes.count("ended") >= count / 6, outcomes
 
 
 def test_kills_at_random_moments(runs: Runs, unbroken: dict[int, tuple[list[bytes], float]]) -> None:
