@@ -21,7 +21,7 @@ from mbridge_sft.quickstart.model import write_tiny_vision_model
 from mbridge_train.data.encode import Encoder
 from mbridge_train.data.loader import EncodedBatches
 from mbridge_train.data.rows import read_examples
-from mbridge_train.engine.plan import plan_micro_batches
+from mbridge_train.engine.micro_batches import plan_micro_batches
 from PIL import Image
 from torch import distributed, multiprocessing
 

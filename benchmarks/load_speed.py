@@ -92,7 +92,7 @@ def measure(rank: int, name: str, ranks: int, directory: Path, rounds: int, port
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank % gpus if gpus else rank), "WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     from mbridge_model import Parallel, load
-    from mbridge_train.run.processes import join, leave
+    from mbridge_train.run.process_group import join, leave
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     if 0 < gpus < ranks:

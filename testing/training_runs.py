@@ -74,7 +74,7 @@ def build(
     from mbridge_train.engine.engine import Engine, MicroBatching
     from mbridge_train.optim.optimizer import OptimizerSettings
     from mbridge_train.optim.schedule import Schedule
-    from mbridge_train.run.processes import seed_all
+    from mbridge_train.run.process_group import seed_all
     from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():

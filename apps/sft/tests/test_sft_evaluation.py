@@ -6,8 +6,8 @@ import pickle
 
 import pytest
 import torch
+from mbridge_sft.display import LONGEST_TEXT, example_grid
 from mbridge_sft.evaluation import SHOWN, Question, QuestionEncoder, evaluate
-from mbridge_sft.report import LONGEST_TEXT, example_grid
 from mbridge_sft.trainer import training_samples
 from mbridge_train.data.encode import Encoded
 from mbridge_train.data.examples import Example, ImageReference, Message

@@ -22,11 +22,11 @@ from mbridge_train.checkpoint.run_saver import RunSaver, is_due
 from mbridge_train.data.errors import DataError
 from mbridge_train.data.hf_files import from_directory
 from mbridge_train.data.order import RowOrder, require_same_data
-from mbridge_train.engine.snapshot import Snapshot
 from mbridge_train.engine.throughput import Throughput
+from mbridge_train.engine.weight_snapshot import Snapshot
 from mbridge_train.run.output import RunOutput
 from mbridge_train.run.preemption import Preemption
-from mbridge_train.run.processes import broadcast, join, leave, seed_all
+from mbridge_train.run.process_group import broadcast, join, leave, seed_all
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mbridge_reasoning.data.gym import make_prompts

@@ -12,9 +12,9 @@ from mbridge_config import ReasoningConfig
 from mbridge_config.schema.keys import filled
 from mbridge_train.engine.batch import Sample
 from mbridge_train.engine.engine import Engine
-from mbridge_train.engine.heads import LogprobHead
-from mbridge_train.engine.snapshot import Snapshot
+from mbridge_train.engine.output_heads import LogprobHead
 from mbridge_train.engine.throughput import Throughput
+from mbridge_train.engine.weight_snapshot import Snapshot
 from mbridge_train.losses.advantages import grpo_advantages
 from mbridge_train.losses.policy import policy_loss
 from mbridge_train.memory.offload import KeptPart, Part

@@ -28,10 +28,10 @@ from mbridge_train.engine.engine import Engine
 from mbridge_train.engine.throughput import Throughput
 from mbridge_train.run.output import RunOutput
 from mbridge_train.run.preemption import Preemption
-from mbridge_train.run.processes import broadcast, join, leave, seed_all
+from mbridge_train.run.process_group import broadcast, join, leave, seed_all
 
+from mbridge_sft.display import DISPLAY, example_grid
 from mbridge_sft.quickstart.prepare import prepare_quickstart
-from mbridge_sft.report import DISPLAY, example_grid
 from mbridge_sft.start import read_data
 from mbridge_sft.trainer import SFTTrainer
 

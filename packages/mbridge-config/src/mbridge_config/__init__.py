@@ -18,8 +18,8 @@ from mbridge_config.run.directory import (
 )
 from mbridge_config.run.steps import RunLength, longest_run, run_length
 from mbridge_config.schema.keys import KeyInfo, Status
-from mbridge_config.schema.kinds import RunConfig
 from mbridge_config.schema.reasoning import ReasoningConfig
+from mbridge_config.schema.run_kinds import RunConfig
 from mbridge_config.schema.sft import SFTConfig
 
 __all__ = [

@@ -18,7 +18,7 @@ from mbridge_config.plan.plan import ParallelPlan, expected_world_size, make_pla
 from mbridge_config.problems import ConfigError, Problem, Severity, ordered, render
 from mbridge_config.rules import REASONING, SFT, Context, Rule
 from mbridge_config.rules.optimizer import over_the_run
-from mbridge_config.schema.kinds import RunConfig
+from mbridge_config.schema.run_kinds import RunConfig
 from mbridge_config.schema.sft import SFTConfig
 
 _Read = TypeVar("_Read")

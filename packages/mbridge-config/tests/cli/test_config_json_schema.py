@@ -17,7 +17,7 @@ from mbridge_config.cli.main import main
 from mbridge_config.load.catalog import config_names, installed_directories
 from mbridge_config.load.convert import Unfit, check_range, fit
 from mbridge_config.schema.keys import KeyInfo, Status
-from mbridge_config.schema.kinds import SCHEMAS, schema_of
+from mbridge_config.schema.run_kinds import SCHEMAS, schema_of
 
 STYLE = Path(__file__).parents[1] / "rlinf_style"
 WHOLE = {kind: json_schema(kind) for kind in SCHEMAS}

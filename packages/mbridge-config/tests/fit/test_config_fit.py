@@ -12,7 +12,7 @@ from mbridge_config.cli.main import main
 from mbridge_config.fit.fit import Fit, fit
 from mbridge_config.fit.layouts import KEYS, layouts, with_values
 from mbridge_config.plan.memory import GIB, USABLE
-from mbridge_config.schema.kinds import RunConfig
+from mbridge_config.schema.run_kinds import RunConfig
 
 HF = "actor.megatron.ckpt_convertor.hf_model_path"
 Case = Callable[..., tuple[RunConfig, Report]]

@@ -11,8 +11,8 @@ from mbridge_config import ConfigError, ReasoningConfig, Severity, check, compos
 from mbridge_config.compat.keys import value_of
 from mbridge_config.load.compose import from_tree
 from mbridge_config.schema.keys import filled
-from mbridge_config.schema.kinds import SCHEMAS
 from mbridge_config.schema.provenance import Provenance
+from mbridge_config.schema.run_kinds import SCHEMAS
 
 Composed = Callable[..., ReasoningConfig]
 

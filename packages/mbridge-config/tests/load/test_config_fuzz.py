@@ -15,8 +15,8 @@ from yaml import safe_dump as dump
 from mbridge_config import ConfigError, HFFacts, ReasoningConfig, RunConfig, check, compose, key_table
 from mbridge_config.cli.main import COMMANDS, main
 from mbridge_config.load.compose import from_tree
-from mbridge_config.schema.kinds import SCHEMAS
 from mbridge_config.schema.provenance import Provenance
+from mbridge_config.schema.run_kinds import SCHEMAS
 
 TABLES = {schema: {info.path: info for info in key_table(schema)} for schema in SCHEMAS.values()}
 KEYS = sorted({path for table in TABLES.values() for path in table})

@@ -11,8 +11,8 @@ import pytest
 from mbridge_config import KeyInfo, Report, Status, check, key_table
 from mbridge_config.facts.directories import REASONING_KEY, SFT_KEY
 from mbridge_config.load.compose import from_tree
-from mbridge_config.schema.kinds import SCHEMAS, schema_of
 from mbridge_config.schema.provenance import Provenance
+from mbridge_config.schema.run_kinds import SCHEMAS, schema_of
 
 PP = "actor.model.pipeline_model_parallel_size"
 COMPANIONS: dict[str, dict[str, Any]] = {

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from mbridge_model import Parallel
-from mbridge_model.bridge.slices import SlicedReader
+from mbridge_model.bridge.read_slices import SlicedReader
 from safetensors.torch import save_file
 
 from testing.gang import Gang
@@ -18,7 +18,7 @@ def bytes_read(directory: Path, parallel: Parallel) -> tuple[int, int, int]:
     """(bytes of slices, bytes of whole tensors, bytes of the rank's parameters without padding of the vocabulary)."""
     import safetensors
     from mbridge_model import load
-    from mbridge_model.bridge import slices
+    from mbridge_model.bridge import read_slices
     from mbridge_model.bridge.bridge import import_bridge
 
     import_bridge()  # it makes the next line possible without a GPU
@@ -50,7 +50,7 @@ def bytes_read(directory: Path, parallel: Parallel) -> tuple[int, int, int]:
         return tensors
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slices, "safe_open", CountingFile)
+        patch.setattr(read_slices, "safe_open", CountingFile)
         patch.setattr(state.SafeTensorsStateSource, "load_tensors", counting_load)
         model, _ = load(directory, parallel)
     own = 0

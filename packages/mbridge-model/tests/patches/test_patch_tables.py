@@ -82,7 +82,7 @@ def test_what_a_class_defines_is_found_again() -> None:
 def patched_while_loading(directory: Path) -> tuple[list[int], set[str]]:
     """Runs in a worker: rows of a padded embedding as Megatron-Bridge reads it, before, while and after; what stays."""
     from mbridge_model import load
-    from mbridge_model.bridge.tasks import has_vocabulary, hf_names, load_only
+    from mbridge_model.bridge.conversion_tasks import has_vocabulary, hf_names, load_only
 
     model, handle = load(directory)
     upstream = handle.bridge._bridge

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mbridge_train.checkpoint.save import save_checkpoint
     from mbridge_train.engine.batch import Sample, aggregation_weights
     from mbridge_train.engine.engine import Engine, MicroBatching
-    from mbridge_train.engine.snapshot import Snapshot
+    from mbridge_train.engine.weight_snapshot import Snapshot
     from mbridge_train.errors import TrainError
     from mbridge_train.losses.advantages import grpo_advantages
     from mbridge_train.losses.policy import LossInputs, LossOutputs, policy_loss, sft_loss
@@ -53,7 +53,7 @@ _HOME = {
     "OptimizerSettings": "optim.optimizer",
     "Sample": "engine.batch",
     "Schedule": "optim.schedule",
-    "Snapshot": "engine.snapshot",
+    "Snapshot": "engine.weight_snapshot",
     "StepResult": "optim.optimizer",
     "TrainError": "errors",
     "aggregation_weights": "engine.batch",

@@ -14,7 +14,7 @@ from mbridge_model import Freeze, Parallel, load
 from mbridge_train.checkpoint.load import load_start
 from mbridge_train.checkpoint.run_saver import SaveSettings
 from mbridge_train.engine.engine import Engine, MicroBatching
-from mbridge_train.engine.plan import round_up
+from mbridge_train.engine.micro_batches import round_up
 from mbridge_train.optim.optimizer import OptimizerSettings
 from mbridge_train.optim.schedule import Schedule
 

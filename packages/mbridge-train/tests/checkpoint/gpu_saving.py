@@ -1,7 +1,6 @@
-r"""Saves in the background on GPUs: the files are those of saves that training waits for.
+"""Saves in the background on GPUs: the files are those of saves that training waits for.
 
-    PYTHONPATH=. torchrun --nproc_per_node 2 \
-        packages/mbridge-train/tests/checkpoint/gpu_saving.py
+    CUBLAS_WORKSPACE_CONFIG=:4096:8 PYTHONPATH=. torchrun --nproc_per_node 2 packages/.../gpu_saving.py
 
 Run from the repository's root, on two GPUs. Prints a line and exits with 1 on a difference.
 """
@@ -12,14 +11,17 @@ import tempfile
 from pathlib import Path
 
 import test_train_saving
+import torch
 from mbridge_ckpt import open_checkpoint, verify
-from mbridge_train.run.processes import broadcast, join, leave
+from mbridge_train.run.process_group import broadcast, join, leave
 
 from testing.tiny_models import make_model
 
 
 def main() -> int:
     join()
+    # The two runs must train alike. Without it the embedding's gradient adds the rows of equal tokens in any order.
+    torch.use_deterministic_algorithms(True)
     root = Path(broadcast(tempfile.mkdtemp()))
     if os.environ["RANK"] == "0":
         make_model("qwen2", True, root / "model")

@@ -279,7 +279,7 @@ def test_start_from_megatron_checkpoint(gang2: Gang, models: Path, tmp_path: Pat
 
 def reference_of_trained(directory: Path, optimizer: dict[str, Any]) -> Any:
     """Return reference log probabilities before and after training, and own ones and digests around a swap."""
-    from mbridge_train.engine.snapshot import Snapshot
+    from mbridge_train.engine.weight_snapshot import Snapshot
 
     try:
         engine = build(directory, Parallel(), optimizer)

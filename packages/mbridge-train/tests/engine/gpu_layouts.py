@@ -18,7 +18,7 @@ import test_engine
 import test_engine_vision
 import torch
 from mbridge_model import Parallel
-from mbridge_train.run.processes import join, leave
+from mbridge_train.run.process_group import join, leave
 
 from testing.tiny_models import make_model, make_vision_model
 

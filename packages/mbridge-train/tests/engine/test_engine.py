@@ -105,7 +105,7 @@ def train(
     dtype: str = "float32",
 ) -> dict[str, Any]:
     """STEPS steps on each rank; what the twin returns."""
-    from mbridge_train.engine.heads import LogprobHead
+    from mbridge_train.engine.output_heads import LogprobHead
     from mbridge_train.losses.policy import policy_loss
     from megatron.core import parallel_state
 

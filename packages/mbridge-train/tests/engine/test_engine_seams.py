@@ -73,7 +73,7 @@ def build(directory: Path, parallel: Parallel, batching: dict[str, Any], *, valu
     """An engine and the head to train it with."""
     from mbridge_model import load
     from mbridge_train.engine.engine import Engine, MicroBatching
-    from mbridge_train.engine.heads import LogprobHead
+    from mbridge_train.engine.output_heads import LogprobHead
     from mbridge_train.optim.optimizer import OptimizerSettings
     from mbridge_train.optim.schedule import Schedule
     from megatron.core import parallel_state

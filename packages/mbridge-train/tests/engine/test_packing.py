@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mbridge_train.engine.batch import Sample
 from mbridge_train.engine.collate import ModelInputs, collate
-from mbridge_train.engine.plan import Plan, padding_share, plan_micro_batches
+from mbridge_train.engine.micro_batches import Plan, padding_share, plan_micro_batches
 from mbridge_train.errors import TrainError
 
 

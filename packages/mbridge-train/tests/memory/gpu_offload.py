@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from mbridge_model import Parallel
-from mbridge_train.engine.snapshot import Snapshot
+from mbridge_train.engine.weight_snapshot import Snapshot
 
 from testing.tiny_models import make_model
 from testing.training_runs import OVERLAPPED, build, digests, leave, make_batch, train

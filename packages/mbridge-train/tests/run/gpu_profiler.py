@@ -17,7 +17,7 @@ from mbridge_config import HFFacts
 from mbridge_config.schema.megatron import ProfilerConfig
 from mbridge_config.schema.model import ModelConfig
 from mbridge_train.engine.throughput import Throughput
-from mbridge_train.run.processes import join, leave
+from mbridge_train.run.process_group import join, leave
 from mbridge_train.run.profiler import StepProfiler
 
 from testing.tiny_models import make_model

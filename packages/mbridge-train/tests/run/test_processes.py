@@ -10,7 +10,7 @@ import pytest
 import torch
 from mbridge_model import Parallel
 from mbridge_train.errors import TrainError
-from mbridge_train.run.processes import broadcast, join, leave, seed_all
+from mbridge_train.run.process_group import broadcast, join, leave, seed_all
 
 from testing.gang import Gang
 
@@ -57,7 +57,7 @@ def test_groups_are_joined_and_left(gang2: Gang) -> None:
 
 
 def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mbridge_train.run.processes.enable_cpu", lambda: None)
+    monkeypatch.setattr("mbridge_train.run.process_group.enable_cpu", lambda: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")

@@ -17,7 +17,7 @@ from mbridge_train.data.order import RowOrder
 from mbridge_train.engine.batch import Sample, aggregation_weights
 from mbridge_train.losses.policy import sft_loss
 from mbridge_train.run.output import RunOutput
-from mbridge_train.run.processes import broadcast
+from mbridge_train.run.process_group import broadcast
 from torch import distributed
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mbridge_reasoning.rewards.base import Answer, Scorer, one_by_one
 from mbridge_reasoning.rewards.extraction import boxes, tagged_answer, without_thoughts
-from mbridge_reasoning.rewards.notation import normalize, normalize_expression, number_in_base, without_chinese
+from mbridge_reasoning.rewards.math_notation import normalize, normalize_expression, number_in_base, without_chinese
 
 EXACT = 1e-15
 """The largest relative difference at which two exact numbers, evaluated to 30 digits, count as equal."""

@@ -12,10 +12,10 @@ from typing import Any
 from mbridge_ckpt.errors import LayoutError
 from mbridge_ckpt.formats.torch_pickle import StoredTensor
 from mbridge_ckpt.formats.torch_reader import TorchFileReader
-from mbridge_ckpt.megatron_lm.buffers import from_buffers
-from mbridge_ckpt.megatron_lm.entries import FIX, Entry, State
-from mbridge_ckpt.megatron_lm.groups import from_groups
 from mbridge_ckpt.megatron_lm.names import EMBEDDING, OUTPUT_LAYER
+from mbridge_ckpt.megatron_lm.optimizer_buffers import from_buffers
+from mbridge_ckpt.megatron_lm.optimizer_entries import FIX, Entry, State
+from mbridge_ckpt.megatron_lm.optimizer_groups import from_groups
 from mbridge_ckpt.megatron_lm.tree import OPTIMIZER_FILE, MegatronTree, Rank
 
 

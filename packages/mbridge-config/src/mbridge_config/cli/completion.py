@@ -24,7 +24,7 @@ from mbridge_config.load.catalog import (
 from mbridge_config.paths import is_directory
 from mbridge_config.problems import ConfigError, Problem
 from mbridge_config.schema.keys import Status, describe_type, known_sections
-from mbridge_config.schema.kinds import SCHEMAS, schema_of
+from mbridge_config.schema.run_kinds import SCHEMAS, schema_of
 
 FLAGS = ("-sc", "--shell-completion")
 _NAME_FLAGS = ("--config-name", "-cn")

@@ -16,7 +16,7 @@ from typing import Any
 from mbridge_config.cli.arguments import Parser
 from mbridge_config.compat.keys import compat_keys
 from mbridge_config.schema.keys import KeyInfo, KeySpec, Status, default_of, hints, is_section, spec_of
-from mbridge_config.schema.kinds import SCHEMAS
+from mbridge_config.schema.run_kinds import SCHEMAS
 
 OPEN = r"\$\{.+\}|^\?\?\?$"
 """Text that stands for a value of any type."""

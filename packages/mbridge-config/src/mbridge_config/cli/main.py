@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from mbridge_config.cli.arguments import Parser, config_listing
 from mbridge_config.cli.completion import Complete, answer, complete_config, how
 from mbridge_config.problems import ConfigError
-from mbridge_config.schema.kinds import SCHEMAS
+from mbridge_config.schema.run_kinds import SCHEMAS
 
 COMMANDS = {
     "check": ("commands:run_check", "print all problems of a config, and the parallel plan"),

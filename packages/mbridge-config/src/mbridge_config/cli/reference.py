@@ -7,7 +7,7 @@ from typing import Any
 from mbridge_config.compat.keys import compat_keys
 from mbridge_config.rules.explanations import explanations
 from mbridge_config.schema.keys import KeyInfo, KeySpec, Status, hints, is_section, schema_keys, spec_of
-from mbridge_config.schema.kinds import SCHEMAS
+from mbridge_config.schema.run_kinds import SCHEMAS
 
 CONFIGURATION = """\
 # Configuration

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-from mbridge_config.compat import table
+from mbridge_config.compat import rlinf
 from mbridge_config.schema.keys import KeyInfo, KeySpec, Status, get, put, schema_keys
 from mbridge_config.schema.reasoning import ReasoningConfig
 from mbridge_config.schema.sft import SFTConfig
@@ -13,14 +13,14 @@ from mbridge_config.schema.sft import SFTConfig
 @functools.cache
 def compat_keys(kind: type) -> dict[str, KeyInfo]:
     """Return the keys of the table that runs of `kind` accept, by their full name."""
-    no_effect, aliases, refused = [table.NO_EFFECT], dict(table.ALIASES), dict(table.REFUSED)
+    no_effect, aliases, refused = [rlinf.NO_EFFECT], dict(rlinf.ALIASES), dict(rlinf.REFUSED)
     if issubclass(kind, ReasoningConfig):
-        no_effect.append(table.NO_EFFECT_IN_REASONING)
-        aliases |= table.ALIASES_IN_REASONING
-        refused |= table.REFUSED_IN_REASONING
+        no_effect.append(rlinf.NO_EFFECT_IN_REASONING)
+        aliases |= rlinf.ALIASES_IN_REASONING
+        refused |= rlinf.REFUSED_IN_REASONING
     elif issubclass(kind, SFTConfig):
-        no_effect.append(table.NO_EFFECT_IN_SFT)
-        aliases |= table.ALIASES_IN_SFT
+        no_effect.append(rlinf.NO_EFFECT_IN_SFT)
+        aliases |= rlinf.ALIASES_IN_SFT
     else:
         return {}
     infos = [info for sections in no_effect for info in _without_effect(sections)]
@@ -28,7 +28,7 @@ def compat_keys(kind: type) -> dict[str, KeyInfo]:
         doc = f"The opposite of `{alias.of}`." if alias.inverted else f"Another name of `{alias.of}`."
         spec = KeySpec(doc=doc, status=Status.ALIAS, alias_of=alias.of, inverted=alias.inverted)
         infos.append(KeyInfo(path=path, type=alias.type | None, default=None, spec=spec))
-    for name, row in table.CHECKED.items():
+    for name, row in rlinf.CHECKED.items():
         spec = KeySpec(doc=row.doc, status=Status.CHECKED)
         infos.append(KeyInfo(path=f"actor.model.{name}", type=row.type | None, default=None, spec=spec))
     for path, (doc, why) in refused.items():
@@ -37,7 +37,7 @@ def compat_keys(kind: type) -> dict[str, KeyInfo]:
     return {info.path: info for info in infos}
 
 
-def _without_effect(sections: table.NoEffect) -> Iterator[KeyInfo]:
+def _without_effect(sections: rlinf.NoEffect) -> Iterator[KeyInfo]:
     for section, reasons in sections.items():
         for why, types in reasons.items():
             for hint, names in types.items():

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from mbridge_config.facts.model import HFFacts
 from mbridge_config.facts.vision import VisionFacts
-from mbridge_config.schema.kinds import RunConfig
 from mbridge_config.schema.reasoning import ReasoningConfig
+from mbridge_config.schema.run_kinds import RunConfig
 from mbridge_config.schema.sft import SFTConfig
 
 

@@ -13,7 +13,7 @@ from mbridge_config.check import Report
 from mbridge_config.fit.layouts import ENOUGH_TOKENS, ProposedLayout, layouts
 from mbridge_config.plan.memory import GIB, USABLE, gib
 from mbridge_config.problems import Problem, short
-from mbridge_config.schema.kinds import RunConfig
+from mbridge_config.schema.run_kinds import RunConfig
 
 SHOWN = 5
 _LESS_OF = {
@@ -82,7 +82,7 @@ class Fit:
 
 
 def fit(config: RunConfig, report: Report, gpus: int, memory_gib: float) -> Fit:
-    """Propose layouts of `config` on `gpus` GPUs of `memory_gib` GiB; `report` is that of `check` on it.
+    """Propose layouts of `config` on `gpus` GPUs of `memory_gib` GiB; `display` is that of `check` on it.
 
     Raises `ConfigError` if the model is unknown, or its parameters are not counted.
     """

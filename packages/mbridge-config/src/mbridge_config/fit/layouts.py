@@ -14,7 +14,7 @@ from mbridge_config.rules.batches import BUDGET, DYNAMIC, MICRO
 from mbridge_config.rules.parallel import FIRST_STAGE, LAST_STAGE, PP, SP, TP
 from mbridge_config.rules.precision import GRANULARITY, METHOD, RECOMPUTED
 from mbridge_config.schema.keys import filled, get
-from mbridge_config.schema.kinds import RunConfig
+from mbridge_config.schema.run_kinds import RunConfig
 
 GPUS_PER_HOST = 8
 """Tensor parallelism communicates in each layer, so it stays on one host."""
@@ -112,7 +112,7 @@ def layouts(config: RunConfig, report: Report, gpus: int) -> list[ProposedLayout
 
 
 def other_errors(config: RunConfig, report: Report) -> list[Problem]:
-    """Return the errors of `report` that no layout fixes."""
+    """Return the errors of `display` that no layout fixes."""
     about = {rule.id for rule in rules_of(config) if set(rule.reads) & set(KEYS)}
     return [problem for problem in report.errors if problem.id not in about]
 

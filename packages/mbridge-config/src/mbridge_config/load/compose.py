@@ -18,8 +18,8 @@ from mbridge_config.load.convert import convert
 from mbridge_config.load.defaults import fill_defaults
 from mbridge_config.load.interpolations import resolve_interpolations
 from mbridge_config.problems import ConfigError, Severity
-from mbridge_config.schema.kinds import RunConfig, schema_of
 from mbridge_config.schema.provenance import Provenance
+from mbridge_config.schema.run_kinds import RunConfig, schema_of
 
 Schema = TypeVar("Schema")
 

@@ -6,7 +6,7 @@ from typing import Any
 from mbridge_config.compat.keys import known_keys, value_of
 from mbridge_config.problems import json_ready
 from mbridge_config.schema.keys import Status
-from mbridge_config.schema.kinds import RunConfig
+from mbridge_config.schema.run_kinds import RunConfig
 
 
 def plain(value: Any) -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from mbridge_config.paths import is_there, user_path
 from mbridge_config.problems import ConfigError, Problem
-from mbridge_config.schema.kinds import RunConfig
+from mbridge_config.schema.run_kinds import RunConfig
 
 
 def run_directory(config: RunConfig) -> Path:

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
+from mbridge_model.bridge.conversion_tasks import has_vocabulary, hf_names, load_only, task_parts
 from mbridge_model.bridge.hf_views import Parts
 from mbridge_model.bridge.install import require_bridge
-from mbridge_model.bridge.slices import SlicedReader
-from mbridge_model.bridge.tasks import has_vocabulary, hf_names, load_only, task_parts
+from mbridge_model.bridge.read_slices import SlicedReader
 from mbridge_model.directory import HFDirectory
 from mbridge_model.errors import ModelError
 from mbridge_model.patches import Patch, PatchTable

@@ -6,7 +6,7 @@ Uses: `errors`, `vision`.
 """
 
 from mbridge_model.families import llama, mistral, qwen2, qwen2_5_vl, qwen3, qwen3_vl, qwen3_vl_moe
-from mbridge_model.families.family import Family, Force
+from mbridge_model.families.base import Family, Force
 
 FAMILIES: tuple[Family, ...] = tuple(
     module.FAMILY for module in (llama, mistral, qwen2, qwen3, qwen2_5_vl, qwen3_vl, qwen3_vl_moe)

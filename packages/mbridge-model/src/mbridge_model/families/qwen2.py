@@ -1,6 +1,6 @@
 """Qwen2, Qwen2.5 and what was distilled into them (DeepSeek-R1-Distill-Qwen): Llama's layer, biases on Q, K, V."""
 
-from mbridge_model.families.family import Family, Force
+from mbridge_model.families.base import Family, Force
 
 QKV_BIAS = Force(
     field="add_qkv_bias",

@@ -1,6 +1,6 @@
 """Qwen2.5-VL: Qwen2's layer, a vision tower with window attention, videos timed by their positions."""
 
-from mbridge_model.families.family import Family, Force
+from mbridge_model.families.base import Family, Force
 from mbridge_model.families.qwen2 import QKV_BIAS
 from mbridge_model.vision import Vision, qwen2_5_tower
 

@@ -1,6 +1,6 @@
 """Qwen3: no biases on Q, K, V, but an RMSNorm over each head's queries and keys."""
 
-from mbridge_model.families.family import Family, Force
+from mbridge_model.families.base import Family, Force
 
 QK_NORM = Force(
     field="qk_layernorm",

@@ -1,6 +1,6 @@
 """Qwen3-VL: Qwen3's layer, deepstack, interleaved three-dimensional positions, timestamps between a video's frames."""
 
-from mbridge_model.families.family import Family, Force
+from mbridge_model.families.base import Family, Force
 from mbridge_model.families.qwen3 import QK_NORM
 from mbridge_model.vision import Vision, qwen3_tower
 

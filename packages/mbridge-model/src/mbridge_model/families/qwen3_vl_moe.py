@@ -1,6 +1,6 @@
 """Qwen3-VL with a mixture of experts in each language layer."""
 
-from mbridge_model.families.family import Family
+from mbridge_model.families.base import Family
 from mbridge_model.families.qwen3_vl import FORCES, VISION
 
 FAMILY = Family(

@@ -16,7 +16,7 @@ from mbridge_model.vision.inputs import to_device
 from torch import Tensor
 
 from mbridge_train.engine.batch import Sample, common_fields
-from mbridge_train.engine.plan import round_up
+from mbridge_train.engine.micro_batches import round_up
 
 
 @dataclass(kw_only=True, slots=True)

@@ -25,8 +25,8 @@ from torch.profiler import record_function
 from mbridge_train.engine.agreement import check_agreement
 from mbridge_train.engine.batch import Sample, common_fields
 from mbridge_train.engine.collate import ModelInputs, collate
-from mbridge_train.engine.heads import Head, HeadInputs, LogprobHead
-from mbridge_train.engine.plan import Plan, padding_share, plan_micro_batches
+from mbridge_train.engine.micro_batches import Plan, padding_share, plan_micro_batches
+from mbridge_train.engine.output_heads import Head, HeadInputs, LogprobHead
 from mbridge_train.engine.results import gather_samples, reduce_metrics
 from mbridge_train.errors import TrainError
 from mbridge_train.layout import RankLayout

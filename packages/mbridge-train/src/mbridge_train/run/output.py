@@ -17,7 +17,7 @@ from torch import distributed
 from mbridge_train.errors import TrainError
 from mbridge_train.run.files import RunLock, replace_text
 from mbridge_train.run.metrics import METRICS_FILE, MetricsWriter
-from mbridge_train.run.processes import broadcast
+from mbridge_train.run.process_group import broadcast
 from mbridge_train.run.profiler import StepProfiler
 from mbridge_train.run.progress import TrainingProgress
 from mbridge_train.run.report import Chart, write_report

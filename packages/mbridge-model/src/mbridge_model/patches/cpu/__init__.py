@@ -5,11 +5,11 @@ where there is a GPU. `allow_missing_transformer_engine()` lets megatron.bridge 
 not installed, with or without a GPU.
 """
 
+from mbridge_model.patches.cpu.cpu_patches import CPU, enable_cpu
 from mbridge_model.patches.cpu.missing_transformer_engine import (
     MissingTransformerEngineError,
     allow_missing_transformer_engine,
 )
-from mbridge_model.patches.cpu.table import CPU, enable_cpu
 
 __all__ = [
     "CPU",

@@ -12,7 +12,7 @@ from mbridge_ckpt.errors import LayoutError
 from mbridge_ckpt.formats.torch_pickle import StoredTensor
 from mbridge_ckpt.formats.torch_reader import TorchFileReader
 from mbridge_ckpt.formats.torch_zip import LazyTensor
-from mbridge_ckpt.megatron_lm.entries import FIX, MASTER, MOMENTS, Entry, State, first_unlike
+from mbridge_ckpt.megatron_lm.optimizer_entries import FIX, MASTER, MOMENTS, Entry, State, first_unlike
 from mbridge_ckpt.megatron_lm.tree import MegatronTree, Rank
 
 if TYPE_CHECKING:
