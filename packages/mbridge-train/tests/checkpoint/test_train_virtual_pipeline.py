@@ -22,11 +22,13 @@ def build_interleaved(directory: Path) -> Any:
     from mbridge_train.optim.schedule import Schedule
 
     plain = build(directory, Parallel(pipeline=2), SHARDED, weights=False)
-    provider, pipeline = plain.handle.provider, plain.layout.pipeline
+    provider = plain.handle.provider
     provider.virtual_pipeline_model_parallel_size = 2
     chunks = [
         provider.provide(
-            pre_process=pipeline.is_first and chunk == 0, post_process=pipeline.is_last and chunk == 1, vp_stage=chunk
+            pre_process=plain.layout.is_first_stage and chunk == 0,
+            post_process=plain.layout.is_last_stage and chunk == 1,
+            vp_stage=chunk,
         )
         for chunk in (0, 1)
     ]

@@ -43,10 +43,19 @@ def hydra_tree(file: Path, directory: Path, overrides: Sequence[str]) -> tuple[d
                 defaults = loader.compute_defaults_list(name, arguments, RunMode.RUN).defaults
     except yaml.MarkedYAMLError as error:
         raise yaml_error(error, shown(file)) from error
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError, TypeError, AttributeError) as error:
+    # An OSError where Hydra looks for a file named like an argument, whose name is too long.
+    except (
+        HydraException,
+        OmegaConfBaseException,
+        yaml.YAMLError,
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+    ) as e:
         raise _failed(
-            error, Where(file=shown(file)) if "defaults" not in own_places else own_places["defaults"], overrides
-        ) from error
+            e, Where(file=shown(file)) if "defaults" not in own_places else own_places["defaults"], overrides
+        ) from e
     assert isinstance(tree, dict)
     places: dict[str, Where] = {} if defaults else own_places
     for default in defaults:

@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -91,9 +91,15 @@ class RunOutput:
         """
         if reason := broadcast(self._lock.take() if self.is_writer else None):
             raise TrainError(reason)
-        if not self.is_writer:
-            yield
-            return
+        try:
+            with self._written(total_steps, first_step, resumed_from) if self.is_writer else nullcontext():
+                yield
+        finally:
+            self._lock.release()
+
+    @contextmanager
+    def _written(self, total_steps: int, first_step: int, resumed_from: Checkpoint | None) -> Iterator[None]:
+        """Write the files of the run while the block lasts, and its report and results at the end."""
         logger = self.config.runner.logger
         values = plain(self.config)
         self._writer = MetricsWriter(

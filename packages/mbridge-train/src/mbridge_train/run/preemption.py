@@ -87,9 +87,11 @@ class Preemption:
     def _watch(self) -> None:
         """Read the signals until a zero byte comes."""
         terminations, deadline = 0, float("inf")
+        poll = select.poll()  # `select.select` takes descriptors below 1,024 only
+        poll.register(self._pipe, select.POLLIN)
         while True:
             left = max(deadline - time.monotonic(), 0)
-            readable, _, _ = select.select([self._pipe], [], [], None if deadline == float("inf") else left)
+            readable = poll.poll(None if deadline == float("inf") else 1000 * left)
             if not readable:
                 _end(f"the run could not save within runner.preemption_seconds={self._seconds:g} and ends unsaved")
             for number in os.read(self._pipe, 64) if readable else b"":
