@@ -98,7 +98,7 @@ def measure(rank: int, name: str, ranks: int, directory: Path, rounds: int, port
     if 0 < gpus < ranks:
         distributed.init_process_group("gloo")  # NCCL allows one rank per GPU
     device = join()
-    model, handle = load(directory, Parallel(tensor=ranks), dtype=torch.bfloat16, weights=False)
+    model, handle = load(directory, Parallel(tensor=ranks), dtype=torch.bfloat16)
     files = sorted(directory.glob("*.safetensors"))
     size = sum(file.stat().st_size for file in files)
     buffer = torch.empty(BLOCK, dtype=torch.uint8, pin_memory=device.type == "cuda")
