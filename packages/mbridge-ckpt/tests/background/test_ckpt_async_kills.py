@@ -84,7 +84,8 @@ def is_running(process: int) -> bool:
 
 def seconds_until_gone(place: Path, limit: float) -> float:
     begin = time.monotonic()
-    while processes(place) or not list(place.glob("launcher_*")):
+    # In this order: between a look at the processes and one at the launcher's file, a run may have started.
+    while not list(place.glob("launcher_*")) or processes(place):
         assert time.monotonic() - begin < limit, sorted(path.name for path in place.iterdir())
         time.sleep(0.01)
     return time.monotonic() - begin
