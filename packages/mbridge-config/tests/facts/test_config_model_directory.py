@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from mbridge_config import Problem, Report, Severity
-from mbridge_config.compat.rlinf import CHECKED
+from mbridge_config.compat.keys import CHECKED
 
 Checked = Callable[..., Report]
 MakeModel = Callable[..., Path]

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable
 from typing import Any
 
-from mbridge_config.compat.rlinf import CHECKED
+from mbridge_config.compat.keys import CHECKED
 from mbridge_config.facts.model import QK_LAYERNORM_FAMILIES, QKV_BIAS_FAMILIES, HFFacts
 from mbridge_config.problems import Severity
 from mbridge_config.rules.base import Context, Finding, rule
