@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import os
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
 from mbridge_config.cli.arguments import Parser
-from mbridge_config.cli.init_templates import DIGITS, FILES, GYM, PAIRS, REASONING, SFT
 from mbridge_config.facts.model import HFFacts
 from mbridge_config.load.catalog import SUFFIX
 from mbridge_config.paths import is_file, user_path
@@ -65,21 +65,21 @@ def config_text(task: str, model: str | Path, data: Sequence[str] = ()) -> str:
     longest = min(_LONGEST[task], facts.max_position_embeddings or _LONGEST[task])
     count = count_parameters(facts)
     size = f"{facts.num_layers} layers" + (f", {count:,} parameters" if count else "")
-    made = GYM if task == "reasoning" else DIGITS
-    files = FILES.format(paths=json.dumps([_text(os.path.abspath(user_path(path))) for path in data]))
-    name = f"{directory.name}-{task}"
-    return (REASONING if task == "reasoning" else SFT).format(
+    paths = json.dumps([_text(os.path.abspath(user_path(path))) for path in data])
+    template = tomllib.loads(Path(__file__).with_name("init_templates.toml").read_text(encoding="utf-8"))[task]
+    text: str = template["config"].format(
         model=json.dumps(_text(directory)),
-        name=json.dumps(_text(name)),
+        name=json.dumps(_text(f"{directory.name}-{task}")),
         title=f"{facts.architectures[0]}, {size}",
         longest=longest,
         prompt=longest // 4,
         tokens=max(8192, longest),
         template=str(_has_chat_template(directory)).lower(),
-        data=(files + (PAIRS if task == "reasoning" else "")) if data else made,
+        data=template["data"].format(paths=paths) if data else template["made"],
         reward="math" if data else "reasoning_gym",
         quickstart="" if data or task == "reasoning" else "\nquickstart:\n  enabled: true  # creates the digits\n",
     )
+    return text
 
 
 def _has_chat_template(directory: Path) -> bool:
