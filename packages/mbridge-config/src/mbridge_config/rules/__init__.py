@@ -4,33 +4,19 @@ In: a config, and the facts of its model as far as they are known. Out: the rule
 Uses: `compat`, `facts`, `paths`, `plan`, `problems`, `run`, `schema`.
 """
 
-from mbridge_config.rules import (
-    batches,
-    geometry,
-    optimizer,
-    parallel,
-    precision,
-    profiler,
-    reasoning,
-    run,
-    sft,
-    start,
-)
+from types import ModuleType
+
+from mbridge_config.rules import batches, geometry, optimizer, parallel, precision, profiler, reasoning, run, sft, start
 from mbridge_config.rules.base import Context, Finding, Rule, rule
 
-_BOTH: tuple[Rule, ...] = (
-    *start.RULES,
-    *geometry.RULES,
-    *parallel.RULES,
-    *batches.RULES,
-    *precision.RULES,
-    *optimizer.RULES,
-    *run.RULES,
-    *profiler.RULES,
-)
 
-REASONING: tuple[Rule, ...] = (*_BOTH, *reasoning.RULES)
+def _rules_in(*modules: ModuleType) -> tuple[Rule, ...]:
+    """Return the rules of `modules` in the order of their definition, which is that of messages of equal severity."""
+    return tuple(value for module in modules for value in vars(module).values() if isinstance(value, Rule))
 
-SFT: tuple[Rule, ...] = (*_BOTH, *sft.RULES)
+
+_BOTH = _rules_in(start, geometry, parallel, batches, precision, optimizer, run, profiler)
+REASONING = (*_BOTH, *_rules_in(reasoning))
+SFT = (*_BOTH, *_rules_in(sft))
 
 __all__ = ["REASONING", "SFT", "Context", "Finding", "Rule", "rule"]

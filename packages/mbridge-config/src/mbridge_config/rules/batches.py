@@ -81,6 +81,3 @@ def budget(context: Context) -> Iterable[Finding]:
     if runner.enable_dynamic_batch_size and runner.max_tokens_per_mbs < runner.seq_length:
         reason = f"one sequence of {SEQUENCE} {runner.seq_length} tokens does not fit"
         yield Finding(BUDGET, reason, f"use {runner.seq_length} or more")
-
-
-RULES = (ranks, model_length, positions, budget)

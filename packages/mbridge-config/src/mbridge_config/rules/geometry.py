@@ -81,6 +81,3 @@ def _kinds(facts: HFFacts) -> dict[str, str | None]:
         "normalization": "rmsnorm" if facts.norm_epsilon is not None and facts.model_type != "gpt2" else None,
         "position_embedding_type": "rope" if facts.rope_theta is not None else None,
     }
-
-
-RULES = (repeated, forced, kinds)

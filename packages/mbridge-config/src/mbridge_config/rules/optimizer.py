@@ -129,6 +129,3 @@ def _too_long(schedule: LrScheduleConfig, total: int, whole: str, otherwise: str
             many = "1 step" if left == 1 else f"{left} steps"
             reason = f"longer than the {many} that {name} {getattr(schedule, name)} leaves of {whole}"
         yield Finding(LAST_DECAY, reason, f"use {left} or less, {otherwise}")
-
-
-RULES = (learning_rate, lowest, weight_decay, overlap, lengths, over_the_run)

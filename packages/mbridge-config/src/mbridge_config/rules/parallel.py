@@ -218,17 +218,3 @@ def sequence_parallel(context: Context) -> Iterable[Finding]:
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         reason = "it has no effect with one tensor-parallel rank"
         yield Finding(SP, reason, f"set {SP}=false, or {TP} above 1", Severity.WARNING)
-
-
-RULES = (
-    heads,
-    kv_groups,
-    ffn,
-    world_size,
-    layers,
-    split,
-    context_parallel,
-    expert_parallel,
-    virtual_pipeline,
-    sequence_parallel,
-)

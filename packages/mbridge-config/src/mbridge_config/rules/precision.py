@@ -102,6 +102,3 @@ def recompute_layers(context: Context) -> Iterable[Finding]:
     if model.recompute_num_layers > stage:
         reason = f"a pipeline stage has {stage} layers"
         yield Finding(RECOMPUTED, reason, f"use {stage} or less", Severity.WARNING)
-
-
-RULES = (precision, loss_scale, loss_scale_range, recompute, recompute_layers)

@@ -76,6 +76,3 @@ def prefix(context: Context) -> Iterable[Finding]:
     if megatron.use_profiler and PurePath(name).name != name:
         fix = f"use a plain name such as chrome_trace; {PROFILER}output_dir is the directory"
         yield Finding(f"{PROFILER}chrome_filename_prefix", "it is not the beginning of a file's name", fix)
-
-
-RULES = (steps, activities, files, prefix)

@@ -175,6 +175,50 @@ def rollout_backend(context: Context) -> Iterable[Finding]:
         yield Finding("rollout.rollout_backend", reason, "set rollout.rollout_backend=transformers", Severity.WARNING)
 
 
+@rule("train-data-missing", TYPE, TRAIN)
+def train_data(context: Context) -> Iterable[Finding]:
+    """The data come from files, but none is named.
+
+    Fix: set `data.train_data_paths`, or `data.type=reasoning_gym`.
+    """
+    data = context.config.data
+    if data.type == "math" and not data.train_data_paths:
+        yield Finding(TRAIN, "there is nothing to train on", f"set {TRAIN}=[FILE.jsonl], or {TYPE}=reasoning_gym")
+
+
+@rule("unused-data-files", TYPE, TRAIN, VALIDATION)
+def unused_data_files(context: Context) -> Iterable[Finding]:
+    """Data files are named, but the problems are made by reasoning-gym, so that the files are not read.
+
+    Fix: set `data.type=math` to read the files, or remove the paths.
+    """
+    data = context.config.data
+    for key, paths in ((TRAIN, data.train_data_paths), (VALIDATION, data.val_data_paths)):
+        if data.type == "reasoning_gym" and paths:
+            reason = f"{TYPE}=reasoning_gym makes the problems, so {paths[0]} is not read"
+            yield Finding(key, reason, f"set {TYPE}=math, or {key}=[]", Severity.WARNING)
+
+
+@rule("data-path", TYPE, TRAIN, VALIDATION)
+def data_paths(context: Context) -> Iterable[Finding]:
+    """A data file does not exist, or is neither json nor jsonl.
+
+    Fix: correct the path; it is relative to where you run.
+    """
+    data = context.config.data
+    if data.type != "math":
+        return
+    for key, paths in ((TRAIN, data.train_data_paths), (VALIDATION, data.val_data_paths)):
+        for path in paths:
+            file = user_path(path)
+            if is_directory(file):
+                yield Finding(key, f"{path} is a directory", "name the json or jsonl files in it")
+            elif not is_file(file):
+                yield Finding(key, f"there is no file {path}", "correct the path; it is relative to where you run")
+            elif file.suffix not in _SUFFIXES:
+                yield Finding(key, f"{path} is neither json nor jsonl", "write one JSON object a line into a .jsonl")
+
+
 @rule("reasoning-gym-task", TYPE, TASK)
 def task(context: Context) -> Iterable[Finding]:
     """The problems come from reasoning-gym, but no task is named.
@@ -235,69 +279,3 @@ def quickstart_width(context: Context) -> Iterable[Finding]:
     if made.num_attention_heads % made.num_key_value_heads:
         reason = f"{made.num_attention_heads} query heads cannot be shared by {made.num_key_value_heads} groups"
         yield Finding("quickstart.num_key_value_heads", reason, f"use a divisor of {made.num_attention_heads}")
-
-
-@rule("train-data-missing", TYPE, TRAIN)
-def train_data(context: Context) -> Iterable[Finding]:
-    """The data come from files, but none is named.
-
-    Fix: set `data.train_data_paths`, or `data.type=reasoning_gym`.
-    """
-    data = context.config.data
-    if data.type == "math" and not data.train_data_paths:
-        yield Finding(TRAIN, "there is nothing to train on", f"set {TRAIN}=[FILE.jsonl], or {TYPE}=reasoning_gym")
-
-
-@rule("unused-data-files", TYPE, TRAIN, VALIDATION)
-def unused_data_files(context: Context) -> Iterable[Finding]:
-    """Data files are named, but the problems are made by reasoning-gym, so that the files are not read.
-
-    Fix: set `data.type=math` to read the files, or remove the paths.
-    """
-    data = context.config.data
-    for key, paths in ((TRAIN, data.train_data_paths), (VALIDATION, data.val_data_paths)):
-        if data.type == "reasoning_gym" and paths:
-            reason = f"{TYPE}=reasoning_gym makes the problems, so {paths[0]} is not read"
-            yield Finding(key, reason, f"set {TYPE}=math, or {key}=[]", Severity.WARNING)
-
-
-@rule("data-path", TYPE, TRAIN, VALIDATION)
-def data_paths(context: Context) -> Iterable[Finding]:
-    """A data file does not exist, or is neither json nor jsonl.
-
-    Fix: correct the path; it is relative to where you run.
-    """
-    data = context.config.data
-    if data.type != "math":
-        return
-    for key, paths in ((TRAIN, data.train_data_paths), (VALIDATION, data.val_data_paths)):
-        for path in paths:
-            file = user_path(path)
-            if is_directory(file):
-                yield Finding(key, f"{path} is a directory", "name the json or jsonl files in it")
-            elif not is_file(file):
-                yield Finding(key, f"there is no file {path}", "correct the path; it is relative to where you run")
-            elif file.suffix not in _SUFFIXES:
-                yield Finding(key, f"{path} is neither json nor jsonl", "write one JSON object a line into a .jsonl")
-
-
-RULES = (
-    reference,
-    rollout_model,
-    minibatches,
-    group_of_one,
-    greedy_group,
-    clip_range,
-    prompt,
-    answer,
-    least_answer,
-    critic,
-    rollout_backend,
-    train_data,
-    unused_data_files,
-    data_paths,
-    task,
-    reward_type,
-    reward_function,
-    quickstart_width,
-)

@@ -12,43 +12,6 @@ VALIDATION = "data.val_data_paths"
 _SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*[KMGT]?i?B\s*", re.IGNORECASE)
 
 
-@rule("task-type", "runner.task_type")
-def task_type(context: Context) -> Iterable[Finding]:
-    """A config of another kind of run was given to an app.
-
-    Fix: set `runner.task_type`, or start the other app.
-    """
-    kind, name = ("sft", "SFT") if isinstance(context.config, SFTConfig) else ("reasoning", "reasoning")
-    if context.config.runner.task_type != kind:
-        yield Finding("runner.task_type", f"this app trains {name} runs", f"set runner.task_type={kind}")
-
-
-@rule("no-steps", "runner.max_steps")
-def no_steps(context: Context) -> Iterable[Finding]:
-    """A run of 0 steps was requested.
-
-    Fix: set `runner.max_steps` to -1 for all of `runner.max_epochs`, or to 1 or more.
-    """
-    if context.config.runner.max_steps == 0:
-        fix = "set runner.max_steps=-1 for all of runner.max_epochs, or to 1 or more"
-        yield Finding("runner.max_steps", "a run of 0 steps trains nothing", fix)
-
-
-@rule("output-directory", "runner.output_dir")
-def output(context: Context) -> Iterable[Finding]:
-    """The output directory is a file, lies below one, or may not be written to.
-
-    Fix: give a directory that exists or can be made, and that you may write to.
-    """
-    path = user_path(context.config.runner.output_dir)
-    if found := fault(path):
-        yield Finding("runner.output_dir", f"it cannot be used: {found}", "give a directory that can be made")
-        return
-    existing = next((place for place in (path, *path.parents) if is_there(place)), None)
-    if existing is not None and not is_directory(existing):
-        yield Finding("runner.output_dir", f"{existing} is a file", "give a directory, or one that can be made")
-
-
 @rule("shard-size", "runner.checkpoint.max_shard_size")
 def shard_size(context: Context) -> Iterable[Finding]:
     """The largest file size of a HuggingFace copy is not a size.
@@ -90,11 +53,38 @@ def keep_best(context: Context) -> Iterable[Finding]:
         yield Finding("runner.checkpoint.keep_best", reason, fix)
 
 
-RULES = (
-    shard_size,
-    async_torch_dist,
-    keep_best,
-    task_type,
-    no_steps,
-    output,
-)
+@rule("task-type", "runner.task_type")
+def task_type(context: Context) -> Iterable[Finding]:
+    """A config of another kind of run was given to an app.
+
+    Fix: set `runner.task_type`, or start the other app.
+    """
+    kind, name = ("sft", "SFT") if isinstance(context.config, SFTConfig) else ("reasoning", "reasoning")
+    if context.config.runner.task_type != kind:
+        yield Finding("runner.task_type", f"this app trains {name} runs", f"set runner.task_type={kind}")
+
+
+@rule("no-steps", "runner.max_steps")
+def no_steps(context: Context) -> Iterable[Finding]:
+    """A run of 0 steps was requested.
+
+    Fix: set `runner.max_steps` to -1 for all of `runner.max_epochs`, or to 1 or more.
+    """
+    if context.config.runner.max_steps == 0:
+        fix = "set runner.max_steps=-1 for all of runner.max_epochs, or to 1 or more"
+        yield Finding("runner.max_steps", "a run of 0 steps trains nothing", fix)
+
+
+@rule("output-directory", "runner.output_dir")
+def output(context: Context) -> Iterable[Finding]:
+    """The output directory is a file, lies below one, or may not be written to.
+
+    Fix: give a directory that exists or can be made, and that you may write to.
+    """
+    path = user_path(context.config.runner.output_dir)
+    if found := fault(path):
+        yield Finding("runner.output_dir", f"it cannot be used: {found}", "give a directory that can be made")
+        return
+    existing = next((place for place in (path, *path.parents) if is_there(place)), None)
+    if existing is not None and not is_directory(existing):
+        yield Finding("runner.output_dir", f"{existing} is a file", "give a directory, or one that can be made")

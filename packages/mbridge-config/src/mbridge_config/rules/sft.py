@@ -9,11 +9,70 @@ from mbridge_config.rules.base import Context, Finding, rule
 from mbridge_config.rules.parallel import QWEN3_VL, TP, tensor_sizes, tower_sizes
 from mbridge_config.rules.run import TRAIN, VALIDATION
 
+ROPE_FUSION = "actor.model.apply_rope_fusion"
+FREEZE = tuple(f"actor.model.freeze_{part}" for part in ("language_model", "vision_model", "vision_projection"))
 ONLY_EVAL = "runner.only_eval"
 SMALLEST, LARGEST = "data.min_pixels", "data.max_pixels"
 FORMAT = "data.dataset_name"
 OFFLOAD = tuple(f"actor.offload_{part}" for part in ("weight", "grad", "optimizer"))
 SUFFIXES = {"auto": (".parquet", ".jsonl"), "robo2vlm": (".parquet",), "messages": (".jsonl",)}
+
+
+@rule("rope-fusion", ROPE_FUSION)
+def rope_fusion(context: Context) -> Iterable[Finding]:
+    """The fused rotary kernel was requested for a Qwen3-VL model, whose angles it does not support.
+
+    Fix: remove the key.
+    """
+    facts = context.facts
+    if facts is not None and facts.model_type in QWEN3_VL and context.value(ROPE_FUSION):
+        reason = "the fused kernel cannot take the angles of Qwen3-VL, which interleave time, height and width"
+        yield Finding(ROPE_FUSION, reason, f"set {ROPE_FUSION}=false, or remove it")
+
+
+@rule("tensor-parallel-vision", TP)
+def vision_heads(context: Context) -> Iterable[Finding]:
+    """The heads or the MLP of the vision tower cannot be shared evenly by the tensor-parallel ranks.
+
+    Fix: use a divisor of the tower's heads and of its MLP's width.
+    """
+    facts, tensor = context.facts, context.config.actor.model.tensor_model_parallel_size
+    if facts is None:
+        return
+    for number, what in tower_sizes(facts):
+        if number % tensor:
+            reason = f"the vision tower's {number} {what} cannot be shared by {tensor} ranks"
+            yield Finding(TP, reason, f"use one of {tensor_sizes(facts)}")
+
+
+@rule("deepstack-layers", SFT_KEY)
+def deepstack(context: Context) -> Iterable[Finding]:
+    """The model has fewer language layers than deepstack features to add after them.
+
+    Fix: correct the model's config.json.
+    """
+    facts = context.facts
+    if facts is not None and facts.num_layers < len(facts.deepstack_visual_indexes):
+        reason = (
+            f"config.json has {len(facts.deepstack_visual_indexes)} deepstack_visual_indexes in vision_config, but "
+            f"only {facts.num_layers} language layers (num_hidden_layers) to add their features after"
+        )
+        yield Finding(hf_key(context.config), reason, "correct one of the two in config.json")
+
+
+@rule("freeze-without-vision", *FREEZE)
+def freeze(context: Context) -> Iterable[Finding]:
+    """Parts of a vision-language model are frozen, but the model has no vision tower; or nothing is left to train.
+
+    Fix: remove the keys, or train one of the parts.
+    """
+    facts, model = context.facts, context.config.actor.model
+    chosen = [key for key in FREEZE if getattr(model, key.rpartition(".")[2])]
+    if facts is not None and not facts.has_vision:
+        for key in chosen:
+            yield Finding(key, f"the model has no vision tower ({facts.architectures[0]})", "remove the key")
+    elif len(chosen) == len(FREEZE):
+        yield Finding(FREEZE[0], "all parts of the model are frozen, so nothing is trained", "train one of them")
 
 
 @rule("train-data-missing", TRAIN, ONLY_EVAL)
@@ -115,78 +174,3 @@ def quickstart_model(context: Context) -> Iterable[Finding]:
         reason = f"the vision tower has {made.vision_depth} layers, the first of which is 0"
         fix = f"use numbers below {made.vision_depth}, or raise quickstart.vision_depth"
         yield Finding("quickstart.deepstack_visual_indexes", reason, fix)
-
-
-ROPE_FUSION = "actor.model.apply_rope_fusion"
-FREEZE = tuple(f"actor.model.freeze_{part}" for part in ("language_model", "vision_model", "vision_projection"))
-
-
-@rule("rope-fusion", ROPE_FUSION)
-def rope_fusion(context: Context) -> Iterable[Finding]:
-    """The fused rotary kernel was requested for a Qwen3-VL model, whose angles it does not support.
-
-    Fix: remove the key.
-    """
-    facts = context.facts
-    if facts is not None and facts.model_type in QWEN3_VL and context.value(ROPE_FUSION):
-        reason = "the fused kernel cannot take the angles of Qwen3-VL, which interleave time, height and width"
-        yield Finding(ROPE_FUSION, reason, f"set {ROPE_FUSION}=false, or remove it")
-
-
-@rule("tensor-parallel-vision", TP)
-def vision_heads(context: Context) -> Iterable[Finding]:
-    """The heads or the MLP of the vision tower cannot be shared evenly by the tensor-parallel ranks.
-
-    Fix: use a divisor of the tower's heads and of its MLP's width.
-    """
-    facts, tensor = context.facts, context.config.actor.model.tensor_model_parallel_size
-    if facts is None:
-        return
-    for number, what in tower_sizes(facts):
-        if number % tensor:
-            reason = f"the vision tower's {number} {what} cannot be shared by {tensor} ranks"
-            yield Finding(TP, reason, f"use one of {tensor_sizes(facts)}")
-
-
-@rule("deepstack-layers", SFT_KEY)
-def deepstack(context: Context) -> Iterable[Finding]:
-    """The model has fewer language layers than deepstack features to add after them.
-
-    Fix: correct the model's config.json.
-    """
-    facts = context.facts
-    if facts is not None and facts.num_layers < len(facts.deepstack_visual_indexes):
-        reason = (
-            f"config.json has {len(facts.deepstack_visual_indexes)} deepstack_visual_indexes in vision_config, but "
-            f"only {facts.num_layers} language layers (num_hidden_layers) to add their features after"
-        )
-        yield Finding(hf_key(context.config), reason, "correct one of the two in config.json")
-
-
-@rule("freeze-without-vision", *FREEZE)
-def freeze(context: Context) -> Iterable[Finding]:
-    """Parts of a vision-language model are frozen, but the model has no vision tower; or nothing is left to train.
-
-    Fix: remove the keys, or train one of the parts.
-    """
-    facts, model = context.facts, context.config.actor.model
-    chosen = [key for key in FREEZE if getattr(model, key.rpartition(".")[2])]
-    if facts is not None and not facts.has_vision:
-        for key in chosen:
-            yield Finding(key, f"the model has no vision tower ({facts.architectures[0]})", "remove the key")
-    elif len(chosen) == len(FREEZE):
-        yield Finding(FREEZE[0], "all parts of the model are frozen, so nothing is trained", "train one of them")
-
-
-RULES = (
-    rope_fusion,
-    vision_heads,
-    deepstack,
-    freeze,
-    train_data,
-    evaluation_data,
-    data_paths,
-    pixels,
-    offload,
-    quickstart_model,
-)

@@ -209,17 +209,3 @@ def tokenizer(context: Context) -> Iterable[Finding]:
             f"token {token!r} is {given[token]} here and {expected[token]} there"
         )
         yield Finding(TOKENIZER_KEY, reason, f"write `tokenizer_model: ${{{hf_key(config)}}}`")
-
-
-RULES = (
-    required,
-    forbidden,
-    mbridge_off,
-    checkpoint_missing,
-    resume,
-    architecture,
-    weights,
-    damaged,
-    vocabulary,
-    tokenizer,
-)
