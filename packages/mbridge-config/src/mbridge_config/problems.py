@@ -39,10 +39,10 @@ class Problem:
     """
 
     id: str
-    key: str | None
-    value: Any
     reason: str
     fix: str
+    key: str | None = None
+    value: Any = None
     severity: Severity = Severity.ERROR
     where: Where | None = None
 
@@ -116,3 +116,10 @@ class ConfigError(Exception):
     def __str__(self) -> str:
         count = sum(problem.severity is Severity.ERROR for problem in self.problems)
         return f"{render(self.problems)}\n{count} error{'' if count == 1 else 's'} in the config"
+
+
+def refusal(
+    identity: str, reason: str, fix: str, *, key: str | None = None, value: Any = None, where: Where | None = None
+) -> ConfigError:
+    """Return a `ConfigError` with one problem."""
+    return ConfigError(Problem(id=identity, reason=reason, fix=fix, key=key, value=value, where=where))

@@ -96,7 +96,7 @@ def _ids(tree: ast.AST) -> set[str]:
             texts += [keyword.value for keyword in node.keywords if keyword.arg == "id"]  # type: ignore[misc]
             for text in texts:
                 value = getattr(text, "value", None)
-                made = name in ("Problem", "Unfit", "_problem", "report", "_empty", "read_json_object")
+                made = name in ("Problem", "Unfit", "refusal", "report", "_empty", "read_json_object")
                 if made and isinstance(value, str) and re.fullmatch(r"[a-z]+(-[a-z]+)+|usage|interpolation", value):
                     found.add(value)
     return found

@@ -10,7 +10,7 @@ from typing import NoReturn
 
 from mbridge_config.cli.completion import answer, complete_app, how
 from mbridge_config.load.catalog import config_directory, config_names, installed_directories
-from mbridge_config.problems import ConfigError, Problem
+from mbridge_config.problems import ConfigError, refusal
 
 
 @dataclasses.dataclass(kw_only=True, slots=True, frozen=True)
@@ -27,7 +27,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise the error."""
-        raise _usage(message, f"see `{self.prog} --help`")
+        raise refusal("usage", message, f"see `{self.prog} --help`")
 
 
 def parse_arguments(
@@ -46,7 +46,7 @@ def parse_arguments(
         raise SystemExit(0)
     found = parser.parse_intermixed_args(words)
     if found.config_name is None:
-        raise _usage("no config is named", f"add --config-name NAME; `{program} --help` lists the names")
+        raise refusal("usage", "no config is named", f"add --config-name NAME; `{program} --help` lists the names")
     return Arguments(config_name=found.config_name, config_path=found.config_path, overrides=tuple(found.overrides))
 
 
@@ -75,10 +75,6 @@ def config_listing() -> str:
     """Return the configs of all installed apps as lines of a command's help."""
     names = [f"{app}/{name}" for app, directory in installed_directories().items() for name in config_names(directory)]
     return "configs of installed apps:\n" + ("\n".join(f"  {name}" for name in names) or "  none")
-
-
-def _usage(reason: str, fix: str) -> ConfigError:
-    return ConfigError(Problem(id="usage", key=None, value=None, reason=reason, fix=fix))
 
 
 def memory_size(text: str) -> float:

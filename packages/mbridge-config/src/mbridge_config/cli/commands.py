@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mbridge_config.cli.arguments import Parser, config_listing, memory_size
-from mbridge_config.problems import ConfigError, Problem, Severity, ordered, render
+from mbridge_config.problems import Problem, Severity, ordered, refusal, render
 from mbridge_config.rules.explanations import Explanation, explanations
 
 EXIT_ERRORS = 2
@@ -64,14 +64,7 @@ def _environment_problems() -> list[Problem]:
     import importlib.metadata
 
     return [
-        Problem(
-            id="incomplete-environment",
-            key=None,
-            value=None,
-            reason=found[0],
-            fix=found[1],
-            severity=Severity.WARNING,
-        )
+        Problem(id="incomplete-environment", reason=found[0], fix=found[1], severity=Severity.WARNING)
         for entry in importlib.metadata.entry_points(group="mbridge.environment")
         if (found := entry.load()()) is not None
     ]
@@ -145,9 +138,7 @@ def run_explain(words: Sequence[str]) -> int:
     if identity not in known:
         close = difflib.get_close_matches(identity, known, n=3)
         fix = f"did you mean {' or '.join(close)}?" if close else "`mbridge-config explain` lists all ids"
-        raise ConfigError(
-            Problem(id="no-such-problem", key="ID", value=identity, reason="no problem has this id", fix=fix)
-        )
+        raise refusal("no-such-problem", "no problem has this id", fix, key="ID", value=identity)
     print("\n\n".join(_explanation_text(meaning) for meaning in known[identity]))
     return 0
 

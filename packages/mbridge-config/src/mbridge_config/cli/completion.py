@@ -22,7 +22,7 @@ from mbridge_config.load.catalog import (
     installed_directories,
 )
 from mbridge_config.paths import is_directory
-from mbridge_config.problems import ConfigError, Problem
+from mbridge_config.problems import ConfigError, refusal
 from mbridge_config.schema.keys import Status, describe_type, known_sections
 from mbridge_config.schema.run_kinds import SCHEMAS, schema_of
 
@@ -50,26 +50,21 @@ def answer(words: Sequence[str], complete: Complete) -> bool:
         fitting = sorted({text for text in complete(before[1:], word) if text.startswith(word)})
         print(("\n" if shell == "fish" else " ").join(fitting))
         return True
-    if action not in ("install", "uninstall"):
-        raise _wrong(" ".join(words))
-    from hydra.core.plugins import Plugins
-    from hydra.plugins.completion_plugin import CompletionPlugin
+    if action in ("install", "uninstall"):
+        from hydra.core.plugins import Plugins
+        from hydra.plugins.completion_plugin import CompletionPlugin
 
-    for plugin in Plugins.instance().discover(CompletionPlugin):
-        if plugin.provides() == shell:  # type: ignore[attr-defined]
-            getattr(plugin(None), action)()  # type: ignore[call-arg]
-            return True
-    raise _wrong(" ".join(words))
+        for plugin in Plugins.instance().discover(CompletionPlugin):
+            if plugin.provides() == shell:  # type: ignore[attr-defined]
+                getattr(plugin(None), action)()  # type: ignore[call-arg]
+                return True
+    request, fix = " ".join(words), "write -sc install=SHELL or -sc uninstall=SHELL, with bash, zsh or fish"
+    raise refusal("usage", f"{request!r} is not known", fix, value=request)
 
 
 def how(program: str) -> str:
     """Return how to switch on completion for `program`."""
     return f'shell completion:\n  eval "$({program} -sc install=bash)"'
-
-
-def _wrong(request: str) -> ConfigError:
-    fix = "write -sc install=SHELL or -sc uninstall=SHELL, with bash, zsh or fish"
-    return ConfigError(Problem(id="usage", key=None, value=request, reason=f"{request!r} is not known", fix=fix))
 
 
 def complete_app(package: str, default_config: str | None) -> Complete:

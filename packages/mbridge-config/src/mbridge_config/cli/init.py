@@ -12,7 +12,7 @@ from mbridge_config.facts.model import HFFacts
 from mbridge_config.load.catalog import SUFFIX
 from mbridge_config.paths import is_file, user_path
 from mbridge_config.plan.parameters import count_parameters
-from mbridge_config.problems import ConfigError, Problem, shown
+from mbridge_config.problems import ConfigError, refusal, shown
 
 _LONGEST = {"reasoning": 1024, "sft": 4096}
 _APPS = {"reasoning": "mbridge-reasoning", "sft": "mbridge-sft"}
@@ -108,4 +108,4 @@ def _write(file: Path, text: str) -> None:
 
 
 def _refused(value: object, reason: str, fix: str, key: str = "--model") -> ConfigError:
-    return ConfigError(Problem(id="init-refused", key=key, value=str(value), reason=reason, fix=fix))
+    return refusal("init-refused", reason, fix, key=key, value=str(value))

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from mbridge_config.paths import user_path
-from mbridge_config.problems import ConfigError, Problem
+from mbridge_config.problems import ConfigError, refusal
 from mbridge_config.schema.keys import get
 
 REASONING_KEY = "actor.megatron.ckpt_convertor.hf_model_path"
@@ -29,9 +29,9 @@ def hf_directory(config: Any) -> Path:
         if stray := get(config, other):
             kind = "an SFT" if key == SFT_KEY else "a reasoning"
             reason = f"{key} is empty and {other} is set ({stray}), but {kind} run reads its model from {key}"
-            raise ConfigError(_empty(config, "hf-path-empty", key, reason, f"set {key}={stray}"))
+            raise _empty(config, "hf-path-empty", key, reason, f"set {key}={stray}")
     reason = f"{key} is empty, so there is no model to start from"
-    raise ConfigError(_empty(config, "hf-path-empty", key, reason, f"set {key}=DIRECTORY"))
+    raise _empty(config, "hf-path-empty", key, reason, f"set {key}=DIRECTORY")
 
 
 def tokenizer_directory(config: Any) -> Path:
@@ -42,9 +42,9 @@ def tokenizer_directory(config: Any) -> Path:
     model = get(config, key)
     reason = f"{TOKENIZER_KEY} is empty" + (f" and {key} is set ({model})" if model else "")
     fix = f"set {TOKENIZER_KEY}={model or 'DIRECTORY'}, or write `tokenizer_model: ${{{key}}}`"
-    raise ConfigError(_empty(config, "tokenizer-path-empty", TOKENIZER_KEY, reason, fix))
+    raise _empty(config, "tokenizer-path-empty", TOKENIZER_KEY, reason, fix)
 
 
-def _empty(config: Any, identity: str, key: str, reason: str, fix: str) -> Problem:
+def _empty(config: Any, identity: str, key: str, reason: str, fix: str) -> ConfigError:
     where = config.provenance.where(key) if config.provenance.was_set(key) else None
-    return Problem(id=identity, key=key, value=get(config, key), reason=reason, fix=fix, where=where)
+    return refusal(identity, reason, fix, key=key, value=get(config, key), where=where)

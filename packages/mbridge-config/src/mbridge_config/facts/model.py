@@ -9,7 +9,7 @@ from typing import Any
 
 from mbridge_config.facts.vision import VisionFacts, vision_facts
 from mbridge_config.paths import is_directory, is_file, is_there, user_path
-from mbridge_config.problems import ConfigError, Problem, Where, shown
+from mbridge_config.problems import ConfigError, Problem, Where, refusal, shown
 from mbridge_config.schema.model import MOST_LAYERS
 
 # config.json omits this field if it has the family's default, which is true for these families only.
@@ -67,14 +67,9 @@ class HFFacts:
         directory = existing_directory(directory)
         file = directory / "config.json"
         if not is_file(file):
-            raise ConfigError(
-                _problem(
-                    "hf-config-missing",
-                    directory,
-                    f"there is no config.json in {shown(directory)}",
-                    "give the directory that holds config.json, tokenizer and weights",
-                )
-            )
+            reason = f"there is no config.json in {shown(directory)}"
+            fix = "give the directory that holds config.json, tokenizer and weights"
+            raise refusal("hf-config-missing", reason, fix, value=str(directory))
         config = read_json_object(file, "hf-config-json")
         text = next((config[name] for name in _NESTED if isinstance(config.get(name), dict)), config)
         return _Reader(file, config, text).facts()
@@ -96,11 +91,9 @@ class _Reader:
             or not architectures
             or not all(isinstance(name, str) for name in architectures)
         ):
-            self.report(
-                "hf-config-architectures",
-                "config.json has no `architectures`, so the model's class is unknown",
-                'add "architectures": ["Qwen2ForCausalLM"] or the like, or take the config.json that was published',
-            )
+            reason = "config.json has no `architectures`, so the model's class is unknown"
+            fix = 'add "architectures": ["Qwen2ForCausalLM"] or the like, or take the config.json that was published'
+            self.report("hf-config-architectures", reason, fix)
             architectures = []
         layers = self.count("num_hidden_layers", "n_layer", required=True)
         if layers is not None and layers > MOST_LAYERS:
@@ -113,18 +106,12 @@ class _Reader:
         head_dim = self.count("head_dim")
         if head_dim is None and hidden and heads:
             if hidden % heads:
-                self.report(
-                    "hf-config-field",
-                    f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}, and there is no head_dim",
-                    "add head_dim to config.json",
-                )
+                reason = f"hidden_size {hidden} is not a multiple of num_attention_heads {heads}"
+                self.report("hf-config-field", f"{reason}, and there is no head_dim", "add head_dim to config.json")
             head_dim = hidden // heads
         if heads and groups and heads % groups:
-            self.report(
-                "hf-config-field",
-                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}",
-                "correct config.json",
-            )
+            reason = f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
+            self.report("hf-config-field", reason, "correct config.json")
         family = str(self.text.get("model_type") or self.config.get("model_type") or "")
         facts = {
             "ffn_hidden_size": self.count("intermediate_size", "n_inner"),
@@ -176,11 +163,9 @@ class _Reader:
             reason = f"layer_types is {kinds!r:.60}, not a list of a name for each layer"
             self.report("hf-config-field", reason, "take layer_types out of config.json, or correct it")
         elif layers is not None and len(kinds) != layers:
-            self.report(
-                "hf-config-field",
-                f"num_hidden_layers is {layers}, and layer_types names {len(kinds)} layers",
-                f"give layer_types in config.json {layers} entries, or set num_hidden_layers to {len(kinds)}",
-            )
+            reason = f"num_hidden_layers is {layers}, and layer_types names {len(kinds)} layers"
+            fix = f"give layer_types in config.json {layers} entries, or set num_hidden_layers to {len(kinds)}"
+            self.report("hf-config-field", reason, fix)
 
     def deepstack(self) -> tuple[int, ...]:
         """Return `deepstack_visual_indexes` of the vision part; empty if it has none."""
@@ -230,7 +215,8 @@ class _Reader:
         return value if isinstance(value, bool) else family in _TIED_BY_DEFAULT
 
     def report(self, identity: str, reason: str, fix: str) -> None:
-        self.problems.append(_problem(identity, self.file.parent, reason, fix, Where(file=shown(self.file))))
+        value, where = str(self.file.parent), Where(file=shown(self.file))
+        self.problems.append(Problem(id=identity, reason=reason, fix=fix, value=value, where=where))
 
 
 def existing_directory(directory: str | Path) -> Path:
@@ -240,29 +226,23 @@ def existing_directory(directory: str | Path) -> Path:
         return path
     reason = "it is a file, not a directory" if is_there(path) else "there is no such directory"
     fix = "give the local directory of the model; models are not downloaded"
-    raise ConfigError(_problem("hf-directory-missing", directory, reason, fix))
+    raise refusal("hf-directory-missing", reason, fix, value=str(directory))
 
 
 def read_json_object(file: Path, identity: str) -> dict[str, Any]:
     """Return the JSON object in `file`; raise `ConfigError` with the problem id `identity` and the line."""
-    where = Where(file=shown(file))
+    line = None
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(value, dict):
+            return value
+        reason = f"{file.name} holds {type(value).__name__}, not an object"
     except json.JSONDecodeError as error:
-        where = Where(file=shown(file), line=error.lineno)
+        line = error.lineno
         reason = f"{file.name} is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})"
-        raise ConfigError(_problem(identity, file, reason, "copy the file again", where)) from error
     except (OSError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a number of thousands of digits
         reason = f"{file.name} cannot be read: {error}"
-        raise ConfigError(_problem(identity, file, reason, "copy the file again", where)) from error
-    if not isinstance(value, dict):
-        reason = f"{file.name} holds {type(value).__name__}, not an object"
-        raise ConfigError(_problem(identity, file, reason, "copy the file again", where))
-    return value
-
-
-def _problem(identity: str, path: str | Path, reason: str, fix: str, where: Where | None = None) -> Problem:
-    return Problem(id=identity, key=None, value=str(path), reason=reason, fix=fix, where=where)
+    raise refusal(identity, reason, "copy the file again", value=str(file), where=Where(file=shown(file), line=line))
 
 
 def _number(value: Any) -> float | None:

@@ -157,8 +157,6 @@ def memory_problems(config: RunConfig, report: Report, memory_gib: float) -> lis
     return [
         Problem(
             id="gpu-memory",
-            key=None,
-            value=None,
             reason=f"a rank{on_stage} takes about {gib(stage.peak)}, and {USABLE:.0%} of a GPU of {memory_gib:g} GiB "
             f"may be planned; the largest term is {stage.largest}, {gib(stage.terms[stage.largest])}",
             fix=fix,

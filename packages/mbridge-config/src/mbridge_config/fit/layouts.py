@@ -92,7 +92,7 @@ def layouts(config: RunConfig, report: Report, gpus: int) -> list[ProposedLayout
     if facts is None or not can_count(facts):
         reason = "the model is not known" if facts is None else f"the parameters of {facts.model_type} are not counted"
         fix = "correct the errors above" if facts is None else "use a model of a family that the README names"
-        problem = Problem(id="no-estimate", key=None, value=None, reason=f"{reason}, so nothing fits", fix=fix)
+        problem = Problem(id="no-estimate", reason=f"{reason}, so nothing fits", fix=fix)
         raise ConfigError([*report.errors, problem])
     rules = [rule for rule in rules_of(config) if set(rule.reads) & set(KEYS)]
     found = []

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from mbridge_config.paths import is_directory, is_file, is_there
-from mbridge_config.problems import ConfigError, Problem
+from mbridge_config.problems import ConfigError, refusal
 
 ENTRY_POINTS = "mbridge.configs"
 SUFFIX = ".yaml"
@@ -28,15 +28,8 @@ def config_directory(package: str) -> Path:
         for place in (inside / "config", inside.parent.parent / "config"):
             if place.is_dir():
                 return place
-    raise ConfigError(
-        Problem(
-            id="no-packaged-configs",
-            key=None,
-            value=package,
-            reason=f"the package {package} has no directory of configs",
-            fix=f"install {package}, or name a directory with --config-path",
-        )
-    )
+    reason, fix = "has no directory of configs", f"install {package}, or name a directory with --config-path"
+    raise refusal("no-packaged-configs", f"the package {package} {reason}", fix, value=package)
 
 
 @functools.cache
@@ -122,7 +115,7 @@ def _matches(wanted: str, directory: Path) -> list[str]:
 
 
 def _wrong_name(name: str, reason: str, fix: str) -> ConfigError:
-    return ConfigError(Problem(id="no-such-config", key="--config-name", value=name, reason=reason, fix=fix))
+    return refusal("no-such-config", reason, fix, key="--config-name", value=name)
 
 
 def given_directory(path: str | Path) -> Path:
@@ -130,12 +123,5 @@ def given_directory(path: str | Path) -> Path:
     if is_directory(path):
         return Path(path).resolve()
     reason = "it is a file, not a directory" if is_there(path) else "there is no such directory"
-    raise ConfigError(
-        Problem(
-            id="no-such-directory",
-            key="--config-path",
-            value=str(path),
-            reason=reason,
-            fix="give the directory that the YAML file is in",
-        )
-    )
+    fix = "give the directory that the YAML file is in"
+    raise refusal("no-such-directory", reason, fix, key="--config-path", value=str(path))

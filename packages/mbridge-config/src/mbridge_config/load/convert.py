@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mbridge_config.compat.keys import known_keys
-from mbridge_config.problems import Problem, Severity, json_ready
+from mbridge_config.problems import Severity
 from mbridge_config.schema.keys import (
     KeyInfo,
     KeySpec,
@@ -52,7 +52,9 @@ class _Converter:
         if not isinstance(tree, Mapping):
             name = prefix.rstrip(".")
             if tree is not None:
-                self.report("wrong-type", name, tree, "a section of keys is expected", f"write keys under {name}")
+                self.provenance.report(
+                    "wrong-type", name, tree, "a section of keys is expected", f"write keys under {name}"
+                )
                 self.provenance.failed.update(path for path in self.keys if path.startswith(prefix))
             return kind()
         fields = {field.name: hints(kind)[field.name] for field in dataclasses.fields(kind) if spec_of(field)}
@@ -80,31 +82,16 @@ class _Converter:
             check_range(value, spec)
         except Unfit as unfit:
             self.provenance.failed.add(path)
-            self.report(unfit.identity, path, raw, unfit.reason, unfit.fix)
+            self.provenance.report(unfit.identity, path, raw, unfit.reason, unfit.fix)
             return copy.copy(info.default)
         if spec.status is Status.NO_EFFECT and self.provenance.was_set(path) and value not in (None, {}):
-            self.report("no-effect", path, value, spec.why or "not used", "remove the key", Severity.NOTE)
+            self.provenance.report("no-effect", path, value, spec.why or "not used", "remove the key", Severity.NOTE)
         return value
 
     def unknown(self, path: str, raw: Any) -> None:
         nearest = nearest_key(self.root, path)
         fix = f"did you mean {nearest}?" if nearest else "remove it; docs/configuration.md has all keys"
-        self.report("unknown-key", path, raw, "there is no such key", fix)
-
-    def report(
-        self, identity: str, path: str, value: Any, reason: str, fix: str, severity: Severity = Severity.ERROR
-    ) -> None:
-        self.provenance.problems.append(
-            Problem(
-                id=identity,
-                key=path,
-                value=json_ready(value),
-                reason=reason,
-                fix=fix,
-                severity=severity,
-                where=self.provenance.where(path),
-            )
-        )
+        self.provenance.report("unknown-key", path, raw, "there is no such key", fix)
 
 
 def nearest_key(root: type, path: str) -> str | None:

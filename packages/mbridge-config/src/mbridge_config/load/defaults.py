@@ -4,7 +4,7 @@ from typing import Any
 
 from mbridge_config.compat.keys import known_keys, set_value, value_of
 from mbridge_config.load.convert import Unfit, check_range, fit
-from mbridge_config.problems import Problem, Where
+from mbridge_config.problems import Where
 from mbridge_config.schema.actor import ActorConfig
 from mbridge_config.schema.algorithm import AlgorithmConfig
 from mbridge_config.schema.provenance import Provenance
@@ -43,16 +43,12 @@ def _move_aliases(config: Any, provenance: Provenance) -> None:
             check_range(value, keys[target].spec)
         except Unfit as unfit:
             provenance.failed.add(target)
-            provenance.problems.append(
-                Problem(id=unfit.identity, key=path, value=raw, reason=unfit.reason, fix=unfit.fix, where=where)
-            )
+            provenance.report(unfit.identity, path, raw, unfit.reason, unfit.fix)
             continue
         wins = place is None or (_is_argument(where) and not _is_argument(place))
         if not wins and value_of(config, target) not in (None, value):
             reason = f"another spelling of {target}, which is {value_of(config, target)} at {place}"
-            provenance.problems.append(
-                Problem(id="alias-conflict", key=path, value=raw, reason=reason, fix=f"remove {path}", where=where)
-            )
+            provenance.report("alias-conflict", path, raw, reason, f"remove {path}")
             continue
         set_value(config, target, value)
         if where is not None:

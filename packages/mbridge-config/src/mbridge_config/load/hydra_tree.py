@@ -9,7 +9,7 @@ import yaml
 
 from mbridge_config.load.interpolations import register
 from mbridge_config.paths import is_directory, is_file
-from mbridge_config.problems import ConfigError, Problem, Where, shown
+from mbridge_config.problems import ConfigError, Where, refusal, shown
 
 
 def hydra_tree(file: Path, directory: Path, overrides: Sequence[str]) -> tuple[dict[Any, Any], dict[str, Where]]:
@@ -53,9 +53,7 @@ def hydra_tree(file: Path, directory: Path, overrides: Sequence[str]) -> tuple[d
         TypeError,
         AttributeError,
     ) as e:
-        raise _failed(
-            e, Where(file=shown(file)) if "defaults" not in own_places else own_places["defaults"], overrides
-        ) from e
+        raise _failed(e, own_places.get("defaults", Where(file=shown(file))), overrides) from e
     assert isinstance(tree, dict)
     places: dict[str, Where] = {} if defaults else own_places
     for default in defaults:
@@ -81,16 +79,9 @@ def _argument(override: str, folders: Sequence[Path]) -> str:
     if override.startswith("~") or is_group or key.startswith("hydra."):
         return override
     if "=" not in override:
-        raise ConfigError(
-            Problem(
-                id="override-syntax",
-                key=None,
-                value=override,
-                reason=f"{override!r} is not a key=value argument",
-                fix="write key=value; the config is named with --config-name",
-                where=Where(argument=override),
-            )
-        )
+        reason, fix = "is not a key=value argument", "write key=value; the config is named with --config-name"
+        place = Where(argument=override)
+        raise refusal("override-syntax", f"{override!r} {reason}", fix, value=override, where=place)
     return f"++{override.lstrip('+')}"
 
 
@@ -124,26 +115,11 @@ def _failed(error: Exception, where: Where, overrides: Sequence[str]) -> ConfigE
     argument = next((override for override in overrides if override.lstrip("+") in str(error)), None)
     if isinstance(error, OverrideParseException) or argument is not None:
         shown_argument = argument or difflib.get_close_matches(str(error), overrides, n=1, cutoff=0.0)[0]
-        return ConfigError(
-            Problem(
-                id="override-syntax",
-                key=None,
-                value=shown_argument,
-                reason=f"the argument cannot be used: {lines[0]}",
-                fix="write key=value, and put quotes around a value with commas, brackets or blanks: key='\"a, b\"'",
-                where=Where(argument=shown_argument),
-            )
-        )
-    return ConfigError(
-        Problem(
-            id="compose-failed",
-            key=None,
-            value=None,
-            reason=f"the config cannot be put together: {' '.join(lines[:3])}",
-            fix="mend the file or its defaults list",
-            where=where,
-        )
-    )
+        reason, where = f"the argument cannot be used: {lines[0]}", Where(argument=shown_argument)
+        fix = "write key=value, and put quotes around a value with commas, brackets or blanks: key='\"a, b\"'"
+        return refusal("override-syntax", reason, fix, value=shown_argument, where=where)
+    reason = f"the config cannot be put together: {' '.join(lines[:3])}"
+    return refusal("compose-failed", reason, "mend the file or its defaults list", where=where)
 
 
 # the C loader where there is one: three times faster on a config of 300 lines
@@ -192,5 +168,4 @@ def yaml_error(error: yaml.MarkedYAMLError, name: str) -> ConfigError:
 
 
 def _unreadable(name: str, line: int | None, reason: str, fix: str) -> ConfigError:
-    where = Where(file=name, line=line)
-    return ConfigError(Problem(id="yaml-syntax", key=None, value=None, reason=reason, fix=fix, where=where))
+    return refusal("yaml-syntax", reason, fix, where=Where(file=name, line=line))

@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from mbridge_config.problems import Problem, json_ready
 from mbridge_config.schema.provenance import Provenance
 
 MISSING = "???"
@@ -29,23 +28,15 @@ def resolve_interpolations(tree: dict[Any, Any], provenance: Provenance) -> dict
     try:
         config = OmegaConf.create(tree)
     except OmegaConfBaseException as error:
-        provenance.problems.append(_problem(provenance, None, None, f"the values cannot be read: {_first_line(error)}"))
+        _report(provenance, None, None, f"the values cannot be read: {_first_line(error)}")
         return tree
     told: set[str] = set()
     for path, raw in open_values:
         key = ".".join(str(part) for part in path if not isinstance(part, int))
         if raw == MISSING:
             provenance.failed.add(key)
-            provenance.problems.append(
-                Problem(
-                    id="missing-value",
-                    key=key,
-                    value=raw,
-                    reason="this config leaves it to you to set the key",
-                    fix=f"add {key}=... to the command line, or write it in the file",
-                    where=provenance.where(key),
-                )
-            )
+            fix = f"add {key}=... to the command line, or write it in the file"
+            provenance.report("missing-value", key, raw, "this config leaves it to you to set the key", fix)
             continue
         try:
             parent: Any = config
@@ -61,7 +52,7 @@ def resolve_interpolations(tree: dict[Any, Any], provenance: Provenance) -> dict
             if isinstance(error, RecursionError) or "Recursive interpolation" in reason or "RecursionError" in reason:
                 reason = "the interpolation leads back to itself"
             if reason not in told or _names(raw, reason):
-                provenance.problems.append(_problem(provenance, key, raw, reason))
+                _report(provenance, key, raw, reason)
             told.add(reason)
         else:
             _put(tree, path, value)
@@ -95,14 +86,12 @@ def _first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
-def _problem(provenance: Provenance, key: str | None, value: Any, reason: str) -> Problem:
+def _report(provenance: Provenance, key: str | None, value: Any, reason: str) -> None:
     variable = re.search(r"Environment variable '(\w+)' not found", reason)
     fix = f"set the environment variable {variable[1]}" if variable else "correct what stands between ${ and }"
     if variable and key:
         fix += f", or add {key}=... to the command line"
-    return Problem(
-        id="interpolation", key=key, value=json_ready(value), reason=reason, fix=fix, where=provenance.where(key)
-    )
+    provenance.report("interpolation", key, value, reason, fix)
 
 
 def _number(value: Any, name: str) -> int | float:

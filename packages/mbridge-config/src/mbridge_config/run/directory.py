@@ -4,7 +4,7 @@ import tempfile
 from pathlib import Path
 
 from mbridge_config.paths import is_there, user_path
-from mbridge_config.problems import ConfigError, Problem
+from mbridge_config.problems import refusal
 from mbridge_config.schema.run_kinds import RunConfig
 
 
@@ -45,15 +45,10 @@ def refuse_existing_run(config: RunConfig) -> None:
         return
     directory = run_directory(config)
     if any(checkpoint_directory(config).glob("global_step_*")):
-        raise ConfigError(
-            Problem(
-                id="run-exists",
-                key="runner.experiment_name",
-                value=config.runner.experiment_name,
-                reason=f"{directory} holds the checkpoints of an earlier run, which a new one would mix with",
-                fix="continue that run with runner.resume_dir=auto, or give this one another runner.experiment_name",
-            )
-        )
+        name = "runner.experiment_name"
+        reason = f"{directory} holds the checkpoints of an earlier run, which a new one would mix with"
+        fix = f"continue that run with runner.resume_dir=auto, or give this one another {name}"
+        raise refusal("run-exists", reason, fix, key=name, value=config.runner.experiment_name)
 
 
 def refuse_unwritable_directory(config: RunConfig) -> None:
@@ -66,12 +61,9 @@ def refuse_unwritable_directory(config: RunConfig) -> None:
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        raise ConfigError(
-            Problem(
-                id="output-directory",
-                key="runner.output_dir",
-                value=str(directory.parent),
-                reason=f"nothing can be written in {existing}: {error.strerror}",
-                fix="give a directory that you may write to",
-            )
-        ) from None
+        reason, fix = (
+            f"nothing can be written in {existing}: {error.strerror}",
+            "give a directory that you may write to",
+        )
+        key, value = "runner.output_dir", str(directory.parent)
+        raise refusal("output-directory", reason, fix, key=key, value=value) from None

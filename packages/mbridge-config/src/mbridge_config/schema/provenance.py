@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from mbridge_config.problems import Problem, Where
+from mbridge_config.problems import Problem, Severity, Where, json_ready
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -33,3 +33,11 @@ class Provenance:
                 return self.places[key]
             key = key.rpartition(".")[0]
         return None
+
+    def report(
+        self, identity: str, key: str | None, value: Any, reason: str, fix: str, severity: Severity = Severity.ERROR
+    ) -> None:
+        """Add a problem with `value` to `problems`, at the place of `key`."""
+        where, value = self.where(key), json_ready(value)
+        problem = Problem(id=identity, key=key, value=value, reason=reason, fix=fix, severity=severity, where=where)
+        self.problems.append(problem)
