@@ -6,16 +6,15 @@ It knows what one value can be, not how values fit together: that is what `mbrid
 be an interpolation (`${…}`) or left open (`???`).
 """
 
-import dataclasses
 import json
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mbridge_config.cli.arguments import Parser
 from mbridge_config.compat.keys import compat_keys
-from mbridge_config.schema.keys import KeyInfo, KeySpec, Status, default_of, hints, is_section, spec_of
+from mbridge_config.schema.keys import KeyInfo, KeySpec, Status, declarations, is_section
 from mbridge_config.schema.run_kinds import SCHEMAS
 
 OPEN = r"\$\{.+\}|^\?\?\?$"
@@ -35,45 +34,42 @@ def run(words: Sequence[str]) -> int:
 def json_schema(kind: str) -> dict[str, Any]:
     """The schema of YAML files of the kind of run `kind`, with Hydra's own sections `defaults` and `hydra`."""
     schema: type = SCHEMAS[kind]
-    found = _section(schema, f"A {kind} run of mbridge.", compat_keys(schema), "")
+    sections = {"": _section(f"A {kind} run of mbridge.")}
+    for info in (*declarations(schema), *compat_keys(schema).values()):
+        parent, _, name = info.path.rpartition(".")
+        if is_section(info.type):
+            found = sections[info.path] = _section(info.spec.doc)
+        else:
+            found = _key(info)
+        sections[parent]["properties"][name] = found
     hydra = {"defaults": {"type": "array", "description": "Hydra's defaults list."}, "hydra": {"type": "object"}}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": f"mbridge {kind} run",
-        **found,
-        "properties": hydra | found["properties"],
+        **sections[""],
+        "properties": hydra | sections[""]["properties"],
     }
 
 
-def _section(kind: type, doc: str, compat: Mapping[str, KeyInfo], prefix: str) -> dict[str, Any]:
-    properties = {}
-    for field in dataclasses.fields(kind):
-        spec, hint = spec_of(field), hints(kind)[field.name]
-        if spec is not None and is_section(hint):
-            properties[field.name] = _section(hint, spec.doc, compat, f"{prefix}{field.name}.")
-        elif spec is not None:
-            properties[field.name] = _key(hint, spec, default_of(field))
-    for path, info in compat.items():
-        name = path.removeprefix(prefix)
-        if path.startswith(prefix) and "." not in name:
-            properties[name] = _key(info.type, info.spec, info.default)
+def _section(doc: str) -> dict[str, Any]:
     # A keyword says nothing about values of other types: the pattern is that of a string, the properties of an object.
     return {
         "description": doc,
         "type": ["object", "string", "null"],
         "pattern": OPEN,
-        "properties": properties,
+        "properties": {},
         "additionalProperties": False,
     }
 
 
-def _key(hint: Any, spec: KeySpec, default: Any) -> dict[str, Any]:
+def _key(info: KeyInfo) -> dict[str, Any]:
+    spec, default = info.spec, info.default
     found: dict[str, Any] = {"description": _description(spec)}
     if spec.status is Status.NO_EFFECT:
         found["deprecated"] = True
     if spec.alias_of is None and not (default is None or default == {}):
         found["default"] = default
-    kinds = [_open(_value(part, spec)) for part in _parts(hint)]
+    kinds = [_open(_value(part, spec)) for part in _parts(info.type)]
     return found | (kinds[0] if len(kinds) == 1 else {"anyOf": kinds})
 
 

@@ -1,12 +1,11 @@
 """Generate the reference pages from the schema and the rules: all keys, and all problems."""
 
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from mbridge_config.compat.keys import compat_keys
 from mbridge_config.rules.explanations import explanations
-from mbridge_config.schema.keys import KeyInfo, KeySpec, Status, hints, is_section, schema_keys, spec_of
+from mbridge_config.schema.keys import KeyInfo, KeySpec, Status, known_sections, schema_keys
 from mbridge_config.schema.run_kinds import SCHEMAS
 
 CONFIGURATION = """\
@@ -53,7 +52,11 @@ def configuration_page() -> str:
     sections: dict[str, list[tuple[KeyInfo, str]]] = {}
     for info, runs in _keys(schema_keys):
         sections.setdefault(info.path.rpartition(".")[0], []).append((info, runs))
-    docs = _section_docs()
+    docs: dict[str, str] = {}
+    schemas: Iterable[type] = SCHEMAS.values()
+    for schema in schemas:
+        for path, section in known_sections(schema).items():
+            docs.setdefault(path, _sentence(section.__doc__ or ""))
     parts = []
     for name, rows in sections.items():
         title, text = (f"`{name}`", docs[name]) if name else ("Sections without keys of their own", "")
@@ -92,23 +95,8 @@ def _keys(keys_of: Callable[[type], Iterable[KeyInfo]]) -> Iterator[tuple[KeyInf
             yield info, "" if len(holders) == len(tables) else ", ".join(holders)
 
 
-def _section_docs() -> dict[str, str]:
-    """Return what the schemas say about each section: the docstring of its class after the name."""
-    found: dict[str, str] = {}
-
-    def walk(kind: type, prefix: str) -> None:
-        for field in dataclasses.fields(kind):
-            hint = hints(kind)[field.name]
-            if spec_of(field) is not None and is_section(hint):
-                found.setdefault(f"{prefix}{field.name}", _sentence(hint.__doc__ or ""))
-                walk(hint, f"{prefix}{field.name}.")
-
-    for schema in SCHEMAS.values():
-        walk(schema, "")
-    return found
-
-
 def _sentence(doc: str) -> str:
+    """Return the docstring of a section after its name."""
     text = " ".join(doc.split()).partition(": ")[2]
     return text[:1].upper() + text[1:]
 
@@ -143,16 +131,12 @@ def _meaning(spec: KeySpec) -> str:
         return f"{why[:1].upper()}{why[1:]}."
     parts = [spec.doc]
     if spec.spellings:
-        parts.append(f"Also: {_listing(f'{other} ({value})' for other, value in spec.spellings.items())}.")
+        parts.append(f"Also: {', '.join(f'{other} ({value})' for other, value in spec.spellings.items())}.")
     by_reason: dict[str, list[str]] = {}
     for value, reason in spec.refused.items():
         by_reason.setdefault(reason, []).append(value.lower())
-    parts += [f"Refused: {_listing(values)} ({reason})." for reason, values in by_reason.items()]
+    parts += [f"Refused: {', '.join(values)} ({reason})." for reason, values in by_reason.items()]
     return " ".join(parts)
-
-
-def _listing(items: Iterable[str]) -> str:
-    return ", ".join(items)
 
 
 def yaml_text(value: Any) -> str:

@@ -18,6 +18,7 @@ from mbridge_config.load.convert import convert
 from mbridge_config.load.defaults import fill_defaults
 from mbridge_config.load.interpolations import resolve_interpolations
 from mbridge_config.problems import ConfigError, Severity
+from mbridge_config.schema.keys import nested
 from mbridge_config.schema.provenance import Provenance
 from mbridge_config.schema.run_kinds import RunConfig, schema_of
 
@@ -75,7 +76,9 @@ def compose(
 
 def from_tree(tree: Mapping[Any, Any], provenance: Provenance, schema: type[Schema], *, strict: bool = True) -> Schema:
     """Return a config of the kind `schema` from a tree with unresolved interpolations. Raises as `compose` does."""
-    complete = resolve_interpolations(laid_over(tree, defaults_tree(schema)), provenance)
+    kind: type = schema
+    defaults = nested((path, copy.copy(info.default)) for path, info in known_keys(kind).items())
+    complete = resolve_interpolations(laid_over(tree, defaults), provenance)
     config = convert(schema, complete, provenance)
     config.provenance = provenance
     fill_defaults(config)
@@ -90,18 +93,6 @@ def _find(name: str, config_path: str | Path | None, package_config: str | None)
     if package_config is not None:
         return find_config(name, [config_directory(package_config)])
     return find_installed_config(name)
-
-
-def defaults_tree(schema: type) -> dict[str, Any]:
-    """Return the defaults of all keys as a plain tree."""
-    tree: dict[str, Any] = {}
-    for path, info in known_keys(schema).items():
-        *sections, name = path.split(".")
-        section = tree
-        for part in sections:
-            section = section.setdefault(part, {})
-        section[name] = copy.copy(info.default)
-    return tree
 
 
 def laid_over(tree: Mapping[Any, Any], under: Mapping[Any, Any]) -> dict[Any, Any]:

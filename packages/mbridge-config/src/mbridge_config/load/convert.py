@@ -1,7 +1,6 @@
 """Convert the plain values of a YAML tree to the typed sections of the schema, and find every mistake in them."""
 
 import copy
-import dataclasses
 import difflib
 import math
 import types
@@ -11,16 +10,7 @@ from typing import Any
 
 from mbridge_config.compat.keys import known_keys
 from mbridge_config.problems import Severity
-from mbridge_config.schema.keys import (
-    KeyInfo,
-    KeySpec,
-    Status,
-    describe_type,
-    hints,
-    is_section,
-    known_sections,
-    spec_of,
-)
+from mbridge_config.schema.keys import KeyInfo, KeySpec, Status, describe_type, hints, known_sections
 from mbridge_config.schema.provenance import Provenance
 
 
@@ -46,22 +36,21 @@ def convert(kind: type, tree: Mapping[Any, Any], provenance: Provenance) -> Any:
 
 class _Converter:
     def __init__(self, root: type, provenance: Provenance):
-        self.root, self.keys, self.provenance = root, known_keys(root), provenance
+        self.root, self.keys, self.sections = root, known_keys(root), known_sections(root)
+        self.provenance = provenance
 
     def section(self, kind: type, tree: Any, prefix: str) -> Any:
         if not isinstance(tree, Mapping):
             name = prefix.rstrip(".")
             if tree is not None:
-                self.provenance.report(
-                    "wrong-type", name, tree, "a section of keys is expected", f"write keys under {name}"
-                )
+                reason, fix = "a section of keys is expected", f"write keys under {name}"
+                self.provenance.report("wrong-type", name, tree, reason, fix)
                 self.provenance.failed.update(path for path in self.keys if path.startswith(prefix))
             return kind()
-        fields = {field.name: hints(kind)[field.name] for field in dataclasses.fields(kind) if spec_of(field)}
-        values: dict[str, Any] = {}
+        fields, values = hints(kind), dict[str, Any]()
         for name, raw in tree.items():
             path = f"{prefix}{name}"
-            if name in fields and is_section(fields[name]):
+            if name in fields and path in self.sections:
                 values[name] = self.section(fields[name], raw, f"{path}.")
             elif (info := self.keys.get(path)) is None:
                 self.unknown(path, raw)

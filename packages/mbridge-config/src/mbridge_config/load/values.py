@@ -5,7 +5,7 @@ from typing import Any
 
 from mbridge_config.compat.keys import known_keys, value_of
 from mbridge_config.problems import json_ready
-from mbridge_config.schema.keys import Status
+from mbridge_config.schema.keys import Status, nested
 from mbridge_config.schema.run_kinds import RunConfig
 
 
@@ -29,17 +29,13 @@ _IN_USE = (Status.HONOURED, Status.REFUSED, Status.CHECKED)
 
 def values_in_use(config: RunConfig, *, defaults: bool = True) -> dict[str, Any]:
     """Return the keys that a run uses, with JSON-ready values; without `defaults`, only those that differ from them."""
-    tree: dict[str, Any] = {}
     schema: type = type(config)
-    for path, info in known_keys(schema).items():
-        value = json_ready(value_of(config, path))
-        if info.spec.status in _IN_USE and (defaults or value != json_ready(info.default)):
-            *sections, name = path.split(".")
-            section = tree
-            for part in sections:
-                section = section.setdefault(part, {})
-            section[name] = value
-    return tree
+    values = ((info, json_ready(value_of(config, info.path))) for info in known_keys(schema).values())
+    return nested(
+        (info.path, value)
+        for info, value in values
+        if info.spec.status in _IN_USE and (defaults or value != json_ready(info.default))
+    )
 
 
 def values_in_use_text(config: RunConfig) -> str:

@@ -5,7 +5,7 @@ import enum
 import functools
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
@@ -74,43 +74,47 @@ def hints(kind: type) -> dict[str, Any]:
     return typing.get_type_hints(kind)
 
 
-def spec_of(field: "dataclasses.Field[Any]") -> KeySpec | None:
-    """Return what was declared of a field; None if it is not a key."""
-    return field.metadata.get("spec")
-
-
 def is_section(kind: Any) -> bool:
     """Return whether a type hint names a section."""
     return isinstance(kind, type) and dataclasses.is_dataclass(kind)
 
 
-def default_of(field: "dataclasses.Field[Any]") -> Any:
-    """Return the default of a field; a new object if it is mutable."""
-    return field.default_factory() if field.default_factory is not dataclasses.MISSING else field.default
+def declarations(kind: type, prefix: str = "") -> Iterator[KeyInfo]:
+    """Iterate over all keys and sections under the section `kind`, in the order in which they are declared.
 
-
-def schema_keys(kind: type, prefix: str = "") -> Iterator[KeyInfo]:
-    """Iterate over all keys under the section `kind`, in the order in which they are declared."""
+    A section comes before its keys, and its type is a dataclass.
+    """
     for field in dataclasses.fields(kind):
-        spec = spec_of(field)
-        if spec is None:
-            continue
-        path, hint = f"{prefix}{field.name}", hints(kind)[field.name]
-        if is_section(hint):
-            yield from schema_keys(hint, f"{path}.")
-        else:
-            yield KeyInfo(path=path, type=hint, default=default_of(field), spec=spec)
+        if (spec := field.metadata.get("spec")) is not None:
+            path, hint = f"{prefix}{field.name}", hints(kind)[field.name]
+            factory = field.default_factory
+            default = field.default if factory is dataclasses.MISSING else factory()
+            yield KeyInfo(path=path, type=hint, default=default, spec=spec)
+            if is_section(hint):
+                yield from declarations(hint, f"{path}.")
+
+
+def schema_keys(kind: type) -> Iterator[KeyInfo]:
+    """Iterate over all keys under the section `kind`."""
+    return (info for info in declarations(kind) if not is_section(info.type))
 
 
 @functools.cache
-def known_sections(kind: type, prefix: str = "") -> tuple[str, ...]:
-    """Return the full names of all sections under `kind`."""
-    names: list[str] = []
-    for field in dataclasses.fields(kind):
-        hint = hints(kind)[field.name]
-        if spec_of(field) is not None and is_section(hint):
-            names += [f"{prefix}{field.name}", *known_sections(hint, f"{prefix}{field.name}.")]
-    return tuple(names)
+def known_sections(kind: type) -> dict[str, type]:
+    """Return all sections under `kind` by their full name."""
+    return {info.path: info.type for info in declarations(kind) if is_section(info.type)}
+
+
+def nested(values: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the tree of sections that has these values at their full keys."""
+    tree: dict[str, Any] = {}
+    for path, value in values:
+        *sections, name = path.split(".")
+        section = tree
+        for part in sections:
+            section = section.setdefault(part, {})
+        section[name] = value
+    return tree
 
 
 def get(config: Any, path: str) -> Any:
