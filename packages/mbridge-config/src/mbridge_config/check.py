@@ -56,11 +56,11 @@ def check(config: RunConfig, world_size: int | None = None) -> Report:
     """
     problems = list(config.provenance.problems)
     world_size = expected_world_size(config) if world_size is None else world_size
-    facts = _read(config, hf_key(config), hf_directory, _model_facts(config), problems)
+    facts = _read(config, hf_key(config), hf_directory, HFFacts.load, made_model_facts, problems)
     size = None
     # The tokenizer of SFT is the model's unless its key is set, so an empty model key is one mistake, not two.
     if not isinstance(config, SFTConfig) or config.actor.tokenizer.tokenizer_model:
-        size = _read(config, TOKENIZER_KEY, tokenizer_directory, _tokenizer_size(config), problems)
+        size = _read(config, TOKENIZER_KEY, tokenizer_directory, tokenizer_size, lambda *_: None, problems)
     context = Context(config=config, facts=facts, tokenizer_size=size, world_size=world_size)
     for rule in rules_of(config):
         problems += rule.problems(context)
@@ -94,31 +94,20 @@ def _read(
     key: str,
     locate: Callable[[RunConfig], Path],
     read: Callable[[Path], _Read],
+    made: Callable[[RunConfig, Path], _Read],
     problems: list[Problem],
 ) -> _Read | None:
-    """Return what `read` finds in the directory that `key` names; add the key and its place to its problems."""
+    """Return what `read` finds in the directory that `key` names; add the key and its place to its problems.
+
+    Of a directory that a quickstart is still going to create, return what `made` says.
+    """
     if key in config.provenance.failed:
         return None
     try:
-        return read(locate(config))
+        directory = locate(config)
+        return made(config, directory) if config.quickstart.enabled and not is_there(directory) else read(directory)
     except ConfigError as error:
         for problem in error.problems:
             where = problem.where or config.provenance.where(key)
             problems.append(dataclasses.replace(problem, key=key, where=where))
         return None
-
-
-def _model_facts(config: RunConfig) -> Callable[[Path], HFFacts]:
-    def read(directory: Path) -> HFFacts:
-        if config.quickstart.enabled and not is_there(directory):
-            return made_model_facts(config, directory)
-        return HFFacts.load(directory)
-
-    return read
-
-
-def _tokenizer_size(config: RunConfig) -> Callable[[Path], int | None]:
-    def read(directory: Path) -> int | None:
-        return None if config.quickstart.enabled and not is_there(directory) else tokenizer_size(directory)
-
-    return read

@@ -6,25 +6,12 @@
 import os
 from pathlib import Path
 
+is_directory, is_file, is_there = os.path.isdir, os.path.isfile, os.path.exists
+
 
 def user_path(text: str | Path) -> Path:
     """Return the path with `~` expanded to the home directory, if there is one."""
     return Path(os.path.expanduser(text))
-
-
-def is_directory(path: str | Path) -> bool:
-    """Return whether the directory exists."""
-    return os.path.isdir(path)
-
-
-def is_file(path: str | Path) -> bool:
-    """Return whether the file exists."""
-    return os.path.isfile(path)
-
-
-def is_there(path: str | Path) -> bool:
-    """Return whether the file or directory exists."""
-    return os.path.exists(path)
 
 
 def fault(path: Path) -> str | None:
