@@ -40,8 +40,16 @@ def run_check(words: Sequence[str]) -> int:
     if arguments.memory is not None:
         report.problems = ordered([*report.problems, *memory_problems(config, report, arguments.memory)])
     if arguments.json:
-        found = _check_as_json(arguments.name, report)
-        print(json.dumps(found | {"memory_gib": arguments.memory, "resolved": values_in_use(config)}, indent=2))
+        found = {
+            "config": arguments.name,
+            "ok": not report.errors,
+            "world_size": report.world_size,
+            "plan": None if report.plan is None else report.plan.as_dict(),
+            "problems": [problem.as_dict() for problem in report.problems],
+            "memory_gib": arguments.memory,
+            "resolved": values_in_use(config),
+        }
+        print(json.dumps(found, indent=2))
     else:
         if str(report):
             print(report, end="\n\n")
@@ -68,17 +76,6 @@ def _environment_problems() -> list[Problem]:
         for entry in importlib.metadata.entry_points(group="mbridge.environment")
         if (found := entry.load()()) is not None
     ]
-
-
-def _check_as_json(name: str, report: Any) -> dict[str, Any]:
-    plan = None if report.plan is None else report.plan.as_dict()
-    return {
-        "config": name,
-        "ok": not report.errors,
-        "world_size": report.world_size,
-        "plan": plan,
-        "problems": [problem.as_dict() for problem in report.problems],
-    }
 
 
 def run_fit(words: Sequence[str]) -> int:

@@ -118,19 +118,15 @@ def other_errors(config: RunConfig, report: Report) -> list[Problem]:
 
 
 def with_values(config: RunConfig, values: Mapping[str, Any]) -> RunConfig:
-    """Return a config that differs from `config` in these keys and shares everything else with it."""
+    """Return a config that differs from `config` in these keys and shares all sections without one of them with it."""
     changed = copy.copy(config)
-    copied: dict[str, Any] = {"": changed}
     for key, value in values.items():
+        section: Any = changed
         *parents, name = key.split(".")
-        path = ""
         for parent in parents:
-            inside = f"{path}.{parent}" if path else parent
-            if inside not in copied:
-                copied[inside] = copy.copy(getattr(copied[path], parent))
-                setattr(copied[path], parent, copied[inside])
-            path = inside
-        setattr(copied[path], name, value)
+            setattr(section, parent, copy.copy(getattr(section, parent)))
+            section = getattr(section, parent)
+        setattr(section, name, value)
     return changed
 
 

@@ -34,6 +34,8 @@ def hydra_tree(file: Path, directory: Path, overrides: Sequence[str]) -> tuple[d
     if len(folders) > 1 and "hydra.searchpath" not in own_places:
         arguments.append(f"hydra.searchpath=[{_quoted(f'file://{directory}')}]")
     name = file.name.removesuffix(".yaml")
+    # An OSError where Hydra looks for a file named like an argument, whose name is too long.
+    failures = (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError, TypeError, AttributeError)
     try:
         with initialize_config_dir(version_base="1.3", config_dir=str(file.parent)):
             tree = OmegaConf.to_container(compose(name, overrides=arguments), resolve=False)
@@ -43,17 +45,8 @@ def hydra_tree(file: Path, directory: Path, overrides: Sequence[str]) -> tuple[d
                 defaults = loader.compute_defaults_list(name, arguments, RunMode.RUN).defaults
     except yaml.MarkedYAMLError as error:
         raise yaml_error(error, shown(file)) from error
-    # An OSError where Hydra looks for a file named like an argument, whose name is too long.
-    except (
-        HydraException,
-        OmegaConfBaseException,
-        yaml.YAMLError,
-        OSError,
-        ValueError,
-        TypeError,
-        AttributeError,
-    ) as e:
-        raise _failed(e, own_places.get("defaults", Where(file=shown(file))), overrides) from e
+    except failures as error:
+        raise _failed(error, own_places.get("defaults", Where(file=shown(file))), overrides) from error
     assert isinstance(tree, dict)
     places: dict[str, Where] = {} if defaults else own_places
     for default in defaults:

@@ -61,9 +61,6 @@ def refuse_unwritable_directory(config: RunConfig) -> None:
     try:
         tempfile.TemporaryFile(dir=existing).close()
     except OSError as error:
-        reason, fix = (
-            f"nothing can be written in {existing}: {error.strerror}",
-            "give a directory that you may write to",
-        )
-        key, value = "runner.output_dir", str(directory.parent)
-        raise refusal("output-directory", reason, fix, key=key, value=value) from None
+        key, reason = "runner.output_dir", f"nothing can be written in {existing}: {error.strerror}"
+        fix = "give a directory that you may write to"
+        raise refusal("output-directory", reason, fix, key=key, value=str(directory.parent)) from None
