@@ -13,15 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mbridge_config.compat.keys import known_keys
-from mbridge_config.load.catalog import (
-    config_directory,
-    config_names,
-    find_config,
-    find_installed_config,
-    given_directory,
-    installed_directories,
-)
-from mbridge_config.paths import is_directory
+from mbridge_config.load.catalog import config_directory, config_names, given_directory, installed_directories, locate
 from mbridge_config.problems import ConfigError, refusal
 from mbridge_config.schema.keys import Status, describe_type, known_sections
 from mbridge_config.schema.run_kinds import SCHEMAS, schema_of
@@ -82,7 +74,7 @@ def complete_app(package: str, default_config: str | None) -> Complete:
             yield from ("--config-name", "--config-path", "--help")
         else:
             name = _after(before, _NAME_FLAGS) or default_config or ""
-            yield from _overrides(_schemas(lambda: find_config(name, [directory])[0]), word)
+            yield from _overrides(_schemas(name, path, package), word)
 
     return complete
 
@@ -98,8 +90,7 @@ def complete_config(*flags: str) -> Complete:
         if word.startswith("-"):
             yield from (*flags, "--config-path", "--help")
         elif name is not None:
-            directories = [given_directory(path)] if path and is_directory(path) else None
-            yield from _overrides(_schemas(lambda: _file(name, directories)), word)
+            yield from _overrides(_schemas(name, path, None), word)
         elif path:
             yield from config_names(Path(path))
         else:
@@ -109,20 +100,16 @@ def complete_config(*flags: str) -> Complete:
     return complete
 
 
-def _file(name: str, directories: Sequence[Path] | None) -> Path:
-    return (find_installed_config(name) if directories is None else find_config(name, directories))[0]
-
-
 def _after(words: Sequence[str], flags: Sequence[str]) -> str | None:
     return next((words[place + 1] for place, text in enumerate(words[:-1]) if text in flags), None)
 
 
-def _schemas(find: Callable[[], Path]) -> list[type]:
-    """Return the schema of the file that `find` returns, or all schemas if that cannot be told."""
+def _schemas(name: str, config_path: str | None, package: str | None) -> list[type]:
+    """Return the schema of the file that `name` means, or all schemas if that cannot be told."""
     import yaml
 
     try:
-        tree = yaml.safe_load(find().read_text(encoding="utf-8"))
+        tree = yaml.safe_load(locate(name, config_path, package)[0].read_text(encoding="utf-8"))
     except (ConfigError, OSError, ValueError, yaml.YAMLError):
         tree = None
     if not isinstance(tree, dict):

@@ -3,7 +3,6 @@
 import difflib
 import functools
 import importlib.util
-from collections.abc import Iterable
 from pathlib import Path
 
 from mbridge_config.paths import is_directory, is_file, is_there
@@ -52,19 +51,36 @@ def config_names(directory: Path) -> list[str]:
     return sorted(file.as_posix().removesuffix(SUFFIX) for file in files)
 
 
-def find_config(name: str, directories: Iterable[Path]) -> tuple[Path, Path]:
-    """Return the file that `name` means, and the one of `directories` that contains it.
+def locate(name: str, config_path: str | Path | None, package: str | None) -> tuple[Path, Path]:
+    """Return the file that `name` means, and the config directory that contains it.
 
-    `name` is a path below a directory without its suffix, or the last part of one, or the path of a YAML file.
-    Raises `ConfigError` for an unknown or ambiguous name.
+    That is `config_path`; without it, that of the app with the import name `package`; without both, those of all
+    installed apps, where `sft/quickstart` is the config of the app sft. `name` is a path below the directory without
+    its suffix, or the last part of one, or the path of a YAML file. Raises `ConfigError` for an unknown or ambiguous
+    name.
     """
-    directories = list(directories)
-    labels = [(known, known) for directory in directories for known in config_names(directory)]
-    return _find(name, directories, labels)
+    if config_path is not None:
+        return _find_in(name, given_directory(config_path))
+    if package is not None:
+        return _find_in(name, config_directory(package))
+    apps = installed_directories()
+    app, _, rest = name.partition("/")
+    if rest and app in apps:
+        return _find_in(rest, apps[app])
+    holders = [app for app, directory in apps.items() if _matches(name.removesuffix(SUFFIX), directory)]
+    if len(holders) > 1 and not is_file(name):
+        fix = f"use one of {', '.join(f'{app}/{name}' for app in holders)}"
+        raise _wrong_name(name, "more than one app has a config of this name", fix)
+    labels = [(known, f"{app}/{known}") for app, directory in apps.items() for known in config_names(directory)]
+    return _find(name, list(apps.values()), labels)
+
+
+def _find_in(name: str, directory: Path) -> tuple[Path, Path]:
+    return _find(name, [directory], [(known, known) for known in config_names(directory)])
 
 
 def _find(name: str, directories: list[Path], available: list[tuple[str, str]]) -> tuple[Path, Path]:
-    """`find_config`; `available` has each config's name, and the name under which a message lists it."""
+    """`available` has each config's name, and the name under which a message lists it."""
     if name.endswith(SUFFIX) and is_file(name):
         file = Path(name).resolve()
         return file, file.parent
@@ -89,23 +105,6 @@ def _find(name: str, directories: list[Path], available: list[tuple[str, str]]) 
     near = difflib.get_close_matches(wanted.rpartition("/")[2], leaves, n=5, cutoff=0.3)
     listing = dict.fromkeys([*(label for leaf in near for label in leaves[leaf]), *(label for _, label in available)])
     raise _wrong_name(name, "there is no such config", f"available, nearest first: {', '.join(listing)}")
-
-
-def find_installed_config(name: str) -> tuple[Path, Path]:
-    """Do as `find_config` among all installed apps; `sft/quickstart` is the config of the app sft.
-
-    Raises `ConfigError`, also if several apps have a config of this name.
-    """
-    apps = installed_directories()
-    app, _, rest = name.partition("/")
-    if rest and app in apps:
-        return find_config(rest, [apps[app]])
-    holders = [app for app, directory in apps.items() if _matches(name.removesuffix(SUFFIX), directory)]
-    if len(holders) > 1 and not is_file(name):
-        fix = f"use one of {', '.join(f'{app}/{name}' for app in holders)}"
-        raise _wrong_name(name, "more than one app has a config of this name", fix)
-    labels = [(known, f"{app}/{known}") for app, directory in apps.items() for known in config_names(directory)]
-    return _find(name, list(apps.values()), labels)
 
 
 def _matches(wanted: str, directory: Path) -> list[str]:

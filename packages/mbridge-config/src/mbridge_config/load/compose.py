@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar, overload
 
 from mbridge_config.compat.keys import known_keys
-from mbridge_config.load.catalog import config_directory, find_config, find_installed_config, given_directory
+from mbridge_config.load.catalog import locate
 from mbridge_config.load.convert import convert
 from mbridge_config.load.defaults import fill_defaults
 from mbridge_config.load.interpolations import resolve_interpolations
@@ -68,7 +68,7 @@ def compose(
     """
     from mbridge_config.load.hydra_tree import hydra_tree  # YAML and Hydra take most of a second to import
 
-    file, directory = _find(config_name, config_path, package_config)
+    file, directory = locate(config_name, config_path, package_config)
     tree, places = hydra_tree(file, directory, overrides)
     provenance = Provenance(name=config_name, file=str(file), places=places)
     return from_tree(tree, provenance, schema or schema_of(tree), strict=strict)
@@ -85,14 +85,6 @@ def from_tree(tree: Mapping[Any, Any], provenance: Provenance, schema: type[Sche
     if strict and any(problem.severity is Severity.ERROR for problem in provenance.problems):
         raise ConfigError(provenance.problems)
     return config
-
-
-def _find(name: str, config_path: str | Path | None, package_config: str | None) -> tuple[Path, Path]:
-    if config_path is not None:
-        return find_config(name, [given_directory(config_path)])
-    if package_config is not None:
-        return find_config(name, [config_directory(package_config)])
-    return find_installed_config(name)
 
 
 def laid_over(tree: Mapping[Any, Any], under: Mapping[Any, Any]) -> dict[Any, Any]:

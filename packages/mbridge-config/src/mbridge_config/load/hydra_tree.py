@@ -1,7 +1,7 @@
 """Let Hydra merge a YAML file, its defaults list and the arguments into one tree, and find where keys were set."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,7 @@ def hydra_tree(file: Path, directory: Path, overrides: Sequence[str]) -> tuple[d
             places[key] = place
             while key := key.rpartition(".")[0]:
                 places.setdefault(key, place)  # a section that no file has
-    # A key that an argument deleted or replaced is no longer set.
-    places = {key: place for key, place in places.items() if _has(tree, key)}
-    _complete(tree, places, Where(file=shown(file)), "")
-    return tree, places
+    return tree, dict(_placed(tree, places, Where(file=shown(file)), ""))
 
 
 def _argument(override: str, folders: Sequence[Path]) -> str:
@@ -82,21 +79,19 @@ def _quoted(text: str) -> str:
     return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
-def _has(tree: Any, path: str) -> bool:
-    for name in path.split("."):
-        if not isinstance(tree, Mapping) or name not in tree:
-            return False
-        tree = tree[name]
-    return True
+def _placed(
+    tree: Mapping[Any, Any], places: Mapping[str, Where], around: Where, prefix: str
+) -> Iterator[tuple[str, Where]]:
+    """Iterate over the keys of `tree` and their places; one without a place has that of the section around it.
 
-
-def _complete(tree: Mapping[Any, Any], places: dict[str, Where], around: Where, prefix: str) -> None:
-    """Give each key of `tree` without a place the place of the section around it."""
+    A key that an argument deleted or replaced is not in the tree, and so is no longer set.
+    """
     for name, value in tree.items():
         path = f"{prefix}{name}"
-        places.setdefault(path, around)
+        place = places.get(path, around)
+        yield path, place
         if isinstance(value, Mapping):
-            _complete(value, places, places[path], f"{path}.")
+            yield from _placed(value, places, place, f"{path}.")
 
 
 def _failed(error: Exception, where: Where, overrides: Sequence[str]) -> ConfigError:

@@ -39,10 +39,7 @@ def resolve_interpolations(tree: dict[Any, Any], provenance: Provenance) -> dict
             provenance.report("missing-value", key, raw, "this config leaves it to you to set the key", fix)
             continue
         try:
-            parent: Any = config
-            for part in path[:-1]:
-                parent = parent[part]
-            value = parent[path[-1]]
+            value: Any = functools.reduce(operator.getitem, path, config)
             value = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         except InterpolationToMissingValueError:
             provenance.failed.add(key)
@@ -55,7 +52,7 @@ def resolve_interpolations(tree: dict[Any, Any], provenance: Provenance) -> dict
                 _report(provenance, key, raw, reason)
             told.add(reason)
         else:
-            _put(tree, path, value)
+            functools.reduce(operator.getitem, path[:-1], tree)[path[-1]] = value
     return tree
 
 
@@ -74,12 +71,6 @@ def _leaves(value: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...]
             yield from _leaves(item, (*path, index))
     elif isinstance(value, str):
         yield path, value
-
-
-def _put(tree: Any, path: tuple[Any, ...], value: Any) -> None:
-    for part in path[:-1]:
-        tree = tree[part]
-    tree[path[-1]] = value
 
 
 def _first_line(error: BaseException) -> str:
