@@ -39,8 +39,13 @@ def parse_arguments(
     used without `--config-name`. `--help`, and `-sc` for shell completion, print and exit with 0. Raises `ConfigError`
     for wrong arguments.
     """
-    parser = argument_parser(program, f"configs of {program}:\n{_listing(package_config)}\n\n{how(program)}")
-    parser.add_argument("--config-name", "-cn", default=default_config, metavar="NAME", help=_default(default_config))
+    epilog = f"configs of {program}:\n{_listing(package_config)}\n\n{how(program)}"
+    parser = Parser(prog=program, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key; ~key puts its default back")
+    place = "directory of configs, in place of the app's own"
+    parser.add_argument("--config-path", "-cp", type=Path, metavar="DIR", help=place)
+    name = "name of the config" + (f"; without it, {default_config}" if default_config else "")
+    parser.add_argument("--config-name", "-cn", default=default_config, metavar="NAME", help=name)
     words = list(sys.argv[1:] if argv is None else argv)
     if answer(words, complete_app(package_config, default_config)):
         raise SystemExit(0)
@@ -48,20 +53,6 @@ def parse_arguments(
     if found.config_name is None:
         raise refusal("usage", "no config is named", f"add --config-name NAME; `{program} --help` lists the names")
     return Arguments(config_name=found.config_name, config_path=found.config_path, overrides=tuple(found.overrides))
-
-
-def argument_parser(program: str, epilog: str) -> argparse.ArgumentParser:
-    """Return a parser with `--config-path` and `key=value`, whose errors are `ConfigError`."""
-    parser = Parser(prog=program, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="set a key; ~key puts its default back")
-    parser.add_argument(
-        "--config-path", "-cp", type=Path, metavar="DIR", help="directory of configs, in place of the app's own"
-    )
-    return parser
-
-
-def _default(name: str | None) -> str:
-    return "name of the config" if name is None else f"name of the config; without it, {name}"
 
 
 def _listing(package: str) -> str:

@@ -36,9 +36,8 @@ def run_check(words: Sequence[str]) -> int:
 
     config = compose(arguments.name, arguments.config_path, arguments.overrides, strict=False)
     report = check(config, arguments.world_size)
-    report.problems = ordered([*report.problems, *_environment_problems()])
-    if arguments.memory is not None:
-        report.problems = ordered([*report.problems, *memory_problems(config, report, arguments.memory)])
+    too_large = [] if arguments.memory is None else memory_problems(config, report, arguments.memory)
+    report.problems = ordered([*report.problems, *_environment_problems(), *too_large])
     if arguments.json:
         found = {
             "config": arguments.name,

@@ -46,5 +46,4 @@ def tokenizer_directory(config: Any) -> Path:
 
 
 def _empty(config: Any, identity: str, key: str, reason: str, fix: str) -> ConfigError:
-    where = config.provenance.where(key) if config.provenance.was_set(key) else None
-    return refusal(identity, reason, fix, key=key, value=get(config, key), where=where)
+    return refusal(identity, reason, fix, key=key, value=get(config, key), where=config.provenance.places.get(key))

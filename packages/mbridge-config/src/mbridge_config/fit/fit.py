@@ -160,6 +160,6 @@ def memory_problems(config: RunConfig, report: Report, memory_gib: float) -> lis
             reason=f"a rank{on_stage} takes about {gib(stage.peak)}, and {USABLE:.0%} of a GPU of {memory_gib:g} GiB "
             f"may be planned; the largest term is {stage.largest}, {gib(stage.terms[stage.largest])}",
             fix=fix,
-            where=config.provenance.where(key) if config.provenance.was_set(key) else None,
+            where=config.provenance.places.get(key),
         )
     ]

@@ -11,7 +11,7 @@ from mbridge_config.plan.plan import ParallelPlan, make_plan
 from mbridge_config.problems import ConfigError, Problem, Severity
 from mbridge_config.rules import Context
 from mbridge_config.rules.batches import BUDGET, DYNAMIC, MICRO
-from mbridge_config.rules.parallel import FIRST_STAGE, LAST_STAGE, PP, SP, TP
+from mbridge_config.rules.parallel import FIRST_STAGE, LAST_STAGE, PP, SP, TP, divisors
 from mbridge_config.rules.precision import GRANULARITY, METHOD, RECOMPUTED
 from mbridge_config.schema.keys import filled, get
 from mbridge_config.schema.run_kinds import RunConfig
@@ -134,8 +134,8 @@ def _candidates(config: RunConfig, layers: int, gpus: int) -> Iterator[tuple[flo
     """Iterate over shares of recomputed layers and values of the keys."""
     hosts, rest = divmod(gpus, GPUS_PER_HOST)
     processes = {NODES: hosts, PROCESSES: GPUS_PER_HOST} if hosts > 1 and not rest else {NODES: 1, PROCESSES: gpus}
-    for tensor in _divisors(gpus, GPUS_PER_HOST):
-        for pipeline in _divisors(gpus // tensor, layers):
+    for tensor in divisors(gpus, GPUS_PER_HOST):
+        for pipeline in divisors(gpus // tensor, layers):
             grid = {TP: tensor, PP: pipeline, SP: tensor > 1, DISTRIBUTED: True} | processes
             half = max(1, -(-layers // pipeline) // 2)
             for split in _splits(config):
@@ -163,7 +163,3 @@ def _micro_batches(config: RunConfig) -> Iterator[dict[str, Any]]:
     own = filled(config.runner.max_tokens_per_mbs) if dynamic else config.actor.micro_batch_size
     for size in sorted({own, *(count * longest if dynamic else count for count in counts)}):
         yield {BUDGET if dynamic else MICRO: size}
-
-
-def _divisors(number: int, limit: int) -> list[int]:
-    return [value for value in range(1, min(number, limit) + 1) if number % value == 0]

@@ -88,7 +88,7 @@ class Rule:
                 reason=finding.reason,
                 fix=finding.fix,
                 severity=finding.severity,
-                where=provenance.where(finding.key) if provenance.was_set(finding.key) else None,
+                where=provenance.places.get(finding.key),
             )
 
 

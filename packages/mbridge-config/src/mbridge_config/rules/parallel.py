@@ -22,16 +22,16 @@ SP = "actor.model.sequence_parallel"
 QWEN3_VL = ("qwen3_vl", "qwen3_vl_text", "qwen3_vl_moe", "qwen3_vl_moe_text")
 
 
-def divisors(number: int, limit: int = 64) -> str:
-    """The divisors of `number` up to `limit`, as text."""
-    return ", ".join(str(n) for n in range(1, min(number, limit) + 1) if number % n == 0)
+def divisors(number: int, limit: int) -> list[int]:
+    """Return the divisors of `number` up to `limit`."""
+    return [n for n in range(1, min(number, limit) + 1) if number % n == 0]
 
 
 def tensor_sizes(facts: HFFacts) -> str:
     """The tensor-parallel sizes that pass the rules on all that is shared, as text."""
     heads, groups = facts.num_attention_heads, facts.num_query_groups
     shared = [number for number, _ in (*mlp_widths(facts), *tower_sizes(facts))]
-    fitting = (n for n in range(1, min(heads, 64) + 1) if heads % n == 0 and (groups % n == 0 or n % groups == 0))
+    fitting = (n for n in divisors(heads, 64) if groups % n == 0 or n % groups == 0)
     return ", ".join(str(n) for n in fitting if not any(number % n for number in shared))
 
 
@@ -119,7 +119,7 @@ def layers(context: Context) -> Iterable[Finding]:
     if facts is None or _fixed_ends(model) or planned_sizes(model, facts) is not None:
         return
     pipeline = model.pipeline_model_parallel_size
-    fix = f"use one of {divisors(facts.num_layers)}"
+    fix = f"use one of {', '.join(map(str, divisors(facts.num_layers, 64)))}"
     if pipeline <= facts.num_layers:
         first, last = _ends(facts.num_layers, pipeline)
         fix += f", or set {FIRST_STAGE}={first} {LAST_STAGE}={last}"
