@@ -5,8 +5,8 @@ buffer: ten bytes of memory traffic per parameter. Transformer Engine's layers a
 need a kernel of Apex, which no package index has. cuBLAS can add half-precision products to fp32, and torch exposes
 that.
 
-Embeddings that are also the output layer's weight are the worst case: a micro-batch uses few rows of the vocabulary,
-but all of them are written as zeros twice and added three times.
+The worst case are tied embeddings: a micro-batch uses few rows of the vocabulary, but all of them are written as zeros
+twice and added three times.
 """
 
 from types import SimpleNamespace

@@ -1,19 +1,14 @@
 """Patches of libraries: each with its reason, checked before any is applied, and undone together.
 
 Megatron-Core names the device as a constant inside its functions (`torch.zeros(1, device="cuda")`,
-`param.type() == "torch.cuda.FloatTensor"`). Four ways to change that were weighed:
+`param.type() == "torch.cuda.FloatTensor"`). A patch rewrites such a constant in the function's code. That keeps
+upstream's logic, costs nothing when it runs, holds for every module that has already imported the function, and is
+checked: where the constant is gone, upstream has changed, and that is an error.
 
-- A `TorchFunctionMode` that maps "cuda" to "cpu" slows down every torch call, holds for one thread, is suspended inside
-  its own handlers, and cannot see a comparison with a type name. `torch.set_default_device` does not touch an explicit
-  `device=`.
-- A stand-in for the name `torch` in Megatron's modules also catches calls that nobody meant to change, silently, and
-  misses the type names.
-- A copy of each function with the constant changed drifts from upstream, silently.
-- Rewriting the constant in the function's code keeps upstream's logic, costs nothing when it runs, holds for every
-  module that already imported the function (the function object stays the same), and can be checked: where the
-  constant is gone, upstream has changed, and that is an error.
-
-So the last is used. Whole functions are replaced or wrapped only where no constant decides.
+The alternatives are worse. A `TorchFunctionMode` slows down every torch call, holds for one thread, and cannot see a
+comparison with a type name. A stand-in for the name `torch` in Megatron's modules also catches calls that nobody meant
+to change. A changed copy of each function drifts from upstream, silently. So whole functions are replaced or wrapped
+only where no constant decides.
 """
 
 import importlib
@@ -21,9 +16,9 @@ import inspect
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from types import CodeType, FunctionType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from mbridge_model.errors import ModelError
 
@@ -112,8 +107,8 @@ class PatchTable:
                     problems.append(f"{patch.target}: {error.args[0]} (needed because {patch.reason})")
             if problems:
                 raise PatchError(
-                    f"cannot {self.purpose} on torch {_version('torch')} and megatron-core "
-                    f"{_version('megatron-core')}: {'; '.join(problems)}. "
+                    f"cannot {self.purpose} on torch {version('torch')} and megatron-core "
+                    f"{version('megatron-core')}: {'; '.join(problems)}. "
                     "Install the versions that mbridge-model asks for"
                 )
             for change in changes:
@@ -149,8 +144,7 @@ class PatchTable:
             self.undo()
 
 
-@dataclass(kw_only=True, slots=True, frozen=True)
-class _Change:
+class _Change(NamedTuple):
     """An attribute to set. `old` is what `owner` itself has under the name, `_ABSENT` if it inherits or lacks it."""
 
     target: str
@@ -167,8 +161,16 @@ def _current(owner: Any, name: str) -> Any:
 
 def _prepare(patch: Patch, owner: Any) -> _Change:
     """Find the target and what it becomes."""
-    owner, name = _resolve(patch, owner)
-    original = getattr(owner, name, _ABSENT)
+    module_name, _, qualified_name = patch.target.rpartition(":")
+    if module_name:
+        try:
+            owner = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise LookupError(f"there is no module {error.name}") from error
+    *path, name = qualified_name.split(".")
+    for part in path:
+        owner = _attribute(owner, part)
+    original = getattr(owner, name, _ABSENT) if patch.adds else _attribute(owner, name)
     if patch.replacement is not _ABSENT:
         new = patch.replacement
     elif patch.wrapper is not None:
@@ -179,65 +181,42 @@ def _prepare(patch: Patch, owner: Any) -> _Change:
             raise LookupError(f"is a {type(function).__name__}, not a Python function")
         owner, name = function, "__code__"
         new = rewrite_code(function.__code__, patch.constants, patch.names)
-    return _Change(target=patch.target, owner=owner, name=name, old=_current(owner, name), new=new)
+    return _Change(patch.target, owner, name, _current(owner, name), new)
 
 
-def _resolve(patch: Patch, owner: Any) -> tuple[Any, str]:
-    """The object that holds the target, and the target's name in it."""
-    module_name, _, qualified_name = patch.target.rpartition(":")
-    if module_name:
-        try:
-            owner = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            raise LookupError(f"there is no module {error.name}") from error
-    *path, name = qualified_name.split(".")
-    for part in path:
-        _require(owner, part)
-        owner = getattr(owner, part)
-    if not patch.adds:
-        _require(owner, name)
-    return owner, name
-
-
-def _require(owner: Any, name: str) -> None:
+def _attribute(owner: Any, name: str) -> Any:
     if not hasattr(owner, name):
         raise LookupError(f"there is no {name!r} in {getattr(owner, '__name__', type(owner).__name__)}")
+    return getattr(owner, name)
 
 
 def rewrite_code(code: CodeType, constants: Mapping[Any, Any], names: Mapping[str, str]) -> CodeType:
-    """A copy of `code`, functions nested in it included, with constants and looked-up names exchanged.
+    """Return a copy of `code`, functions nested in it included, with constants and looked-up names exchanged.
 
     Raises:
         LookupError: a constant or name is not in the code.
     """
     missing: set[object] = {*constants, *names}
-    rewritten = _rewrite(code, constants, names, missing)
-    if missing:
-        raise LookupError(f"its code no longer has {', '.join(sorted(map(repr, missing)))}")
-    return rewritten
 
-
-def _rewrite(code: CodeType, constants: Mapping[Any, Any], names: Mapping[str, str], missing: set[object]) -> CodeType:
     def exchange(constant: object) -> object:
         if isinstance(constant, CodeType):
-            return _rewrite(constant, constants, names, missing)
+            return rewrite(constant)
         if isinstance(constant, tuple):  # `x in ["a", "b"]` keeps its list as a tuple
-            return tuple(exchange(item) for item in constant)
+            return tuple(map(exchange, constant))
         for old, new in constants.items():
             if type(old) is type(constant) and old == constant:  # 1 == True, but they are two constants
                 missing.discard(old)
                 return new
         return constant
 
-    missing.difference_update(names.keys() & set(code.co_names))
-    return code.replace(
-        co_consts=tuple(exchange(constant) for constant in code.co_consts),
-        co_names=tuple(names.get(name, name) for name in code.co_names),
-    )
+    def rewrite(code: CodeType) -> CodeType:
+        missing.difference_update(names.keys() & set(code.co_names))
+        return code.replace(
+            co_consts=tuple(map(exchange, code.co_consts)),
+            co_names=tuple(names.get(name, name) for name in code.co_names),
+        )
 
-
-def _version(distribution: str) -> str:
-    try:
-        return version(distribution)
-    except PackageNotFoundError:
-        return "(not installed)"
+    rewritten = rewrite(code)
+    if missing:
+        raise LookupError(f"its code no longer has {', '.join(sorted(map(repr, missing)))}")
+    return rewritten

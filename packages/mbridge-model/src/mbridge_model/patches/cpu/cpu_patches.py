@@ -11,88 +11,57 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from mbridge_model.patches.cpu import torch_equivalents
+from mbridge_model.patches.cpu import torch_equivalents as equivalents
 from mbridge_model.patches.patch import Patch, PatchTable
 from mbridge_model.patches.quiet import quiet
-
-
-def _get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> Tensor:
-    """Return the state of the generator that Megatron's "cuda" random numbers come from: the CPU's."""
-    _refuse_graphs(graph_safe)
-    return torch.get_rng_state()
-
-
-def _set_rng_state(new_state: Tensor, device: Any = -1, graph_safe: bool = False) -> None:
-    """Set that state."""
-    _refuse_graphs(graph_safe)
-    torch.set_rng_state(new_state)
-
-
-def _refuse_graphs(graph_safe: bool) -> None:
-    if graph_safe:
-        raise NotImplementedError("a random generator for CUDA graphs needs a GPU; set use_cudagraphable_rng to False")
 
 
 def _send_contiguous(communicate: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap `P2PCommunicator._communicate` to send contiguous tensors."""
 
     @functools.wraps(communicate)
-    def communicate_contiguous(
-        self: Any, *, tensor_send_next: Tensor | None, tensor_send_prev: Tensor | None, **kwargs: Any
-    ) -> Any:
-        return communicate(
-            self,
-            tensor_send_next=None if tensor_send_next is None else tensor_send_next.contiguous(),
-            tensor_send_prev=None if tensor_send_prev is None else tensor_send_prev.contiguous(),
-            **kwargs,
-        )
+    def communicate_contiguous(self: Any, **kwargs: Any) -> Any:
+        for name in ("tensor_send_next", "tensor_send_prev"):
+            if kwargs[name] is not None:
+                kwargs[name] = kwargs[name].contiguous()
+        return communicate(self, **kwargs)
 
     return communicate_contiguous
 
 
 _RAISES = "it raises where there is no GPU"
 _STREAMS = "it accepts CUDA streams only"
-
-# Functions and classes of torch.cuda, each with an equivalent of the same name.
-_TORCH_CUDA = {
-    "current_device": _RAISES,
-    "set_device": _RAISES,
-    "synchronize": _RAISES,
-    "Stream": _RAISES,
-    "Event": "recording it raises",
-    "current_stream": _RAISES,
-    "default_stream": _RAISES,
-    "set_stream": _STREAMS,
-    "stream": _STREAMS,
-    "is_current_stream_capturing": "it raises without a GPU, and transformers calls it when it makes attention masks",
-    "manual_seed": "it waits for a GPU to seed, so a state that is read afterwards would be another",
-    "get_rng_state": _RAISES,
-    "set_rng_state": "it waits for a GPU whose state it would set",
-    "initial_seed": _RAISES,
-    "memory_stats": "it has no keys where there is no GPU",
-    "mem_get_info": _RAISES,
-}
+_SEEDS = "it waits for a GPU whose generator it would set"
 _NVTX = "it raises in builds of torch without CUDA"
 
-TORCH_PATCHES: tuple[Patch, ...] = (
-    *(
-        Patch(target=f"torch.cuda:{name}", reason=reason, replacement=getattr(torch_equivalents, name))
-        for name, reason in _TORCH_CUDA.items()
-    ),
-    Patch(target="torch.cuda:reset_peak_memory_stats", reason=_RAISES, replacement=torch_equivalents.nothing),
-    Patch(target="torch.cuda.nvtx:range_push", reason=_NVTX, replacement=torch_equivalents.nothing),
-    Patch(target="torch.cuda.nvtx:range_pop", reason=_NVTX, replacement=torch_equivalents.nothing),
-    Patch(target="torch:Tensor.cuda", reason=_RAISES, replacement=torch_equivalents.stay),
-    Patch(target="torch:Tensor.pin_memory", reason=_RAISES, replacement=torch_equivalents.stay),
-    Patch(target="torch:Tensor.record_stream", reason=_STREAMS, replacement=torch_equivalents.nothing),
-    Patch(target="torch.nn:Module.cuda", reason=_RAISES, replacement=torch_equivalents.stay),
-    Patch(
-        target="torch._dynamo.eval_frame:_stance",
-        reason="compiling needs a C++ compiler and takes longer than small models take to train on a CPU",
-        wrapper=lambda stance: type(stance)("force_eager"),
-    ),
+# What becomes of functions and classes, and the reason. Dynamo wants another object for each function that it knows.
+_REPLACED: tuple[tuple[str, Any, str], ...] = (
+    ("torch.cuda:current_device", equivalents.current_device, _RAISES),
+    ("torch.cuda:set_device", equivalents.set_device, _RAISES),
+    ("torch.cuda:synchronize", equivalents.synchronize, _RAISES),
+    ("torch.cuda:Stream", equivalents.Stream, _RAISES),
+    ("torch.cuda:Event", equivalents.Event, "recording it raises"),
+    ("torch.cuda:current_stream", equivalents.current_stream, _RAISES),
+    ("torch.cuda:default_stream", equivalents.default_stream, _RAISES),
+    ("torch.cuda:set_stream", equivalents.set_stream, _STREAMS),
+    ("torch.cuda:stream", equivalents.stream, _STREAMS),
+    ("torch.cuda:is_current_stream_capturing", lambda: False, "it raises, and transformers calls it for masks"),
+    ("torch.cuda:manual_seed", equivalents.manual_seed, _SEEDS),
+    ("torch.cuda:get_rng_state", equivalents.get_rng_state, _RAISES),
+    ("torch.cuda:set_rng_state", equivalents.set_rng_state, _SEEDS),
+    ("torch.cuda:initial_seed", equivalents.initial_seed, _RAISES),
+    ("torch.cuda:memory_stats", equivalents.memory_stats, "it has no keys where there is no GPU"),
+    ("torch.cuda:mem_get_info", equivalents.mem_get_info, _RAISES),
+    ("torch.cuda:reset_peak_memory_stats", equivalents.nothing, _RAISES),
+    ("torch.cuda.nvtx:range_push", equivalents.nothing, _NVTX),
+    ("torch.cuda.nvtx:range_pop", equivalents.nothing, _NVTX),
+    ("torch:Tensor.cuda", equivalents.stay, _RAISES),
+    ("torch:Tensor.pin_memory", equivalents.stay, _RAISES),
+    ("torch:Tensor.record_stream", equivalents.nothing, _STREAMS),
+    ("torch.nn:Module.cuda", equivalents.stay, _RAISES),
+    ("megatron.core.tensor_parallel.random:_get_cuda_rng_state", equivalents.get_rng_state, _RAISES),
+    ("megatron.core.tensor_parallel.random:_set_cuda_rng_state", equivalents.set_rng_state, _RAISES),
 )
 
 _DEVICE = {"cuda": "cpu"}
@@ -100,23 +69,15 @@ _FLOAT = {"torch.cuda.FloatTensor": "torch.FloatTensor"}
 _HALVES = {"torch.cuda.HalfTensor": "torch.HalfTensor", "torch.cuda.BFloat16Tensor": "torch.BFloat16Tensor"}
 _COUNTS = "it counts tokens on a GPU"
 _MASKS = "it makes the mask on a GPU"
-_TYPE_NAMES = "it tells parameters apart by the type names of CUDA tensors"
+_TYPES = "it tells parameters apart by the type names of CUDA tensors"
 
 # Functions of megatron.core with constants that name a GPU, what these become, and the reason.
 _CONSTANTS: tuple[tuple[str, dict[Any, Any], str], ...] = (
     # Forward and backward
     ("transformer.utils:get_default_causal_mask", _DEVICE, _MASKS),
     ("transformer.utils:get_sliding_window_causal_mask", _DEVICE, _MASKS),
-    (
-        "models.common.embeddings.rope_utils:get_pos_emb_on_this_cp_rank",
-        {True: False},
-        "it pins memory, which raises where there is no GPU",
-    ),
-    (
-        "tensor_parallel.data:_build_key_size_numel_dictionaries",
-        _DEVICE,
-        "it broadcasts the sizes of a batch from a GPU",
-    ),
+    ("models.common.embeddings.rope_utils:get_pos_emb_on_this_cp_rank", {True: False}, "it pins memory"),
+    ("tensor_parallel.data:_build_key_size_numel_dictionaries", _DEVICE, "it broadcasts sizes from a GPU"),
     ("pipeline_parallel.schedules:forward_step", _DEVICE, "it autocasts for a GPU"),
     ("pipeline_parallel.schedules:forward_backward_no_pipelining", _DEVICE, _COUNTS),
     ("pipeline_parallel.schedules:forward_backward_pipelining_without_interleaving", _DEVICE, _COUNTS),
@@ -124,56 +85,32 @@ _CONSTANTS: tuple[tuple[str, dict[Any, Any], str], ...] = (
     # Gradients
     ("utils:local_multi_tensor_l2_norm", _DEVICE, "it returns a GPU tensor"),
     ("optimizer.clip_grads:get_grad_norm_fp32", _DEVICE, "it reduces the norm on a GPU"),
-    (
-        "optimizer.clip_grads:clip_grad_by_total_norm_fp32",
-        _DEVICE | _FLOAT,
-        "it asserts that gradients are CUDA tensors and makes a buffer on a GPU",
-    ),
+    ("optimizer.clip_grads:clip_grad_by_total_norm_fp32", _DEVICE | _FLOAT, "it asserts that gradients are on a GPU"),
     ("optimizer.clip_grads:count_zeros_fp32", _DEVICE, "it counts zeros on a GPU"),
     # Optimizer
     ("optimizer.grad_scaler:MegatronGradScaler.__init__", _DEVICE, "it keeps the loss scale on a GPU"),
     ("optimizer.grad_scaler:DynamicGradScaler.__init__", _DEVICE, "it keeps growth and backoff factors on a GPU"),
     ("optimizer.optimizer:MegatronOptimizer.has_grad_norm_group", _DEVICE, "it reduces a flag on a GPU"),
-    (
-        "optimizer.optimizer:MixedPrecisionOptimizer.__init__",
-        _DEVICE,
-        "it keeps the unit scale and the overflow flag on a GPU",
-    ),
-    ("optimizer.optimizer:Float16OptimizerWithFloat16Params.__init__", _HALVES | _FLOAT, _TYPE_NAMES),
+    ("optimizer.optimizer:MixedPrecisionOptimizer.__init__", _DEVICE, "it keeps the overflow flag on a GPU"),
+    ("optimizer.optimizer:Float16OptimizerWithFloat16Params.__init__", _HALVES | _FLOAT, _TYPES),
     ("optimizer.optimizer:FP32Optimizer.__init__", _DEVICE, "it keeps the loss scale on a GPU"),
-    ("optimizer.distrib_optimizer:DistributedOptimizer.__init__", _HALVES, _TYPE_NAMES),
-    (
-        "optimizer.distrib_optimizer:DistributedOptimizer._build_model_and_main_param_groups",
-        _HALVES | _FLOAT,
-        _TYPE_NAMES,
-    ),
+    ("optimizer.distrib_optimizer:DistributedOptimizer.__init__", _HALVES, _TYPES),
+    ("optimizer.distrib_optimizer:DistributedOptimizer._build_model_and_main_param_groups", _HALVES | _FLOAT, _TYPES),
     # Checkpoints
-    (
-        "dist_checkpointing.exchange_utils:_get_empty_tensor_for_exchange",
-        _DEVICE,
-        "ranks exchange loaded tensors between GPUs",
-    ),
-    (
-        "dist_checkpointing.strategies.state_dict_saver:verify_global_md_reuse",
-        _DEVICE,
-        "it reduces a flag on a GPU",
-    ),
+    ("dist_checkpointing.exchange_utils:_get_empty_tensor_for_exchange", _DEVICE, "GPUs exchange loaded tensors"),
+    ("dist_checkpointing.strategies.state_dict_saver:verify_global_md_reuse", _DEVICE, "it reduces a flag on a GPU"),
 )
 
-MEGATRON_PATCHES: tuple[Patch, ...] = (
+PATCHES: tuple[Patch, ...] = (
+    *(Patch(target=target, replacement=replacement, reason=reason) for target, replacement, reason in _REPLACED),
     *(
         Patch(target=f"megatron.core.{target}", reason=reason, constants=constants)
         for target, constants, reason in _CONSTANTS
     ),
     Patch(
-        target="megatron.core.tensor_parallel.random:_get_cuda_rng_state",
-        reason="it reads a GPU's generator",
-        replacement=_get_rng_state,
-    ),
-    Patch(
-        target="megatron.core.tensor_parallel.random:_set_cuda_rng_state",
-        reason="it writes a GPU's generator",
-        replacement=_set_rng_state,
+        target="torch._dynamo.eval_frame:_stance",
+        reason="compiling needs a C++ compiler and takes longer than small models take to train on a CPU",
+        wrapper=lambda stance: type(stance)("force_eager"),
     ),
     Patch(
         target="megatron.core.tensor_parallel.random:CudaRNGStatesTracker.fork",
@@ -192,7 +129,7 @@ MEGATRON_PATCHES: tuple[Patch, ...] = (
     ),
 )
 
-CPU = PatchTable("run without a GPU", TORCH_PATCHES + MEGATRON_PATCHES)
+CPU = PatchTable("run without a GPU", PATCHES)
 
 
 def enable_cpu() -> None:

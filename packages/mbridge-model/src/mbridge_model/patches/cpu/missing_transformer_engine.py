@@ -7,11 +7,11 @@ placeholder, through an `__import__` of their own while their body runs. `sys.mo
 """
 
 import builtins
+import functools
 import importlib.abc
-import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Mapping, MutableSequence, Sequence
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import ModuleType
 from typing import Any
 
@@ -32,36 +32,24 @@ class MissingTransformerEngineError(ImportError):
         )
 
 
-class _PlaceholderType(type):
-    """Type of the classes of the placeholder. `isinstance(x, te.Linear)` is False, as it is without the library."""
+class _Placeholder(type):
+    """Stands for a class, function or module. `isinstance(x, te.Linear)` is False, as it is without the library."""
 
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        raise MissingTransformerEngineError(f"{cls.__module__}.{cls.__qualname__}.{name}")
-
-    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        raise MissingTransformerEngineError(f"{cls.__module__}.{cls.__qualname__}")
-
-
-class _PlaceholderModule(ModuleType):
-    """A module of which every attribute is a placeholder: a class where the name is a class's, else a module."""
-
-    __path__: MutableSequence[str] = []  # noqa: RUF012 - a package, and nothing is found in it
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        value: Any
-        if name[0].isupper():
-            value = _PlaceholderType(name, (), {"__module__": self.__name__})
-        else:
-            value = _PlaceholderModule(f"{self.__name__}.{name}")
-        setattr(self, name, value)
+        if cls.__name__[0].isupper():  # a class, of which nothing is known
+            raise MissingTransformerEngineError(f"{_full_name(cls)}.{name}")
+        value = _Placeholder(name, (), {"__module__": _full_name(cls)})
+        setattr(cls, name, value)
         return value
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise MissingTransformerEngineError(self.__name__)
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise MissingTransformerEngineError(_full_name(cls))
+
+
+def _full_name(placeholder: type) -> str:
+    return f"{placeholder.__module__}.{placeholder.__qualname__}".removeprefix(".")
 
 
 def allow_missing_transformer_engine() -> None:
@@ -79,51 +67,34 @@ def allow_missing_transformer_engine() -> None:
 class _ServingFinder(importlib.abc.MetaPathFinder):
     """Finds the served modules where they lie, and loads them with the placeholder in sight."""
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> importlib.machinery.ModuleSpec | None:
-        if fullname not in SERVED_MODULES:
-            return None
-        spec = importlib.machinery.PathFinder.find_spec(fullname, path, target)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _ServingLoader(spec.loader)
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
+        spec = PathFinder.find_spec(fullname, path, target) if fullname in SERVED_MODULES else None
+        if spec is not None and spec.origin is not None:
+            spec.loader = _ServingLoader(fullname, spec.origin)
         return spec
 
 
-class _ServingLoader(importlib.abc.Loader):
+class _ServingLoader(SourceFileLoader):
     """Runs a module's body with an `__import__` that serves the placeholder, and ends that with the body."""
 
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self._loader = loader
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
     def exec_module(self, module: ModuleType) -> None:
-        placeholder = _PlaceholderModule(PACKAGE)
+        placeholder = _Placeholder(PACKAGE, (), {"__module__": ""})
         body_runs = True
 
         def import_or_placeholder(
-            name: str,
-            globals: Mapping[str, object] | None = None,
-            locals: Mapping[str, object] | None = None,
-            fromlist: Sequence[str] | None = (),
-            level: int = 0,
-        ) -> ModuleType:
+            name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0
+        ) -> Any:
             package, _, rest = name.partition(".")
             if not body_runs or level != 0 or package != PACKAGE:
-                return builtins.__import__(name, globals, locals, fromlist or (), level)
+                return builtins.__import__(name, globals, locals, fromlist, level)
             if not fromlist:  # `import a.b as c` asks for a, and takes b of it
                 return placeholder
-            found: ModuleType = placeholder
-            for part in filter(None, rest.split(".")):
-                found = getattr(found, part)
-            return found
+            return functools.reduce(getattr, filter(None, rest.split(".")), placeholder)
 
         # Python looks `__import__` up in the builtins of the importing module: no other module sees this one.
         module.__dict__["__builtins__"] = {**vars(builtins), "__import__": import_or_placeholder}
         try:
-            self._loader.exec_module(module)
+            super().exec_module(module)
         finally:
             body_runs = False  # functions of the module keep these builtins
             module.__dict__["__builtins__"] = builtins

@@ -14,58 +14,41 @@ import torch
 from torch import Tensor
 
 
-class Event:
+class Event(torch.cpu.Event):
     """A point in time. All work that was issued before `record` is done by then."""
 
-    def __init__(
-        self, enable_timing: bool = False, blocking: bool = False, interprocess: bool = False, external: bool = False
-    ) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._seconds: float | None = None
 
     def record(self, stream: "Stream | None" = None) -> None:
         self._seconds = time.perf_counter()
 
-    def wait(self, stream: "Stream | None" = None) -> None:
-        """Return at once."""
-
-    def synchronize(self) -> None:
-        """Return at once."""
-
-    def query(self) -> bool:
-        return True
-
     def elapsed_time(self, end_event: "Event") -> float:
-        """Milliseconds from this event to `end_event`; both must have been recorded."""
+        """Return the milliseconds from this event to `end_event`."""
         if self._seconds is None or end_event._seconds is None:
             raise ValueError("both events must be recorded before elapsed_time is asked for")
         return (end_event._seconds - self._seconds) * 1000.0
 
 
-class Stream:
+class Stream(torch.cpu.Stream):
     """A queue of work, all of which is done already."""
 
-    def __init__(self, device: Any = None, priority: int = 0, **kwargs: Any) -> None:
-        self.device = torch.device("cpu")
-        self.priority = priority
+    device = torch.device("cpu")
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._previous: list[Stream] = []
 
     @staticmethod
     def priority_range() -> tuple[int, int]:
         return (0, 0)
 
-    def wait_stream(self, stream: "Stream") -> None:
-        """Return at once."""
-
-    def wait_event(self, event: Event) -> None:
-        """Return at once."""
-
     def synchronize(self) -> None:
         """Return at once."""
 
     def query(self) -> bool:
         return True
 
-    def record_event(self, event: Event | None = None) -> Event:
+    def record_event(self, event: Event | None = None) -> Event:  # type: ignore[override]  # torch's returns None
         event = event or Event()
         event.record(self)
         return event
@@ -79,8 +62,7 @@ class Stream:
         set_stream(self._previous.pop())
 
 
-_default_stream = Stream()
-_current_stream = _default_stream
+_default_stream = _current_stream = Stream()
 
 
 def current_stream(device: Any = None) -> Stream:
@@ -105,7 +87,7 @@ def stream(stream: Stream | None) -> Iterator[None]:
 
 
 def current_device() -> torch.device:
-    """The CPU as a device. On a GPU this is an int; Megatron passes either straight to `device=`."""
+    """Return the CPU as a device. On a GPU this is an int; Megatron passes either straight to `device=`."""
     return torch.device("cpu")
 
 
@@ -117,22 +99,17 @@ def synchronize(device: Any = None) -> None:
     """Return at once."""
 
 
-def is_current_stream_capturing() -> bool:
-    """False: there are no graphs to capture."""
-    return False
-
-
 def nothing(*args: Any, **kwargs: Any) -> None:
     """For statistics to reset and profiler ranges to mark, of which there are none."""
 
 
 def memory_stats(device: Any = None) -> dict[str, int]:
-    """Zero for every key that may be asked for."""
+    """Return zero for every key that may be asked for."""
     return defaultdict(int)
 
 
 def mem_get_info(device: Any = None) -> tuple[int, int]:
-    """(free, total) bytes of GPU memory: none."""
+    """Return the (free, total) bytes of GPU memory: none."""
     return (0, 0)
 
 
@@ -141,11 +118,13 @@ def manual_seed(seed: int) -> None:
     torch.default_generator.manual_seed(int(seed))
 
 
-def get_rng_state(device: Any = "cuda") -> Tensor:
+def get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = False) -> Tensor:
+    _refuse_graphs(graph_safe)
     return torch.get_rng_state()
 
 
-def set_rng_state(new_state: Tensor, device: Any = "cuda") -> None:
+def set_rng_state(new_state: Tensor, device: Any = "cuda", graph_safe: bool = False) -> None:
+    _refuse_graphs(graph_safe)
     torch.set_rng_state(new_state)
 
 
@@ -153,6 +132,12 @@ def initial_seed() -> int:
     return torch.initial_seed()
 
 
+def _refuse_graphs(graph_safe: bool) -> None:
+    """Raise for an argument of Megatron-Core's versions of the two functions above."""
+    if graph_safe:
+        raise NotImplementedError("a random generator for CUDA graphs needs a GPU; set use_cudagraphable_rng to False")
+
+
 def stay[Movable: (Tensor, torch.nn.Module)](movable: Movable, *args: Any, **kwargs: Any) -> Movable:
-    """`Tensor.cuda`, `Module.cuda`, `Tensor.pin_memory`: where it is, is where it shall be."""
+    """Return the tensor or module, which is already where it belongs."""
     return movable
