@@ -8,6 +8,6 @@ Uses: `kernels`.
 """
 
 from mbridge_model.torch_backend.attention import TorchDotProductAttention
-from mbridge_model.torch_backend.specification import TorchSpecProvider, torch_block_spec
+from mbridge_model.torch_backend.specification import TorchSpecProvider, layer_spec, torch_block_spec
 
-__all__ = ["TorchDotProductAttention", "TorchSpecProvider", "torch_block_spec"]
+__all__ = ["TorchDotProductAttention", "TorchSpecProvider", "layer_spec", "torch_block_spec"]

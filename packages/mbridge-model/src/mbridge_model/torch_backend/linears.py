@@ -9,10 +9,9 @@ from typing import Any
 
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint
 from torch import Tensor
 
-from mbridge_model.torch_backend.norms import check_normalization, make_norm_parameter, normalize
+from mbridge_model.torch_backend.norms import norm_parameters, normalize
 
 
 class TorchLayerNormColumnParallelLinear(ColumnParallelLinear):
@@ -29,11 +28,7 @@ class TorchLayerNormColumnParallelLinear(ColumnParallelLinear):
     # The class name ends as Megatron-Bridge expects of a fused layer: the norm replicated, the rest column-parallel.
     def __init__(self, input_size: int, output_size: int, *, config: TransformerConfig, **arguments: Any) -> None:
         super().__init__(input_size, output_size, config=config, **arguments)
-        check_normalization(config)
-        self.layer_norm_weight = make_norm_parameter(config, input_size, is_bias=False)
-        self.layer_norm_bias = (
-            make_norm_parameter(config, input_size, is_bias=True) if config.normalization == "LayerNorm" else None
-        )
+        self.layer_norm_weight, self.layer_norm_bias = norm_parameters(config, input_size)
 
     def forward(
         self, input_: Tensor, weight: Tensor | None = None, runtime_gather_output: bool | None = None
@@ -53,20 +48,3 @@ class TorchLayerNormColumnParallelLinear(ColumnParallelLinear):
         finally:
             self.skip_bias_add = skips
         return output
-
-    def sharded_state_dict(
-        self,
-        prefix: str = "",
-        sharded_offsets: tuple[tuple[int, int, int], ...] = (),
-        metadata: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        """Megatron-Core's distributed-checkpoint view: `weight` and `bias` split along dimension 0, the norm whole."""
-        state: dict[str, Any] = make_sharded_tensors_for_checkpoint(
-            self.state_dict(prefix="", keep_vars=True),
-            prefix,
-            {"weight": 0, "bias": 0},
-            sharded_offsets,
-            tp_group=self.tp_group,
-            dp_cp_group=(metadata or {}).get("dp_cp_group"),
-        )
-        return state

@@ -34,19 +34,33 @@ def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float, zero_centered: bool
     return weight * normalized.to(dtype)
 
 
-def layer_norm(hidden: Tensor, weight: Tensor, bias: Tensor, epsilon: float, zero_centered: bool) -> Tensor:
-    """Layer normalization over the last dimension (Ba et al. 2016)."""
-    scale = weight + 1.0 if zero_centered else weight
-    return nn.functional.layer_norm(hidden, scale.shape, scale, bias, epsilon)
+def normalize(config: TransformerConfig, hidden: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
+    """Apply the norm that `config.normalization` names; LayerNorm (Ba et al. 2016) alone has a bias."""
+    zero_centered = config.layernorm_zero_centered_gamma
+    if bias is None:
+        return rms_norm(hidden, weight, epsilon, zero_centered)
+    return nn.functional.layer_norm(hidden, weight.shape, weight + 1.0 if zero_centered else weight, bias, epsilon)
 
 
-def make_norm_parameter(config: TransformerConfig, size: int, *, is_bias: bool) -> nn.Parameter:
-    """A norm's weight or bias [size] in the parameter dtype, at its identity value, marked for sequence parallelism."""
-    identity = 0.0 if is_bias or config.layernorm_zero_centered_gamma else 1.0
+def norm_parameters(config: TransformerConfig, size: int) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """Return a norm's weight [size] and bias [size], None for RMSNorm, marked for sequence parallelism.
+
+    Raises:
+        ValueError: `config.normalization` is neither "RMSNorm" nor "LayerNorm".
+    """
+    if config.normalization not in ("RMSNorm", "LayerNorm"):
+        raise ValueError(
+            f"normalization {config.normalization!r} is not built in the torch backend, which has RMSNorm and LayerNorm"
+        )
     device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-    parameter = nn.Parameter(torch.full((size,), identity, dtype=config.params_dtype, device=device))
-    setattr(parameter, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - it is no attribute of the class
-    return parameter
+
+    def parameter(value: float) -> nn.Parameter:
+        made = nn.Parameter(torch.full((size,), value, dtype=config.params_dtype, device=device))
+        setattr(made, "sequence_parallel", config.sequence_parallel)  # noqa: B010 - it is no attribute of the class
+        return made
+
+    weight = parameter(0.0 if config.layernorm_zero_centered_gamma else 1.0)
+    return weight, parameter(0.0) if config.normalization == "LayerNorm" else None
 
 
 class TorchNorm(nn.Module):
@@ -64,29 +78,10 @@ class TorchNorm(nn.Module):
     # "Norm" in the class name is how Megatron-Bridge knows that these parameters are replicated over tensor parallel.
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5) -> None:
         super().__init__()
-        check_normalization(config)
         self.config = config
         self.epsilon = eps
-        self.weight = make_norm_parameter(config, hidden_size, is_bias=False)
-        self.bias = (
-            make_norm_parameter(config, hidden_size, is_bias=True) if config.normalization == "LayerNorm" else None
-        )
+        self.weight, self.bias = norm_parameters(config, hidden_size)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., hidden_size] in, the same shape and dtype out."""
         return normalize(self.config, hidden, self.weight, self.bias, self.epsilon)
-
-
-def check_normalization(config: TransformerConfig) -> None:
-    """Raise ValueError for a normalization that this backend does not have."""
-    if config.normalization not in ("RMSNorm", "LayerNorm"):
-        raise ValueError(
-            f"normalization {config.normalization!r} is not built in the torch backend, which has RMSNorm and LayerNorm"
-        )
-
-
-def normalize(config: TransformerConfig, hidden: Tensor, weight: Tensor, bias: Tensor | None, epsilon: float) -> Tensor:
-    """Apply the norm that `config.normalization` names."""
-    if bias is None:
-        return rms_norm(hidden, weight, epsilon, config.layernorm_zero_centered_gamma)
-    return layer_norm(hidden, weight, bias, epsilon, config.layernorm_zero_centered_gamma)

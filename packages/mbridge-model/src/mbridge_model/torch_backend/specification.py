@@ -8,13 +8,11 @@ from megatron.core.models.backends import BackendSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
-from megatron.core.transformer.enums import AttnMaskType, LayerType
+from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLPSubmodules
 from megatron.core.transformer.moe.experts import SequentialMLP
-from megatron.core.transformer.pipeline_parallel_layer_layout import PipelineParallelLayerLayout
 from megatron.core.transformer.spec_utils import ModuleSpec
-from megatron.core.transformer.torch_norm import L2Norm
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import (
@@ -60,20 +58,24 @@ class TorchSpecProvider(BackendSpecProvider):
         return None
 
 
-def torch_layer_spec(config: TransformerConfig, *, is_moe: bool, qk_l2_norm: bool = False) -> ModuleSpec:
-    """Specify one transformer layer with the parts of Megatron-Core's Transformer Engine layer, as torch modules."""
-    backend = TorchSpecProvider()
-    qk_norm: Any = IdentityOp
-    if qk_l2_norm:
-        qk_norm = L2Norm
-    elif config.qk_layernorm:
-        qk_norm = backend.layer_norm(for_qk=True)
+def layer_spec(
+    backend: Any, attention: type, mask: AttnMaskType, *, qk_norm: Any = None, num_experts: int | None = None
+) -> ModuleSpec:
+    """Specify one transformer layer with the modules of `backend`, in which linear layers have fused input norms.
+
+    Args:
+        backend: a `BackendSpecProvider`.
+        attention: the class of the self-attention.
+        mask: what the attention masks.
+        qk_norm: the norm of queries and keys; None for none, or for the L2 norm where the configuration asks for it.
+        num_experts: number of experts; None for a dense MLP.
+    """
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             self_attention=ModuleSpec(
-                module=RotarySelfAttention,
-                params={"attn_mask_type": AttnMaskType.causal},
+                module=attention,
+                params={"attn_mask_type": mask},
                 submodules=SelfAttentionSubmodules(
                     linear_qkv=backend.column_parallel_layer_norm_linear(),
                     core_attention=backend.core_attention(),
@@ -84,10 +86,8 @@ def torch_layer_spec(config: TransformerConfig, *, is_moe: bool, qk_l2_norm: boo
             ),
             self_attn_bda=get_bias_dropout_add,
             # A dense MLP has its norm fused into linear_fc1; a router needs the normalized input itself.
-            pre_mlp_layernorm=backend.layer_norm() if is_moe else IdentityOp,
-            mlp=get_mlp_module_spec_for_backend(
-                backend=backend, num_experts=config.num_moe_experts if is_moe else None, moe_grouped_gemm=False
-            ),
+            pre_mlp_layernorm=backend.layer_norm() if num_experts else IdentityOp,
+            mlp=get_mlp_module_spec_for_backend(backend=backend, num_experts=num_experts),
             mlp_bda=get_bias_dropout_add,
         ),
     )
@@ -104,28 +104,19 @@ def torch_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> 
     """
     if config.multi_latent_attention:
         raise ValueError("multi-latent attention is not built in the torch backend; use backend 'te' on a GPU")
-    qk_l2_norm = getattr(config, "qk_l2_norm", False)
-    layers = [
-        torch_layer_spec(config, is_moe=is_moe, qk_l2_norm=qk_l2_norm)
-        for is_moe in _moe_pattern(config, _layer_numbers(config, vp_stage))
-    ]
+    qk_norm = TorchNorm if config.qk_layernorm and not config.qk_l2_norm else None
+    first = get_transformer_layer_offset(config, vp_stage=vp_stage)
+    layers = []
+    for number in range(first, first + get_num_layers_to_build(config, vp_stage=vp_stage)):
+        frequency = config.moe_layer_freq
+        has_experts = number % frequency == 0 if isinstance(frequency, int) else frequency[number]
+        layers.append(
+            layer_spec(
+                TorchSpecProvider(),
+                RotarySelfAttention,
+                AttnMaskType.causal,
+                qk_norm=qk_norm,
+                num_experts=config.num_moe_experts if has_experts else None,
+            )
+        )
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=TorchNorm)
-
-
-def _layer_numbers(config: TransformerConfig, vp_stage: int | None) -> list[int]:
-    """Return the global, zero-based numbers of the layers on this stage."""
-    layout = config.pipeline_model_parallel_layout
-    if isinstance(layout, PipelineParallelLayerLayout):
-        return list(layout.get_layer_id_list(layer_type=LayerType.decoder, vp_stage=vp_stage))
-    offset = get_transformer_layer_offset(config, vp_stage=vp_stage)
-    return list(range(offset, offset + get_num_layers_to_build(config, vp_stage=vp_stage)))
-
-
-def _moe_pattern(config: TransformerConfig, layer_numbers: list[int]) -> list[bool]:
-    """Which of these layers have experts: every n-th for an integer `moe_layer_freq`, else as its list says."""
-    if not config.num_moe_experts:
-        return [False] * len(layer_numbers)
-    frequency = config.moe_layer_freq
-    if isinstance(frequency, int):
-        return [number % frequency == 0 for number in layer_numbers]
-    return [bool(frequency[number]) for number in layer_numbers]

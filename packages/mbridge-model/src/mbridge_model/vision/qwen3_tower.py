@@ -23,6 +23,10 @@ def build_tower(provider: Any, backend: Literal["te", "torch"]) -> nn.Module:
     Raises:
         ModelError: the tower's activation differs from the one that Megatron-Bridge's module computes.
     """
+    from megatron.core.transformer.enums import AttnMaskType
+
+    from mbridge_model.torch_backend import TorchSpecProvider, layer_spec
+
     activation = provider.vision_config.hidden_act
     if activation != ACTIVATION:
         raise ModelError(f"vision_config.hidden_act is {activation!r}; Qwen3-VL's tower is built with {ACTIVATION!r}")
@@ -30,10 +34,14 @@ def build_tower(provider: Any, backend: Literal["te", "torch"]) -> nn.Module:
     config = parts.vision_config(provider.vision_config, megatron_config=provider)
     config.params_dtype = provider.params_dtype
     config.perform_initialization = provider.perform_initialization
-    modules = _backend_modules(backend)
+    modules: Any = TorchSpecProvider()
+    if backend == "te":
+        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
+
+        modules = TESpecProvider()
     tower: Any = parts.vision_model(
         config,
-        _layer_spec(modules, parts.attention),
+        layer_spec(modules, parts.attention, AttnMaskType.no_mask),
         parts.merger_submodules(
             patch_norm=modules.layer_norm(),
             linear_fc1=modules.column_parallel_linear(),
@@ -125,42 +133,4 @@ def recomputing(decoder: nn.Module) -> PatchTable:
             ),
         ),
         owner=decoder,
-    )
-
-
-def _backend_modules(backend: Literal["te", "torch"]) -> Any:
-    if backend == "te":
-        from megatron.core.extensions.transformer_engine_spec_provider import TESpecProvider
-
-        return TESpecProvider()
-    from mbridge_model.torch_backend import TorchSpecProvider
-
-    return TorchSpecProvider()
-
-
-def _layer_spec(modules: Any, attention: type) -> Any:
-    """A pre-norm layer with LayerNorm, biases and attention in both directions."""
-    from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-    from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
-    from megatron.core.transformer.attention import SelfAttentionSubmodules
-    from megatron.core.transformer.enums import AttnMaskType
-    from megatron.core.transformer.spec_utils import ModuleSpec
-    from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
-
-    return ModuleSpec(
-        module=TransformerLayer,
-        submodules=TransformerLayerSubmodules(
-            self_attention=ModuleSpec(
-                module=attention,
-                params={"attn_mask_type": AttnMaskType.no_mask},
-                submodules=SelfAttentionSubmodules(
-                    linear_qkv=modules.column_parallel_layer_norm_linear(),
-                    core_attention=modules.core_attention(),
-                    linear_proj=modules.row_parallel_linear(),
-                ),
-            ),
-            self_attn_bda=get_bias_dropout_add,
-            mlp=get_mlp_module_spec_for_backend(backend=modules, num_experts=None),
-            mlp_bda=get_bias_dropout_add,
-        ),
     )
