@@ -68,8 +68,7 @@ def save_hf(
     Rank 0 writes, holding at most one shard of the weights in host memory.
 
     Args:
-        model: the chunks that `load` returned.
-        handle: as `load` returned it.
+        model, handle: as `load` returned them.
         directory: where to write; it must not exist, or be empty.
         max_shard_bytes: start a new safetensors file when the next tensor would make one larger than this.
 
@@ -84,18 +83,15 @@ def save_hf(
     if writes and target.exists() and (not target.is_dir() or any(target.iterdir())):
         error = ModelError(f"{target} exists and is not an empty directory; give another one or remove it")
     _raise_everywhere(error)
-    if not writes:
-        for _ in export(model, handle):
-            pass
-    else:
-        tensors = export(model, handle)
+    tensors = export(model, handle)
+    if writes:
         try:
             _write(tensors, handle.directory, target, max_shard_bytes)
         except (OSError, SafetensorError) as caught:
             error = ModelError(f"{target} cannot be written: {caught}; free space or give another directory")
             error.__cause__ = caught
-            for _ in tensors:
-                pass
+    for _ in tensors:
+        pass
     _raise_everywhere(error)
 
 
@@ -114,14 +110,11 @@ def _write(tensors: Iterator[tuple[str, Tensor]], source: HFDirectory, target: P
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
-        writer = _ShardWriter(temporary, max_shard_bytes)
-        for name, tensor in tensors:
-            writer.add(name, tensor)
-        writer.finish()
+        dtype = _write_tensors(tensors, temporary, max_shard_bytes)
         for file in source.path.iterdir():
             if file.is_file() and not file.name.endswith(_WEIGHT_SUFFIXES):
                 shutil.copy(file, temporary / file.name)
-        config = _config_of_tensors(source.config, writer.dtype)
+        config = _config_of_tensors(source.config, dtype)
         if config != source.config:
             (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         temporary.chmod(0o755)  # mkdtemp makes it private
@@ -147,51 +140,36 @@ def _config_of_tensors(config: dict[str, Any], dtype: str) -> dict[str, Any]:
     return changed
 
 
-class _ShardWriter:
-    """Collects tensors into safetensors files of limited size and writes the index if there is more than one file."""
+def _write_tensors(tensors: Iterator[tuple[str, Tensor]], directory: Path, max_shard_bytes: int) -> str:
+    """Write safetensors files of limited size, and their index if there are several; return the commonest dtype."""
+    shard: dict[str, Tensor] = {}
+    shards: list[list[str]] = []
+    bytes_by_dtype: Counter[str] = Counter()
 
-    def __init__(self, directory: Path, max_shard_bytes: int) -> None:
-        self.directory = directory
-        self.max_shard_bytes = max_shard_bytes
-        self.shard: dict[str, Tensor] = {}
-        self.shard_bytes = 0
-        self.shards: list[list[str]] = []
-        self.total_bytes = 0
-        self.bytes_by_dtype: Counter[str] = Counter()
-
-    @property
-    def dtype(self) -> str:
-        """Name of the dtype that most of the tensors have."""
-        return self.bytes_by_dtype.most_common(1)[0][0]
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        if self.shard and self.shard_bytes + tensor.nbytes > self.max_shard_bytes:
-            self._flush()
-        # A copy, since the exporter may hand out a view of a live parameter or reuse its buffer.
-        self.shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
-        self.shard_bytes += tensor.nbytes
-        self.bytes_by_dtype[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
-
-    def finish(self) -> None:
-        self._flush()
-        count = len(self.shards)
-        if count == 1:
-            os.rename(self._part(0), self.directory / "model.safetensors")
-            return
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self.shards):
-            file_name = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            os.rename(self._part(number), self.directory / file_name)
-            weight_map |= dict.fromkeys(names, file_name)
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        (self.directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-    def _flush(self) -> None:
-        save_file(self.shard, self._part(len(self.shards)), metadata={"format": "pt"})
-        self.shards.append(list(self.shard))
-        self.total_bytes += self.shard_bytes
-        self.shard, self.shard_bytes = {}, 0
-
-    def _part(self, number: int) -> Path:
+    def part(number: int) -> Path:
         # The final names hold the number of shards, which is known only at the end.
-        return self.directory / f"part-{number:05d}"
+        return directory / f"part-{number:05d}"
+
+    def flush() -> None:
+        save_file(shard, part(len(shards)), metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for name, tensor in tensors:
+        if shard and sum(other.nbytes for other in shard.values()) + tensor.nbytes > max_shard_bytes:
+            flush()
+        # A copy, since the exporter may hand out a view of a live parameter or reuse its buffer.
+        shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
+        bytes_by_dtype[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
+    flush()
+    if len(shards) == 1:
+        os.rename(part(0), directory / "model.safetensors")
+    else:
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(shards):
+            file_name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+            os.rename(part(number), directory / file_name)
+            weight_map |= dict.fromkeys(names, file_name)
+        index = {"metadata": {"total_size": bytes_by_dtype.total()}, "weight_map": weight_map}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    return bytes_by_dtype.most_common(1)[0][0]

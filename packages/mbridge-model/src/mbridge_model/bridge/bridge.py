@@ -1,19 +1,18 @@
 """The only module that imports megatron.bridge.
 
-Upstream has announced that Megatron-Bridge moves into Megatron-LM, so what we use of it is kept in one place: open a
-HuggingFace directory, get its Megatron provider, load weights, stream them back. The import takes seconds and
-happens when a model is built, not before.
+Upstream has announced that Megatron-Bridge moves into Megatron-LM, so its use is kept in one place. The import takes
+seconds and happens when a model is built, not before.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import cache
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from mbridge_model.bridge.conversion_tasks import has_vocabulary, hf_names, load_only, task_parts
-from mbridge_model.bridge.hf_views import Parts
+from mbridge_model.bridge.hf_views import part_views
 from mbridge_model.bridge.install import require_bridge
 from mbridge_model.bridge.read_slices import SlicedReader
 from mbridge_model.directory import HFDirectory
@@ -51,28 +50,13 @@ def import_bridge() -> Any:
     return AutoBridge
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class QwenVLParts:
-    """The parts of Megatron-Bridge's Qwen3-VL that `mbridge_model.vision` builds on.
-
-    Attributes:
-        attention: self-attention that takes a rotary angle for each token, packed or not.
-        rotary: the language model's interleaved rotary embedding.
-        vision_model: the vision tower.
-        vision_config: makes the tower's configuration from transformers' configuration and the provider.
-        merger_submodules: norm and linear layers of a merger.
-    """
-
-    attention: type
-    rotary: Callable[..., torch.nn.Module]
-    vision_model: Callable[..., torch.nn.Module]
-    vision_config: Callable[..., Any]
-    merger_submodules: Callable[..., Any]
-
-
 @cache
-def qwen_vl_parts() -> QwenVLParts:
-    """Import the parts once."""
+def qwen_vl_parts() -> SimpleNamespace:
+    """Import the parts of Megatron-Bridge's Qwen3-VL that `mbridge_model.vision` builds on, once.
+
+    Its self-attention takes a rotary angle for each token, packed or not. `vision_config` makes the tower's
+    configuration from transformers' configuration and the provider.
+    """
     import_bridge()
     from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.attention import Qwen3VLSelfAttention
     from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.rope import Qwen3VLMultimodalRotaryEmbedding
@@ -80,7 +64,7 @@ def qwen_vl_parts() -> QwenVLParts:
     from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.utils import PatchMergerSubmodules
     from megatron.bridge.models.qwen_vl.modelling_qwen3_vl.vision_model import Qwen3VLVisionModel
 
-    return QwenVLParts(
+    return SimpleNamespace(
         attention=Qwen3VLSelfAttention,
         rotary=Qwen3VLMultimodalRotaryEmbedding,
         vision_model=Qwen3VLVisionModel,
@@ -92,10 +76,6 @@ def qwen_vl_parts() -> QwenVLParts:
 class Bridge:
     """One HuggingFace directory as Megatron-Bridge sees it.
 
-    Args:
-        directory: as `open_directory` returned it.
-        trust_remote_code: let transformers run Python files of the directory.
-
     Raises:
         ModelError: Megatron-Bridge has no conversion for the architecture, or cannot read the directory.
     """
@@ -104,7 +84,7 @@ class Bridge:
         self.directory = directory
         self.path = path = directory.path
         self._tasks: tuple[list[torch.nn.Module], list[Any]] = [], []
-        self._parts: dict[str, Parts] = {}
+        self._views: dict[str, tuple[torch.Tensor, list[tuple[str, torch.Tensor]]]] = {}
         auto_bridge = import_bridge()
         try:
             with quiet():
@@ -158,9 +138,9 @@ class Bridge:
         try:
             with quiet():
                 model_bridge = self._bridge._model_bridge
-                # Not those that an export uses: loading marks them on the stages that own a tensor alone, after which
-                # the stages would not agree on what to send.
-                left = self._load_shares(model_bridge, self._bridge.get_conversion_tasks(model))
+                # Not the tasks that an export uses: loading marks tasks on the stages that own a tensor alone, after
+                # which the stages would not agree on what to send.
+                left = self._load_shares(self._bridge.get_conversion_tasks(model))
                 with load_only(model_bridge, left):
                     model_bridge.load_weights_hf_to_megatron(self._bridge.hf_pretrained, model)
         except (AssertionError, RuntimeError, ValueError) as error:
@@ -169,10 +149,10 @@ class Bridge:
                 "from config.json, and check that config.json belongs to these weights"
             ) from error
 
-    def _load_shares(self, model_bridge: Any, tasks: list[Any]) -> list[Any]:
+    def _load_shares(self, tasks: list[Any]) -> list[Any]:
         """Fill every parameter whose shard this rank can read by itself; return the remaining tasks."""
-        if not type(model_bridge).maybe_modify_loaded_hf_weight.__qualname__.startswith("MegatronModelBridge."):
-            return tasks  # this family changes tensors as they are read
+        if self._family_overrides("maybe_modify_loaded_hf_weight"):
+            return tasks
         reader: SlicedReader | None = None
         left = []
         for task in tasks:
@@ -195,8 +175,7 @@ class Bridge:
     def check_finite(self, model: list[torch.nn.Module]) -> None:
         """Check that every parameter is finite. Collective over all ranks, so that all of them raise.
 
-        Each rank reads its parameters once from its own memory, which takes as long as a copy of them: 5 ms per GB on
-        one H200, 1 s per GB on one CPU core.
+        It takes as long as a copy of this rank's parameters: 5 ms per GB on one H200, 1 s per GB on one CPU core.
 
         Raises:
             ModelError: naming the tensors and their files.
@@ -209,9 +188,7 @@ class Bridge:
                 tensors = self._bridge.hf_pretrained.state.source.load_tensors(hf_names(task))
                 broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
                 found.update(broken or hf_names(task))
-        found_by_rank: list[set[str]] = [set() for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather_object(found_by_rank, found)
-        if names := sorted(set().union(*found_by_rank)):
+        if names := _union_of_ranks(found):
             raise ModelError(
                 f"{len(names)} tensor(s) hold NaN, infinity or a number that the model's dtype cannot hold, first "
                 f"{names[0]!r} in {self.directory.files[names[0]]}; every output would be NaN. Download the file "
@@ -219,13 +196,10 @@ class Bridge:
             )
 
     def export(self, model: list[torch.nn.Module], vocab_size: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """Yield (HuggingFace name, whole tensor) on every rank. Collective: all must iterate.
+        """Yield (HuggingFace name, whole tensor) on every rank; see `mbridge_model.export`. Collective.
 
         Tensors with a row per token are cut to `vocab_size` rows, since Megatron-Bridge leaves them padded. Where this
         rank has the whole model, most tensors are views of parameters, and Megatron-Bridge converts the others.
-
-        Raises:
-            ModelError: the memory of the weights has been freed.
         """
         from megatron.core import parallel_state
 
@@ -238,14 +212,16 @@ class Bridge:
                     f"the memory of {task.global_param_name} has been freed (offloaded): bring the weights back first"
                 )
         left = tasks
-        if parallel_state.get_model_parallel_group().size() == 1 and not self._changes_exported_weights():
+        is_whole = parallel_state.get_model_parallel_group().size() == 1
+        if is_whole and not self._family_overrides("maybe_modify_converted_hf_weight"):
             left = []
             for task in tasks:
-                parts = self._parts_of(task, vocab_size)
-                if parts is None:
+                views = self._views_of(task, vocab_size)
+                if views is None:
                     left.append(task)
-                else:
-                    yield from parts
+                    continue
+                for name, view in views:  # of a fused attention [groups, rows of a group, ...]
+                    yield name, view.flatten(0, 1) if view.dim() > task.param_weight.dim() else view
         if not left:
             return
         vocabulary = {"lm_head.weight"}.union(*(hf_names(task) for task in tasks if has_vocabulary(task)))
@@ -253,23 +229,25 @@ class Bridge:
         for name, tensor in converted:
             yield name, tensor[:vocab_size] if name in vocabulary else tensor
 
-    def _parts_of(self, task: Any, vocab_size: int) -> Parts | None:
-        """Return views of a parameter that this rank holds whole; None if Megatron-Bridge must convert it."""
+    def _views_of(self, task: Any, vocab_size: int) -> list[tuple[str, torch.Tensor]] | None:
+        """Return (name, view) of a parameter that this rank holds whole; None if Megatron-Bridge must convert it.
+
+        Views are cached, since creating one takes longer than copying a small tensor.
+        """
         if task.megatron_module is None:
             return None
-        known = self._parts.get(task.global_param_name)
-        if known is None or not known.are_of(task.param_weight):
+        weight, name = task.param_weight, task.global_param_name
+        # Data parallelism, for one, moves parameters into a buffer.
+        if name not in self._views or self._views[name][0].data_ptr() != weight.data_ptr():
             names, config = task_parts(task), task.megatron_module.config
             if names is None or task.mapping.is_expert:
                 return None
-            known = self._parts[task.global_param_name] = Parts(
-                task.param_weight,
-                names,
-                heads=config.num_attention_heads,
-                groups=config.num_query_groups,
-                rows=vocab_size if has_vocabulary(task) else None,
-            )
-        return known
+            data, groups = weight.detach(), config.num_query_groups
+            views = part_views(data, names, queries=config.num_attention_heads // groups, groups=groups)
+            if has_vocabulary(task):
+                views["whole"] = views["whole"][:vocab_size]
+            self._views[name] = data, [(names[part], view) for part, view in views.items()]
+        return self._views[name][1]
 
     def _conversion_tasks(self, model: list[torch.nn.Module]) -> list[Any]:
         """Return the task of each parameter, cached: finding them takes longer than copying a small model."""
@@ -278,12 +256,12 @@ class Bridge:
             with quiet():
                 tasks = self._bridge.get_conversion_tasks(model)
             self._tasks = list(model), tasks
-            self._parts = {}
+            self._views = {}
         return tasks
 
-    def _changes_exported_weights(self) -> bool:
-        """Return whether this family computes its HuggingFace tensors instead of cutting them out of parameters."""
-        function = type(self._bridge._model_bridge).maybe_modify_converted_hf_weight
+    def _family_overrides(self, method: str) -> bool:
+        """Return whether this family has its own version of a method that changes tensors as they are converted."""
+        function = getattr(type(self._bridge._model_bridge), method)
         return not function.__qualname__.startswith("MegatronModelBridge.")
 
     def recipe(self, model: list[torch.nn.Module], provider: Any, vocab_size: int) -> list[dict[str, Any]] | None:
@@ -306,10 +284,9 @@ class Bridge:
         return entries
 
     def check_coverage(self, model: list[torch.nn.Module]) -> None:
-        """Check that each weight of the directory has a place in the model, and each parameter a weight.
+        """Check that each weight of the directory has a place in the model, and each parameter a weight. Collective.
 
         Megatron-Bridge only warns of either, so a random or a missing tensor would be trained.
-        Collective over all ranks, so that all of them raise.
 
         Raises:
             ModelError: naming the first tensors that have no counterpart.
@@ -317,17 +294,12 @@ class Bridge:
         from megatron.core.utils import get_model_config
 
         tied = get_model_config(model[0]).share_embeddings_and_output_weights
-
-        expected: set[str] = set()
-        tasks = self._conversion_tasks(model)
-        for task in tasks:
-            if task is not None:
-                expected.update(hf_names(task))
+        tasks = [task for task in self._conversion_tasks(model) if task is not None]
+        expected = {name for task in tasks for name in hf_names(task)}
         present = set(self._bridge.hf_pretrained.state.source.get_all_keys())
-        missing = sorted(expected - present)
         ignored = {"lm_head.weight"} if tied else set()
         unused = sorted(name for name in present - expected - ignored if not name.endswith("rotary_emb.inv_freq"))
-        if missing:
+        if missing := sorted(expected - present):
             raise ModelError(
                 f"the checkpoint lacks {len(missing)} tensor(s) that the model needs, first {missing[0]!r}; "
                 "its files are complete, so config.json (or an override) does not belong to these weights, or "
@@ -338,17 +310,22 @@ class Bridge:
                 f"{len(unused)} tensor(s) of the checkpoint have no place in the Megatron model, first {unused[0]!r}; "
                 "training without them would change the model. Megatron-Bridge does not know this variant"
             )
-        filled = {id(task.param_weight) for task in tasks if task is not None}
-        empty = [
+        filled = {id(task.param_weight) for task in tasks}
+        empty = {
             name
             for chunk in model
             for name, parameter in chunk.named_parameters()
             if id(parameter) not in filled and not (tied and "output_layer" in name)
-        ]
-        empty_by_rank: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather_object(empty_by_rank, empty)
-        if names := sorted({name for names in empty_by_rank for name in names}):
+        }
+        if names := _union_of_ranks(empty):
             raise ModelError(
                 f"{len(names)} parameter(s) of the Megatron model get no weight from the checkpoint, first "
                 f"{names[0]!r}; an override, or a setting in config.json, asks for more than this architecture has"
             )
+
+
+def _union_of_ranks(names: set[str]) -> list[str]:
+    """Return the names of all ranks, sorted. Collective."""
+    names_by_rank: list[set[str]] = [set() for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(names_by_rank, names)
+    return sorted(set().union(*names_by_rank))

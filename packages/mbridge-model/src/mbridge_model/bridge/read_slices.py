@@ -1,8 +1,7 @@
 """Read only the rows and columns of a weight that a rank holds, straight into the parameter.
 
-Megatron-Bridge copies a tensor in host memory, and under tensor parallelism the first rank reads and converts whole
-tensors and scatters them while the others wait. Where a parameter consists of plain parts of HuggingFace tensors (see
-`export_recipe`), each rank can copy its own shard out of the memory-mapped safetensors file.
+Under tensor parallelism Megatron-Bridge's first rank reads and scatters whole tensors while the others wait. Where a
+parameter consists of plain parts of HuggingFace tensors (see `export_recipe`), each rank copies its own shard here.
 """
 
 from collections.abc import Mapping
@@ -17,12 +16,7 @@ from mbridge_model.bridge.hf_views import part_views
 
 
 class SlicedReader:
-    """Reads the slices of a safetensors directory that one tensor-parallel rank needs.
-
-    Args:
-        files: the file of each tensor.
-        rank, size: of tensor parallelism.
-    """
+    """Reads the slices that tensor-parallel rank `rank` of `size` needs; `files` has the file of each tensor."""
 
     def __init__(self, files: Mapping[str, Path], rank: int, size: int) -> None:
         self._files = files
