@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-from mbridge_train.errors import TrainError
+from mbridge_train.data.errors import DataError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,13 +22,13 @@ def render_chat(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, A
         options: options of `apply_chat_template`, such as `add_generation_prompt`.
 
     Raises:
-        TrainError: the template is not valid Jinja.
+        DataError: the template is not valid Jinja.
         jinja2.TemplateError: the template refuses the messages.
     """
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=TODAY.strftime, **options)
     except jinja2.TemplateSyntaxError as error:
-        raise TrainError(
+        raise DataError(
             f"{tokenizer.name_or_path}: line {error.lineno} of its chat template is not valid Jinja: {error.message}; "
             "correct chat_template.jinja, or chat_template in tokenizer_config.json, or copy the file again"
         ) from None

@@ -27,11 +27,7 @@ from mbridge_train.data.json_records import JsonRecords
 
 
 class ChatFile:
-    """A `.jsonl` file of chats. A row is a line that is not blank.
-
-    Args:
-        path: the file.
-        settings: of which those for jsonl files count.
+    """A `.jsonl` file of chats, whose rows are the lines that are not blank; see `Examples`.
 
     Raises:
         DataError: the file cannot be read, or has no rows.

@@ -23,7 +23,6 @@ from mbridge_train.data.examples import Example
 from mbridge_train.data.hf_files import from_directory
 from mbridge_train.data.images import LARGEST, PixelLimits, RowImages, decode, fetched, image_size
 from mbridge_train.data.template import ChatTemplate
-from mbridge_train.errors import TrainError
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
@@ -104,23 +103,21 @@ class Encoder:
                 f"{self._directory} has no chat template; put a chat_template.jinja beside the tokenizer's files"
             )
         self._ids_of = lru_cache(maxsize=16)(self._token_ids)  # the choices of a question differ only in the answer
-        self._check_tokenizer()
+        pieces = [token for text in ("a question", "an answer") for token in self._token_ids(text)]
+        if self.tokenizer.decode(pieces) != self.tokenizer.decode(self._token_ids("a questionan answer")):
+            raise DataError(
+                f"the tokenizer of {self._directory} adds to each piece of a text, so that an answer cannot be told "
+                "from its prompt; use a tokenizer of the byte-level kind"
+            )
         self._template = ChatTemplate(self.tokenizer, template, str(self._directory))
 
     def _load(self, kind: Any) -> Any:
         # Without any of these files, transformers returns an empty tokenizer.
         if not any((self._directory / name).is_file() for name in _TOKENIZER_FILES):
             raise DataError(f"{self._directory} has none of {', '.join(_TOKENIZER_FILES)}; complete the download")
-        try:
-            return from_directory(
-                kind,
-                self._directory,
-                "processor" if kind is AutoProcessor else "tokenizer",
-                local_files_only=True,
-                trust_remote_code=self._trust_remote_code,
-            )
-        except TrainError as error:
-            raise DataError(str(error)) from error
+        name = "processor" if kind is AutoProcessor else "tokenizer"
+        options = {"local_files_only": True, "trust_remote_code": self._trust_remote_code}
+        return from_directory(kind, self._directory, name, **options)
 
     def __reduce__(self) -> Any:
         return self._again, ()
@@ -218,14 +215,6 @@ class Encoder:
                 raise RowError(f"{source}: {error}") from None
         return Encoded(tokens=tokens, trained=trained, images=images, position_ids=position_ids, source=source)
 
-    def _check_tokenizer(self) -> None:
-        pieces = [token for text in ("a question", "an answer") for token in self._token_ids(text)]
-        if self.tokenizer.decode(pieces) != self.tokenizer.decode(self._token_ids("a questionan answer")):
-            raise DataError(
-                f"the tokenizer of {self._directory} adds to each piece of a text, so that an answer cannot be told "
-                "from its prompt; use a tokenizer of the byte-level kind"
-            )
-
     def _token_ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
@@ -234,9 +223,8 @@ class Encoder:
         assert self._mrope is not None
         placeholders = tokens == self._mrope.image_token_id
         counts = torch.ones_like(tokens)
-        image_tokens = (
-            tokens.new_empty(0) if images is None else images.grid_thw.prod(-1) // self._mrope.spatial_merge_size**2
-        )
+        patches = tokens.new_empty(0) if images is None else images.grid_thw.prod(-1)
+        image_tokens = patches // self._mrope.spatial_merge_size**2
         if int(placeholders.sum()) != len(image_tokens) or bool((tokens == self._mrope.video_token_id).any()):
             raise RowError(
                 f"{source}: the text holds {int(placeholders.sum())} placeholder(s) of images for {len(image_tokens)} "

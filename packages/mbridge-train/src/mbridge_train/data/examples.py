@@ -98,11 +98,9 @@ class ReadSettings:
 
 
 class Examples(Protocol):
-    """Rows that are read on demand. Can be pickled, to be read in other processes."""
+    """Rows that are read on demand, bad ones included. Can be pickled, to be read in other processes."""
 
-    def __len__(self) -> int:
-        """Return the number of rows, bad ones included."""
-        ...
+    def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example:
         """Return row `index`, from 0. Raise `RowError` if the row cannot be used, `DataError` if its file cannot."""

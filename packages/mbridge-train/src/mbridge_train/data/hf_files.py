@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mbridge_train.errors import TrainError
+from mbridge_train.data.errors import DataError
 
 
 def from_directory(kind: Any, directory: Path, name: str, **options: Any) -> Any:
@@ -15,14 +15,14 @@ def from_directory(kind: Any, directory: Path, name: str, **options: Any) -> Any
         name: name of the part for messages, such as "tokenizer".
 
     Raises:
-        TrainError: a file is missing or broken.
+        DataError: a file is missing or broken.
     """
     try:
         return kind.from_pretrained(directory, **options)
     # A broken file can raise anything: KeyError, TypeError, and Exception itself from the tokenizers library.
     except Exception as error:
         reason = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-        raise TrainError(
+        raise DataError(
             f"{directory}: its {name} cannot be loaded: {reason.rstrip('.')}; copy the files of the {name} again, or "
             "correct them"
         ) from error

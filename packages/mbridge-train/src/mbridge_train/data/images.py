@@ -72,7 +72,7 @@ class RowImages:
 
 
 def image_size(image: ImageReference, source: str, *, most_pixels: int = LARGEST) -> tuple[int, int]:
-    """Return the (width, height) of the image that `decode` returns, from the header. Arguments are those of `decode`.
+    """Return the (width, height) of the image that `decode` with the same arguments returns, from the header.
 
     Raises:
         RowError: the image cannot be read, has no header of a known format, or is too large.
@@ -92,13 +92,8 @@ def image_size(image: ImageReference, source: str, *, most_pixels: int = LARGEST
 def decode(image: ImageReference, source: str, *, most_pixels: int = LARGEST) -> Image.Image:
     """Decode an image: upright by its EXIF orientation, RGB, transparency on white, 16 bits reduced to 8.
 
-    Args:
-        image: the image to decode.
-        source: file and row, for error messages.
-        most_pixels: a larger image is refused before it is decoded.
-
     Raises:
-        RowError: the image cannot be read or decoded, or is too large.
+        RowError: the image, named by `source`, cannot be read or decoded, or has more than `most_pixels`.
     """
     with _opened(image, source, most_pixels) as opened:
         return _rgb(ImageOps.exif_transpose(opened))

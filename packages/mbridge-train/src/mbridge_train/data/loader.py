@@ -24,12 +24,13 @@ from mbridge_train.data.images import RowImages
 from mbridge_train.data.order import RowOrder
 from mbridge_train.data.workers import WorkerPool
 
+_NOTHING_USABLE = "correct the data, raise runner.seq_length if its rows are too long, or make batches larger"
+
 
 class EncodedBatches[T]:
-    """Iterate over batches of `encode(example)`. The number of workers does not change the batches.
+    """Iterate over batches of `encode(example)`, from `first_step` on. The number of workers does not change them.
 
-    Each iteration starts at `first_step`. Worker processes end with the iteration, even if it is left early. Iterating
-    is collective over all ranks of the process group, if there is one.
+    Worker processes end with the iteration, even if it is left early. Iterating is collective over all ranks.
 
     Args:
         examples: the rows.
@@ -104,22 +105,21 @@ class EncodedBatches[T]:
                     yield results
                 elif self.order.epochs is None:
                     last = self._examples.source(batch.rows[-1])
-                    raise self._nothing_usable(f"batch {step} can be used, the last of them {last}")
+                    raise DataError(f"no row of batch {step} can be used, the last of them {last}; {_NOTHING_USABLE}")
         if not is_usable and self.order.rows(self._first_step):
-            raise self._nothing_usable("the data can be used")
+            raise DataError(f"no row of the data can be used; {_NOTHING_USABLE}")
 
     def _encode(self, pool: WorkerPool, rows: list[int]) -> "_Batch":
         """Start the first phase of a batch. Rows known to be unusable are not read again."""
         known = self._bad | self._long
-        encoding = {
-            position: pool.submit("encode", row, self._examples.source(row))
-            for position, row in enumerate(rows)
-            if row not in known
-        }
-        return _Batch(rows=rows, encoding=encoding)
+        batch = _Batch(rows=rows)
+        for position, row in enumerate(rows):
+            if row not in known:
+                batch.encoding[position] = pool.submit("encode", row, self._examples.source(row))
+        return batch
 
     def _plan(self, pool: WorkerPool, batch: "_Batch") -> "_Batch":
-        """Start the second phase: decode the images of this rank's rows, without those known to be bad."""
+        """Start the second phase: decode the images of this rank's good rows."""
         for position, future in batch.encoding.items():
             result = future.result()
             (batch.errors if isinstance(result, DataError) else batch.results)[position] = result
@@ -137,8 +137,7 @@ class EncodedBatches[T]:
         """Finish a batch and return the results of its good rows, with the images of this rank's rows decoded.
 
         If an image turns out to be broken, or only some ranks found a row to be bad, all ranks plan again without the
-        row. The new plan may assign other rows to a rank, which then decodes their images. This ends once all ranks
-        have planned without exactly the rows that any rank found to be bad.
+        row, and decode what the new plan assigns to them, until no rank finds another bad row.
         """
         while True:
             for position, future in batch.decoding.items():
@@ -160,12 +159,6 @@ class EncodedBatches[T]:
             self._leave_out(batch.rows[position], error)
         return [batch.results[position] for position in batch.good]
 
-    def _nothing_usable(self, what: str) -> DataError:
-        return DataError(
-            f"no row of {what}; correct the data, raise runner.seq_length if its rows are too long, or make batches "
-            "larger"
-        )
-
     def _leave_out(self, row: int, error: DataError) -> None:
         is_long = self._skip_long and isinstance(error, LongRowError)
         known = self._long if is_long else self._bad
@@ -184,19 +177,17 @@ def _encode_row(examples: Examples, encode: Callable[[Example], Any], row: int) 
 
 @dataclass(kw_only=True, slots=True)
 class _Batch:
-    """A batch in preparation. Positions are indices into `rows`.
+    """A batch in preparation. Positions are indices into `rows`, which include rows known to be unusable.
 
     Attributes:
-        rows: indices of the rows, including those known to be unusable.
         encoding: futures of the first phase by position, until all are in `results` or `errors`.
-        results: encoded rows by position.
-        errors: errors by position: a `RowError` for a bad row; any other `DataError` ends the run.
+        errors: by position, a `RowError` for a bad row; any other `DataError` ends the run.
         left_out: positions of the bad rows that the plan leaves out.
         decoding: futures of this rank's images by position.
     """
 
     rows: list[int]
-    encoding: dict[int, Future[Any]]
+    encoding: dict[int, Future[Any]] = field(default_factory=dict)
     results: dict[int, Any] = field(default_factory=dict)
     errors: dict[int, DataError] = field(default_factory=dict)
     left_out: set[int] = field(default_factory=set)

@@ -33,11 +33,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
 class ParquetFile:
-    """A `.parquet` file of questions. Rows count from 0.
-
-    Args:
-        path: the file.
-        settings: of which those for parquet files count. Without the column of choices, answers are free text.
+    """A `.parquet` file of questions; see `Examples`. Without the column of choices, answers are free text.
 
     Raises:
         DataError: the file cannot be read, has no rows, or lacks one of the columns.
@@ -46,7 +42,11 @@ class ParquetFile:
     def __init__(self, path: Path, settings: ReadSettings) -> None:
         self._path = path
         self._settings = settings
-        self._open()
+        try:
+            self._file = pq.ParquetFile(path, memory_map=True)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path} cannot be read as parquet: {error}") from None
+        self._kept: dict[int, pa.Table] = {}
         names = self._file.schema_arrow.names
         self._image_keys = self._find_images() if settings.image_keys is None else settings.image_keys
         needed = [("prompt_key", settings.prompt_key), ("answer_key", settings.answer_key)]
@@ -79,19 +79,8 @@ class ParquetFile:
             )
         return tuple(found)
 
-    def _open(self) -> None:
-        try:
-            self._file = pq.ParquetFile(self._path, memory_map=True)
-        except (OSError, pa.ArrowException) as error:
-            raise DataError(f"{self._path} cannot be read as parquet: {error}") from None
-        self._kept: dict[int, pa.Table] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("_file", "_kept")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._open()
+    def __reduce__(self) -> Any:
+        return ParquetFile, (self._path, self._settings)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -130,12 +119,9 @@ class ParquetFile:
         answer = row[settings.answer_key]
         choices = row.get(settings.choice_key)
         texts: tuple[str, ...] | None = None
-        if choices is None:
-            if not isinstance(answer, str):
-                raise RowError(
-                    f"{source}: {settings.answer_key!r} is {reprlib.repr(answer)} without choices: write text"
-                )
-        else:
+        if choices is None and not isinstance(answer, str):
+            raise RowError(f"{source}: {settings.answer_key!r} is {reprlib.repr(answer)} without choices: write text")
+        if choices is not None:
             texts = _choices(choices, f"{source}, column {settings.choice_key!r}")
             right = _right(answer, texts, f"{source}, column {settings.answer_key!r}")
             lines = list(texts)

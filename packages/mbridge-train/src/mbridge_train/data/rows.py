@@ -4,8 +4,10 @@ import hashlib
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from ipaddress import ip_network
-from itertools import accumulate
 from pathlib import Path
+from typing import Any
+
+from torch.utils.data import ConcatDataset
 
 from mbridge_train.data.chat_rows import ChatFile
 from mbridge_train.data.errors import DataError, missing_file
@@ -37,7 +39,7 @@ def read_examples(paths: Sequence[str | Path], settings: ReadSettings | None = N
     return _Concatenation([_OPEN[file.suffix](file, settings) for file in files])
 
 
-_OPEN: dict[str, Callable[[Path, ReadSettings], Examples]] = {".parquet": ParquetFile, ".jsonl": ChatFile}
+_OPEN: dict[str, Callable[[Path, ReadSettings], Any]] = {".parquet": ParquetFile, ".jsonl": ChatFile}
 
 
 def _files(path: Path) -> list[Path]:
@@ -53,31 +55,16 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-class _Concatenation:
+class _Concatenation(ConcatDataset[Example]):
     """Several files as one."""
 
-    def __init__(self, files: list[Examples]) -> None:
-        self._files = files
-        self._ends = list(accumulate(map(len, files)))
-
-    def __len__(self) -> int:
-        return self._ends[-1]
-
-    def __getitem__(self, index: int) -> Example:
-        file, row = self._find(index)
-        return file[row]
+    datasets: list[Any]  # `Examples`, which torch's `Dataset` does not describe
 
     def source(self, index: int) -> str:
         """Return file and row, without reading the row."""
-        file, row = self._find(index)
-        return file.source(row)
+        number = bisect_right(self.cumulative_sizes, index)
+        return self.datasets[number].source(index - (self.cumulative_sizes[number - 1] if number else 0))
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the files' fingerprints, in their order, whatever the files are named."""
-        return hashlib.sha256("".join(file.fingerprint() for file in self._files).encode()).hexdigest()
-
-    def _find(self, index: int) -> tuple[Examples, int]:
-        if not 0 <= index < len(self):
-            raise IndexError(index)
-        number = bisect_right(self._ends, index)
-        return self._files[number], index - (self._ends[number - 1] if number else 0)
+        return hashlib.sha256("".join(file.fingerprint() for file in self.datasets).encode()).hexdigest()

@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerBase
 from mbridge_train.data.chat import render_chat
 from mbridge_train.data.errors import DataError, RowError
 from mbridge_train.data.examples import Message
-from mbridge_train.errors import TrainError
 
 
 class ChatTemplate:
@@ -110,12 +109,9 @@ class ChatTemplate:
         return len(after) - len(text) + len(token)
 
     def _render(self, turns: list[dict[str, Any]], *, add_generation_prompt: bool = False) -> str:
-        try:
-            return render_chat(
-                self._tokenizer, turns, chat_template=self._template, add_generation_prompt=add_generation_prompt
-            )
-        except TrainError as error:  # the template is at fault, so not a RowError
-            raise DataError(str(error)) from None
+        return render_chat(
+            self._tokenizer, turns, chat_template=self._template, add_generation_prompt=add_generation_prompt
+        )
 
 
 def _turn(message: Message) -> dict[str, Any]:

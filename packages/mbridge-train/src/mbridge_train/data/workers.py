@@ -26,14 +26,13 @@ JOIN_SECONDS = 5.0
 """Time that a worker has to exit by itself."""
 
 Tasks = Mapping[str, Callable[[Any], Any]]
-"""Functions of one argument by name. They, their arguments and their results can be pickled."""
 
 
 class WorkerPool:
     """Worker processes that start tasks in the order of submission.
 
     Args:
-        tasks: the tasks that can be submitted.
+        tasks: functions of one argument by name. They, their arguments and their results can be pickled.
         workers: number of processes; 0 runs each task in this process when it is submitted.
         preload: modules that the fork server imports once for all workers. They should not import modules that only
             training needs.
@@ -43,8 +42,8 @@ class WorkerPool:
         self._tasks = tasks
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, *preload])
-        self._workers = [_Worker(context, tasks) for _ in range(workers)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        self._workers = [_Worker(context, tasks) for _ in range(workers)]
         for worker in self._workers:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="data worker")
@@ -57,7 +56,8 @@ class WorkerPool:
             worker.process.terminate()
         self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
-            worker.close()
+            worker.process.join(JOIN_SECONDS)
+            worker.connection.close()
 
     def submit(self, task: str, argument: Any, source: str) -> Future[Any]:
         """Run a task on `argument`, which belongs to the row `source`.
@@ -93,7 +93,7 @@ class _Worker:
     """One process, asked by one thread at a time."""
 
     def __init__(self, context: Any, tasks: Tasks) -> None:
-        self._connection, theirs = context.Pipe()
+        self.connection, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, dict(tasks)), name="data worker", daemon=True)
         self.process.start()
         theirs.close()  # so that the process's death ends the connection
@@ -104,8 +104,8 @@ class _Worker:
         if self._death is not None:
             return self._death
         try:
-            self._connection.send_bytes(_pickled(request))
-            return pickle.loads(self._connection.recv_bytes())
+            self.connection.send_bytes(_pickled(request))
+            return pickle.loads(self.connection.recv_bytes())
         except (EOFError, OSError):
             self.process.join(JOIN_SECONDS)
             code = self.process.exitcode
@@ -115,11 +115,6 @@ class _Worker:
                 "crashes the decoder: take it out; by signal 9, the memory may be too small: lower data.num_workers"
             )
             return self._death
-
-    def close(self) -> None:
-        """Release the process after `process.terminate()`."""
-        self.process.join(JOIN_SECONDS)
-        self._connection.close()
 
 
 class _TensorPickler(pickle.Pickler):
