@@ -1,7 +1,7 @@
 """A HuggingFace model directory, checked before anything is built.
 
-Only JSON files and the headers of safetensors files are read, so a mistake costs milliseconds, not a model load. The
-one exception is `check_tied_output`.
+Only JSON files and the headers of safetensors files are read, so a mistake costs milliseconds; `check_tied_output`
+alone reads weights.
 """
 
 import json
@@ -83,14 +83,18 @@ def open_directory(path: str | Path, *, needs_weights: bool = True) -> HFDirecto
     if generation.is_file():
         _check_end_tokens(generation, _read_json(generation, ""), text_config["vocab_size"])
     files = _tensor_files(directory) if needs_weights else {}
-    _check_vocabulary(directory / "config.json", files, text_config["vocab_size"])
+    for name, file in files.items():
+        rows = _open(file).get_slice(name).get_shape()[0] if name.endswith((_EMBEDDING, _OUTPUT)) else None
+        if rows not in (None, text_config["vocab_size"]):
+            raise ModelError(
+                f"{directory / 'config.json'} has vocab_size {text_config['vocab_size']}, but {name!r} in {file} has "
+                f'{rows} rows; write "vocab_size": {rows}, or take the config.json that belongs to these weights'
+            )
     return HFDirectory(path=directory, config=config, files=files)
 
 
 def check_tied_output(directory: HFDirectory) -> None:
     """Check that a model whose config.json ties the output layer to the embedding has no other output layer in a file.
-
-    Both matrices are read where both exist, a block of rows at a time, and nothing otherwise.
 
     Raises:
         ModelError: they differ, so training would drop one of them.
@@ -137,17 +141,6 @@ def _check_end_tokens(file: Path, config: Mapping[str, Any], vocab_size: int) ->
             )
 
 
-def _check_vocabulary(config_file: Path, files: Mapping[str, Path], vocab_size: int) -> None:
-    for name, file in files.items():
-        if name.endswith((_EMBEDDING, _OUTPUT)):
-            rows = _open(file).get_slice(name).get_shape()[0]
-            if rows != vocab_size:
-                raise ModelError(
-                    f"{config_file} has vocab_size {vocab_size}, but {name!r} in {file} has {rows} rows; write "
-                    f'"vocab_size": {rows}, or take the config.json that belongs to these weights'
-                )
-
-
 def _tensor_files(directory: Path) -> dict[str, Path]:
     index_path = directory / _INDEX
     if index_path.exists():
@@ -185,11 +178,7 @@ def _tensor_files(directory: Path) -> dict[str, Path]:
 
 
 def tensor_names(path: Path) -> set[str]:
-    """Return the names of the tensors in a safetensors file, whose header must describe the whole file.
-
-    Raises:
-        ModelError: the file is cut short or too long, or its header is broken.
-    """
+    """Return the names of the tensors in a safetensors file; raise `ModelError` unless its header fits the file."""
     return set(_open(path).keys())
 
 

@@ -19,10 +19,9 @@ class LastStage:
     _is_split: bool
 
     def hidden_states(self) -> Tensor:
-        """Return the output of the final norm, [sequence, batch, hidden] in the model's dtype.
+        """Return the output of the final norm, [sequence, batch, hidden], whole on every tensor-parallel rank.
 
-        It is whole on every tensor-parallel rank. Their gradients must be equal, as those of a loss that all of them
-        compute: under sequence parallelism each rank takes its part of its own gradient.
+        All ranks must compute equal gradients for it: under sequence parallelism each takes its part of its own.
         """
         if not self._is_split:
             return self._hidden_states

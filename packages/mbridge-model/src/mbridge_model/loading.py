@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +122,9 @@ def load(
     if weights:
         provider.perform_initialization = False
     if family.vision is not None:
-        from mbridge_model.vision.model import bind
+        from mbridge_model.vision.model import provide
 
-        bind(provider, family.vision, resolved)
+        provider.provide = partial(provide, provider, family.vision, resolved)
     model = bridge.build(provider)
     check_rotary(bridge.hf_config, model)
     limit_dynamic_rotary(bridge.hf_config, model)

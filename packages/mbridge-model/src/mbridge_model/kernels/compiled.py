@@ -1,8 +1,7 @@
 """Elementwise functions as single GPU kernels.
 
-A rotation or a softmax in plain torch reads and writes its tensors once per operation. On a GPU torch.compile fuses it
-into one kernel; on a CPU that would need a C++ compiler and minutes, so there the function runs uncompiled. torch's own
-switch `TORCHDYNAMO_DISABLE=1` has the same effect on a GPU.
+On a GPU torch.compile fuses a rotation or a softmax into one kernel; on a CPU that would need a C++ compiler and
+minutes. `TORCHDYNAMO_DISABLE=1`, torch's own switch, makes the functions run uncompiled on a GPU, too.
 """
 
 import logging

@@ -54,14 +54,9 @@ class RotarySelfAttention(SelfAttention):
         """As Megatron-Core's. `rotary_pos_emb`: float32 [positions, 1, 1, channels]."""
         if self._kernel_serves(hidden_states, rotary_pos_emb) and kwargs.get("inference_context") is None:
             self._rotation, rotary_pos_emb = (rotary_pos_emb, _boundaries(packed_seq_params)), None
+        kwargs |= {"rotary_pos_emb": rotary_pos_emb, "packed_seq_params": packed_seq_params}
         try:
-            output: tuple[Tensor, Tensor | None] = super().forward(
-                hidden_states,
-                attention_mask,
-                rotary_pos_emb=rotary_pos_emb,
-                packed_seq_params=packed_seq_params,
-                **kwargs,
-            )
+            output: tuple[Tensor, Tensor | None] = super().forward(hidden_states, attention_mask, **kwargs)
         finally:
             self._rotation = None
         return output

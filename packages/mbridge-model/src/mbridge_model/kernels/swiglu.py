@@ -1,9 +1,7 @@
 """SwiGLU as one kernel each way, for any number of tokens.
 
-For one shape torch.compile turns Megatron-Core's functions into good kernels. For changing shapes, as in packed
-batches, its kernels of the forward and the backward pass reach half and a third of the memory bandwidth (see
-docs/performance-log.md). Megatron-Core keeps gate and value side by side in one tensor, while the kernels of libraries
-take two.
+For changing shapes, as in packed batches, torch.compile's kernels reach half and a third of the memory bandwidth (see
+docs/performance-log.md). Megatron-Core keeps gate and value in one tensor, while the kernels of libraries take two.
 """
 
 from typing import Any

@@ -1,9 +1,8 @@
 """Accumulate weight gradients directly in the fp32 buffer.
 
 Without this, each micro-batch writes a half-precision gradient of every weight and another kernel adds it to the
-buffer: ten bytes of memory traffic per parameter. Transformer Engine's layers accumulate by themselves; Megatron-Core's
-need a kernel of Apex, which no package index has. cuBLAS can add half-precision products to fp32, and torch exposes
-that.
+buffer: ten bytes of memory traffic per parameter. Megatron-Core's layers need a kernel of Apex, which no package index
+has, to do better; cuBLAS can add half-precision products to fp32, too, and torch exposes that.
 
 The worst case are tied embeddings: a micro-batch uses few rows of the vocabulary, but all of them are written as zeros
 twice and added three times.
@@ -66,9 +65,8 @@ def embedding(tokens: Tensor, weight: Any) -> Tensor:
 def mark_tied_embeddings(model: list[nn.Module]) -> None:
     """Make tied embeddings accumulate, where their output layer, which accumulates too, is on the same stage.
 
-    That layer tells Megatron-Core's data-parallel wrapper that the gradient is in the buffer. The wrapper's hook runs
-    after both, when the embeddings' gradient is there as well. Megatron-Core's own mark would make the layer return a
-    gradient of zeros for the embeddings' gradient to be added to.
+    Megatron-Core's data-parallel wrapper learns from that layer that the gradient is in the buffer. `zero_out_wgrad`
+    would make the layer return a gradient of zeros for the embeddings' gradient to be added to.
     """
     for chunk in unwrap_model(model):
         language = getattr(chunk, "language_model", chunk)

@@ -37,8 +37,7 @@ DIVERTED_LOGS = PatchTable(
 def quiet() -> Iterator[None]:
     """Send what upstream prints, warns of and logs below ERROR to our log, at DEBUG.
 
-    Upstream warns of every optional GPU library that is missing and of its own deprecated calls, and prints progress.
-    All three channels belong to the process, so another thread's output is diverted in the meantime, too.
+    The three channels belong to the process, so another thread's output is diverted in the meantime, too.
     """
     printed = io.StringIO()
     caught: list[warnings.WarningMessage] = []

@@ -1,7 +1,6 @@
 """Carry over, or refuse, settings of config.json that Megatron-Bridge silently drops: windows, rotary frequencies.
 
-They change the logits and leave no trace in the weights, so `Bridge.check_coverage` cannot see them. A setting that the
-provider can express is set; any other is refused, since a model that computes something else is worse than none.
+They change the logits and leave no trace in the weights, so `Bridge.check_coverage` cannot see them.
 """
 
 from typing import Any
@@ -11,8 +10,7 @@ from torch import Tensor, nn
 
 from mbridge_model.errors import ModelError
 
-# Megatron's field of each of YaRN's parameters, its key in config.json, and its value where config.json leaves it out:
-# that of the paper (Peng et al. 2023), for which Megatron-Core has no default.
+# Megatron's field of each of YaRN's parameters, its key in config.json, and the paper's value (Peng et al. 2023).
 _YARN = {
     "yarn_rotary_scaling_factor": ("factor", None),
     "yarn_original_max_position_embeddings": ("original_max_position_embeddings", None),

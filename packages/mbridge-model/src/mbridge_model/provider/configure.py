@@ -1,8 +1,7 @@
 """Configure the provider that Megatron-Bridge returns.
 
-A provider is a Megatron `TransformerConfig` filled from the HuggingFace config.json. It is changed only in the fields
-that the layout, the precision, the backend or a family rule decides, or that the user sets; each change is logged with
-the old value, the new one and the reason. Nothing is reset wholesale to defaults.
+A provider is a Megatron `TransformerConfig` filled from the HuggingFace config.json. Only fields are changed that the
+layout, the precision, the backend, a family rule or the user decides; each change is logged with its reason.
 """
 
 import logging
@@ -19,7 +18,7 @@ from mbridge_model.kernels.compiled import run_uncompiled_without_compiler
 from mbridge_model.parallel import Parallel
 from mbridge_model.patches.quiet import quiet
 from mbridge_model.vision import Freeze
-from mbridge_model.vision.stages import SPLIT_FIELDS, check_deepstack, layout_fields
+from mbridge_model.vision.stages import stage_fields
 
 logger = logging.getLogger("mbridge_model")
 
@@ -111,7 +110,7 @@ def configure_provider(
         changes.update((freeze or Freeze()).fields(), "what `freeze` says")
     elif freeze not in (None, Freeze()):
         raise ModelError(f"{freeze} asks to freeze parts of a model of text alone (family {family.name})")
-    check_layout_overrides(overrides)
+    _check_layout_overrides(overrides)
     for name, value in overrides.items():
         forced = next((force for force in family.forces if force.field == name), None)
         if forced is not None and forced.value != value:
@@ -120,7 +119,13 @@ def configure_provider(
     for force in family.forces:
         changes.set(force.field, force.value, f"{force.reason} (family {family.name})")
     if family.vision is not None:
-        _set_vision_fields(changes, parallel, overrides)
+        from mbridge_model.vision.deepstack import language_layers
+
+        features = len(getattr(provider.vision_config, "deepstack_visual_indexes", ()))
+        reason = f"the first {features} layers take deepstack features, and stand on the first stage where they can"
+        changes.update(stage_fields(provider.num_layers, parallel.pipeline, features, overrides), reason)
+        layers = language_layers(provider.transformer_layer_spec)
+        changes.set("transformer_layer_spec", layers, "deepstack, and an angle for each packed token")
     if provider.num_moe_experts and parallel.tensor > 1:
         changes.set("sequence_parallel", True, "Megatron-Core trains experts under tensor parallelism only with it")
     if provider.gradient_accumulation_fusion:
@@ -134,44 +139,27 @@ def configure_provider(
         raise ModelError(f"Megatron-Core refuses this combination of settings: {error}") from error
 
 
-# The size of each kind of group, as the provider and `parallel_state` call it. Groups are made before the provider.
-_GROUPS = {
-    "tensor_model_parallel_size": "get_tensor_model_parallel_world_size",
-    "pipeline_model_parallel_size": "get_pipeline_model_parallel_world_size",
-    "context_parallel_size": "get_context_parallel_world_size",
-    "expert_model_parallel_size": "get_expert_model_parallel_world_size",
-    "expert_tensor_parallel_size": "get_expert_tensor_parallel_world_size",
+# Sizes of groups, which are made before the provider.
+_GROUP_SIZES = {
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+    "expert_model_parallel_size",
+    "expert_tensor_parallel_size",
 }
 
 
-def check_layout_overrides(overrides: Mapping[str, Any]) -> None:
-    """Compare what the overrides say of the layout with the process groups that exist.
-
-    Raises:
-        ModelError: they differ, so that the model would be cut for other ranks than there are.
-    """
+def _check_layout_overrides(overrides: Mapping[str, Any]) -> None:
+    """Raise `ModelError` if the overrides contradict the process groups that exist."""
     from megatron.core import parallel_state
 
-    for name in _GROUPS.keys() & overrides.keys():
-        size = getattr(parallel_state, _GROUPS[name])()
+    for name in _GROUP_SIZES & overrides.keys():
+        size = getattr(parallel_state, f"get_{name.removesuffix('_size')}_world_size")()
         if overrides[name] != size:
             raise ModelError(
                 f"override {name}={overrides[name]!r} contradicts the process groups, which have {size} rank(s) there; "
                 "leave it out, and give the layout as Parallel(...) or make the groups before load"
             )
-
-
-def _set_vision_fields(changes: "_Changes", parallel: Parallel, overrides: Mapping[str, Any]) -> None:
-    from mbridge_model.vision.deepstack import language_layers
-
-    provider = changes.provider
-    features = len(getattr(provider.vision_config, "deepstack_visual_indexes", ()))
-    check_deepstack(provider.num_layers, features)
-    if not any(overrides.get(name) for name in SPLIT_FIELDS):
-        reason = f"the first {features} layers take deepstack features, and stand on the first stage where they can"
-        changes.update(layout_fields(provider, parallel.pipeline, features), reason)
-    layers = language_layers(provider.transformer_layer_spec)
-    changes.set("transformer_layer_spec", layers, "deepstack, and an angle for each packed token")
 
 
 class _Changes:

@@ -122,16 +122,9 @@ class TorchDotProductAttention(MegatronModule):
             if groups > 1:
                 key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
             longest = packing.max_seqlen_q
+            window = (-1, 0 if is_causal else -1)
             context = varlen_attn(
-                query,
-                key,
-                value,
-                padded,
-                padded,
-                longest,
-                longest,
-                scale=self.scale,
-                window_size=(-1, 0 if is_causal else -1),
+                query, key, value, padded, padded, longest, longest, scale=self.scale, window_size=window
             )
             assert isinstance(context, Tensor)  # a pair only where the log-sum-exp is asked for
             return context
@@ -143,8 +136,7 @@ class TorchDotProductAttention(MegatronModule):
             slots = torch.tensor([starts[index] for index in bucket]).unsqueeze(1) + torch.arange(longest)
             real = torch.arange(longest) < torch.tensor([lengths[index] for index in bucket]).unsqueeze(1)
             # Padding reads slot 0; under the causal mask no real token sees it, and its output is dropped.
-            slots = slots.where(real, 0).to(query.device)
-            real = real.to(query.device)
+            slots, real = slots.where(real, 0).to(query.device), real.to(query.device)
             query_rows, key_rows, value_rows = (tensor[slots].transpose(1, 2) for tensor in (query, key, value))
             mask = None if is_causal else ~real[:, None, None, :]
             context = self._attend(query_rows, key_rows, value_rows, mask, is_causal).transpose(1, 2)
@@ -171,10 +163,9 @@ def cudnn_pays(length: int) -> bool:
 
 
 def _length_buckets(lengths: list[int]) -> list[list[int]]:
-    """Indices of the non-empty sequences, grouped by length up to the next power of two.
+    """Return the indices of the non-empty sequences, grouped by length up to the next power of two.
 
-    Padding each group to its longest member wastes less than half of the slots, and there are at most
-    log2(longest) + 1 groups, whatever the number of sequences.
+    Padding a group to its longest member wastes less than half of the slots, and there are few groups.
     """
     buckets: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):

@@ -1,8 +1,7 @@
 """The one linear layer that Megatron-Core lacks: a norm and a column-parallel linear layer in one module.
 
-Transformer Engine fuses the input norm of attention and of the MLP into the linear layer that follows it, so that the
-parameters are called `linear_qkv.layer_norm_weight`, `linear_qkv.weight`, ... This layer has the same names, and is
-Megatron-Core's `ColumnParallelLinear` otherwise.
+Transformer Engine fuses the input norms of attention and MLP into the linear layers that follow them. This layer has
+the same names of parameters, such as `linear_qkv.layer_norm_weight`, and is Megatron-Core's otherwise.
 """
 
 from typing import Any

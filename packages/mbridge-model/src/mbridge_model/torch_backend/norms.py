@@ -1,8 +1,7 @@
 """RMSNorm and LayerNorm with sequence-parallel marks.
 
-Megatron-Core's own torch fallback refuses sequence parallelism. Nothing in a norm forbids it: each rank normalizes its
-slice of the sequence, and the weight's gradient, then partial, is summed over the tensor-parallel group by
-`finalize_model_grads` for every parameter marked `sequence_parallel`.
+Megatron-Core's own torch fallback refuses sequence parallelism, under which each rank normalizes its slice of the
+sequence, and `finalize_model_grads` sums the gradients of parameters marked `sequence_parallel` over the ranks.
 """
 
 import torch
@@ -15,9 +14,8 @@ from mbridge_model.kernels.compiled import runs_kernels
 def rms_norm(hidden: Tensor, weight: Tensor, epsilon: float, zero_centered: bool) -> Tensor:
     """Root mean square normalization over the last dimension (Zhang & Sennrich 2019, eq. 4).
 
-    The order of operations is that of the HuggingFace models, which is what makes fp32 logits agree exactly:
-    normalize in fp32, cast back, then multiply by the weight. With `zero_centered` weights (Gemma) the scale
-    1 + weight is applied in fp32, before the cast.
+    As in the HuggingFace models, so that fp32 logits agree exactly: normalize in fp32, cast back, then multiply by the
+    weight. With `zero_centered` weights (Gemma) the scale 1 + weight is applied in fp32, before the cast.
     """
     dtype = hidden.dtype
     if hidden.is_cuda and not zero_centered:
@@ -66,13 +64,7 @@ def norm_parameters(config: TransformerConfig, size: int) -> tuple[nn.Parameter,
 class TorchNorm(nn.Module):
     """RMSNorm or LayerNorm, as `config.normalization` says; parameters `weight` and, for LayerNorm, `bias`.
 
-    Args:
-        config: decides normalization, parameter dtype, zero-centered weights and the sequence-parallel mark.
-        hidden_size: size of the last dimension.
-        eps: added to the mean square (RMSNorm) or to the variance (LayerNorm).
-
-    Raises:
-        ValueError: `config.normalization` is neither "RMSNorm" nor "LayerNorm".
+    `eps` is added to the mean square (RMSNorm) or to the variance (LayerNorm).
     """
 
     # "Norm" in the class name is how Megatron-Bridge knows that these parameters are replicated over tensor parallel.

@@ -1,17 +1,13 @@
-"""The torch backend as Megatron-Core's `BackendSpecProvider`, and the block specification built from it."""
+"""The torch backend as one of Megatron-Core's providers of modules, and the block specification built from it."""
 
-from functools import partial
 from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
-from megatron.core.models.backends import BackendSpecProvider
+from megatron.core.models.backends import LocalSpecProvider
 from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec_for_backend
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
-from megatron.core.transformer.mlp import MLPSubmodules
-from megatron.core.transformer.moe.experts import SequentialMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -27,14 +23,11 @@ from mbridge_model.torch_backend.linears import TorchLayerNormColumnParallelLine
 from mbridge_model.torch_backend.norms import TorchNorm
 
 
-class TorchSpecProvider(BackendSpecProvider):
-    """The modules of each part of a layer. The counterpart of Megatron-Core's `TESpecProvider`."""
+class TorchSpecProvider(LocalSpecProvider):
+    """The modules of each part of a layer: Megatron-Core's own, but with our norms and attention.
 
-    def column_parallel_linear(self) -> Any:
-        return ColumnParallelLinear
-
-    def row_parallel_linear(self) -> Any:
-        return RowParallelLinear
+    Experts run one after another: grouped matrix products belong to the Transformer Engine backend for now.
+    """
 
     def fuse_layernorm_and_linear(self) -> bool:
         return True
@@ -47,15 +40,6 @@ class TorchSpecProvider(BackendSpecProvider):
 
     def core_attention(self) -> type:
         return TorchDotProductAttention
-
-    def grouped_mlp_modules(self, moe_use_grouped_gemm: bool) -> Any:
-        # Experts one after another: grouped matrix products belong to the Transformer Engine backend for now.
-        return partial(
-            SequentialMLP, submodules=MLPSubmodules(linear_fc1=ColumnParallelLinear, linear_fc2=RowParallelLinear)
-        )
-
-    def activation_func(self) -> None:
-        return None
 
 
 def layer_spec(

@@ -2,10 +2,8 @@
 
 A later pipeline stage has no tower, but may hold some of those layers. So the features travel with the hidden states,
 appended along the last dimension: [sequence, batch, hidden * (1 + remaining features)]. Each layer splits off its own
-feature and adds it. Everything between two layers (the pipeline's transfer, which exchanges shapes first;
-recomputation; the split over sequence-parallel ranks; and the gradients of all of them) still handles a single tensor.
-Text positions carry zeros: for n features n (n + 1) / 2 hidden sizes of activation memory per token in total, for n = 3
-a third of the 17 or so that each layer keeps (Korthikanti et al. 2022, section 4.1).
+feature and adds it. The pipeline's transfers, recomputation and sequence parallelism still handle a single tensor.
+Text positions carry zeros: n (n + 1) / 2 hidden sizes of activation memory per token for n features.
 """
 
 from collections.abc import Callable
@@ -36,8 +34,7 @@ class DeepstackLayer(TransformerLayer):
 def language_layers(backend_spec: Callable[..., Any]) -> Callable[..., Any]:
     """Wrap a provider's `transformer_layer_spec`: layers with deepstack and with ready-made rotary angles.
 
-    The attention is Megatron-Bridge's for Qwen3-VL. It takes one angle for each token of a packed batch, where
-    Megatron-Core's own looks at the sequences' lengths on the host, for queries and keys of each layer.
+    The attention is Megatron-Bridge's for Qwen3-VL, which takes an angle for each token of a packed batch.
     """
 
     def vision_language_layers(config: Any, vp_stage: int | None = None) -> Any:

@@ -1,11 +1,11 @@
 """Freeze parts of a vision-language model."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Freeze:
-    """The parts whose weights are not trained. Nothing is frozen by default.
+    """The parts whose weights are not trained. By default Megatron-Bridge's Qwen3-VL-MoE would freeze two of them.
 
     Attributes:
         language_model: embeddings, layers and output layer.
@@ -18,9 +18,5 @@ class Freeze:
     vision_projection: bool = False
 
     def fields(self) -> dict[str, bool]:
-        """Return the fields of a Megatron-Bridge provider. By default Qwen3-VL-MoE's freezes two of three."""
-        return {
-            "freeze_language_model": self.language_model,
-            "freeze_vision_model": self.vision_model,
-            "freeze_vision_projection": self.vision_projection,
-        }
+        """Return the fields of a Megatron-Bridge provider."""
+        return {f"freeze_{part}": is_frozen for part, is_frozen in asdict(self).items()}

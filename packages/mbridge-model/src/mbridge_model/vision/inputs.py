@@ -59,8 +59,7 @@ class VisionInputs:
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """Copy `tensor` to `device` without waiting for the work that is in flight there.
 
-    A copy from pageable memory blocks the host until the GPU has run everything queued before it, and the host then
-    launches the next kernels too late. From pinned memory the copy is queued like a kernel.
+    A copy from pageable memory would wait for it. From pinned memory the copy is queued like a kernel.
     """
     if tensor.device.type == "cpu" and torch.device(device).type == "cuda":
         tensor = tensor.pin_memory()

@@ -1,12 +1,10 @@
 """The vision-language model: a tower on the first pipeline stage, and Megatron-Core's GPT model.
 
-Megatron-Bridge has a model class for each family, which determines the names of the parameters. This class replaces
-them all: it has one forward pass, takes positions instead of deriving them (so batches can be packed), and lets
-deepstack features cross pipeline stages.
+It replaces Megatron-Bridge's model class of each family, whose parameters' names it has. It takes positions instead of
+deriving them, so that batches can be packed, and lets deepstack features cross pipeline stages.
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -114,10 +112,9 @@ class VisionLanguageModel(MegatronModule):
 
 
 def blank_image(config: Any, device: torch.device) -> VisionInputs:
-    """The smallest image, for a micro-batch of text whose tower is trained.
+    """Return the smallest image, for a micro-batch of text whose tower is trained, with gradients of zero.
 
-    Data-parallel ranks reduce gradients and gather weights bucket by bucket, in the order in which their own passes
-    reach them. So a rank without images runs its tower, too: in the same order as the others, with gradients of zero.
+    Data-parallel ranks reduce gradients bucket by bucket, in the order of their own passes, so all run their towers.
     """
     settings = config.vision_config
     side = settings.spatial_merge_size
@@ -135,28 +132,23 @@ def provide(
     post_process: bool | None = None,
     vp_stage: int | None = None,
 ) -> VisionLanguageModel:
-    """Build one pipeline stage; replaces the provider's own `provide`."""
+    """Build one pipeline stage; `load` replaces the provider's own `provide` by it."""
     language_model = provider.provide_language_model(pre_process, post_process, vp_stage)
     if vision.build_rotary is not None:
         language_model.rotary_pos_emb = vision.build_rotary(provider)
-    tower = vision.build_tower(provider, backend) if language_model.pre_process else None
-    if tower is not None:
+    tower = None
+    if language_model.pre_process:
+        tower = vision.build_tower(provider, backend)
         average_over_tensor_parallel(tower, provider)
     model = VisionLanguageModel(provider, vision, language_model=language_model, tower=tower)
     freeze(model, provider)
     return model
 
 
-def bind(provider: Any, vision: Vision, backend: Literal["te", "torch"]) -> None:
-    """Make `provider` build `VisionLanguageModel`s."""
-    provider.provide = partial(provide, provider, vision, backend)
-
-
 def average_over_tensor_parallel(tower: nn.Module, provider: Any) -> None:
     """Mark the tower's parameters that each tensor-parallel rank holds whole, so that their gradients stay the same.
 
-    They already agree up to the rounding of GPU kernels that add in no fixed order, which would make the copies drift
-    apart. Gloo cannot average, but on a CPU the order is fixed.
+    GPU kernels that add in no fixed order would make the copies drift apart. Gloo cannot average, and need not.
     """
     group = provider._pg_collection.tp
     if group.size() > 1 and torch.distributed.get_backend(group) == "nccl":
@@ -172,8 +164,7 @@ def freeze(model: VisionLanguageModel, provider: Any) -> None:
     if not model.pre_process:
         return
     tower = model.get_submodule(model.vision.tower)
-    projections = [tower.get_submodule(name) for name in model.vision.projections]
     if provider.freeze_vision_model:
         tower.requires_grad_(False)
-    for projection in projections:
-        projection.requires_grad_(not provider.freeze_vision_projection)
+    for name in model.vision.projections:
+        tower.get_submodule(name).requires_grad_(not provider.freeze_vision_projection)

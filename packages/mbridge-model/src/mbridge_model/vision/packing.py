@@ -7,20 +7,12 @@ from torch import Tensor
 
 
 def pack_frames(grid_thw: Tensor, device: torch.device) -> Any:
-    """Describe the frames as packed sequences: each image, and each frame of a video, attends to itself.
-
-    Args:
-        grid_thw: int64 [items, 3], on the host.
-        device: of the tower.
-
-    Returns:
-        Megatron-Core's `PackedSeqParams`.
-    """
+    """Return the `PackedSeqParams` of `grid_thw`, int64 [items, 3]: each image, and each frame, attends to itself."""
     return pack_segments(torch.repeat_interleave(grid_thw[:, 1] * grid_thw[:, 2], grid_thw[:, 0]), device)
 
 
 def pack_segments(lengths: Tensor, device: torch.device) -> Any:
-    """Describe segments of the given lengths, int [segments], as packed sequences. On the host, to avoid a sync."""
+    """Return the `PackedSeqParams` of segments of these lengths, int [segments] on the host, to avoid a sync."""
     from megatron.core.packed_seq_params import PackedSeqParams
 
     ends = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int().to(device)

@@ -15,8 +15,12 @@ from mbridge_model.vision.packing import pack_frames, pack_segments
 
 def build_tower(provider: Any, backend: Literal["te", "torch"]) -> nn.Module:
     """Build the tower of `provider.vision_config` in the model's dtype, the same for both backends."""
+    from megatron.core.transformer.enums import AttnMaskType
+    from megatron.core.transformer.transformer_config import TransformerConfig
     from transformers.initialization import no_init_weights
     from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
+
+    from mbridge_model.torch_backend import TorchDotProductAttention
 
     # Random weights must be the same on all tensor-parallel ranks.
     with torch.random.fork_rng(devices=[]):
@@ -28,7 +32,11 @@ def build_tower(provider: Any, backend: Literal["te", "torch"]) -> nn.Module:
     if provider.recompute_granularity == "full":
         tower.gradient_checkpointing_enable({"use_reentrant": False})
     tower.rotary_pos_emb = RotaryAngles(tower.rotary_pos_emb.inv_freq.float().to(torch.cuda.current_device()))
-    core = packed_core(tower.config)
+    settings = tower.config
+    config = TransformerConfig(
+        num_layers=settings.depth, hidden_size=settings.hidden_size, num_attention_heads=settings.num_heads
+    )
+    core = TorchDotProductAttention(config, 1, AttnMaskType.no_mask, "self", attention_dropout=0.0)
     for block in tower.blocks:
         block.attn = PackedAttention(block.attn, core)
     return tower
@@ -56,10 +64,7 @@ def encode(tower: Any, pixel_values: Tensor, grid_thw: Tensor) -> tuple[Tensor, 
 
 
 class RotaryAngles(nn.Module):
-    """transformers' rotary embedding of the tower with frequencies that stay in fp32.
-
-    There they are a buffer, which a half-precision model rounds to its dtype.
-    """
+    """transformers' rotary embedding with frequencies in fp32; as its buffer they would take the model's dtype."""
 
     def __init__(self, frequencies: Tensor) -> None:
         super().__init__()
@@ -71,12 +76,7 @@ class RotaryAngles(nn.Module):
 
 
 class PackedAttention(nn.Module):
-    """transformers' attention of the tower, over all windows or images at once.
-
-    Args:
-        attention: the module whose parameters it takes over, under their names.
-        core: attends within the segments of a packed sequence.
-    """
+    """transformers' attention, with its parameters, over all windows or images at once, which `core` keeps apart."""
 
     def __init__(self, attention: Any, core: nn.Module) -> None:
         super().__init__()
@@ -93,16 +93,3 @@ class PackedAttention(nn.Module):
         query, key = apply_rotary_pos_emb_vision(query, key, *position_embeddings)
         output: Tensor = self.proj(self.core(query, key, value, None, packed_seq_params=cu_seqlens))
         return output
-
-
-def packed_core(settings: Any) -> nn.Module:
-    """The torch backend's attention in both directions, for a tower with this configuration."""
-    from megatron.core.transformer.enums import AttnMaskType
-    from megatron.core.transformer.transformer_config import TransformerConfig
-
-    from mbridge_model.torch_backend import TorchDotProductAttention
-
-    config = TransformerConfig(
-        num_layers=settings.depth, hidden_size=settings.hidden_size, num_attention_heads=settings.num_heads
-    )
-    return TorchDotProductAttention(config, 1, AttnMaskType.no_mask, "self", attention_dropout=0.0)

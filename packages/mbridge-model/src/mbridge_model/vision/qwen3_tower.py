@@ -107,6 +107,7 @@ def checkpoint_layers(
     return hidden_states, features
 
 
+# On each merger.
 MERGER_ACTIVATION = PatchTable(
     "compute the mergers of Qwen3-VL",
     (
@@ -117,7 +118,6 @@ MERGER_ACTIVATION = PatchTable(
         ),
     ),
 )
-"""On each merger."""
 
 
 def recomputing(decoder: nn.Module) -> PatchTable:

@@ -1,5 +1,6 @@
 """Assign language layers to pipeline stages so that the first stage uses the deepstack features."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from mbridge_model.errors import ModelError
@@ -20,19 +21,8 @@ def deepstack_stage_sizes(layers: int, stages: int, features: int) -> list[int] 
     return [features] + [rest + 1] * more + [rest] * (stages - 1 - more)
 
 
-def layout_fields(provider: Any, stages: int, features: int) -> dict[str, Any]:
-    """The provider field that sets these sizes; nothing where the user decided the split (see `SPLIT_FIELDS`)."""
-    sizes = deepstack_stage_sizes(provider.num_layers, stages, features)
-    if sizes is None:
-        return {}
-    layout = [["decoder"] * size for size in sizes]
-    layout[0].insert(0, "embedding")
-    layout[-1].append("loss")
-    return {"pipeline_model_parallel_layout": layout}
-
-
 # With any of these set, the user divides the layers.
-SPLIT_FIELDS = (
+_SPLIT_FIELDS = (
     "num_layers_in_first_pipeline_stage",
     "num_layers_in_last_pipeline_stage",
     "pipeline_model_parallel_layout",
@@ -42,17 +32,22 @@ SPLIT_FIELDS = (
 )
 
 
-def check_deepstack(layers: int, features: int) -> None:
-    """Check that there is a language layer for each deepstack feature.
-
-    Megatron-Bridge compares the number of features with the layers of the first stage instead, and so refuses layouts
-    that work and reports the wrong number.
+def stage_fields(layers: int, stages: int, features: int, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the provider field that sets these sizes; nothing where `overrides`, the user's fields, decide the split.
 
     Raises:
-        ModelError: there are fewer language layers than features.
+        ModelError: there are fewer language layers than features. Megatron-Bridge compares their number with the layers
+            of the first stage instead, and so refuses layouts that work and reports the wrong number.
     """
     if layers < features:
         raise ModelError(
             f"config.json has {features} deepstack_visual_indexes in vision_config, but only {layers} language "
             "layers (num_hidden_layers) to add their features after; correct one of the two"
         )
+    sizes = deepstack_stage_sizes(layers, stages, features)
+    if sizes is None or any(overrides.get(name) for name in _SPLIT_FIELDS):
+        return {}
+    layout = [["decoder"] * size for size in sizes]
+    layout[0].insert(0, "embedding")
+    layout[-1].append("loss")
+    return {"pipeline_model_parallel_layout": layout}

@@ -11,9 +11,4 @@ from mbridge_model.patches.cpu.missing_transformer_engine import (
     allow_missing_transformer_engine,
 )
 
-__all__ = [
-    "CPU",
-    "MissingTransformerEngineError",
-    "allow_missing_transformer_engine",
-    "enable_cpu",
-]
+__all__ = ["CPU", "MissingTransformerEngineError", "allow_missing_transformer_engine", "enable_cpu"]

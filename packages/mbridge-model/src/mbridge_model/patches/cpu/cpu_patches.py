@@ -1,9 +1,7 @@
 """Megatron-Core without a GPU: the table of everything that `enable_cpu` changes, each entry with its reason.
 
-Found by reading megatron-core 0.19.2 for every use of CUDA on the paths of a model's life: build, forward and backward
-(tensor, sequence, pipeline and expert parallel), DDP and the distributed optimizer, clipping, loss scaling,
-recomputation, checkpoints. `torch.device("cuda")` that stays in other places (CUDA graphs, FP8, Megatron-FSDP,
-inference) raises torch's own error when it is reached.
+Found by reading megatron-core 0.19.2 for every use of CUDA in training and checkpoints. `torch.device("cuda")` that
+stays in other places (CUDA graphs, FP8, Megatron-FSDP, inference) raises torch's own error when it is reached.
 """
 
 import functools
@@ -135,15 +133,11 @@ CPU = PatchTable("run without a GPU", PATCHES)
 def enable_cpu() -> None:
     """Make Megatron-Core run on the CPU of this process; a no-op where `torch.cuda.is_available()`.
 
-    Call it before or after megatron is imported, but before a model or an optimizer is built. It imports
-    megatron.core, since what it changes lies there. A second call is a no-op; `CPU.undo()` puts everything back.
-    Process groups must be gloo's.
-
-    Functions handed to `torch.compile` run eagerly, Megatron-Core's and all others of this process.
+    Call it before a model or an optimizer is built. It imports megatron.core. A second call is a no-op; `CPU.undo()`
+    puts everything back. Process groups must be gloo's. Functions handed to `torch.compile` run eagerly.
 
     Raises:
-        PatchError: something that must be changed is no longer there, so this version of torch or megatron-core is
-            not supported; nothing has been changed then. The message names every such target and the versions.
+        PatchError: this version of torch or megatron-core is not supported; see `PatchTable.apply`.
     """
     if CPU.is_applied or torch.cuda.is_available():
         return

@@ -1,9 +1,8 @@
 """Import megatron.bridge where Transformer Engine is not installed.
 
-Two modules of megatron.bridge import `transformer_engine` without asking whether it is there: the LoRA layers, which
-every import of megatron.bridge reaches, and a layer made of Transformer Engine alone. Only they are shown a
-placeholder, through an `__import__` of their own while their body runs. `sys.modules` never holds it, so each
-`try: import transformer_engine` elsewhere, in what those modules import too, still finds that there is none.
+Two modules of megatron.bridge import `transformer_engine` unconditionally, and every import of megatron.bridge reaches
+one of them. Only they are shown a placeholder, through an `__import__` of their own while their body runs. It is never
+in `sys.modules`, so each `try: import transformer_engine` elsewhere still finds that there is none.
 """
 
 import builtins
