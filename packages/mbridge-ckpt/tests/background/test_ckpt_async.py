@@ -252,3 +252,20 @@ def test_two_ranks_save_and_refuse_alike(gang2, tmp_path):
     assert found.step == 2 and {file.path for file in found.manifest.files} == {
         "actor/0.pt", "actor/1.pt", "state/loop.json", "state/rank_00000.pt", "state/rank_00001.pt"
     }  # fmt: skip
+
+
+def on_two_ranks_with_a_writer_killed_at_its_first_save(directory: str) -> tuple[str, float]:
+    with AsyncSaver() as saver:
+        begin = time.monotonic()
+        if torch.distributed.get_rank() == 1:
+            os.kill(saver.process_id, signal.SIGSTOP)
+            threading.Timer(0.5, os.kill, (saver.process_id, signal.SIGKILL)).start()
+        with pytest.raises(SaveError) as caught:
+            saver.begin_save(directory, step=1, layout=Layout(tensor=2))
+    return str(caught.value), time.monotonic() - begin
+
+
+def test_a_writer_killed_at_the_first_save_is_told_on_every_rank_at_once(gang2, tmp_path):
+    (first, seconds), (second, _) = gang2.run(on_two_ranks_with_a_writer_killed_at_its_first_save, str(tmp_path))
+    assert first == second and "global_step_1 was not begun: rank 1 (" in first and "killed by SIGKILL" in first
+    assert seconds < 20 and not list(tmp_path.iterdir())

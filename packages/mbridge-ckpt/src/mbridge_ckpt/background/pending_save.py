@@ -3,10 +3,10 @@
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import TYPE_CHECKING, Any, Literal
 
 from mbridge_ckpt.background.staging import Extent, StagingBuffer, StagingReader
 from mbridge_ckpt.errors import CheckpointError
@@ -30,23 +30,6 @@ class StoredFile:
     tensors: tuple[TensorRecord, ...]
     placements: tuple[ParameterPlacement, ...]
 
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Self:
-        return cls(
-            path=value["path"],
-            extents=tuple((offset, length) for offset, length in value["extents"]),
-            tensors=tuple(TensorRecord(name, tuple(shape), dtype) for name, shape, dtype in value["tensors"]),
-            placements=tuple(ParameterPlacement.from_json(item) for item in value["placements"]),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "path": self.path,
-            "extents": self.extents,
-            "tensors": [[tensor.name, tensor.shape, tensor.dtype] for tensor in self.tensors],
-            "placements": [placement.to_json() for placement in self.placements],
-        }
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PendingSave:
@@ -60,22 +43,6 @@ class PendingSave:
     metadata: dict[str, Any] | None = None
     writer: dict[str, str] | None = None
     failure: str | None = None
-
-    @classmethod
-    def from_json(cls, text: bytes | memoryview) -> Self:
-        value = json.loads(bytes(text))
-        value["directory"] = Path(value["directory"])
-        value["layout"] = Layout.from_json(value["layout"])
-        value["files"] = tuple(StoredFile.from_json(item) for item in value["files"])
-        return cls(**value)
-
-    def to_json(self) -> bytes:
-        """Raises TypeError or ValueError when the metadata is not JSON."""
-        value = {name: getattr(self, name) for name in (field.name for field in fields(self))}
-        value["directory"] = str(self.directory)
-        value["layout"] = self.layout.to_json()
-        value["files"] = [file.to_json() for file in self.files]
-        return json.dumps(value, allow_nan=False).encode()
 
     def write(self, staging: StagingReader, ranks: Ranks) -> Path:
         """Write the save with `Save`; collective over the writer processes of all ranks."""
@@ -111,20 +78,23 @@ class SnapshotSave(CheckpointWriter):
     def stream(self, path: str) -> Iterator[SaveStream]:
         """Open a new file in memory, to be written piece by piece."""
         self._claim(path)
-        stream = _StagingStream(self._staging)
+        extents: list[Extent] = []
+
+        def write(data: bytes | memoryview) -> int:
+            extents.append(self._staging.store(data))
+            return extents[-1][1]
+
+        stream = SaveStream(write)
         yield stream
-        extents = tuple(stream.extents)
-        self._files[path] = StoredFile(path=path, extents=extents, tensors=stream.tensors, placements=stream.placements)
+        self._files[path] = StoredFile(
+            path=path, extents=tuple(extents), tensors=stream.tensors, placements=stream.placements
+        )
 
     def rename(self, old: str, new: str) -> None:
         """Change the name alone: nothing is on the disk yet."""
         self._claim(new)
         self._files[new] = replace(self._files.pop(old), path=new)
         self._names.discard(old)
-
-    def to_host(self, tensor: "Tensor") -> "Tensor":
-        """Copy `tensor` into the staging buffer."""
-        return self._staging.store_tensor(tensor)
 
     def host_copy(self, tensor: "Tensor") -> "Tensor":
         """Copy `tensor` into the staging buffer, where a stream takes it without copying it again."""
@@ -135,8 +105,10 @@ class SnapshotSave(CheckpointWriter):
 
         For the arguments see `CheckpointWriter.commit`; TypeError or ValueError if they are not JSON.
         """
-        files = tuple(self._files.values())
+        # Plain JSON values: the writer process could not unpickle the program's own types.
+        metadata, writer = json.loads(json.dumps([metadata, writer], allow_nan=False))
         self._staging.synchronize()
+        files = tuple(self._files.values())
         self._hand_over(replace(self._pending, files=files, metadata=metadata, writer=writer))
         self._open = False
         return self._pending.directory / step_directory(self.step)
@@ -153,15 +125,3 @@ class SnapshotSave(CheckpointWriter):
         self._hand_over(replace(self._pending, failure=reason))
         if error is None:
             raise CheckpointError(f"{self._pending.directory}: {reason}")
-
-
-class _StagingStream(SaveStream):
-    def __init__(self, staging: StagingBuffer) -> None:
-        super().__init__()
-        self._staging = staging
-        self.extents: list[Extent] = []
-
-    def write(self, data: bytes | memoryview, /) -> int:
-        extent = self._staging.store(data)
-        self.extents.append(extent)
-        return extent[1]

@@ -1,14 +1,14 @@
 """Save while training goes on: a rank waits only for the copy of its tensors, which a process beside it writes."""
 
+import os
 import socket
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
 from mbridge_ckpt.background.pending_save import PendingSave, SnapshotSave
-from mbridge_ckpt.background.rendezvous import Rendezvous
 from mbridge_ckpt.background.staging import StagingBuffer
-from mbridge_ckpt.background.writer import WriterProcess
+from mbridge_ckpt.background.writer import Meeting, Outcome, WriterProcess
 from mbridge_ckpt.errors import SaveError, SaverBusyError
 from mbridge_ckpt.manifest.layout import Layout, step_directory
 from mbridge_ckpt.store.ranks import Ranks
@@ -40,21 +40,16 @@ class AsyncSaver:
     Args:
         when_busy: what `begin_save` does while the last save is still being written: "wait" for it, or "refuse" with
             SaveError. The ranks agree on which it is.
-        group: as for `begin_save`; the constructor and `begin_save` are collective over it.
+        group: as for `begin_save`, which is collective over it. The first save of several ranks also waits until their
+            writers have started and found each other.
     """
 
     def __init__(self, *, when_busy: Literal["wait", "refuse"] = "wait", group: "ProcessGroup | None" = None) -> None:
         self._when_busy = when_busy
         self._ranks = Ranks(group)
         self._staging = StagingBuffer()
-        self._writer: WriterProcess | None = None
-        try:
-            with Rendezvous(self._ranks) as seat:
-                self._writer = WriterProcess(self._staging.descriptor, seat)
-        except BaseException:  # of another rank, too
-            if self._writer is not None:
-                self._writer.close()
-            raise
+        self._writer: WriterProcess | None = WriterProcess(self._staging.descriptor, self._ranks)
+        self._has_met = self._ranks.size == 1  # whether the writers of all ranks have formed a group
         self._running: Path | None = None  # what the writer was given and has not reported on
         self._committed: Path | None = None  # reported, and not yet told to the caller
         self._failure: str | None = None  # likewise
@@ -97,6 +92,8 @@ class AsyncSaver:
                 f"{final} was not begun: {running[0]} is still being written and when_busy is 'refuse'; save less"
                 " often, or wait() first"
             )
+        if not self._has_met:
+            self._meet(final)
         # The working directory of the writer is that of this process when it started, not now.
         pending = PendingSave(directory=Path(directory).absolute(), step=step, layout=layout, existing=existing)
         return SnapshotSave(pending, self._staging, self._ranks, self._hand_over)
@@ -119,6 +116,8 @@ class AsyncSaver:
         if self._writer is None:
             return
         self._receive(wait=True)
+        if not self._has_met:
+            self._writer.kill()  # it has nothing to write, and may be waiting for those of other ranks
         self._writer.close()
         self._writer = None
         self._staging.close()
@@ -126,18 +125,50 @@ class AsyncSaver:
 
     def _hand_over(self, pending: PendingSave) -> None:
         assert self._writer is not None
-        self._writer.send(self._staging.store(pending.to_json()))
+        self._writer.send(pending)
         self._running = pending.directory / step_directory(pending.step)
+
+    def _meet(self, final: Path) -> None:
+        """Have the writers of all ranks form a group; collective. Raises SaveError on every rank if one is gone."""
+        on_one_host = len(set(self._ranks.gather(socket.gethostname()))) == 1
+        # Over several hosts, rank 0 of the job is known by an address that the others are sure to reach.
+        known = os.environ.get("MASTER_ADDR", "") if self._ranks.global_rank == 0 else ""
+        host = self._ranks.from_first("127.0.0.1" if on_one_host else known or socket.getfqdn())
+        port = self._ask_all(Meeting(host, 0), final)[0]
+        self._ask_all(Meeting(host, port), final)
+        self._has_met = True
+
+    def _ask_all(self, request: Meeting, final: Path) -> list[int]:
+        """Return the ports that the writers of all ranks answer; raises SaveError as soon as one is gone or fails."""
+        assert self._writer is not None
+        self._writer.send(request)
+        answer: Outcome | None = None
+        while True:
+            try:
+                answer = answer or self._writer.receive(seconds=0.1)
+            except EOFError as error:
+                answer = Outcome(str(error))
+            failure = self._named(answer.error) if answer is not None and answer.error is not None else None
+            states = self._ranks.gather((failure, answer.port if answer is not None else None))
+            if failures := [failure for failure, _ in states if failure is not None]:
+                self._dead = "; ".join(failures)
+                raise SaveError(f"{final} was not begun: {self._dead}; earlier checkpoints are untouched")
+            ports = [port for _, port in states if port is not None]
+            if len(ports) == len(states):
+                return ports
+
+    def _named(self, reason: str) -> str:
+        return f"rank {self._ranks.global_rank} ({socket.gethostname()}): {reason}; {_NO_MORE}"
 
     def _receive(self, *, wait: bool) -> None:
         """Note what the writer reports, waiting for it only if a save is running."""
         if self._writer is None or self._dead is not None:
             return
         try:
-            outcome = self._writer.receive(wait=wait and self._running is not None)
+            outcome = self._writer.receive(None if wait and self._running is not None else 0)
         except EOFError as error:
             doing = f"{self._running} was not saved" if self._running else "nothing was being saved"
-            self._dead = f"rank {self._ranks.global_rank} ({socket.gethostname()}): {error}; {_NO_MORE}"
+            self._dead = self._named(str(error))
             self._failure = self._failure or f"{doing}: {self._dead}; earlier checkpoints are untouched"
             self._running = None
             return

@@ -5,6 +5,7 @@ import io
 import mmap
 import os
 from pathlib import Path
+from typing import Self
 
 import xxhash
 
@@ -30,7 +31,8 @@ def hash_file(path: Path) -> tuple[int, str]:
 class HashingFile:
     """A new file that is hashed while it is written.
 
-    A checksum of the bytes read back would not notice if the disk had changed them.
+    A checksum of the bytes read back would not notice if the disk had changed them. The end of a `with` block closes it
+    without fsync, unless `close` was called.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,14 +64,14 @@ class HashingFile:
 
     def close(self) -> str:
         """fsync and close; returns the checksum as 32 hexadecimal digits."""
-        try:
+        with self:
             os.fsync(self._descriptor)
-        finally:
-            self.abandon()
         return self._hash.hexdigest()
 
-    def abandon(self) -> None:
-        """Close without fsync, after a failure. Idempotent."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

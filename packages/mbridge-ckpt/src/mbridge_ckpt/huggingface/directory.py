@@ -14,7 +14,6 @@ from mbridge_ckpt.files.hashing import HashingFile
 from mbridge_ckpt.files.paths import inside
 from mbridge_ckpt.manifest.layout import refuse_inside_checkpoint
 from mbridge_ckpt.store.checkpoint_writer import FileSink, SaveStream
-from mbridge_ckpt.store.transaction import FileStream
 
 
 class NewDirectory(FileSink):
@@ -35,12 +34,9 @@ class NewDirectory(FileSink):
         """Open a new file, which is on the disk when the block ends."""
         target = inside(self.path, path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        file = HashingFile(target)
-        try:
-            yield FileStream(file)
+        with HashingFile(target) as file:
+            yield SaveStream(file.write)
             file.close()
-        finally:
-            file.abandon()
 
     def rename(self, old: str, new: str) -> None:
         """Rename a file."""

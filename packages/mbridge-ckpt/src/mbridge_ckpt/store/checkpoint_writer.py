@@ -3,8 +3,9 @@
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -25,16 +26,16 @@ if TYPE_CHECKING:
 _RESERVED = (MANIFEST_FILE, WRITER_FILE, TRACKER_FILE)
 
 
-class SaveStream(ABC):
-    """One file being written. Set `tensors` and `placements` to record them in the manifest."""
+@dataclass(slots=True)
+class SaveStream:
+    """One file being written. Set `tensors` and `placements` to record them in the manifest.
 
-    def __init__(self) -> None:
-        self.tensors: tuple[TensorRecord, ...] = ()
-        self.placements: tuple[ParameterPlacement, ...] = ()
+    `write` writes all of its argument and returns the number of bytes. An OSError ends the `with` block of the stream.
+    """
 
-    @abstractmethod
-    def write(self, data: bytes | memoryview, /) -> int:
-        """Write all of `data`; returns the number of bytes."""
+    write: Callable[[bytes | memoryview], int]
+    tensors: tuple[TensorRecord, ...] = ()
+    placements: tuple[ParameterPlacement, ...] = ()
 
 
 class FileSink(ABC):
@@ -94,9 +95,9 @@ class CheckpointWriter(FileSink):
         rank = self._ranks.global_rank
         self.write_torch(rank_state_file(rank), wrap_rank_state(rank, state))
 
-    @abstractmethod
     def to_host(self, tensor: "Tensor") -> "Tensor":
         """Return `tensor` detached, contiguous and on the CPU, to be written to a stream before anything changes it."""
+        return self.host_copy(tensor)
 
     @abstractmethod
     def commit(self, metadata: dict[str, Any] | None = None, *, writer: dict[str, str] | None = None) -> Path:

@@ -10,7 +10,7 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
@@ -109,19 +109,22 @@ class Save(CheckpointWriter):
                 file = HashingFile(target)
             except OSError as error:
                 self._note_writing(path, error)
-        stream = FileStream(file)
+        # After a failure of this rank, what is written is dropped.
+        stream = SaveStream(file.write if file is not None else lambda data: memoryview(data).nbytes)
         try:
-            yield stream
-            if file is not None:
-                digest = file.close()
-                self._records[path] = FileRecord(
-                    path=path, bytes=file.bytes, xxh3_128=digest, tensors=stream.tensors, placements=stream.placements
-                )
+            with file or nullcontext():
+                yield stream
+                if file is not None:
+                    digest = file.close()
+                    self._records[path] = FileRecord(
+                        path=path,
+                        bytes=file.bytes,
+                        xxh3_128=digest,
+                        tensors=stream.tensors,
+                        placements=stream.placements,
+                    )
         except OSError as error:
             self._note_writing(path, error)
-        finally:
-            if file is not None:
-                file.abandon()
 
     def file(self, path: str) -> Path:
         """Return the absolute path for a file that another library writes; `commit` reads it back for its checksum.
@@ -261,18 +264,6 @@ class Save(CheckpointWriter):
             error.add_note(str(failure))
 
 
-class FileStream(SaveStream):
-    """A file on the disk, or, after a failure of this rank, a sink that drops its input."""
-
-    def __init__(self, file: HashingFile | None) -> None:
-        super().__init__()
-        self._file = file
-
-    def write(self, data: bytes | memoryview, /) -> int:
-        """Write all of `data`; an OSError ends the `with` block of this stream."""
-        return self._file.write(data) if self._file is not None else memoryview(data).nbytes
-
-
 def _lock_writer(temporary: Path) -> int:
     """Leave a mark that stays locked until this process ends, however it ends: `prune` tells dead from live by it."""
     descriptor = os.open(temporary / WRITER_FILE, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -285,12 +276,9 @@ def _lock_writer(temporary: Path) -> int:
 
 
 def _write(root: Path, path: str, data: bytes) -> FileRecord:
-    file = HashingFile(root / path)
-    try:
+    with HashingFile(root / path) as file:
         file.write(data)
         return FileRecord(path=path, bytes=file.bytes, xxh3_128=file.close())
-    finally:
-        file.abandon()
 
 
 def _read_back(root: Path, path: str) -> FileRecord:
