@@ -5,9 +5,9 @@ Here each parameter of a model-parallel rank has its fp32 master copy and its tw
 shape, so that a checkpoint can be resharded and read without Megatron.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from copy import deepcopy
-from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from mbridge_train.optim.optimizer import Optimizer
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MASTER = "fp32_param"
+_FLAT_KEYS = {MASTER: "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}  # Megatron-Core's names
 
 
 def collect(optimizer: Optimizer, names: dict[nn.Parameter, str], layout: RankLayout) -> dict[str, Any] | None:
@@ -41,9 +42,8 @@ def collect(optimizer: Optimizer, names: dict[nn.Parameter, str], layout: RankLa
             gathered = part.get_parameter_state_dp_zero()
             if gathered is None:
                 continue
-            for parameter, slot in _slots(part, gathered):
-                for key, flat_key in _flat_keys():
-                    state[key][names[parameter]] = slot(flat_key).view(parameter.shape).clone()
+            for parameter, key, flat in _flat_slices(part, gathered):
+                state[key][names[parameter]] = flat.view(parameter.shape).clone()
         elif layout.is_writer:
             _ensure_moments(part)
             for parameter, name in names.items():
@@ -59,8 +59,9 @@ def collect(optimizer: Optimizer, names: dict[nn.Parameter, str], layout: RankLa
 def facts(optimizer: Optimizer) -> dict[str, Any]:
     """Return the state apart from the tensors of parameters, which is the same on every rank; see `collect`."""
     scaler = _grad_scaler(optimizer)
+    groups = [group for part in optimizer.parts for group in part.optimizer.param_groups]
     return {
-        "step": _adam_step(optimizer),
+        "step": max(int(group.get("step", 0)) for group in groups),
         "schedule_step": optimizer.steps,
         # A copy, since the state holds the live scale.
         "grad_scaler": deepcopy(scaler.state_dict()) if scaler is not None else None,
@@ -79,8 +80,8 @@ def restore(
         state: on data-parallel rank 0; ignored on the others.
     """
     # Every data-parallel rank needs the small facts; Megatron-Core scatters the tensors.
-    facts_of_state = {key: value for key, value in (state or {}).items() if key not in (MASTER, *MOMENTS)}
-    shared = _broadcast(facts_of_state, layout)
+    small = {key: value for key, value in (state or {}).items() if key not in _FLAT_KEYS}
+    shared = _broadcast(small, layout)
     for part in optimizer.parts:
         _ensure_moments(part)
         if isinstance(part, DistributedOptimizer):
@@ -112,10 +113,6 @@ def _grad_scaler(optimizer: Optimizer) -> Any:
     return getattr(optimizer.parts[0], "grad_scaler", None)
 
 
-def _adam_step(optimizer: Optimizer) -> int:
-    return max(int(group.get("step", 0)) for part in optimizer.parts for group in part.optimizer.param_groups)
-
-
 @torch.no_grad()
 def _ensure_moments(part: Any) -> None:
     """Give every parameter without moments zeros. (A step with zero gradients would also decay the weights.)"""
@@ -125,39 +122,27 @@ def _ensure_moments(part: Any) -> None:
                 part.optimizer.state[parameter] = {key: torch.zeros_like(parameter) for key in MOMENTS}
 
 
-def _flat_keys() -> tuple[tuple[str, str], ...]:
-    """Return pairs of our name and Megatron-Core's."""
-    return ((MASTER, "param"), *((key, key) for key in MOMENTS))
-
-
-def _slots(part: DistributedOptimizer, state: dict[Any, Any]) -> Iterator[tuple[nn.Parameter, Callable[[str], Tensor]]]:
-    """Yield each parameter of the optimizer, and a function from Megatron-Core's key to its slice of the flat state.
+def _flat_slices(part: DistributedOptimizer, state: dict[Any, Any]) -> Iterator[tuple[nn.Parameter, str, Tensor]]:
+    """Yield each parameter of the optimizer with each of our keys, and its slice of Megatron-Core's flat state.
 
     The flat tensors hold the buckets of a buffer one after another, without the padding at each bucket's end.
     """
     for number, (buffer, ranges) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
-        dtype = next(iter(ranges))
-        flat = state[number][dtype]
-        starts = [0]
-        for bucket in buffer.buckets:
-            starts.append(starts[-1] + bucket.numel_unpadded)
-        for parameter, (start, end, bucket_number) in buffer.param_index_map.items():
-            begin = starts[bucket_number] + start - buffer.buckets[bucket_number].offset
-            yield parameter, partial(_slot, flat, begin, end - start)
-
-
-def _slot(flat: dict[str, Tensor], begin: int, size: int, key: str) -> Tensor:
-    return flat[key][begin : begin + size]
+        flat = state[number][next(iter(ranges))]
+        starts = [0, *accumulate(bucket.numel_unpadded for bucket in buffer.buckets)]
+        for parameter, (start, end, bucket) in buffer.param_index_map.items():
+            begin = starts[bucket] + start - buffer.buckets[bucket].offset
+            for key, flat_key in _FLAT_KEYS.items():
+                yield parameter, key, flat[flat_key][begin : begin + end - start]
 
 
 def _flatten(part: DistributedOptimizer, names: dict[nn.Parameter, str], state: dict[str, Any]) -> dict[Any, Any]:
-    """Return Megatron-Core's flat state from the state by name, the inverse of `_slots`."""
+    """Return Megatron-Core's flat state from the state by name."""
     flat_state: dict[Any, Any] = {"buckets_coalesced": True}
     for number, (buffer, ranges) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
         size = buffer.numel_unpadded
-        flat: dict[str, Any] = {flat_key: torch.zeros(size) for _, flat_key in _flat_keys()}
+        flat: dict[str, Any] = {flat_key: torch.zeros(size) for flat_key in _FLAT_KEYS.values()}
         flat_state[number] = {next(iter(ranges)): flat | {"numel_unpadded": size}}
-    for parameter, slot in _slots(part, flat_state):
-        for key, flat_key in _flat_keys():
-            slot(flat_key).copy_(state[key][names[parameter]].flatten())
+    for parameter, key, flat_slice in _flat_slices(part, flat_state):
+        flat_slice.copy_(state[key][names[parameter]].flatten())
     return flat_state
