@@ -14,7 +14,7 @@ from mbridge_config.facts.model import HFFacts
 from mbridge_config.facts.quickstart import made_model_facts
 from mbridge_config.facts.tokenizer import tokenizer_size
 from mbridge_config.paths import is_there
-from mbridge_config.plan.plan import ParallelPlan, expected_world_size, make_plan
+from mbridge_config.plan.plan import ParallelPlan, make_plan
 from mbridge_config.problems import ConfigError, Problem, Severity, ordered, render
 from mbridge_config.rules import REASONING, SFT, Context, Rule
 from mbridge_config.rules.optimizer import over_the_run
@@ -55,7 +55,8 @@ def check(config: RunConfig, world_size: int | None = None) -> Report:
     skipped if that is not set either. Reads config.json and tokenizer files; raises nothing.
     """
     problems = list(config.provenance.problems)
-    world_size = expected_world_size(config) if world_size is None else world_size
+    if world_size is None and config.launcher.nproc_per_node is not None:
+        world_size = config.launcher.nproc_per_node * config.cluster.num_nodes
     facts = _read(config, hf_key(config), hf_directory, HFFacts.load, made_model_facts, problems)
     size = None
     # The tokenizer of SFT is the model's unless its key is set, so an empty model key is one mistake, not two.

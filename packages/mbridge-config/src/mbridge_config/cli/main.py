@@ -12,14 +12,28 @@ from mbridge_config.cli.completion import Complete, answer, complete_config, how
 from mbridge_config.problems import ConfigError
 from mbridge_config.schema.run_kinds import SCHEMAS
 
-COMMANDS = {
-    "check": ("commands:run_check", "print all problems of a config, and the parallel plan"),
-    "fit": ("commands:run_fit", "print layouts that fit the memory of GPUs, best first"),
-    "init": ("init:run", "write a config for a model"),
-    "explain": ("commands:run_explain", "print cause and fix of a problem"),
-    "schema": ("json_schema:run", "print a JSON schema, for editors that complete YAML"),
+
+def _ids(before: Sequence[str], _: str) -> Iterable[str]:
+    from mbridge_config.rules.explanations import explanations
+
+    return () if before else explanations()
+
+
+def _kinds(before: Sequence[str], _: str) -> Iterable[str]:
+    return () if before else SCHEMAS
+
+
+_CHECK = complete_config("--world-size", "--memory", "--json")
+_FIT = complete_config("--gpus", "--memory", "--json")
+COMMANDS: dict[str, tuple[str, str, Complete]] = {
+    "check": ("commands:run_check", "print all problems of a config, and the parallel plan", _CHECK),
+    "fit": ("commands:run_fit", "print layouts that fit the memory of GPUs, best first", _FIT),
+    "init": ("init:run", "write a config for a model", _kinds),
+    "explain": ("commands:run_explain", "print cause and fix of a problem", _ids),
+    "schema": ("json_schema:run", "print a JSON schema, for editors that complete YAML", _kinds),
 }
-"""The function of this room that runs each command, imported when it runs, and the command's line in the help."""
+"""For each command the function of this room that runs it, imported when it runs, its line in the help, and what the
+shell completes after it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=f"{config_listing()}\n\n{how('mbridge-config')}",
     )
-    listing = "; ".join(f"{name}: {text}" for name, (_, text) in COMMANDS.items())
+    listing = "; ".join(f"{name}: {text}" for name, (_, text, _) in COMMANDS.items())
     parser.add_argument("command", choices=list(COMMANDS), help=listing)
     return parser
 
@@ -61,23 +75,7 @@ def _parser() -> argparse.ArgumentParser:
 def _complete(before: Sequence[str], word: str) -> Iterable[str]:
     if not before:
         return COMMANDS
-    return COMPLETIONS[before[0]](before[1:], word) if before[0] in COMPLETIONS else ()
-
-
-def _ids(before: Sequence[str], _: str) -> Iterable[str]:
-    from mbridge_config.rules.explanations import explanations
-
-    return () if before else explanations()
-
-
-COMPLETIONS: dict[str, Complete] = {
-    "check": complete_config("--world-size", "--memory", "--json"),
-    "explain": _ids,
-    "fit": complete_config("--gpus", "--memory", "--json"),
-    "init": lambda before, _: () if before else SCHEMAS,
-    "schema": lambda before, _: () if before else SCHEMAS,
-}
-"""What the shell completes after each command."""
+    return COMMANDS[before[0]][2](before[1:], word) if before[0] in COMMANDS else ()
 
 
 if __name__ == "__main__":

@@ -70,7 +70,7 @@ def compose(
 
     file, directory = locate(config_name, config_path, package_config)
     tree, places = hydra_tree(file, directory, overrides)
-    provenance = Provenance(name=config_name, file=str(file), places=places)
+    provenance = Provenance(places=places)
     return from_tree(tree, provenance, schema or schema_of(tree), strict=strict)
 
 

@@ -75,19 +75,12 @@ class ParallelPlan:
 def pipeline_bubble(stages: int, micro_batches: int) -> float:
     """Return the share of a step in which a stage waits, (p - 1) / (m + p - 1) for p stages and m micro-batches.
 
-    All stages are assumed to take equally long, which is the purpose of uneven stage sizes.
-
     Filling and draining the pipeline take p - 1 times the time of a micro-batch beside the m that are needed
     (Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM",
-    section 2.2.1, which gives it as a share of the ideal time, (p - 1) / m).
+    section 2.2.1, which gives it as a share of the ideal time, (p - 1) / m). All stages are assumed to take equally
+    long, which is the purpose of uneven stage sizes.
     """
     return (stages - 1) / (micro_batches + stages - 1)
-
-
-def expected_world_size(config: Any) -> int | None:
-    """Return the ranks that the config asks for; None if that depends on the host."""
-    processes = config.launcher.nproc_per_node
-    return None if processes is None else processes * config.cluster.num_nodes
 
 
 def make_plan(config: Any, facts: HFFacts | None, world_size: int) -> ParallelPlan | None:

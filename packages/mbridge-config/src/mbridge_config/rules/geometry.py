@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 from mbridge_config.compat.keys import CHECKED
 from mbridge_config.facts.model import QK_LAYERNORM_FAMILIES, QKV_BIAS_FAMILIES, HFFacts
@@ -13,12 +12,6 @@ _MODEL = "actor.model."
 _FACTS = {f"{_MODEL}{name}": row for name, row in CHECKED.items() if row.fact is not None}
 _ACTIVATIONS = {"silu": "swiglu", "swish": "swiglu", "gelu_pytorch_tanh": "geglu"}
 _FORCED = {f"{_MODEL}add_qkv_bias": QKV_BIAS_FAMILIES, f"{_MODEL}qk_layernorm": QK_LAYERNORM_FAMILIES}
-
-
-def _same(stated: Any, fact: Any) -> bool:
-    if isinstance(fact, float):
-        return math.isclose(stated, fact, rel_tol=1e-9)
-    return bool(stated == fact)
 
 
 @rule("geometry", *_FACTS)
@@ -32,7 +25,9 @@ def repeated(context: Context) -> Iterable[Finding]:
         return
     for key, row in _FACTS.items():
         stated, fact = context.value(key), getattr(facts, row.fact or "")
-        if stated is None or fact is None or _same(stated, fact):
+        if stated is None or fact is None:
+            continue
+        if math.isclose(stated, fact, rel_tol=1e-9) if isinstance(fact, float) else stated == fact:
             continue
         forced_by = _forced(key, facts)
         reason = f"the model has {str(fact).lower()} ({forced_by or f'{row.field} in config.json'})"
@@ -60,7 +55,7 @@ def _forced(key: str, facts: HFFacts) -> str | None:
 
 
 @rule("geometry-kind", "actor.model.activation", "actor.model.normalization", "actor.model.position_embedding_type")
-def kinds(context: Context) -> Iterable[Finding]:
+def kind(context: Context) -> Iterable[Finding]:
     """The YAML names an activation, a norm or position embeddings that the model does not have.
 
     Fix: remove the key.
@@ -68,16 +63,13 @@ def kinds(context: Context) -> Iterable[Finding]:
     facts = context.facts
     if facts is None:
         return
-    for name, fact in _kinds(facts).items():
-        stated = context.value(f"{_MODEL}{name}")
-        if stated is not None and fact is not None and stated.lower() != fact:
-            reason = f"the model has {fact}, as its config.json says"
-            yield Finding(f"{_MODEL}{name}", reason, "remove the key, config.json counts")
-
-
-def _kinds(facts: HFFacts) -> dict[str, str | None]:
-    return {
+    kinds = {
         "activation": _ACTIVATIONS.get(facts.activation or ""),
         "normalization": "rmsnorm" if facts.norm_epsilon is not None and facts.model_type != "gpt2" else None,
         "position_embedding_type": "rope" if facts.rope_theta is not None else None,
     }
+    for name, fact in kinds.items():
+        stated = context.value(f"{_MODEL}{name}")
+        if stated is not None and fact is not None and stated.lower() != fact:
+            reason = f"the model has {fact}, as its config.json says"
+            yield Finding(f"{_MODEL}{name}", reason, "remove the key, config.json counts")

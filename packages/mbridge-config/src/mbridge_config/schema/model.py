@@ -6,18 +6,9 @@ from typing import Literal
 from mbridge_config.schema.keys import Status, key
 
 PRECISION_SPELLINGS = {
-    "32": "fp32",
-    "32-true": "fp32",
-    "float32": "fp32",
-    "float": "fp32",
-    "bf16-mixed": "bf16",
-    "bf16-true": "bf16",
-    "bfloat16": "bf16",
-    "16": "fp16",
-    "16-mixed": "fp16",
-    "16-true": "fp16",
-    "float16": "fp16",
-    "half": "fp16",
+    **dict.fromkeys(("32", "32-true", "float32", "float"), "fp32"),
+    **dict.fromkeys(("bf16-mixed", "bf16-true", "bfloat16"), "bf16"),
+    **dict.fromkeys(("16", "16-mixed", "16-true", "float16", "half"), "fp16"),
 }
 MOST_LAYERS = 10_000
 """A larger number of layers is a mistake, which must cost neither minutes nor memory."""

@@ -12,11 +12,9 @@ class Provenance:
 
     `places` has an entry for each key and section that a file or argument set, under its full name. `failed` holds the
     keys whose value could not be used and that have their default instead; a rule that reads one of them is skipped, so
-    that one mistake is reported once. `compat` holds the values of keys that the schema does not have (`compat.table`).
+    that one mistake is reported once. `compat` holds the values of keys that the schema does not have (`compat.keys`).
     """
 
-    name: str | None = None
-    file: str | None = None
     places: dict[str, Where] = dataclasses.field(default_factory=dict)
     failed: set[str] = dataclasses.field(default_factory=set)
     problems: list[Problem] = dataclasses.field(default_factory=list)
