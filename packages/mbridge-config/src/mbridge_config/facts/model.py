@@ -85,16 +85,12 @@ class _Reader:
         self.problems: list[Problem] = []
 
     def facts(self) -> HFFacts:
-        architectures = self.config.get("architectures")
-        if (
-            not isinstance(architectures, list)
-            or not architectures
-            or not all(isinstance(name, str) for name in architectures)
-        ):
+        named = self.config.get("architectures")
+        architectures = named if isinstance(named, list) and all(isinstance(name, str) for name in named) else []
+        if not architectures:
             reason = "config.json has no `architectures`, so the model's class is unknown"
             fix = 'add "architectures": ["Qwen2ForCausalLM"] or the like, or take the config.json that was published'
             self.report("hf-config-architectures", reason, fix)
-            architectures = []
         layers = self.count("num_hidden_layers", "n_layer", required=True)
         if layers is not None and layers > MOST_LAYERS:
             reason = f"num_hidden_layers is {layers}, more than the {MOST_LAYERS} that any model has"

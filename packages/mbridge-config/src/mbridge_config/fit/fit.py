@@ -82,7 +82,7 @@ class Fit:
 
 
 def fit(config: RunConfig, report: Report, gpus: int, memory_gib: float) -> Fit:
-    """Propose layouts of `config` on `gpus` GPUs of `memory_gib` GiB; `display` is that of `check` on it.
+    """Propose layouts of `config` on `gpus` GPUs of `memory_gib` GiB; `report` is that of `check` on it.
 
     Raises `ConfigError` if the model is unknown, or its parameters are not counted.
     """

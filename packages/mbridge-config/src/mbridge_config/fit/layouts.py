@@ -56,7 +56,11 @@ class ProposedLayout:
     changes: Mapping[str, Any]
     plan: ParallelPlan
     recomputed: float
-    tokens: int
+
+    @property
+    def tokens(self) -> int:
+        """Return the tokens of the largest micro-batch."""
+        return self.plan.max_tokens_per_micro_batch
 
     @property
     def peak(self) -> int:
@@ -103,16 +107,13 @@ def layouts(config: RunConfig, report: Report, gpus: int) -> list[ProposedLayout
             continue
         context = Context(config=changed, facts=facts, tokenizer_size=report.tokenizer_size, world_size=gpus)
         if not any(problem.severity is Severity.ERROR for rule in rules for problem in rule.problems(context)):
-            tokens = plan.max_tokens_per_micro_batch
             changes = {key: value for key, value in values.items() if get(config, key) != value}
-            found.append(
-                ProposedLayout(values=values, changes=changes, plan=plan, recomputed=recomputed, tokens=tokens)
-            )
+            found.append(ProposedLayout(values=values, changes=changes, plan=plan, recomputed=recomputed))
     return sorted(found, key=lambda layout: layout.rank)
 
 
 def other_errors(config: RunConfig, report: Report) -> list[Problem]:
-    """Return the errors of `display` that no layout fixes."""
+    """Return the errors of `report` that no layout fixes."""
     about = {rule.id for rule in rules_of(config) if set(rule.reads) & set(KEYS)}
     return [problem for problem in report.errors if problem.id not in about]
 

@@ -12,11 +12,8 @@ from mbridge_config.schema.run_kinds import RunConfig
 def plain(value: Any) -> Any:
     """Return a config or a part of it as YAML and JSON can hold it, without the record of where its keys were set."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            field.name: plain(getattr(value, field.name))
-            for field in dataclasses.fields(value)
-            if field.name != "provenance"
-        }
+        names = (field.name for field in dataclasses.fields(value) if field.name != "provenance")
+        return {name: plain(getattr(value, name)) for name in names}
     if isinstance(value, dict):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
