@@ -55,7 +55,18 @@ class StoredTensor:
         return True
 
 
-class _Call:
+def map_tensors(value: Any, function: Callable[[StoredTensor], Any]) -> Any:
+    """Copy the containers of `value` with `function` applied to each StoredTensor."""
+    if isinstance(value, StoredTensor):
+        return function(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, function) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(item, function) for item in value)
+    return value
+
+
+class Call:
     """A function that a pickle may call, wrapped since the pickle could set attributes of the function itself."""
 
     __slots__ = ("_function",)
@@ -97,9 +108,9 @@ def _checked_tensor(storage: _Storage, offset: int, size: Any, stride: Any, dtyp
 
 _GLOBALS: dict[tuple[str, str], Any] = {
     ("collections", "OrderedDict"): OrderedDict,
-    ("torch", "Size"): _Call(_size),
-    ("torch._utils", "_rebuild_tensor_v2"): _Call(_rebuild_tensor_v2),
-    ("torch._utils", "_rebuild_tensor_v3"): _Call(_rebuild_tensor_v3),
+    ("torch", "Size"): Call(_size),
+    ("torch._utils", "_rebuild_tensor_v2"): Call(_rebuild_tensor_v2),
+    ("torch._utils", "_rebuild_tensor_v3"): Call(_rebuild_tensor_v3),
     **{("torch", name): storage for name, storage in _STORAGES.items()},
     ("torch.storage", "UntypedStorage"): _STORAGES["UntypedStorage"],
     **{("torch", name): _Dtype(name) for name in DTYPE_BYTES},

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mbridge_ckpt.errors import UnsafeCheckpointError
-from mbridge_ckpt.formats.torch_pickle import StandIns, StoredTensor
+from mbridge_ckpt.formats.torch_pickle import Call, StandIns, StoredTensor
 from mbridge_ckpt.formats.torch_reader import TorchFileReader
 
 
@@ -27,24 +27,15 @@ class _Opaque:
         pass
 
 
-class _Typed:
-    """Stand-in for torch's function that rebuilds a tensor with Python attributes: returns it without them."""
-
-    __slots__ = ()
-
-    def __call__(self, function: Any, _type: Any, arguments: Any, _state: Any) -> Any:
-        return function(*arguments)
+def _rebuild_typed(function: Any, _type: Any, arguments: Any, _state: Any) -> Any:
+    """Rebuild a tensor that has Python attributes without them."""
+    return function(*arguments)
 
 
-class _Parameter:
-    """Stand-in for torch's function that rebuilds a Parameter: returns its tensor."""
-
-    __slots__ = ()
-
-    def __call__(self, tensor: Any, *_: Any) -> StoredTensor:
-        if not isinstance(tensor, StoredTensor):
-            raise UnsafeCheckpointError("its pickle makes a parameter of something that is not a tensor")
-        return tensor
+def _rebuild_parameter(tensor: Any, *_: Any) -> StoredTensor:
+    if not isinstance(tensor, StoredTensor):
+        raise UnsafeCheckpointError("its pickle makes a parameter of something that is not a tensor")
+    return tensor
 
 
 def _fresh(kind: type) -> Any:
@@ -67,9 +58,9 @@ _OPAQUE = (
 
 _STAND_INS: StandIns = {
     ("argparse", "Namespace"): _fresh(RunArguments),
-    ("torch._tensor", "_rebuild_from_type_v2"): _Typed,
-    ("torch._utils", "_rebuild_parameter"): _Parameter,
-    ("torch._utils", "_rebuild_parameter_with_state"): _Parameter,
+    ("torch._tensor", "_rebuild_from_type_v2"): lambda: Call(_rebuild_typed),
+    ("torch._utils", "_rebuild_parameter"): lambda: Call(_rebuild_parameter),
+    ("torch._utils", "_rebuild_parameter_with_state"): lambda: Call(_rebuild_parameter),
     **{(name.rpartition(".")[0], name.rpartition(".")[2]): _fresh(_Opaque) for name in _OPAQUE},
 }
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mbridge_ckpt.errors import CheckpointError, LayoutError
-from mbridge_ckpt.formats.torch_pickle import StoredTensor
+from mbridge_ckpt.formats.torch_pickle import StoredTensor, map_tensors
+from mbridge_ckpt.formats.torch_reader import TorchFileReader
 from mbridge_ckpt.formats.torch_zip import LazyTensor
 from mbridge_ckpt.manifest.layout import (
     TRACKER_FILE,
@@ -79,15 +80,20 @@ def _write_rank(
         first = path_of(step, old, tensor_rank=0)
         if not whole.checkpoint.has(first):
             continue
+        reader = whole.reader(first)
         value: dict[str, Any] = {}
-        for key, item in whole.reader(first).value.items():
+        for key, item in reader.value.items():
             if isinstance(item, dict) and (key == MODEL if is_model else _is_state(whole, key)):
                 kept = [target for target in targets if whole.has(key, target.source)]
                 value[key] = {t.placement.name: _lazy(whole, key, t, rank, layout.tensor, rows, progress) for t in kept}
             else:
-                value[key] = layout.to_json() if key == "layout" else _with_lazy_tensors(whole, first, item)
+                value[key] = layout.to_json() if key == "layout" else map_tensors(item, partial(_unread, reader))
         placements = [target.placement for target in targets] if is_model else []
         save.write_torch(path_of(step, layout, tensor_rank=rank, pipeline_rank=stage), value, placements=placements)
+
+
+def _unread(reader: TorchFileReader, tensor: StoredTensor) -> LazyTensor:
+    return LazyTensor(tensor.shape, tensor.dtype, partial(reader.read, tensor))
 
 
 def _is_state(whole: WholeModel, kind: str) -> bool:
@@ -107,16 +113,6 @@ def _lazy(
     shape, dtype = whole.shape(kind, target.source, size=size, rows=padded)
     read = partial(whole.read, kind, target.source, rank=rank, size=size, rows=padded)
     return LazyTensor(shape, dtype, read).counted(progress)
-
-
-def _with_lazy_tensors(whole: WholeModel, file: str, value: Any) -> Any:
-    if isinstance(value, StoredTensor):
-        return LazyTensor(value.shape, value.dtype, partial(whole.reader(file).read, value))
-    if isinstance(value, dict):
-        return {key: _with_lazy_tensors(whole, file, item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_with_lazy_tensors(whole, file, item) for item in value)
-    return value
 
 
 def _copy_rest(save: Save, checkpoint: Checkpoint, progress: Callable[[int], None] | None) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
 from mbridge_ckpt.errors import LayoutError
-from mbridge_ckpt.formats.torch_pickle import StoredTensor
+from mbridge_ckpt.formats.torch_pickle import StoredTensor, map_tensors
 from mbridge_ckpt.formats.torch_reader import TorchFileReader
 from mbridge_ckpt.manifest.placement import ParameterPlacement
 from mbridge_ckpt.store.checkpoint import Checkpoint
@@ -82,7 +82,7 @@ class WholeModel:
         reader = self.reader(file)
         names = {parameter.placement.name for parameter in self.parameters.values()}
         return {
-            key: _read_all(reader, item)
+            key: map_tensors(item, reader.read)
             for key, item in reader.value.items()
             if not (isinstance(item, dict) and names & set(item))
         }
@@ -171,11 +171,3 @@ class WholeModel:
 
 def _file_of(kind: str, model_file: str) -> str:
     return model_file if kind == MODEL else model_file.replace("model_optim_rng.pt", "distrib_optim.pt")
-
-
-def _read_all(reader: TorchFileReader, value: Any) -> Any:
-    if isinstance(value, StoredTensor):
-        return reader.read(value)
-    if isinstance(value, dict):
-        return {key: _read_all(reader, item) for key, item in value.items()}
-    return value
