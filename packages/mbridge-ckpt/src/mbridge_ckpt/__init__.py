@@ -16,7 +16,7 @@ from mbridge_ckpt.errors import (
     UnsafeCheckpointError,
 )
 from mbridge_ckpt.formats.tensors import TensorRecord
-from mbridge_ckpt.formats.torch_files import load_torch
+from mbridge_ckpt.formats.torch_reader import load_torch
 from mbridge_ckpt.huggingface.export import ExportReport, export_hf
 from mbridge_ckpt.huggingface.recipe import RECIPE_FILE, HfRecipe, HfTensor
 from mbridge_ckpt.huggingface.write import write_hf

@@ -10,9 +10,8 @@ import torch
 from mbridge_ckpt.errors import CheckpointError
 from mbridge_ckpt.files.hashing import HashingFile, hash_file
 from mbridge_ckpt.formats.tensors import DTYPE_BYTES
-from mbridge_ckpt.formats.torch_files import load_torch, write_torch_file
-from mbridge_ckpt.formats.torch_reader import TorchFileReader, inspect_torch_file
-from mbridge_ckpt.formats.torch_zip import LazyTensor
+from mbridge_ckpt.formats.torch_reader import TorchFileReader, inspect_torch_file, load_torch
+from mbridge_ckpt.formats.torch_zip import LazyTensor, write_torch_file
 
 CONTAINERS = {
     "a": [1, -2.5, None, True, "text", (1, 2)],

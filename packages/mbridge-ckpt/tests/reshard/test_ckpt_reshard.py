@@ -26,7 +26,7 @@ from mbridge_ckpt import (
     verify,
 )
 from mbridge_ckpt.cli.main import main
-from mbridge_ckpt.huggingface.directory import NewDirectory
+from mbridge_ckpt.huggingface.export import NewDirectory
 from mbridge_ckpt.reshard.reshard import reshard
 
 LAYERS, HIDDEN, FEED_FORWARD, VOCABULARY = 4, 8, 12, 21

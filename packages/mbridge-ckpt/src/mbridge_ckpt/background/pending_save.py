@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from mbridge_ckpt.background.staging import Extent, StagingBuffer, StagingReader
+from mbridge_ckpt.background.staging import StagingBuffer
 from mbridge_ckpt.errors import CheckpointError
 from mbridge_ckpt.formats.tensors import TensorRecord
 from mbridge_ckpt.manifest.layout import Layout, step_directory
@@ -26,7 +26,7 @@ class StoredFile:
     """A file of the checkpoint: its bytes are those of `extents` in the staging buffer, one after the other."""
 
     path: str
-    extents: tuple[Extent, ...]
+    extents: tuple[slice, ...]
     tensors: tuple[TensorRecord, ...]
     placements: tuple[ParameterPlacement, ...]
 
@@ -44,7 +44,7 @@ class PendingSave:
     writer: dict[str, str] | None = None
     failure: str | None = None
 
-    def write(self, staging: StagingReader, ranks: Ranks) -> Path:
+    def write(self, staging: memoryview, ranks: Ranks) -> Path:
         """Write the save with `Save`; collective over the writer processes of all ranks."""
         with Save(self.directory, step=self.step, layout=self.layout, ranks=ranks, existing=self.existing) as save:
             if self.failure is not None:
@@ -78,11 +78,11 @@ class SnapshotSave(CheckpointWriter):
     def stream(self, path: str) -> Iterator[SaveStream]:
         """Open a new file in memory, to be written piece by piece."""
         self._claim(path)
-        extents: list[Extent] = []
+        extents: list[slice] = []
 
         def write(data: bytes | memoryview) -> int:
             extents.append(self._staging.store(data))
-            return extents[-1][1]
+            return memoryview(data).nbytes
 
         stream = SaveStream(write)
         yield stream

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
 ALIGNMENT = 64
 STEP = 16 << 20  # bytes allocated and pinned at a time; one copy from a GPU must not cross two pinned ranges
 
-Extent = tuple[int, int]
-"""Offset and length in bytes."""
-
 
 class StagingBuffer:
     """Shared memory, filled from the beginning at each save. `descriptor` is what another process maps.
@@ -43,33 +40,27 @@ class StagingBuffer:
         mapping = mmap.mmap(self.descriptor, self.capacity)
         self._bytes: Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
         self._used = 0
-        self._taken = 0
+        self.taken = 0  # bytes of memory allocated; they are kept between saves
         self._pinned: dict[int, int] = {}  # offset of each pinned range, and its address
         self._copying: set[Stream] = set()  # CUDA streams with copies that may still run
-
-    @property
-    def taken(self) -> int:
-        """Bytes of memory allocated; they are kept between saves."""
-        return self._taken
 
     def reset(self) -> None:
         """Discard the content; the memory is kept for the next save."""
         self._used = 0
 
-    def store(self, data: bytes | memoryview) -> Extent:
-        """Copy `data` in; data that is in this buffer already is not copied."""
+    def store(self, data: bytes | memoryview) -> slice:
+        """Copy `data` in and return its place; data that is in this buffer already is not copied."""
         import numpy
 
         view = memoryview(data).cast("B")
         if not len(view):
-            return self._used, 0
+            return slice(self._used, self._used)
         source = numpy.frombuffer(view, dtype=numpy.uint8)
         offset = source.ctypes.data - self._memory.data_ptr()
-        if 0 <= offset < self.capacity:
-            return offset, len(view)
-        offset = self._take(len(view))
-        memoryview(self._memory[offset : offset + len(view)].numpy())[:] = view
-        return offset, len(view)
+        if not 0 <= offset < self.capacity:
+            offset = self._take(len(view))
+            memoryview(self._memory[offset : offset + len(view)].numpy())[:] = view
+        return slice(offset, offset + len(view))
 
     def store_tensor(self, tensor: "Tensor") -> "Tensor":
         """Return a contiguous CPU copy of `tensor` in this buffer; of a GPU tensor, to be read after `synchronize`."""
@@ -118,18 +109,18 @@ class StagingBuffer:
         """Return the offset of `size` fresh bytes."""
         offset = self._used
         end = offset + -(-size // ALIGNMENT) * ALIGNMENT
-        if end > self._taken:
-            more = -(-(end - self._taken) // STEP) * STEP
+        if end > self.taken:
+            more = -(-(end - self.taken) // STEP) * STEP
             try:
                 if end > self.capacity:
                     raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
-                os.posix_fallocate(self.descriptor, self._taken, more)  # faster than a fault for each page
+                os.posix_fallocate(self.descriptor, self.taken, more)  # faster than a fault for each page
             except OSError as error:
                 raise CheckpointError(
                     f"no memory for a copy of what is saved ({end} bytes so far): {error.strerror}; save without"
                     " AsyncSaver, or give the process more memory"
                 ) from None
-            self._taken += more
+            self.taken += more
         self._used = end
         return offset
 
@@ -142,11 +133,6 @@ class StagingBuffer:
             self._pinned[offset] = address
 
 
-class StagingReader:
-    """The staging buffer seen from the other process, by the descriptor that it inherited."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._view = memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))
-
-    def __getitem__(self, extent: Extent) -> memoryview:
-        return self._view[extent[0] : extent[0] + extent[1]]
+def map_staging(descriptor: int) -> memoryview:
+    """Map the staging buffer, to be read, in another process that inherited its descriptor."""
+    return memoryview(mmap.mmap(descriptor, 0, access=mmap.ACCESS_READ))

@@ -20,7 +20,7 @@ from multiprocessing.connection import Connection, Pipe
 from typing import Any
 
 from mbridge_ckpt.background.pending_save import PendingSave
-from mbridge_ckpt.background.staging import StagingReader
+from mbridge_ckpt.background.staging import map_staging
 from mbridge_ckpt.errors import RanksLostError, SaveError
 from mbridge_ckpt.store.ranks import Ranks
 
@@ -115,7 +115,7 @@ def main(connected: int, staging: int, rank_process: int, rank: int, size: int, 
         signal.signal(number, signal.SIG_IGN)
     if size > 1:
         import torch.distributed  # noqa: F401 - takes seconds, which training need not wait for
-    connection, writer = Connection(connected), _Writer(StagingReader(staging), rank, size, global_rank)
+    connection, writer = Connection(connected), _Writer(map_staging(staging), rank, size, global_rank)
     with suppress(*_GONE):
         while (request := connection.recv()) is not None:
             outcome = writer.answer(request)
@@ -126,7 +126,7 @@ def main(connected: int, staging: int, rank_process: int, rank: int, size: int, 
 
 
 class _Writer:
-    def __init__(self, staging: StagingReader, rank: int, size: int, global_rank: int) -> None:
+    def __init__(self, staging: memoryview, rank: int, size: int, global_rank: int) -> None:
         self._staging = staging
         self._rank, self._size = rank, size
         self._ranks = Ranks()

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mbridge_ckpt.cli.convert import run_export_hf, run_import_megatron, run_reshard
 from mbridge_ckpt.cli.output import ProgressBar, print_columns, print_json, size_text
 from mbridge_ckpt.errors import CheckpointError
 from mbridge_ckpt.manifest.manifest import read_manifest
@@ -178,6 +177,66 @@ def _diff(options: argparse.Namespace) -> int:
     return NO if differences else FINE
 
 
+def _reshard(options: argparse.Namespace) -> int:
+    from mbridge_ckpt.reshard.reshard import reshard
+
+    checkpoint = open_checkpoint(options.path)
+    with ProgressBar("reading and writing", 2 * checkpoint.manifest.total_bytes) as progress:
+        path = reshard(
+            checkpoint.path,
+            options.destination,
+            tensor=options.tp,
+            pipeline=options.pp,
+            vocabulary_multiple=options.vocabulary_multiple,
+            progress=progress,
+        )
+    return _print_made(options, path)
+
+
+def _import_megatron(options: argparse.Namespace) -> int:
+    from mbridge_ckpt.megatron_lm.importer import import_megatron
+    from mbridge_ckpt.megatron_lm.tree import find_iteration
+
+    total = sum(file.stat().st_size for file in find_iteration(options.path).glob("mp_rank_*/*.pt"))
+    with ProgressBar("writing", total) as progress:
+        path = import_megatron(
+            options.path,
+            options.destination,
+            optimizer=not options.no_optimizer,
+            vocabulary_rows=options.vocab_size,
+            progress=progress,
+        )
+    return _print_made(options, path)
+
+
+def _export_hf(options: argparse.Namespace) -> int:
+    from mbridge_ckpt.huggingface.export import export_hf
+
+    checkpoint = open_checkpoint(options.path)
+    with ProgressBar("writing", checkpoint.manifest.total_bytes) as progress:
+        report = export_hf(
+            checkpoint.path,
+            options.destination,
+            max_shard_size=options.max_shard_size,
+            hf_files=options.hf_files,
+            progress=progress,
+        )
+    if options.json:
+        print_json(report)
+    else:
+        print(f"{report.path}: {report.tensors} tensors, {size_text(report.bytes)}, from {report.weights_from}")
+    return 0
+
+
+def _print_made(options: argparse.Namespace, path: Path) -> int:
+    manifest = read_manifest(path)
+    if options.json:
+        print_json({"path": path, "layout": manifest.layout, "bytes": manifest.total_bytes})
+    else:
+        print(f"{path}: {manifest.layout}, {size_text(manifest.total_bytes)}")
+    return 0
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="mbridge-ckpt",
@@ -202,19 +261,17 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--full", action="store_true", help="read every byte and compare checksums")
     compare = command("diff", _diff, "Show which parameters of two checkpoints differ, and by how much.", "FIRST")
     compare.add_argument("other", type=Path, metavar="SECOND")
-    cut = command("reshard", run_reshard, "Reshard a checkpoint for another parallel layout.", "CHECKPOINT")
+    cut = command("reshard", _reshard, "Reshard a checkpoint for another parallel layout.", "CHECKPOINT")
     cut.add_argument("destination", type=Path, metavar="DIRECTORY", help="checkpoints directory to write into")
     cut.add_argument("--tp", type=int, default=1, help="tensor-parallel size (1)")
     cut.add_argument("--pp", type=int, default=1, help="pipeline stages (1)")
     cut.add_argument("--vocabulary-multiple", type=int, metavar="M", help="pad the vocabulary to M times --tp rows")
-    export = command(
-        "export-hf", run_export_hf, "Write a checkpoint's weights as a HuggingFace directory.", "CHECKPOINT"
-    )
+    export = command("export-hf", _export_hf, "Write a checkpoint's weights as a HuggingFace directory.", "CHECKPOINT")
     export.add_argument("destination", type=Path, metavar="DIRECTORY", help="directory to make; it must not exist")
     export.add_argument("--max-shard-size", metavar="SIZE", help="such as 5GB; by default as exported, or 5GB")
     export.add_argument("--hf-files", type=Path, metavar="DIR", help="where config.json, tokenizer and so on come from")
     bring = command(
-        "import-megatron", run_import_megatron, "Make a checkpoint from a tree of Megatron-LM's torch format.", "SOURCE"
+        "import-megatron", _import_megatron, "Make a checkpoint from a tree of Megatron-LM's torch format.", "SOURCE"
     )
     bring.add_argument("destination", type=Path, metavar="DIRECTORY", help="checkpoints directory to write into")
     bring.add_argument("--no-optimizer", action="store_true", help="import the weights alone")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from io import RawIOBase
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mbridge_ckpt.errors import CorruptCheckpointError
 
@@ -40,6 +40,11 @@ TORCH_STORAGES = {
     "uint8": "ByteStorage", "bool": "BoolStorage",
 }  # fmt: skip
 """torch's storage classes of the dtypes that have one; the others are stored untyped beside their dtype."""
+
+
+def dtype_name(tensor: Any) -> str:
+    """Return torch's name of the dtype, "float32"."""
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def tensor_bytes(tensor: "Tensor") -> memoryview:

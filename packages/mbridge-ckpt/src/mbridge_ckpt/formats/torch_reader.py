@@ -1,4 +1,4 @@
-"""Read torch.save files that are not trusted: their structure, and single tensors or rows of them.
+"""Read torch.save files that are not trusted: as a whole, their structure, or single tensors or rows of them.
 
 A `.pt` file is a zip of stored (not compressed) entries: one pickle, and the raw bytes of each storage. Reading a
 tensor needs no more memory than the tensor.
@@ -6,11 +6,11 @@ tensor needs no more memory than the tensor.
 
 import io
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from mbridge_ckpt.errors import CorruptCheckpointError, UnsafeCheckpointError
+from mbridge_ckpt.files.hashing import HashingReader
 from mbridge_ckpt.formats.tensors import DTYPE_BYTES, TensorRecord, read_into
 from mbridge_ckpt.formats.torch_pickle import StandIns, StoredTensor, unpickle
 
@@ -20,16 +20,8 @@ if TYPE_CHECKING:
 MAXIMUM_PICKLE_BYTES = 256 << 20
 MAXIMUM_DEPTH = 64
 
-
-@dataclass(frozen=True, slots=True)
-class Structure:
-    """The content of a torch.save file: the value with a StoredTensor in place of each tensor, the tensors in their
-    order, and the position in the file of each storage's bytes.
-    """
-
-    value: Any
-    tensors: tuple[TensorRecord, ...]
-    positions: dict[str, int]
+Structure = tuple[Any, tuple[TensorRecord, ...], dict[str, int]]
+"""The value with a StoredTensor in place of each tensor, the tensors, and where the bytes of each storage begin."""
 
 
 def inspect_torch_file(path: Path) -> tuple[TensorRecord, ...]:
@@ -38,12 +30,12 @@ def inspect_torch_file(path: Path) -> tuple[TensorRecord, ...]:
     Raises CorruptCheckpointError (not such a file, or damaged) or UnsafeCheckpointError (would run code, has compressed
     entries that may expand without bound, or entries outside the archive); the message names `path`.
     """
-    with path.open("rb") as stream:
-        return read_structure(stream, path).tensors
+    with TorchFileReader(path) as reader:
+        return reader.tensors
 
 
 class TorchFileReader:
-    """An open torch.save file. `value` is what was saved, with a StoredTensor in place of each tensor.
+    """An open torch.save file. `value` is what was saved, with a StoredTensor in place of each tensor of `tensors`.
 
     Nothing in the file is run; raises as `inspect_torch_file`. `stand_ins` are further names that its pickle may use.
     """
@@ -52,11 +44,10 @@ class TorchFileReader:
         self.path = path
         self._stream = path.open("rb", buffering=0)
         try:
-            structure = read_structure(self._stream, path, stand_ins)
+            self.value, self.tensors, self._positions = _read_structure(self._stream, path, stand_ins)
         except BaseException:
             self._stream.close()
             raise
-        self.value, self._positions = structure.value, structure.positions
 
     def read(self, tensor: StoredTensor, rows: tuple[int, int] | None = None) -> "Tensor":
         """Read a tensor into fresh CPU memory; `rows` are begin and end along dimension 0, by default all."""
@@ -89,7 +80,45 @@ class TorchFileReader:
         self._stream.close()
 
 
-def read_structure(stream: IO[bytes] | io.RawIOBase, path: Path, stand_ins: StandIns | None = None) -> Structure:
+def load_torch(path: str | Path, *, map_location: Any = "cpu", mmap: bool = False) -> Any:
+    """Read a torch.save file that holds only plain containers, numbers, text and tensors.
+
+    The file is inspected before torch opens it, and then opened with `weights_only=True`. `mmap=True` maps tensors
+    from the file instead of reading them (memory is paged in as it is touched).
+
+    Raises UnsafeCheckpointError or CorruptCheckpointError, naming the file and what in it was refused.
+    """
+    path = Path(path)
+    with path.open("rb") as stream:
+        _read_structure(stream, path)
+        return _load(path, path if mmap else stream, map_location, mmap)
+
+
+def load_torch_hashed(path: Path, map_location: Any = "cpu") -> tuple[Any, str]:
+    """Read as `load_torch`, and return the XXH3-128 of the file, too, which is read once for both."""
+    with HashingReader(path) as stream:
+        _read_structure(stream, path)
+        value = _load(path, stream, map_location, False)
+        return value, stream.digest()
+
+
+def _load(path: Path, source: Path | IO[bytes] | HashingReader, map_location: Any, mmap: bool) -> Any:
+    import torch
+
+    if not isinstance(source, Path):
+        source.seek(0)
+    try:
+        return torch.load(source, map_location=map_location, weights_only=True, mmap=mmap)  # type: ignore[arg-type]
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CorruptCheckpointError(f"{path}: cannot be read: {error}") from None
+    except Exception as error:
+        kind = UnsafeCheckpointError if "weights_only" in str(error).lower() else CorruptCheckpointError
+        raise kind(f"{path}: torch refuses it: {str(error).splitlines()[0]}") from error
+
+
+def _read_structure(stream: IO[bytes] | io.RawIOBase, path: Path, stand_ins: StandIns | None = None) -> Structure:
     """Read the structure of an open torch.save file; raises as `inspect_torch_file`."""
     try:
         return _read(stream, stand_ins or {})
@@ -136,7 +165,7 @@ def _read(stream: Any, stand_ins: StandIns) -> Structure:
     # Each container costs a byte of pickle or more, unless it is the same one again: lists that hold one another twice
     # are short to write and endless to walk through.
     _flatten(value, "", 0, records, [1000 + len(data)])
-    return Structure(value, tuple(records), positions)
+    return value, tuple(records), positions
 
 
 def _data_offset(stream: Any, entry: zipfile.ZipInfo) -> int:

@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
-from mbridge_ckpt.formats.tensors import DTYPE_BYTES, TORCH_STORAGES, tensor_bytes
+from mbridge_ckpt.errors import CheckpointError
+from mbridge_ckpt.formats.tensors import DTYPE_BYTES, TORCH_STORAGES, TensorRecord, dtype_name, tensor_bytes
+from mbridge_ckpt.formats.torch_reader import MAXIMUM_DEPTH
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,36 +68,70 @@ def host_tensor(tensor: "Tensor") -> "Tensor":
     return tensor.detach().cpu().contiguous()
 
 
-def write_torch_zip(out: Writer, value: Any, to_host: "Callable[[Tensor], Tensor]" = host_tensor) -> None:
-    """Write `value`: plain containers with torch tensors and LazyTensors as leaves (checked by the caller).
+def write_torch_file(
+    out: Writer, value: Any, to_host: "Callable[[Tensor], Tensor]" = host_tensor
+) -> tuple[TensorRecord, ...]:
+    """Write `value` in torch.save's format; returns the tensors in it.
 
-    `to_host` returns the contiguous CPU tensor whose bytes are then written to `out`.
+    `value` is made of dict, OrderedDict, list, tuple, str, int, float, bool, None, torch.Size, torch.dtype, tensors and
+    LazyTensors. Tensors are stored detached, on the CPU and without the rest of the storage that they are a view of;
+    `to_host` copies them to contiguous host memory one at a time. Two tensors that share memory are stored twice.
+
+    Raises CheckpointError naming the key for any other type: it could be written but not read back safely.
     """
+    records: list[TensorRecord] = []
     pickled = io.BytesIO()
     pickler = _Pickler(pickled)
-    pickler.dump(value)
+    pickler.dump(_plain(value, "", 0, records))
     archive = _Archive(out)
     archive.add("data.pkl", pickled.getvalue())
     archive.add(".format_version", b"1")
     archive.add(".storage_alignment", str(ALIGNMENT).encode())
     archive.add("byteorder", sys.byteorder.encode())
     for key, tensor in enumerate(pickler.tensors):
-        size = prod(tensor.shape) * DTYPE_BYTES[tensor.dtype if isinstance(tensor, LazyTensor) else _dtype_name(tensor)]
+        size = prod(tensor.shape) * DTYPE_BYTES[dtype_name(tensor)]
         archive.add_storage(f"data/{key}", size, tensor_bytes(to_host(_real(tensor))))
     archive.add("version", b"3\n")
     archive.finish()
+    return tuple(records)
 
 
-def _dtype_name(tensor: "Tensor") -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+def _plain(value: Any, name: str, depth: int, records: list[TensorRecord]) -> Any:
+    """Copy the containers of `value` and record its tensors; raises CheckpointError if it cannot be stored."""
+    import torch
+
+    if depth > MAXIMUM_DEPTH:
+        raise CheckpointError(f"{name[:80]}: containers nested deeper than {MAXIMUM_DEPTH}, or containing themselves")
+    if type(value) in (torch.Tensor, torch.nn.Parameter, LazyTensor):
+        dtype = dtype_name(value)
+        if dtype not in DTYPE_BYTES or (not isinstance(value, LazyTensor) and value.layout is not torch.strided):
+            raise CheckpointError(
+                f"{name}: tensors of dtype {dtype}, or sparse ones, cannot be stored; convert it first"
+            )
+        records.append(TensorRecord(name, tuple(value.shape), dtype))
+        return value
+    prefix = f"{name}/" if name else ""
+    if type(value) in (dict, OrderedDict):
+        for key in value:
+            if type(key) not in (str, int, bool, float, type(None)):
+                raise CheckpointError(f"{name or 'top level'}: key {key!r} is no text or number; use one of these")
+        return type(value)((key, _plain(item, f"{prefix}{key}", depth + 1, records)) for key, item in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(_plain(item, f"{prefix}{i}", depth + 1, records) for i, item in enumerate(value))
+    if value is None or type(value) in (str, int, float, bool, torch.Size, torch.dtype):
+        return value
+    raise CheckpointError(
+        f"{name or 'top level'}: a {type(value).__module__}.{type(value).__name__} cannot be stored; a checkpoint holds"
+        " plain containers, numbers, text and tensors (turn arrays and bytes into tensors, objects into dicts)"
+    )
 
 
 def _real(tensor: "Tensor | LazyTensor") -> "Tensor":
     if not isinstance(tensor, LazyTensor):
         return tensor
     real = tensor.read()
-    if (tuple(real.shape), _dtype_name(real)) != (tensor.shape, tensor.dtype):
-        raise ValueError(f"announced {tensor.dtype}{list(tensor.shape)}, got {_dtype_name(real)}{list(real.shape)}")
+    if (tuple(real.shape), dtype_name(real)) != (tensor.shape, tensor.dtype):
+        raise ValueError(f"announced {tensor.dtype}{list(tensor.shape)}, got {dtype_name(real)}{list(real.shape)}")
     return real
 
 
@@ -120,8 +156,7 @@ class _Pickler(pickle.Pickler):
 
         if not isinstance(value, (torch.Tensor, LazyTensor)):
             return NotImplemented
-        dtype = value.dtype if isinstance(value, LazyTensor) else _dtype_name(value)
-        shape = tuple(value.shape)
+        dtype, shape = dtype_name(value), tuple(value.shape)
         stride = tuple(prod(shape[dimension + 1 :]) for dimension in range(len(shape)))
         storage = _Storage(str(len(self.tensors)), dtype, prod(shape))
         self.tensors.append(value)

@@ -4,18 +4,26 @@ If the checkpoint was saved with its export, the files are compared with their c
 shards of another size. If it was saved without, the weights are built by its recipe (see `recipe`).
 """
 
+import os
+import shutil
+import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
 from mbridge_ckpt.errors import CheckpointError, IncompleteCheckpointError, LayoutError
+from mbridge_ckpt.files.durable import fsync_path, fsync_tree_directories
+from mbridge_ckpt.files.hashing import HashingFile
+from mbridge_ckpt.files.paths import inside
 from mbridge_ckpt.formats.safetensors import read_safetensors
-from mbridge_ckpt.huggingface.directory import NewDirectory
 from mbridge_ckpt.huggingface.recipe import RECIPE_FILE, HfRecipe, read_recipe
 from mbridge_ckpt.huggingface.write import copy_file, is_weights, other_files, parse_size, write_weights
-from mbridge_ckpt.manifest.layout import HF_DIRECTORY
+from mbridge_ckpt.manifest.layout import HF_DIRECTORY, refuse_inside_checkpoint
 from mbridge_ckpt.store.checkpoint import Checkpoint, open_checkpoint
+from mbridge_ckpt.store.checkpoint_writer import FileSink, SaveStream
 from mbridge_ckpt.store.whole_model import MODEL, WholeModel
 
 if TYPE_CHECKING:
@@ -91,7 +99,8 @@ def export_hf(
             count = sum(len(opened.manifest.file(path).tensors) for path in weights)
             if max_shard_size is not None:
                 files = [(path, file) for path, file in files if not is_weights(Path(path).name)]
-                records = write_weights(sink, _counted(_exported(opened, weights), progress), limit)
+                tensors = chain.from_iterable(read_safetensors(opened.path / path) for path in sorted(weights))
+                records = write_weights(sink, _counted(tensors, progress), limit)
         for path, file in files:
             copy_file(sink, file, path, records)
             if progress is not None:
@@ -142,14 +151,55 @@ def _build(recipe: HfRecipe, whole: WholeModel) -> "Iterator[tuple[str, Tensor]]
         yield tensor.name, tensor.take(parameter)
 
 
-def _exported(checkpoint: Checkpoint, paths: list[str]) -> "Iterator[tuple[str, Tensor]]":
-    for path in sorted(paths):
-        yield from read_safetensors(checkpoint.path / path)
-
-
 def _counted(tensors: "Iterator[tuple[str, Tensor]]", progress: Progress) -> "Iterator[tuple[str, Tensor]]":
     for name, tensor in tensors:
         if progress is not None:
             progress(tensor.nbytes)
         yield name, tensor
         del tensor  # before the next one is read
+
+
+class NewDirectory(FileSink):
+    """A directory that appears whole under its name or not at all.
+
+    Files go into a hidden directory beside `final`, which `commit` renames; without it the block's end removes it.
+    Raises CheckpointError if `final` exists, since nothing is overwritten, or lies in a checkpoint.
+    """
+
+    def __init__(self, final: Path) -> None:
+        self.final = Path(os.path.abspath(final))
+        self.path = self.final.with_name(f".{self.final.name}.writing-{uuid.uuid4().hex[:12]}")
+        self._refuse_existing()
+        refuse_inside_checkpoint(self.final)
+        self.path.mkdir(parents=True)
+
+    @contextmanager
+    def stream(self, path: str) -> Iterator[SaveStream]:
+        """Open a new file, which is on the disk when the block ends."""
+        target = inside(self.path, path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with HashingFile(target) as file:
+            yield SaveStream(file.write)
+            file.close()
+
+    def rename(self, old: str, new: str) -> None:
+        """Rename a file."""
+        os.rename(inside(self.path, old), inside(self.path, new))
+
+    def commit(self) -> Path:
+        """Give the directory its final name and return it."""
+        fsync_tree_directories(self.path)
+        self._refuse_existing()
+        os.rename(self.path, self.final)
+        fsync_path(self.final.parent)
+        return self.final
+
+    def _refuse_existing(self) -> None:
+        if os.path.lexists(self.final):
+            raise CheckpointError(f"{self.final} exists; nothing is overwritten, give another directory")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)

@@ -78,48 +78,41 @@ class HfTensor:
             raise LayoutError(f"{self.name}: dtype {self.dtype!r} is unknown to safetensors")
 
     def shape(self, parameter: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the shape of this tensor, given that of the whole parameter; raises LayoutError if they do not fit."""
-        if self.part == "whole" and self.rows is None:
-            return parameter
-        if not parameter:
+        """Return the shape of this tensor, given that of the whole parameter; raises as `take`."""
+        import torch
+
+        return tuple(self.take(torch.empty(parameter, device="meta")).shape)
+
+    def take(self, parameter: "Tensor") -> "Tensor":
+        """Take this tensor out of the whole parameter; the result may be a view of it.
+
+        Raises LayoutError if they do not fit.
+        """
+        import torch
+
+        if not parameter.dim() and (self.part != "whole" or self.rows is not None):
             raise LayoutError(f"{self.name}: {self.parameter} is a scalar and has no part {self.part!r}")
-        rows, rest = parameter[0], parameter[1:]
+        rows = parameter.shape[0] if parameter.dim() else 1
         if self.rows is not None:
             if rows < self.rows:
                 raise LayoutError(f"{self.name}: {self.parameter} has {rows} rows, the recipe takes {self.rows}")
-            return (self.rows, *rest)
-        if self.part in ("gate", "up"):
-            if rows % 2:
-                raise LayoutError(f"{self.name}: {self.parameter} has {rows} rows, no gate and up projection")
-            return (rows // 2, *rest)
-        heads, groups, head_dim = self._attention()
-        if rows != (heads + 2 * groups) * head_dim:
-            raise LayoutError(
-                f"{self.name}: {self.parameter} has {rows} rows; {heads} heads in {groups} groups of head_dim"
-                f" {head_dim} have {(heads + 2 * groups) * head_dim}"
-            )
-        return ((heads if self.part == "query" else groups) * head_dim, *rest)
-
-    def take(self, parameter: "Tensor") -> "Tensor":
-        """Take this tensor out of the whole parameter; the result may be a view of it."""
-        import torch
-
-        shape = self.shape(tuple(parameter.shape))
-        if self.rows is not None:
             parameter = parameter[: self.rows]
         elif self.part in ("gate", "up"):
+            if rows % 2:
+                raise LayoutError(f"{self.name}: {self.parameter} has {rows} rows, no gate and up projection")
             parameter = parameter.chunk(2)[0 if self.part == "gate" else 1]
         elif self.part != "whole":
-            heads, groups, head_dim = self._attention()
-            grouped = parameter.unflatten(0, (groups, heads // groups + 2, head_dim))
-            queries = heads // groups
+            assert self.heads is not None and self.groups is not None and self.head_dim is not None
+            queries, expected = self.heads // self.groups, (self.heads + 2 * self.groups) * self.head_dim
+            if rows != expected:
+                raise LayoutError(
+                    f"{self.name}: {self.parameter} has {rows} rows; {self.heads} heads in {self.groups} groups of"
+                    f" head_dim {self.head_dim} have {expected}"
+                )
+            grouped = parameter.unflatten(0, (self.groups, queries + 2, self.head_dim))
             begin, end = {"query": (0, queries), "key": (queries, queries + 1)}.get(self.part, (-1, None))
-            parameter = grouped[:, begin:end].reshape(shape)
+            parameter = grouped[:, begin:end].flatten(0, 2)
         return parameter if self.dtype is None else parameter.to(getattr(torch, self.dtype))
-
-    def _attention(self) -> tuple[int, int, int]:
-        assert self.heads is not None and self.groups is not None and self.head_dim is not None
-        return self.heads, self.groups, self.head_dim
 
     def to_json(self) -> dict[str, Any]:
         return without_defaults(self)

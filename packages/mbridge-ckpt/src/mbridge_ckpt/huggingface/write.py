@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mbridge_ckpt.errors import CheckpointError
-from mbridge_ckpt.formats.tensors import SAFETENSORS_CODES, TensorRecord, tensor_bytes
+from mbridge_ckpt.formats.tensors import SAFETENSORS_CODES, TensorRecord, dtype_name, tensor_bytes
 from mbridge_ckpt.manifest.layout import HF_DIRECTORY
 from mbridge_ckpt.store.checkpoint_writer import CheckpointWriter, FileSink
 
@@ -176,7 +176,7 @@ def _write_shard(sink: FileSink, path: str, shard: "dict[str, Tensor]") -> tuple
     records, position = [], 0
     for name in names:
         tensor = shard[name]
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        dtype = dtype_name(tensor)
         if dtype not in SAFETENSORS_CODES:
             raise CheckpointError(f"{name}: safetensors has no dtype {dtype}; convert the tensor")
         end = position + tensor.nbytes

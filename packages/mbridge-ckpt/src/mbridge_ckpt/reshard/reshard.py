@@ -2,8 +2,9 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,23 @@ from mbridge_ckpt.errors import CheckpointError, LayoutError
 from mbridge_ckpt.formats.torch_pickle import StoredTensor, map_tensors
 from mbridge_ckpt.formats.torch_reader import TorchFileReader
 from mbridge_ckpt.formats.torch_zip import LazyTensor
+from mbridge_ckpt.huggingface.recipe import RECIPE_FILE, read_recipe
 from mbridge_ckpt.manifest.layout import (
     TRACKER_FILE,
+    Layout,
     model_file,
     optimizer_file,
     refuse_inside_checkpoint,
     step_directory,
 )
-from mbridge_ckpt.reshard.plan import Target, padded_rows, refuse_shared_heads, stage_parameters
+from mbridge_ckpt.manifest.placement import ParameterPlacement, local_name
 from mbridge_ckpt.store.checkpoint import Checkpoint, open_checkpoint
 from mbridge_ckpt.store.transaction import Save, begin_save
 from mbridge_ckpt.store.verify import require_whole
 from mbridge_ckpt.store.whole_model import MODEL, WholeModel
+
+# Megatron pads a vocabulary to a multiple of one of these times the tensor-parallel size; tried in this order.
+_VOCABULARY_MULTIPLES = (128, 1, 2, 4, 8, 16, 32, 64, 256, 512, 1024)
 
 
 def reshard(
@@ -54,9 +60,9 @@ def reshard(
     require_whole(checkpoint.path, progress=progress)
     layout = replace(checkpoint.layout, tensor=tensor, pipeline=pipeline, virtual_pipeline=1, expert_tensor=1)
     with WholeModel(checkpoint) as whole:
-        refuse_shared_heads(whole, tensor)
-        stages = [stage_parameters(whole, layout, stage) for stage in range(pipeline)]
-        rows = padded_rows(whole, tensor, vocabulary_multiple)
+        _refuse_shared_heads(whole, tensor)
+        stages = [_stage_parameters(whole, layout, stage) for stage in range(pipeline)]
+        rows = _padded_rows(whole, tensor, vocabulary_multiple)
         with begin_save(directory, step=checkpoint.step, layout=layout, existing="refuse") as save:
             for stage, targets in enumerate(stages):
                 for rank in range(tensor):
@@ -66,10 +72,84 @@ def reshard(
             return save.commit(metadata, writer=checkpoint.manifest.writer)
 
 
+@dataclass(frozen=True, slots=True)
+class _Target:
+    """One parameter in a file to be written: its placement there, and the parameter it is made from."""
+
+    placement: ParameterPlacement
+    source: str
+
+
+def _refuse_shared_heads(whole: WholeModel, size: int) -> None:
+    """Raise LayoutError where Megatron could not load the attention: each rank needs whole query heads, and whole
+    groups or an equal share of one. The rows alone could be cut nevertheless.
+    """
+    if not whole.checkpoint.has(RECIPE_FILE):
+        return
+    for tensor in read_recipe(whole.checkpoint).tensors:
+        heads, groups, parameter = tensor.heads, tensor.groups, whole.parameters.get(tensor.parameter)
+        if heads is None or groups is None or parameter is None or parameter.placement.partition_dim < 0:
+            continue  # no attention, or one that is not cut
+        if not _can_share(heads, groups, size):
+            fitting = ", ".join(str(number) for number in range(1, heads + 1) if _can_share(heads, groups, number))
+            raise LayoutError(
+                f"{tensor.parameter}: {heads} heads in {groups} groups cannot be shared by {size} tensor-parallel"
+                f" ranks: use one of {fitting}"
+            )
+
+
+def _can_share(heads: int, groups: int, size: int) -> bool:
+    return heads % size == 0 and (groups % size == 0 or size % groups == 0)
+
+
+def _stage_parameters(whole: WholeModel, layout: Layout, stage: int) -> list[_Target]:
+    """Return the parameters of a pipeline stage: those before the layers, the layers, those after them."""
+    layers, last = whole.layers, layout.pipeline - 1
+    if layers % layout.pipeline:
+        raise LayoutError(f"{layers} layers cannot be divided over {layout.pipeline} pipeline stages; choose a divisor")
+    each = layers // layout.pipeline
+    copies = whole.copied_names()
+    before, inside, after, copied = [], [], [], []
+    for name, parameter in whole.parameters.items():
+        placement = parameter.placement
+        if name in copies:
+            continue  # made below from its original
+        if placement.stage == "layer":
+            assert placement.layer is not None
+            if placement.layer // each == stage:
+                inside.append(_Target(replace(placement, name=local_name(placement, stage * each)), name))
+        elif placement.stage == "every" or (placement.stage == "first" and stage == 0):
+            before.append(_Target(replace(placement, name=name), name))
+        elif placement.stage == "last" and stage == last:
+            after.append(_Target(replace(placement, name=name), name))
+        if placement.last_stage_copy and stage == last and stage != 0:
+            copy = placement.last_stage_copy
+            own = replace(placement, name=copy, global_name=copy, stage="last", last_stage_copy=None)
+            copied.append(_Target(own, name))
+    inside.sort(key=lambda target: target.placement.layer or 0)  # stable: the order inside a layer stays
+    return before + inside + after + copied
+
+
+def _padded_rows(whole: WholeModel, size: int, multiple: int | None) -> dict[str, int]:
+    """Return the padded number of rows of each vocabulary parameter at tensor-parallel size `size`."""
+    rows = {}
+    for name, parameter in whole.parameters.items():
+        real, dimension = parameter.placement.vocabulary_rows, parameter.placement.partition_dim
+        if real is None or dimension < 0:
+            continue
+        stored, old_size = whole.shape(MODEL, name)[0][dimension], len(parameter.files)
+        fitting = [m for m in _VOCABULARY_MULTIPLES if ceil(real / (m * old_size)) * m * old_size == stored]
+        if multiple is None and not fitting:
+            raise LayoutError(f"{name}: no usual multiple pads {real} rows to {stored}; give the vocabulary multiple")
+        unit = (multiple or fitting[0]) * size
+        rows[name] = ceil(real / unit) * unit
+    return rows
+
+
 def _write_rank(
     save: Save,
     whole: WholeModel,
-    targets: list[Target],
+    targets: list[_Target],
     rank: int,
     stage: int,
     rows: dict[str, int],
@@ -103,7 +183,7 @@ def _is_state(whole: WholeModel, kind: str) -> bool:
 def _lazy(
     whole: WholeModel,
     kind: str,
-    target: Target,
+    target: _Target,
     rank: int,
     size: int,
     rows: dict[str, int],

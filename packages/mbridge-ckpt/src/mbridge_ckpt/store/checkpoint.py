@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, IncompleteCheckpointError
 from mbridge_ckpt.files.json_text import parse_json
-from mbridge_ckpt.formats.torch_files import load_torch, load_torch_hashed
+from mbridge_ckpt.formats.torch_reader import load_torch, load_torch_hashed
 from mbridge_ckpt.manifest.layout import Layout, rank_state_file, step_of
 from mbridge_ckpt.manifest.manifest import FileRecord, Manifest, read_manifest
 from mbridge_ckpt.store.publish import find_leftovers

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any, Self
 from mbridge_ckpt.errors import CheckpointError
 from mbridge_ckpt.files.hashing import READ_BLOCK
 from mbridge_ckpt.formats.tensors import TensorRecord
-from mbridge_ckpt.formats.torch_files import write_torch_file
+from mbridge_ckpt.formats.torch_zip import write_torch_file
 from mbridge_ckpt.manifest.layout import MANIFEST_FILE, TRACKER_FILE, Layout, rank_state_file
 from mbridge_ckpt.manifest.placement import ParameterPlacement
 from mbridge_ckpt.store.publish import WRITER_FILE
-from mbridge_ckpt.store.rank_state import wrap_rank_state
+from mbridge_ckpt.store.rank_state import RANK_STATE_VERSION
 from mbridge_ckpt.store.ranks import Ranks
 
 if TYPE_CHECKING:
@@ -93,7 +93,8 @@ class CheckpointWriter(FileSink):
     def write_rank_state(self, state: dict[str, Any]) -> None:
         """Store what this rank needs to resume (random state, data position, loop); called once on each rank."""
         rank = self._ranks.global_rank
-        self.write_torch(rank_state_file(rank), wrap_rank_state(rank, state))
+        value = {"version": RANK_STATE_VERSION, "rank": rank, "state": state}
+        self.write_torch(rank_state_file(rank), value)
 
     def to_host(self, tensor: "Tensor") -> "Tensor":
         """Return `tensor` detached, contiguous and on the CPU, to be written to a stream before anything changes it."""

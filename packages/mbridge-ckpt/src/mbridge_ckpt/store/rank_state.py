@@ -57,11 +57,6 @@ def restore_random_state(state: dict[str, Any]) -> None:
         ) from None
 
 
-def wrap_rank_state(rank: int, state: dict[str, Any]) -> dict[str, Any]:
-    """Return the stored form of a rank's state, which has a version and names its rank."""
-    return {"version": RANK_STATE_VERSION, "rank": rank, "state": state}
-
-
 def unwrap_rank_state(value: Any, rank: int, where: object) -> dict[str, Any]:
     """Return the state inside; raises CorruptCheckpointError, or CheckpointError for a later version."""
     match value:
