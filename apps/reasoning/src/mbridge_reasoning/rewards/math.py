@@ -5,9 +5,10 @@ import logging
 import re
 from typing import Any
 
+from mbridge_reasoning.rewards.answer_forms import same_form, split_choice, statement
 from mbridge_reasoning.rewards.base import Answer, Scorer, one_by_one
 from mbridge_reasoning.rewards.extraction import boxes, tagged_answer, without_thoughts
-from mbridge_reasoning.rewards.math_notation import normalize, normalize_expression, number_in_base, without_chinese
+from mbridge_reasoning.rewards.math_notation import normalize, normalize_expression, without_chinese
 
 EXACT = 1e-15
 """The largest relative difference at which two exact numbers, evaluated to 30 digits, count as equal."""
@@ -32,19 +33,28 @@ def math_scorer() -> Scorer:
     extraction = [LatexExtractionConfig(boxed_match_priority=0), ExprExtractionConfig()]
 
     @functools.lru_cache(maxsize=4096)
-    def parsed_solution(solution: str) -> list[Any]:
-        return list(parse(solution, extraction, parsing_timeout=None))
+    def parsed(text: str) -> list[Any]:
+        return list(parse(text, extraction, parsing_timeout=None))
 
     def score(answer: Answer) -> float:
         text = _answer(answer.text)
-        found = parse(text, extraction, parsing_timeout=None)
-        return float(bool(found) and any(right(text, found, _solution(each)) for each in answer.prompt.solutions))
+        return float(any(right(text, _solution(solution)) for solution in answer.prompt.solutions))
 
-    def right(text: str, found: list[Any], solution: str) -> bool:
-        given, wanted = _number_in_base(text), _number_in_base(solution)
-        if given is not None and wanted is not None:
-            return given == wanted
-        return bool(verify(parsed_solution(solution), found, allow_set_relation_comp=True, timeout_seconds=None))
+    def right(text: str, solution: str) -> bool:
+        given, wanted = _content(text), _content(solution)
+        label, value = split_choice(given if boxes(text) else text)
+        wanted_label, wanted_value = split_choice(wanted)
+        if label and wanted_label:
+            return label == wanted_label
+        if label and value:  # `(B) 5` names its value as well
+            text, given = _box(value), value
+        if wanted_label and wanted_value:
+            solution, wanted = _box(wanted_value), wanted_value
+        equal = same_form(given, wanted)
+        if equal is not None:
+            return equal
+        found = parsed(text)
+        return bool(found) and bool(verify(parsed(solution), found, allow_set_relation_comp=True, timeout_seconds=None))
 
     return one_by_one(score)
 
@@ -76,9 +86,14 @@ def _normalize_boxes(text: str) -> str:
     return "".join(parts) + without_chinese(text[end:])
 
 
-def _number_in_base(text: str) -> tuple[str, int] | None:
+def _content(text: str) -> str:
+    """Return the content of the last box, else what `text` states."""
     found = boxes(text)
-    return number_in_base(found[-1][2] or "" if found else text.rpartition(" ")[2].rstrip("."))
+    return (found[-1][2] or "") if found else statement(text)
+
+
+def _box(content: str) -> str:
+    return f"\\boxed{{{normalize_expression(content)}}}"
 
 
 def _compare_small_numbers() -> None:

@@ -19,6 +19,7 @@ _VULGAR_FRACTIONS = {
 }
 _SYMBOLS = str.maketrans(
     {"。": ".", "：": ": ", "、": ",", "或": ",", "和": ",", "\u3000": " ", "\u00a0": " ", "−": "-", "–": "-"}
+    | {"⁄": "/", "∕": "/"}
     | {"∞": r"\infty ", "π": r"\pi ", "∅": r"\emptyset ", "≤": r"\le ", "≥": r"\ge ", "∪": r"\cup ", "×": r"\times "}
     | {"·": r"\cdot ", "√": r"\sqrt ", "°": r"^\circ ", "€": "", "£": "", "¥": "", "￥": "", "₹": ""}
 )
@@ -28,11 +29,14 @@ _POWERS = {"百": 10**2, "千": 10**3, "万": 10**4, "萬": 10**4, "亿": 10**8,
 # Ideographs that may be part of the number itself are left, so that the number is not taken for another one.
 _IDEOGRAPHS = re.compile(r"(?:(?![〇零一二两三四五六七八九十百千万萬亿億兆半几负負分点點倍])[\u3400-\u9fff])+")
 _TEXT = re.compile(r"\\(?:text|mathrm)\{(.*)\}")
-_BASED = re.compile(r"\(?([0-9A-Za-z]+)\)?_[{(]*(?:\\text\s*\{\s*)?(\w+)\s*[})]*")
-_BASES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10} | {
+NUMBER_WORDS = {"zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8} | {
+    "nine": 9,
+    "ten": 10,
+    "eleven": 11,
     "twelve": 12,
     "sixteen": 16,
 }
+_LARGE = {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 
 def _repeating(match: re.Match[str]) -> str:
@@ -47,12 +51,16 @@ def _digits(match: re.Match[str]) -> str:
     return re.sub(r"\D", "", match[0])
 
 
+_CLAIM = r"(?:\$?(?:\\boxed\{)?\(?(?:-?[\d./,]*\d|[A-J]\b)\)?\}?\$?)"
 _ANYWHERE: tuple[Rule, ...] = (
     # `\$` is money, but math-verify takes it for a delimiter; after a line break `\\`, `$` is one.
     (re.compile(r"(?<!\\)\\\$"), ""),
     (re.compile(r"\\fbox(?![a-zA-Z])"), r"\\boxed"),
     (re.compile(r"\\varnothing(?![a-zA-Z])"), r"\\emptyset"),
     (re.compile(r"\\degrees?(?![a-zA-Z])"), r"^\\circ"),
+    (re.compile(r"\{:\}"), ":"),
+    # `5 and not 6` claims 5 alone.
+    (re.compile(rf"(?i:not|n't|rather than|instead of|不是|而非|并非)(?: be| equal to)?\s*{_CLAIM}"), " "),
     (re.compile(r"[⁻⁰¹²³⁴-⁹]+"), lambda match: f"^{{{match[0].translate(_SUPERSCRIPTS)}}}"),
     # Chinese: minus five, a half (parts first), 3.5 ten thousands.
     (re.compile(r"[负負]\s*(?=\d)"), "-"),
@@ -67,10 +75,25 @@ _ANYWHERE: tuple[Rule, ...] = (
 )
 
 _EXPRESSION: tuple[Rule, ...] = (
+    (re.compile(r"\\(?:boldsymbol|bm|underline|checkmark)(?![a-zA-Z])"), ""),
+    (re.compile(r"^\\text\s*\{[^{}]*(?:\bis|:)\s*\}"), ""),  # \text{The answer is } 5
+    (
+        re.compile(r"^(?:\\text\s*\{)?([A-Za-z]+)\}?$"),
+        lambda match: str(NUMBER_WORDS.get(match[1].lower(), match[0])),
+    ),
+    (
+        re.compile(rf"^(-?\d+(?:\.\d+)?)\s*(?:\\text\s*\{{)?\s*({'|'.join(_LARGE)})\b"),
+        lambda match: f"{Fraction(match[1]) * _LARGE[match[2]]} " + ("\\text{" if "{" in match[0] else ""),
+    ),
+    (re.compile(r"(?<=\d)\^?\{?\\text\s*\{(?:st|nd|rd|th)\}\}?"), ""),
+    (re.compile(r"(?<=\d)!=(?=\s*\d)"), "! ="),  # a factorial, not an inequality
+    (re.compile(r"(?<![\d.,/])(\d+)\s+(\d+)/(\d+)$"), r"\1\\frac{\2}{\3}"),
+    (re.compile(r"^\\?\{\s*[a-z]\s*(?:\\mid|\||:)(.*?)\\?\}$"), r"\1"),  # {x | x > 1}
     (re.compile(r"(?<!\\)~(?!=)"), " "),  # a space at which no line breaks
     (re.compile(r"(?:(?<!\\)[.,;:?]|\s)+$"), ""),  # the punctuation of the sentence around it
     (re.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})+(?![\d.])"), _digits),  # 12 345; outside, two numbers may stand so
-    (re.compile(r"(\d\.\d+)[eE]([+-]?\d+)"), r"\1 \\cdot 10^{\2}"),  # 1.5e-3; 2e-3 may be twice Euler's number
+    # 1.5e-3 and 1e3; 2e-3 may be twice Euler's number.
+    (re.compile(r"(\d\.\d+|^\d+(?=[eE]\+?\d+$))[eE]([+-]?\d+)"), r"\1 \\cdot 10^{\2}"),
     (re.compile(r"(?<=\d)\s+(?:km|m|cm|mi|miles|ft|feet)/(?:s|h|hr|min)$"), ""),  # math-verify knows only plain units
     (re.compile(r"^(-?[\d.]+)\s*=\s*([a-zA-Z])$"), r"\2=\1"),  # 5 = x; math-verify reads only x = 5
     (re.compile(r"(?<![\\a-zA-Z])pi(?![a-zA-Z])"), r"\\pi "),
@@ -103,12 +126,3 @@ def normalize_expression(content: str) -> str:
     if numbers != content and not re.search(r"[0-9A-Za-z]", re.sub(r"\\(?:text|mathrm)\b", "", numbers)):
         return _TEXT.sub(r"\1", content).strip()  # a word, not a number with its unit
     return _rewrite(numbers.strip(), _EXPRESSION)
-
-
-def number_in_base(content: str) -> tuple[str, int] | None:
-    r"""Return (digits, base) of a number such as `101_2` or `1A_{16}`; None for anything else."""
-    match = _BASED.fullmatch(content.strip().strip("$").strip())
-    if match is None or not any(character.isdigit() for character in match[1]):
-        return None
-    base = int(match[2]) if match[2].isdecimal() else _BASES.get(match[2], 0)
-    return (match[1].upper().lstrip("0") or "0", base) if 2 <= base <= 36 else None
