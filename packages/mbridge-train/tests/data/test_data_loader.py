@@ -162,7 +162,7 @@ def test_workers_encode_as_this_process_does(tiny_vision_model, tmp_path):
 
 
 PROGRAM = """
-import multiprocessing, sys, time
+import multiprocessing, signal, sys, time
 from mbridge_train.data.rows import read_examples
 from mbridge_train.data.loader import EncodedBatches
 
@@ -173,25 +173,40 @@ if __name__ == "__main__":
     batches = iter(EncodedBatches(read_examples([sys.argv[1]]), slow, batch_size=2, seed=1, workers=2))
     next(batches)
     print(*[process.pid for process in multiprocessing.active_children()], "megatron" in sys.modules, flush=True)
+    if sys.argv[2:] == ["preempted"]:
+        asked = []
+        signal.signal(signal.SIGTERM, lambda *_: asked.append(1))
+        print("ready", flush=True)
+        while not asked:
+            time.sleep(0.05)
+        for _ in range(6):  # more than workers have prepared
+            next(batches)
+        again = iter(EncodedBatches(read_examples([sys.argv[1]]), slow, batch_size=2, seed=1, workers=1))
+        print(next(again), flush=True)
+        sys.exit()  # with the workers still there
     for _ in batches:
         pass
 """
 
 
-def test_ctrl_c_ends_all_processes_quietly(tmp_path):
+def start_program(tmp_path, *arguments):
     rows(tmp_path, range(5))
     (tmp_path / "program.py").write_text(PROGRAM)
     process = subprocess.Popen(
-        [sys.executable, tmp_path / "program.py", tmp_path / "a.jsonl"],
+        [sys.executable, tmp_path / "program.py", tmp_path / "a.jsonl", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-    assert process.stdout is not None
     *workers, has_megatron = process.stdout.readline().split()
     assert len(workers) == 2
     assert has_megatron == "False"
+    return process, workers
+
+
+def test_ctrl_c_ends_all_processes_quietly(tmp_path):
+    process, workers = start_program(tmp_path)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes
     started = time.monotonic()
     _, errors = process.communicate(timeout=30)
@@ -199,4 +214,14 @@ def test_ctrl_c_ends_all_processes_quietly(tmp_path):
     assert process.returncode == -signal.SIGINT
     assert errors.count("Traceback") == 1  # the program's own
     assert errors.rstrip().endswith("KeyboardInterrupt")
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+
+
+def test_sigterm_to_all_processes_is_for_the_training_process(tmp_path):
+    """As SLURM and the init process of a container send it. The fork server serves later pools as well."""
+    process, workers = start_program(tmp_path, "preempted")
+    assert process.stdout.readline() == "ready\n"
+    os.killpg(process.pid, signal.SIGTERM)
+    output, errors = process.communicate(timeout=30)
+    assert (process.returncode, output, errors) == (0, "[None, None]\n", "")
     assert not any(Path(f"/proc/{worker}").exists() for worker in workers)

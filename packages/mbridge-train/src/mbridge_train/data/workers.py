@@ -14,7 +14,9 @@ import pickle
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from multiprocessing.util import Finalize
 from queue import SimpleQueue
 from typing import Any, Self
 
@@ -43,7 +45,13 @@ class WorkerPool:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__, *preload])
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
+        if workers:
+            resource_tracker.ensure_running()  # else the first worker starts it, which unblocks SIGTERM
+        # SIGTERM may be sent to all processes of a job, to announce its end. It is for the training process to handle,
+        # which saves first. The fork server, which the first worker starts, and all workers inherit the mask.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
         self._workers = [_Worker(context, tasks) for _ in range(workers)]
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         for worker in self._workers:
             self._idle.put(worker)
         self._threads = ThreadPoolExecutor(max(workers, 1), thread_name_prefix="data worker")
@@ -53,7 +61,7 @@ class WorkerPool:
 
     def __exit__(self, *_: object) -> None:
         for worker in self._workers:
-            worker.process.terminate()
+            worker.kill()
         self._threads.shutdown(cancel_futures=True)
         for worker in self._workers:
             worker.process.join(JOIN_SECONDS)
@@ -97,6 +105,8 @@ class _Worker:
         self.process = context.Process(target=_serve, args=(theirs, dict(tasks)), name="data worker", daemon=True)
         self.process.start()
         theirs.close()  # so that the process's death ends the connection
+        # Also at the end of the interpreter, before multiprocessing sends SIGTERM and waits.
+        self.kill = Finalize(self, self.process.kill, exitpriority=1)
         self._death: DataError | None = None
 
     def ask(self, *request: Any) -> Any:
