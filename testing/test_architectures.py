@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+import torch
 from mbridge_config import ReasoningConfig, check
 from mbridge_config.facts.architectures import ALL_LAYERS_HAVE_EXPERTS, TORCH, TRANSFORMER_ENGINE
 from mbridge_config.load.compose import from_tree
 from mbridge_config.schema.provenance import Provenance
 from mbridge_model import ModelError
 from mbridge_model.families.architectures import TORCH_ARCHITECTURES, check_architecture
+from mbridge_model.provider.configure import resolve_backend
 
 from testing.gang import Gang, WorkerPool
 
@@ -80,6 +82,43 @@ def test_load_and_check_agree(worker_pool: WorkerPool, tmp_path: Path, name: str
     (found,) = Gang(1, worker_pool).run(refusal, tmp_path, "torch")
     assert (found is None) == (message is None) == (not checked(tmp_path, "torch"))
     assert message is None or message in str(found)
+
+
+@pytest.mark.parametrize("key", ["attention_bias", "mlp_bias"])
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("LlamaForCausalLM", "llama"),
+        ("Qwen3ForCausalLM", "qwen3"),
+        ("Qwen2ForCausalLM", "qwen2"),
+        ("GptOssForCausalLM", "gpt_oss"),
+    ],
+)
+def test_biases(tmp_path: Path, name: str, kind: str, key: str) -> None:
+    for value in (True, False):
+        content = GEOMETRY | {"architectures": [name], "model_type": kind, key: value}
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        refused = False
+        try:
+            check_architecture(content, "te")
+        except ModelError:
+            refused = True
+        expected = value and name in TORCH and (kind, key) != ("qwen2", "attention_bias")
+        assert refused == expected == bool(checked(tmp_path, "te"))
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_backend_auto(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool) -> None:
+    """An architecture without plain torch layers needs Transformer Engine, which `auto` takes where it is."""
+    monkeypatch.setattr("mbridge_config.rules.start.find_spec", lambda name: object() if installed else None)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: installed)
+    monkeypatch.setattr("megatron.core.extensions.transformer_engine.HAVE_TE", installed, raising=False)
+    content = GEOMETRY | {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    backends = [resolve_backend("auto", dtype, has_torch_layers=False) for dtype in (torch.float32, torch.bfloat16)]
+    assert backends == ["te" if installed else "torch"] * 2
+    assert resolve_backend("auto", torch.float32) == "torch"
+    assert bool(checked(tmp_path, "auto")) == (not installed)
 
 
 @pytest.mark.parametrize("experts", EXPERTS, ids=str)

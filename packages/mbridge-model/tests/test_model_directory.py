@@ -93,6 +93,7 @@ def test_bad_config(directory: Path, text: str | None, message: str) -> None:
         ({"eos_token_id": [2, True]}, r"config\.json has eos_token_id \[2, True\], where True is no whole number"),
         ({"eos_token_id": 7}, r"config\.json has eos_token_id 7, but the vocabulary has the ids 0 to 6 .*; correct"),
         ({"eos_token_id": [2, -1]}, r"config\.json has eos_token_id \[2, -1\], but the vocabulary"),
+        ({"text_config": {"vocab_size": 7, "eos_token_id": 7}}, r"config\.json has eos_token_id 7, but the vocabulary"),
     ],
 )
 def test_values_that_nothing_can_use(directory: Path, changes: dict[str, object], message: str) -> None:

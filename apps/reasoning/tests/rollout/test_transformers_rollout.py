@@ -199,6 +199,10 @@ def test_built_from_the_config_alone_it_equals_the_loaded_model(tmp_path, prompt
         assert torch.equal(engine.model(ids).logits, model(ids).logits)
     tokenizer = AutoTokenizer.from_pretrained(write_tiny_model(tmp_path / "tiny", ["a"], seed=0))
     assert end_token_ids(tmp_path, tokenizer) == {4, 8, tokenizer.eos_token_id}
+    tokenizer.add_tokens([f"new {number}" for number in range(config.vocab_size)])
+    tokenizer.eos_token = f"new {config.vocab_size - 1}"
+    with pytest.raises(RolloutError, match=r"tokenizer has the id \d+, and the model embeddings for \d+ tokens"):
+        end_token_ids(tmp_path, tokenizer)
 
 
 @pytest.mark.parametrize(("file", "name"), [("generation_config.json",) * 2, ("tokenizer.json", "tokenizer")])

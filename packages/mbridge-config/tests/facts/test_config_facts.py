@@ -79,6 +79,12 @@ def test_head_dim_is_not_always_a_quotient(make_model: MakeModel, tmp_path: Path
         ({"num_key_value_heads": 5}, "hf-config-field", "12 is not a multiple of num_key_value_heads 5"),
         ({"layer_types": ["full_attention"] * 8}, "hf-config-field", "num_hidden_layers is 6, and layer_types names 8"),
         ({"layer_types": []}, "hf-config-field", "num_hidden_layers is 6, and layer_types names 0"),
+        (
+            {"eos_token_id": 99999999},
+            "hf-config-field",
+            "config.json has eos_token_id 99999999, and the vocabulary has",
+        ),
+        ({"eos_token_id": [1, "</s>"]}, "hf-config-field", "config.json has eos_token_id [1, '</s>']"),
         ({"layer_types": "full_attention"}, "hf-config-field", "layer_types is 'full_attention', not a list"),
     ],
 )
@@ -86,6 +92,14 @@ def test_bad_fields(make_model: MakeModel, tmp_path: Path, changes: dict[str, An
     error = failing(make_model(tmp_path / "bad", **changes))
     assert [problem.id for problem in error.problems] == [identity]
     assert text in str(error) and "config.json" in str(error)
+
+
+def test_end_tokens(make_model: MakeModel, tmp_path: Path) -> None:
+    directory = make_model(tmp_path / "model", eos_token_id=[1, 2], text_config=None)
+    (directory / "generation_config.json").write_text('{"eos_token_id": 99999999}')
+    assert "generation_config.json has eos_token_id 99999999" in str(failing(directory))
+    (directory / "generation_config.json").write_text('{"eos_token_id": 1}')
+    HFFacts.load(directory)
 
 
 def test_layer_types_that_fit(make_model: MakeModel, tmp_path: Path) -> None:

@@ -77,11 +77,15 @@ def open_directory(path: str | Path, *, needs_weights: bool = True) -> HFDirecto
         )
     for part in (config, text_config):
         _check_dtype(directory / "config.json", part)
-    # Not those of text_config, which nothing reads: transformers writes defaults there that fit no small vocabulary.
-    _check_end_tokens(directory / "config.json", config, text_config["vocab_size"])
     generation = directory / "generation_config.json"
+    sources = {directory / "config.json": config}
     if generation.is_file():
-        _check_end_tokens(generation, _read_json(generation, ""), text_config["vocab_size"])
+        sources[generation] = _read_json(generation, "")
+    if not any("eos_token_id" in source for source in sources.values()):
+        # Else nothing reads it: transformers writes defaults there that fit no small vocabulary.
+        sources = {directory / "config.json": text_config}
+    for file, source in sources.items():
+        _check_end_tokens(file, source, text_config["vocab_size"])
     files = _tensor_files(directory) if needs_weights else {}
     for name, file in files.items():
         rows = _open(file).get_slice(name).get_shape()[0] if name.endswith((_EMBEDDING, _OUTPUT)) else None

@@ -13,7 +13,7 @@ from torch import nn
 from mbridge_model.bridge.bridge import Bridge, import_bridge
 from mbridge_model.directory import HFDirectory, check_tied_output, open_directory
 from mbridge_model.families import GENERIC, Family, find_family
-from mbridge_model.families.architectures import check_architecture
+from mbridge_model.families.architectures import TORCH_ARCHITECTURES, check_architecture
 from mbridge_model.parallel import Parallel, initialize_parallel
 from mbridge_model.provider.config_checks import check_mrope, check_rotary, config_fields, limit_dynamic_rotary
 from mbridge_model.provider.configure import Backend, configure_provider, resolve_backend
@@ -74,8 +74,8 @@ def load(
         hf_path: directory with config.json and safetensors weights.
         parallel: the layout; one rank by default.
         overrides: fields of the Megatron provider to set, by name.
-        backend: "torch", "te" (Transformer Engine), or "auto": "te" where it can be imported and there is a GPU, else
-            "torch".
+        backend: "torch", "te" (Transformer Engine), or "auto": "te" where it can be imported and there is a GPU, or the
+            architecture has no plain torch layers, else "torch".
         dtype: of parameters and activations.
         weights: copy the weights; if False, the parameters keep Megatron's random initialization.
         seed: seed of Megatron's random streams, unless they have been seeded.
@@ -94,7 +94,8 @@ def load(
     import_bridge()
     initialize_parallel(parallel, seed)
     family = find_family(directory.architecture)
-    resolved = resolve_backend(backend, dtype)
+    has_torch_layers = directory.architecture in TORCH_ARCHITECTURES
+    resolved = resolve_backend(backend, dtype, has_torch_layers=has_torch_layers)
     bridge = Bridge(directory, trust_remote_code=trust_remote_code)
     check_architecture(directory.config, resolved)
     provider = bridge.provider()

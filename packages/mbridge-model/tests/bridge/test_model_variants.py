@@ -81,9 +81,17 @@ AGREE: dict[str, tuple[str, dict[str, Any]]] = {
     "one group of keys": ("LlamaConfig", {"num_key_value_heads": 1}),
 }
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "llama, attention bias": ("LlamaConfig", {"attention_bias": True}, r"\d+ tensor\(s\) .* no place .*proj\.bias"),
-    "llama, MLP bias": ("LlamaConfig", {"mlp_bias": True}, r"no place in the Megatron model, first .*down_proj\.bias"),
-    "qwen3, attention bias": ("Qwen3Config", {"attention_bias": True}, r"no place .*k_proj\.bias"),
+    "llama, attention bias": (
+        "LlamaConfig",
+        {"attention_bias": True},
+        "attention_bias True, .* LlamaForCausalLM without",
+    ),
+    "llama, MLP bias": ("LlamaConfig", {"mlp_bias": True}, "has mlp_bias True, .* LlamaForCausalLM without"),
+    "qwen3, attention bias": (
+        "Qwen3Config",
+        {"attention_bias": True},
+        "attention_bias True, .* Qwen3ForCausalLM without",
+    ),
     "llama3 RoPE of another length": (
         "LlamaConfig",
         {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 32}},

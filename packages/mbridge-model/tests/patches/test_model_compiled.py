@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.config
-from mbridge_model.kernels.compiled import compiled_on_gpu, run_uncompiled_without_compiler
+from mbridge_model.patches.compiled import UNCOMPILED, compiled_on_gpu, run_uncompiled_without_compiler
 
 
 def test_runs_as_written_on_a_cpu() -> None:
@@ -42,6 +42,8 @@ def test_without_a_compiler(
     if missing is not None:
         failing = torch.compile(lambda values: 2 * values, backend=_fail)
         assert failing(torch.ones(1)).item() == 2
+    UNCOMPILED.undo()
+    assert not torch._dynamo.config.disable
 
 
 def _fail(*_: object) -> None:

@@ -22,8 +22,11 @@ MODULES = {
     "DIVERTED_LOGS": "mbridge_model.patches.quiet",
     "EMBEDDING_GRADIENTS": "mbridge_model.patches.gradient_accumulation",
     "MISTRAL_YARN": "mbridge_model.bridge.bridge",
+    "MANY_VARIANTS": "mbridge_model.patches.compiled",
+    "PLACEHOLDER": "mbridge_model.patches.cpu.missing_transformer_engine",
     "ROTARY": "mbridge_model.patches.rotary",
     "SWIGLU": "mbridge_model.patches.swiglu",
+    "UNCOMPILED": "mbridge_model.patches.compiled",
     "WEIGHT_GRADIENTS": "mbridge_model.patches.gradient_accumulation",
 }
 

@@ -25,13 +25,14 @@ def end_token_ids(model_directory: str | Path, tokenizer: PreTrainedTokenizerBas
     """Return the ids that end an answer: of `generation_config.json`, else `config.json`, and of the tokenizer.
 
     Raises:
-        RolloutError: none of them names one.
+        RolloutError: none of them names one, or the model has no embedding for one.
     """
     directory = Path(model_directory)
+    config = from_directory(AutoConfig, directory, "config.json")
     if (directory / "generation_config.json").is_file():
         source = from_directory(GenerationConfig, directory, "generation_config.json").eos_token_id
     else:
-        source = getattr(from_directory(AutoConfig, directory, "config.json"), "eos_token_id", None)
+        source = getattr(config, "eos_token_id", None)
     ids = {source} if isinstance(source, int) else set(source or ())
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
@@ -39,6 +40,12 @@ def end_token_ids(model_directory: str | Path, tokenizer: PreTrainedTokenizerBas
         raise RolloutError(
             f"{directory} names no end-of-sequence token, so no answer would end: "
             "set eos_token_id in its generation_config.json"
+        )
+    if max(ids) >= (size := config.get_text_config().vocab_size):
+        raise RolloutError(
+            f"the end token of {directory}'s tokenizer has the id {max(ids)}, and the model embeddings for {size} "
+            "tokens (vocab_size in config.json), so it would never be sampled; use the "
+            "tokenizer that belongs to the model"
         )
     return frozenset(ids)
 

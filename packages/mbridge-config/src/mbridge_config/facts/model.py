@@ -118,6 +118,8 @@ class _Reader:
             "expert_ffn_hidden_size": self.count("moe_intermediate_size"),
         }
         deepstack = self.deepstack()
+        if facts["vocab_size"] is not None:
+            self.check_end_tokens(facts["vocab_size"])
         if self.problems:
             raise ConfigError(self.problems)
         assert layers and hidden and heads and groups and head_dim  # else there was a problem
@@ -162,6 +164,21 @@ class _Reader:
             reason = f"num_hidden_layers is {layers}, and layer_types names {len(kinds)} layers"
             fix = f"give layer_types in config.json {layers} entries, or set num_hidden_layers to {len(kinds)}"
             self.report("hf-config-field", reason, fix)
+
+    def check_end_tokens(self, vocab_size: int) -> None:
+        """Report end tokens that the vocabulary lacks, so that no answer would end."""
+        generation = self.file.with_name("generation_config.json")
+        sources = {self.file.name: self.config}
+        if is_file(generation):
+            sources[generation.name] = read_json_object(generation, "hf-config-json")
+        if not any("eos_token_id" in source for source in sources.values()):
+            sources[self.file.name] = self.text
+        for name, source in sources.items():
+            value = source.get("eos_token_id")
+            ids = value if isinstance(value, list) else [] if value is None else [value]
+            if not all(_whole(token) is not None and token < vocab_size for token in ids):
+                reason = f"{name} has eos_token_id {value!r:.60}, and the vocabulary has the ids 0 to {vocab_size - 1}"
+                self.report("hf-config-field", reason, "correct the id")
 
     def deepstack(self) -> tuple[int, ...]:
         """Return `deepstack_visual_indexes` of the vision part; empty if it has none."""

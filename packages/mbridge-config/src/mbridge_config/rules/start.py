@@ -1,10 +1,11 @@
 """What a run starts from: HuggingFace weights, a Megatron checkpoint, or an earlier run."""
 
 from collections.abc import Iterable
+from importlib.util import find_spec
 
 from mbridge_config.facts.architectures import ALL_LAYERS_HAVE_EXPERTS, TORCH, TRANSFORMER_ENGINE
 from mbridge_config.facts.directories import HF_KEYS, TOKENIZER_KEY, hf_key
-from mbridge_config.facts.model import read_json_object
+from mbridge_config.facts.model import QKV_BIAS_FAMILIES, read_json_object
 from mbridge_config.facts.safetensors import fault
 from mbridge_config.facts.tokenizer import token_ids
 from mbridge_config.paths import is_directory, is_file, same_place, user_path
@@ -105,7 +106,7 @@ def _step(name: str) -> int:
 @rule("architecture", BACKEND, *HF_KEYS)
 def architecture(context: Context) -> Iterable[Finding]:
     """The model's architecture cannot be built: Megatron-Bridge does not know it, it has no plain torch layers, or some
-    of its layers have no experts where Megatron-Bridge builds experts in every layer.
+    of its layers have biases or lack experts where Megatron-Bridge builds the opposite.
 
     Fix: use a model of an architecture that the message names, or `actor.model.backend=te` on a GPU with Transformer
     Engine.
@@ -117,13 +118,18 @@ def architecture(context: Context) -> Iterable[Finding]:
     if name not in TORCH | TRANSFORMER_ENGINE:
         reason = f"config.json names {name}, which Megatron-Bridge does not know"
         yield Finding(key, reason, f"use a model of {', '.join(sorted(TORCH))}")
-    elif name not in TORCH and backend != "te":
+    elif name not in TORCH and (backend == "torch" or (backend == "auto" and find_spec("transformer_engine") is None)):
         reason = f"config.json names {name}, which is not built with plain torch layers, and {BACKEND} is {backend}"
+        reason += ", where Transformer Engine is not installed" if backend == "auto" else ""
         yield Finding(key, reason, f"set {BACKEND}=te, on a GPU with Transformer Engine, or use another model")
     elif name in ALL_LAYERS_HAVE_EXPERTS and facts.dense_layers:
         layers = ", ".join(map(str, facts.dense_layers[:3])) + (" and more" if len(facts.dense_layers) > 3 else "")
         reason = f"layers {layers} have no experts (mlp_only_layers and decoder_sparse_step in config.json)"
         yield Finding(key, reason, f"use a model of {name} with experts in every layer")
+    elif name in TORCH and (facts.linear_bias or (facts.qkv_bias and facts.model_type not in QKV_BIAS_FAMILIES)):
+        field = "mlp_bias" if facts.linear_bias else "attention_bias"
+        reason = f"config.json has {field} true, and Megatron-Bridge builds {name} without these biases"
+        yield Finding(key, reason, f"use a model without {field}")
 
 
 @rule("weights-missing", USE_HF, CHECKPOINT, RESUME)

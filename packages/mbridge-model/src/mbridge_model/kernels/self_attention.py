@@ -11,7 +11,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from mbridge_model.kernels.compiled import runs_kernels
+from mbridge_model.kernels import runs_kernels
 
 _of_each_token = WeakTensorKeyDictionary()
 """By the boundaries of a packed batch: the angles of all positions, and those of each token, which layers share."""

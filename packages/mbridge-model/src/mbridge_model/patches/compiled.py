@@ -16,11 +16,31 @@ import torch
 import torch._dynamo.config
 from torch import Tensor
 
+from mbridge_model.patches.patch import Patch, PatchTable
+
 logger = logging.getLogger("mbridge_model")
 
-VARIANTS = 64
-"""Limit on the compiled variants of one function: a variant per dtype, memory layout, gradient mode and number of
-sequences. Beyond torch's default limit of eight the function would run uncompiled."""
+MANY_VARIANTS = PatchTable(
+    "compile a function for many shapes",
+    (
+        Patch(
+            target="torch._dynamo.config:recompile_limit",
+            reason="a function has a variant per dtype, memory layout, gradient mode and number of sequences; beyond "
+            "torch's limit of eight it would run uncompiled",
+            wrapper=lambda limit: max(64, limit),
+        ),
+    ),
+)
+UNCOMPILED = PatchTable(
+    "run without a C compiler",
+    (
+        Patch(
+            target="torch._dynamo.config:disable",
+            reason="Triton builds its launchers with a C compiler, and torch would fail in the first step",
+            replacement=True,
+        ),
+    ),
+)
 
 
 def compiled_on_gpu[**P, R](function: Callable[P, R]) -> Callable[P, R]:
@@ -28,7 +48,7 @@ def compiled_on_gpu[**P, R](function: Callable[P, R]) -> Callable[P, R]:
 
     @cache
     def kernel() -> Callable[P, R]:
-        torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+        MANY_VARIANTS.apply()
         return torch.compile(function)
 
     @wraps(function)
@@ -39,15 +59,10 @@ def compiled_on_gpu[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-def runs_kernels(tensor: Tensor) -> bool:
-    """Return whether Triton's kernels can run on the tensor: on a GPU, unless compiling is disabled."""
-    return tensor.is_cuda and not torch._dynamo.config.disable
-
-
 def run_uncompiled_without_compiler() -> None:
     """Disable compiling, Megatron-Core's functions included, and log it, where Triton cannot build its launchers.
 
-    That needs a C compiler and Python's header files, which slim images lack; torch would fail in the first step.
+    That needs a C compiler and Python's header files, which slim images lack.
     """
     if torch._dynamo.config.disable:
         return
@@ -58,5 +73,5 @@ def run_uncompiled_without_compiler() -> None:
         missing = str(headers)
     else:
         return
-    torch._dynamo.config.disable = True
+    UNCOMPILED.apply()
     logger.warning("kernels are not fused, which is slower and takes more memory: torch.compile needs %s", missing)

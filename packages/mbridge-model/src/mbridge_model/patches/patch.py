@@ -20,6 +20,8 @@ from importlib.metadata import version
 from types import CodeType, FunctionType
 from typing import Any, NamedTuple, Self
 
+from torch.utils._config_module import ConfigModule
+
 from mbridge_model.errors import ModelError
 
 _ABSENT: Any = object()
@@ -155,8 +157,13 @@ class _Change(NamedTuple):
 
 
 def _current(owner: Any, name: str) -> Any:
-    """What `owner` itself has under `name`, unbound; the code of a function is no entry of its dictionary."""
-    return owner.__code__ if name == "__code__" else vars(owner).get(name, _ABSENT)
+    """What `owner` itself has under `name`, unbound.
+
+    The code of a function and the values of torch's configuration modules are no entries of a dictionary.
+    """
+    if name == "__code__" or isinstance(owner, ConfigModule):
+        return getattr(owner, name)
+    return vars(owner).get(name, _ABSENT)
 
 
 def _prepare(patch: Patch, owner: Any) -> _Change:

@@ -9,8 +9,8 @@ from typing import Any
 from megatron.core.models.common.embeddings import rope_utils
 from torch import Tensor
 
-from mbridge_model.kernels.compiled import compiled_on_gpu
 from mbridge_model.kernels.self_attention import gathered_angles
+from mbridge_model.patches.compiled import compiled_on_gpu
 from mbridge_model.patches.patch import Patch, PatchTable
 
 _rotate = compiled_on_gpu(rope_utils._apply_rotary_pos_emb_bshd)

@@ -14,8 +14,8 @@ from torch.nn.functional import silu
 
 from mbridge_model.errors import ModelError
 from mbridge_model.families import Family
-from mbridge_model.kernels.compiled import run_uncompiled_without_compiler
 from mbridge_model.parallel import Parallel
+from mbridge_model.patches.compiled import run_uncompiled_without_compiler
 from mbridge_model.patches.quiet import quiet
 from mbridge_model.vision import Freeze
 from mbridge_model.vision.stages import stage_fields
@@ -25,19 +25,20 @@ logger = logging.getLogger("mbridge_model")
 Backend = Literal["auto", "te", "torch"]
 
 
-def resolve_backend(backend: Backend, dtype: torch.dtype) -> Literal["te", "torch"]:
+def resolve_backend(backend: Backend, dtype: torch.dtype, *, has_torch_layers: bool = True) -> Literal["te", "torch"]:
     """Resolve `auto`: Transformer Engine in half precision, if it can be imported and there is a GPU, else plain torch.
 
     In fp32 Transformer Engine multiplies matrices in TF32 (logprobs of a tiny model differ by 2e-3 from HuggingFace's)
-    and has no attention kernel for packed sequences.
+    and has no attention kernel for packed sequences; it is chosen there only for an architecture without plain torch
+    layers (`has_torch_layers`).
 
     Raises:
         ModelError: an unknown name, or `te` where Transformer Engine or a GPU is missing.
     """
     if backend not in ("auto", "te", "torch"):
         raise ModelError(f"backend {backend!r} is unknown; use 'auto', 'te' or 'torch'")
-    automatic = backend == "auto"
-    if backend == "torch" or (automatic and (dtype == torch.float32 or not torch.cuda.is_available())):
+    prefers_torch = not torch.cuda.is_available() or (dtype == torch.float32 and has_torch_layers)
+    if backend == "torch" or (backend == "auto" and prefers_torch):
         return "torch"
     if not torch.cuda.is_available():
         raise ModelError("backend 'te' needs a GPU, and torch sees none; use backend 'auto' or 'torch'")

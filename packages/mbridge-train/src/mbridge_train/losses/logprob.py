@@ -17,7 +17,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from mbridge_model.kernels.compiled import compiled_on_gpu, runs_kernels
+from mbridge_model.kernels import runs_kernels
+from mbridge_model.patches.compiled import compiled_on_gpu
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 

@@ -7,12 +7,13 @@ in `sys.modules`, so each `try: import transformer_engine` elsewhere still finds
 
 import builtins
 import functools
-import importlib.abc
 import importlib.util
-import sys
-from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec, SourceFileLoader
 from types import ModuleType
 from typing import Any
+
+from mbridge_model.patches.patch import Patch, PatchTable
 
 PACKAGE = "transformer_engine"
 SERVED_MODULES = frozenset(
@@ -51,26 +52,38 @@ def _full_name(placeholder: type) -> str:
     return f"{placeholder.__module__}.{placeholder.__qualname__}".removeprefix(".")
 
 
+def _serving(find_spec: Callable[..., ModuleSpec | None]) -> Any:
+    """Find the served modules where they lie, and load them with the placeholder in sight."""
+
+    def find(name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        spec = find_spec(name, path, target)
+        if name in SERVED_MODULES and spec is not None and spec.origin is not None:
+            spec.loader = _ServingLoader(name, spec.origin)
+        return spec
+
+    return staticmethod(find)
+
+
+PLACEHOLDER = PatchTable(
+    "import megatron.bridge without Transformer Engine",
+    (
+        Patch(
+            target="importlib.machinery:PathFinder.find_spec",
+            reason="two modules of megatron.bridge import transformer_engine unconditionally",
+            wrapper=_serving,
+        ),
+    ),
+)
+
+
 def allow_missing_transformer_engine() -> None:
     """Let megatron.bridge be imported without Transformer Engine; do nothing where that is installed.
 
     Call it before megatron.bridge is imported. A second call does nothing. Each use of what is missing (calling a
     function, making an object of a class or of a subclass) raises `MissingTransformerEngineError`.
     """
-    if importlib.util.find_spec(PACKAGE) is not None:
-        return
-    if not any(isinstance(finder, _ServingFinder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _ServingFinder())
-
-
-class _ServingFinder(importlib.abc.MetaPathFinder):
-    """Finds the served modules where they lie, and loads them with the placeholder in sight."""
-
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        spec = PathFinder.find_spec(fullname, path, target) if fullname in SERVED_MODULES else None
-        if spec is not None and spec.origin is not None:
-            spec.loader = _ServingLoader(fullname, spec.origin)
-        return spec
+    if importlib.util.find_spec(PACKAGE) is None:
+        PLACEHOLDER.apply()
 
 
 class _ServingLoader(SourceFileLoader):
