@@ -89,3 +89,34 @@ def preemptible(directory: Path, seconds: float, step_seconds: float) -> None:
         (directory / f"saved_{rank()}").write_text(str(step))
         time.sleep(0.3 * (1 - rank()))  # the report of rank 0
         (directory / f"done_{rank()}").touch()
+
+
+def saves_in_background(directory: Path, steps: int) -> None:
+    """Go on from the newest checkpoint, save each step in the background, and leave the ids of all processes."""
+    import torch
+    import torch.distributed as dist
+    from mbridge_ckpt import AsyncSaver, Layout, find_resume, model_file
+
+    directory.mkdir(exist_ok=True)
+    (directory / f"rank_{rank()}_{os.getpid()}").touch()
+    dist.init_process_group("gloo", timeout=timedelta(minutes=5))
+    layout, checkpoints = Layout(tensor=2), directory / "checkpoints"
+    state, first = torch.randn(50_000, generator=torch.Generator().manual_seed(rank())), 0
+    if (found := find_resume(checkpoints).checkpoint) is not None:
+        first = found.step
+        state = found.load_torch(model_file(first, layout, tensor_rank=rank()))["model"]["state"]
+    dist.barrier()
+    with AsyncSaver() as saver:
+        (directory / f"writer_{rank()}_{saver.process_id}").touch()
+        for step in range(first + 1, steps + 1):
+            gradient = torch.randn(len(state), generator=torch.Generator().manual_seed(1000 * step + rank()))
+            dist.all_reduce(gradient)
+            state.mul_(0.99).add_(gradient)
+            time.sleep(0.1)
+            saver.check()
+            with saver.begin_save(checkpoints, step=step, layout=layout) as save:
+                save.write_torch(model_file(step, layout, tensor_rank=rank()), {"model": {"state": state}})
+                save.commit()
+            dist.barrier()
+            if rank() == 0:
+                (directory / "saving").touch()
