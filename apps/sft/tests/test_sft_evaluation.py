@@ -3,13 +3,14 @@
 import io
 import math
 import pickle
+from typing import cast
 
 import pytest
 import torch
 from mbridge_sft.display import LONGEST_TEXT, example_grid
 from mbridge_sft.evaluation import SHOWN, Question, QuestionEncoder, evaluate
 from mbridge_sft.trainer import training_samples
-from mbridge_train.data.encode import Encoded
+from mbridge_train.data.encode import Encoded, Encoder
 from mbridge_train.data.examples import Example, ImageReference, Message
 from mbridge_train.engine.batch import Sample
 from PIL import Image
@@ -46,8 +47,8 @@ def test_scores_by_sum_and_by_mean() -> None:
     assert result.metrics["validation/accuracy"] == 0.5
     assert result.metrics["validation/accuracy_by_mean"] == 0.5
     assert [(shown.predicted, shown.is_right) for shown in result.shown] == [("short", False), ("short", True)]
-    one = evaluate(logprobs, [[question("short", {"short": [3], "long": [2, 2]})]]).metrics
-    assert (one["validation/accuracy"], one["validation/accuracy_by_mean"]) == (1.0, 0.0)
+    metrics = evaluate(logprobs, [[question("short", {"short": [3], "long": [2, 2]})]]).metrics
+    assert (metrics["validation/accuracy"], metrics["validation/accuracy_by_mean"]) == (1.0, 0.0)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])
@@ -87,7 +88,7 @@ class _Encoder:
 
 
 def test_questions_of_examples() -> None:
-    make = pickle.loads(pickle.dumps(QuestionEncoder(_Encoder())))
+    make = pickle.loads(pickle.dumps(QuestionEncoder(cast(Encoder, _Encoder()))))
     made = make(example("b", ("a", "b", "c")))
     assert made.right == 1 and [int(candidate.tokens[1]) for candidate in made.candidates] == [97, 98, 99]
     made = make(example("z", None))

@@ -1,5 +1,8 @@
 """The tiny vision-language model is an ordinary HuggingFace directory, the same for the same seed."""
 
+from pathlib import Path
+from typing import Any
+
 import torch
 from mbridge_sft.quickstart.model import END_OF_TURN, TinyVisionGeometry, write_tiny_vision_model
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
@@ -7,7 +10,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 CORPUS = ["Which digit is this?\nChoose one:\n"]
 
 
-def test_directory_loads_and_is_reproducible(tmp_path):
+def test_directory_loads_and_is_reproducible(tmp_path: Path) -> None:
     state = torch.random.get_rng_state()
     one = write_tiny_vision_model(tmp_path / "one", CORPUS, seed=1)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -19,14 +22,16 @@ def test_directory_loads_and_is_reproducible(tmp_path):
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in files)
     assert (one / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
     for directory, tied in ((one, False), (other, True)):
-        model, report = AutoModelForImageTextToText.from_pretrained(directory, output_loading_info=True)
+        # Two values, which the type that transformers declares leaves out.
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(directory, output_loading_info=True)
+        model, report = loaded
         assert type(model).__name__ == "Qwen3VLForConditionalGeneration"
         assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
         assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) == tied
         assert model.generation_config.eos_token_id == AutoProcessor.from_pretrained(directory).tokenizer.eos_token_id
 
 
-def test_geometry_is_what_was_asked_for(tmp_path):
+def test_geometry_is_what_was_asked_for(tmp_path: Path) -> None:
     geometry = TinyVisionGeometry(
         hidden_size=64, num_hidden_layers=3, vision_depth=4, deepstack_visual_indexes=(0, 2, 3)
     )
@@ -38,7 +43,7 @@ def test_geometry_is_what_was_asked_for(tmp_path):
     assert config.text_config.vocab_size == 384
 
 
-def test_processor_round_trips_and_knows_its_marks(tiny_vision_model):
+def test_processor_round_trips_and_knows_its_marks(tiny_vision_model: Path) -> None:
     processor = AutoProcessor.from_pretrained(tiny_vision_model)
     tokenizer = processor.tokenizer
     text = "3+10=13, 13-5=8\n\n Which digit? …é𝄞"
