@@ -11,7 +11,7 @@ from mbridge_config.facts.architectures import ALL_LAYERS_HAVE_EXPERTS, TORCH, T
 from mbridge_config.load.compose import from_tree
 from mbridge_config.schema.provenance import Provenance
 from mbridge_model import ModelError
-from mbridge_model.families.architectures import TORCH_ARCHITECTURES, check_architecture
+from mbridge_model.families import TORCH_ARCHITECTURES, check_architecture
 from mbridge_model.provider.configure import resolve_backend
 
 from testing.gang import Gang, WorkerPool

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mbridge_model.parallel import Parallel
     from mbridge_model.patches.cpu import enable_cpu
     from mbridge_model.positions import MropeSettings, mrope_position_ids
-    from mbridge_model.vision.freeze import Freeze
+    from mbridge_model.vision.family import Freeze
     from mbridge_model.vision.inputs import VisionInputs
 
 __all__ = [
@@ -37,7 +37,7 @@ __all__ = [
 # Importing Megatron takes seconds, so a name's module is imported when the name is first used. No module is called like
 # a function of the API: importing it would replace the function in this namespace.
 _HOME = {
-    "Freeze": "vision.freeze",
+    "Freeze": "vision.family",
     "ModelError": "errors",
     "ModelHandle": "loading",
     "MropeSettings": "positions",

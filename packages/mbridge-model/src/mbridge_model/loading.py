@@ -12,8 +12,7 @@ from torch import nn
 
 from mbridge_model.bridge.bridge import Bridge, import_bridge
 from mbridge_model.directory import HFDirectory, check_tied_output, open_directory
-from mbridge_model.families import GENERIC, Family, find_family
-from mbridge_model.families.architectures import TORCH_ARCHITECTURES, check_architecture
+from mbridge_model.families import GENERIC, TORCH_ARCHITECTURES, Family, check_architecture, find_family
 from mbridge_model.parallel import Parallel, initialize_parallel
 from mbridge_model.provider.config_checks import check_mrope, check_rotary, config_fields, limit_dynamic_rotary
 from mbridge_model.provider.configure import Backend, configure_provider, resolve_backend
@@ -137,7 +136,6 @@ def load(
         bridge.check_coverage(model)
         bridge.load_weights(model)
         bridge.check_finite(model)
-    handle = ModelHandle(
+    return model, ModelHandle(
         directory=directory, family=family, backend=resolved, parallel=parallel, provider=provider, bridge=bridge
     )
-    return model, handle

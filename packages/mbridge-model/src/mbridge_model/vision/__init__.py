@@ -5,8 +5,7 @@ In: a provider and `VisionInputs`. Out: the pipeline stages of a `VisionLanguage
 Uses: `bridge`, `errors`, `kernels`, `patches`, `torch_backend`.
 """
 
-from mbridge_model.vision.family import Vision
-from mbridge_model.vision.freeze import Freeze
+from mbridge_model.vision.family import Freeze, Vision
 from mbridge_model.vision.inputs import VisionInputs
 
 __all__ = ["Freeze", "Vision", "VisionInputs"]

@@ -1,7 +1,7 @@
-"""The description of a family's vision part."""
+"""The description of a family's vision part, and of the parts of a model that are frozen."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -27,3 +27,22 @@ class Vision:
     encode: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, list[Tensor]]]
     build_rotary: Callable[[Any], nn.Module] | None
     frames_are_runs: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Freeze:
+    """The parts whose weights are not trained: none by default, where Megatron-Bridge freezes two of Qwen3-VL-MoE's.
+
+    Attributes:
+        language_model: embeddings, layers and output layer.
+        vision_model: the vision tower without its projection.
+        vision_projection: the modules that map the tower's features into the language model (Qwen's mergers).
+    """
+
+    language_model: bool = False
+    vision_model: bool = False
+    vision_projection: bool = False
+
+    def fields(self) -> dict[str, bool]:
+        """Return the fields of a Megatron-Bridge provider."""
+        return {f"freeze_{part}": is_frozen for part, is_frozen in asdict(self).items()}

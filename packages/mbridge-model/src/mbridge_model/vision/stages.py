@@ -10,10 +10,8 @@ def deepstack_stage_sizes(layers: int, stages: int, features: int) -> list[int] 
     """Return the number of layers of each stage such that the first holds the layers that take deepstack features.
 
     Features that a later stage needs travel to it, which costs transfers of up to 1 + features times the size. So the
-    first stage gets at least `features` layers where each other stage still gets one, and the rest is spread evenly.
-
-    Returns:
-        The sizes; None where Megatron-Core's even split already fits, or no split would help.
+    first stage gets `features` layers where each other stage still gets one, and the rest is spread evenly. None where
+    Megatron-Core's even split already fits, or no split would help.
     """
     if stages == 1 or features == 0 or layers // stages >= features or layers - features < stages - 1:
         return None
