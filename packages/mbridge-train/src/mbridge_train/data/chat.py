@@ -16,10 +16,7 @@ on other tokens. Llama 3's template falls back to this date."""
 
 
 def render_chat(tokenizer: "PreTrainedTokenizerBase", messages: list[dict[str, Any]], **options: Any) -> str:
-    """Render `messages` by the tokenizer's chat template, or by `options["chat_template"]`.
-
-    Args:
-        options: options of `apply_chat_template`, such as `add_generation_prompt`.
+    """Render `messages` by the tokenizer's chat template, with `options` of `apply_chat_template`.
 
     Raises:
         DataError: the template is not valid Jinja.

@@ -42,11 +42,9 @@ class ChatFile:
         return len(self._records)
 
     def source(self, index: int) -> str:
-        """Return file and line, as `path:line`."""
         return self._records.source(index)
 
-    def fingerprint(self) -> str:
-        """Return the fingerprint of the file's records. Files of images are not read."""
+    def fingerprint(self) -> str:  # without the files of images
         return self._records.fingerprint
 
     def __getitem__(self, index: int) -> Example:

@@ -1,7 +1,7 @@
 """Encoding examples as tokens and patches, with the model's own tokenizer, chat template and image processor.
 
-There are two steps: `Encoder.encode` tokenizes the text and measures the images, which is cheap and gives the length of
-the sequence; `Encoder.decode` decodes the images, on the ranks that need them.
+`Encoder.encode` tokenizes the text and measures the images, which is cheap and gives the length of the sequence;
+`Encoder.decode` decodes the images, on the ranks that need them.
 """
 
 from dataclasses import dataclass, replace
@@ -133,10 +133,7 @@ class Encoder:
         return self._encode(example, self._measured(example), self._train_on)
 
     def encode_choices(self, example: Example) -> list[Encoded]:
-        """Return, for each choice, the sequence with that choice as the answer, and only the answer `trained`.
-
-        The sequences share their images. Raises what `encode` raises.
-        """
+        """Like `encode`, for each choice as the answer, with only the answer `trained`; they share their images."""
         images = self._measured(example)
         return [
             self._encode(replace(example, answer=choice), images, "last")
@@ -207,12 +204,11 @@ class Encoder:
                 f"{source}: {len(tokens)} tokens, {int((~trained).sum())} of them before or between answers, are more "
                 f"than {self._max_length} (runner.seq_length); raise it, or lower data.max_pixels"
             )
-        position_ids = None
-        if self._mrope is not None:
-            try:
-                position_ids = mrope_position_ids(tokens, None if images is None else images.grid_thw, self._mrope)
-            except ModelError as error:
-                raise RowError(f"{source}: {error}") from None
+        try:
+            grid_thw = None if images is None else images.grid_thw
+            position_ids = None if self._mrope is None else mrope_position_ids(tokens, grid_thw, self._mrope)
+        except ModelError as error:
+            raise RowError(f"{source}: {error}") from None
         return Encoded(tokens=tokens, trained=trained, images=images, position_ids=position_ids, source=source)
 
     def _token_ids(self, text: str) -> list[int]:

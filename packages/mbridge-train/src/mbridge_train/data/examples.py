@@ -81,8 +81,7 @@ class ReadSettings:
         image_keys: parquet columns of images, in the order in which the model sees them. None: all columns named
             "image", or "image" and a number, such as image_0; an empty tuple: no images.
         answer_format: whether the model answers with the "text" of the right choice or with its "letter".
-        image_root: the directory that image paths of a jsonl file are relative to and must stay in; None: the
-            directory of the file.
+        image_root: the directory that image paths of a jsonl file are relative to and must stay in; None: the file's.
         allow_urls: images of a jsonl file may be fetched over http and https, from public addresses.
         private_networks: other addresses that may be fetched from, such as "10.0.0.0/8".
     """
@@ -116,11 +115,7 @@ class Examples(Protocol):
 
 
 def with_images(text: str, images: Iterator[ImageReference], where: str) -> list[str | ImageReference]:
-    """Return the parts of `text`, with the next of `images` in place of each "<image>".
-
-    Raises:
-        RowError: there are fewer images than marks.
-    """
+    """Return the parts of `text`, with the next of `images` in place of each "<image>"; `RowError` if there is none."""
     first, *others = text.split(IMAGE_MARK)
     parts: list[str | ImageReference] = [first]
     for part in others:

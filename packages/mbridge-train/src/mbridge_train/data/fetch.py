@@ -18,10 +18,7 @@ FETCH_SECONDS = 30.0
 
 
 def fetch(url: str, *, networks: Sequence[str], most_bytes: int) -> bytes:
-    """Return the first `most_bytes` + 1 bytes at an http(s) URL.
-
-    Args:
-        networks: addresses that may be connected to although they are not public, such as "10.0.0.0/8".
+    """Return the first `most_bytes` + 1 bytes at an http(s) URL, from a public address or one of `networks`.
 
     Raises:
         OSError: the server does not give them in `FETCH_SECONDS`, or is at an address that is not allowed.
@@ -38,12 +35,7 @@ def fetch(url: str, *, networks: Sequence[str], most_bytes: int) -> bytes:
 
 
 class _Transfer:
-    """One fetch, which runs in a thread and can be abandoned by another.
-
-    Attributes:
-        done: set once `result` is there.
-        result: the bytes, or why there are none.
-    """
+    """One fetch, which runs in a thread and can be abandoned by another; `done` is set once `result` is there."""
 
     def __init__(self, url: str, networks: Sequence[str], most_bytes: int) -> None:
         self._url = url

@@ -7,15 +7,10 @@ from mbridge_train.data.errors import DataError
 
 
 def from_directory(kind: Any, directory: Path, name: str, **options: Any) -> Any:
-    """Return ``kind.from_pretrained(directory, **options)``.
-
-    Args:
-        kind: a class of transformers, such as `AutoTokenizer`.
-        directory: directory of the model.
-        name: name of the part for messages, such as "tokenizer".
+    """Return ``kind.from_pretrained(directory, **options)``, of a class of transformers, such as `AutoTokenizer`.
 
     Raises:
-        DataError: a file is missing or broken.
+        DataError: a file of the part `name`, such as "tokenizer", is missing or broken.
     """
     try:
         return kind.from_pretrained(directory, **options)

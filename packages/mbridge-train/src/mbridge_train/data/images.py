@@ -36,10 +36,9 @@ LARGEST_FILE = 2**28
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PixelLimits:
-    """Limits on the size of an image as the model sees it.
+    """Limits on the size of an image as the model sees it; None takes the limit of the model's processor.
 
     Attributes:
-        min_pixels, max_pixels: None takes the limit of the model's processor.
         oversized: whether an image of more than `max_pixels` is resized or makes its row a bad row.
     """
 
@@ -50,10 +49,9 @@ class PixelLimits:
 
 @dataclass(kw_only=True, slots=True)
 class RowImages:
-    """The images of one row, which every rank measures, and the ranks that train on the row decode.
+    """The images of one row in the order of their tokens, which all ranks measure, and those that need them decode.
 
     Attributes:
-        references: the images, in the order of their tokens.
         grid_thw: int64 [images, 3]: patches of each image along time, height and width.
         source: file and row, for error messages.
         vision: the pixels, once `Encoder.decode` has decoded them.

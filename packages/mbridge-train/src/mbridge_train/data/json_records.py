@@ -13,13 +13,10 @@ from mbridge_train.data.errors import DataError, RowError, missing_file
 
 
 class JsonRecords:
-    """The objects of one file, in their order, numbered from 0. Blank lines do not count.
+    """The objects of a UTF-8 file, in their order, numbered from 0. Blank lines do not count.
 
-    The constructor finds only the line ends of a `.jsonl` file, whose records are parsed on demand. It parses and keeps
-    a `.json` file. Can be pickled, to be read in other processes.
-
-    Args:
-        path: a UTF-8 file, with or without a byte order mark.
+    Records of a `.jsonl` file are parsed on demand; a `.json` file is parsed and kept. Can be pickled, to be read in
+    other processes.
 
     Attributes:
         fingerprint: SHA-256 of where each record of a `.jsonl` file begins and of the file's first mebibyte, or of a

@@ -24,6 +24,9 @@ from mbridge_train.data.images import RowImages
 from mbridge_train.data.order import RowOrder
 from mbridge_train.data.workers import WorkerPool
 
+PREFETCH = 2
+"""Batches that workers prepare ahead."""
+
 _NOTHING_USABLE = "correct the data, raise runner.seq_length if its rows are too long, or make batches larger"
 
 
@@ -46,7 +49,6 @@ class EncodedBatches[T]:
         bad_rows: rows found to be bad before `first_step`: `bad_rows` of the loader of the run that is resumed.
         skip_long: leave out rows that are too long without counting them as bad.
         report: called with a line for each row that is left out.
-        prefetch: batches that workers prepare ahead.
 
     Raises, when iterated:
         DataError: there are more bad rows than `max_bad_rows`, a file can no longer be read, a worker process died, or
@@ -69,7 +71,6 @@ class EncodedBatches[T]:
         bad_rows: Iterable[int] = (),
         skip_long: bool = False,
         report: Callable[[str], None] = lambda message: None,
-        prefetch: int = 2,
     ) -> None:
         self.order = RowOrder(size=len(examples), batch_size=batch_size, seed=seed, epochs=epochs)
         self._examples = examples
@@ -85,7 +86,7 @@ class EncodedBatches[T]:
         self._long: set[int] = set()
         self._skip_long = skip_long
         self._report = report
-        self._prefetch = prefetch if workers else 0
+        self._prefetch = PREFETCH if workers else 0
 
     @property
     def bad_rows(self) -> tuple[int, ...]:

@@ -14,8 +14,7 @@ from mbridge_train.data.errors import DataError
 class RowOrder:
     """An order in which every epoch has each row once. The order of an epoch depends only on `(seed, epoch)`.
 
-    A batch that reaches the end of an epoch continues with the next one, so all batches have the same size, except the
-    last batch of a finite number of epochs.
+    A batch that reaches the end of an epoch continues with the next one, so that only the last batch can be smaller.
 
     Attributes:
         size: number of rows of the data.
@@ -41,11 +40,10 @@ class RowOrder:
         first, end = step * self.batch_size, (step + 1) * self.batch_size
         if self.epochs is not None:
             end = min(end, self.epochs * self.size)
-        return [self._row(ordinal) for ordinal in range(first, end)]
-
-    def _row(self, ordinal: int) -> int:
-        epoch, position = divmod(ordinal, self.size)
-        return position if self.seed is None else int(_permutation(self.size, self.seed, epoch)[position])
+        places = [divmod(ordinal, self.size) for ordinal in range(first, end)]
+        if self.seed is None:
+            return [position for _, position in places]
+        return [int(_permutation(self.size, self.seed, epoch)[position]) for epoch, position in places]
 
 
 @lru_cache(maxsize=2)
@@ -57,8 +55,7 @@ def require_same_data(saved: Mapping[str, Any], current: Mapping[str, Any]) -> N
     """Check that a resumed run continues with the rows and the order that it started with.
 
     Args:
-        saved: the checkpoint's values that decide which rows a step has: keys of the config, a fingerprint, and `rows`,
-            the number of rows.
+        saved: the checkpoint's values that decide which rows a step has: keys of the config, a fingerprint, `rows`.
         current: the same values of this run. A name that an older checkpoint does not have is not compared.
 
     Raises:

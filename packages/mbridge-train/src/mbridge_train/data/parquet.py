@@ -86,7 +86,6 @@ class ParquetFile:
         return self._ends[-1] if self._ends else 0
 
     def source(self, index: int) -> str:
-        """Return file and row."""
         return f"{self._path} row {index}"
 
     def fingerprint(self) -> str:

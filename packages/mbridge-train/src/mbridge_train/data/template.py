@@ -17,13 +17,7 @@ from mbridge_train.data.examples import Message
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer or a processor.
-
-    Args:
-        tokenizer: the model's tokenizer.
-        template: the template, in Jinja.
-        name: the model's directory, for error messages.
-    """
+    """The chat template, in Jinja, of a tokenizer or a processor; `name` is for error messages."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, template: str, name: str) -> None:
         self._tokenizer = tokenizer

@@ -36,8 +36,7 @@ class WorkerPool:
     Args:
         tasks: functions of one argument by name. They, their arguments and their results can be pickled.
         workers: number of processes; 0 runs each task in this process when it is submitted.
-        preload: modules that the fork server imports once for all workers. They should not import modules that only
-            training needs.
+        preload: modules that the fork server imports once for all workers, so without what only training needs.
     """
 
     def __init__(self, tasks: Tasks, workers: int, *, preload: Sequence[str] = ()) -> None:
