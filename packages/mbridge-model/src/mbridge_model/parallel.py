@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -58,10 +57,12 @@ def initialize_parallel(parallel: Parallel, seed: int) -> None:
                 f"world size {world_size} is not a multiple of tensor x pipeline = {parallel.tensor} x "
                 f"{parallel.pipeline} = {parallel.model}; start a multiple of {parallel.model} processes"
             )
+        world: Any = torch.distributed.group.WORLD
+        timeout = world._get_backend(world._device_types[0]).options._timeout
         parallel_state.initialize_model_parallel(
             tensor_model_parallel_size=parallel.tensor,
             pipeline_model_parallel_size=parallel.pipeline,
-            distributed_timeout_minutes=_world_timeout().total_seconds() / 60,
+            distributed_timeout_minutes=timeout.total_seconds() / 60,  # not Megatron-Core's half an hour
         )
         model_parallel_cuda_manual_seed(seed)
     existing = (
@@ -96,10 +97,3 @@ def _join_world() -> None:
             )
         torch.cuda.set_device(local_rank)
     torch.distributed.init_process_group(backend)
-
-
-def _world_timeout() -> timedelta:
-    """How long a collective of all ranks may take; Megatron-Core's own groups would have half an hour."""
-    world: Any = torch.distributed.group.WORLD
-    timeout: timedelta = world._get_backend(world._device_types[0]).options._timeout
-    return timeout

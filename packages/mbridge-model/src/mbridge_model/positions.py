@@ -1,8 +1,7 @@
 """Positions of tokens in three dimensions: time, height and width (M-RoPE, Qwen2-VL, arXiv 2409.12191, section 2.1).
 
 A text token has the same position in all three. The tokens of an image or video span its grid, and the text after them
-continues after the larger of its height and width. The positions of a sequence depend on that sequence alone, so
-they are computed once, where the sample is prepared; padding and packing then move them like its tokens.
+continues after the larger of its height and width. Padding and packing move a sample's positions like its tokens.
 """
 
 from collections.abc import Sequence

@@ -18,10 +18,7 @@ def has_vocabulary(task: Any) -> bool:
 
 
 def load_only(model_bridge: Any, tasks: list[Any]) -> PatchTable:
-    """Patches of `model_bridge` under which it loads the parameters of `tasks` alone, with a padded vocabulary.
-
-    Megatron-Bridge pads such tensors, too, but only those with the names of a text model.
-    """
+    """Return patches of `model_bridge` to load the parameters of `tasks` alone, with a padded vocabulary."""
     rows = {
         hf_names(task)[0]: task.param_weight.shape[0] * task.mapping.tp_size
         for task in tasks

@@ -74,7 +74,9 @@ class RMSNorm(torch.autograd.Function):
         rows = hidden.numel() // width
         columns = triton.next_power_of_2(width)
         at_a_time = max(1, _TILE // columns)
-        programs = max(1, min(triton.cdiv(rows, at_a_time), _PROGRAMS * _multiprocessors(hidden)))
+        device = torch.cuda.get_device_properties(hidden.device) if hidden.is_cuda else None
+        multiprocessors = device.multi_processor_count if device else 1
+        programs = max(1, min(triton.cdiv(rows, at_a_time), _PROGRAMS * multiprocessors))
         gradient = torch.empty_like(hidden)
         weight_sums = hidden.new_empty(programs, width, dtype=torch.float32)
         _write_gradients[(programs,)](
@@ -91,7 +93,3 @@ class RMSNorm(torch.autograd.Function):
             num_warps=min(16, max(4, columns // 1024)),
         )
         return gradient, weight_sums.sum(0).to(weight.dtype), None
-
-
-def _multiprocessors(tensor: Tensor) -> int:
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1

@@ -52,7 +52,13 @@ class RotarySelfAttention(SelfAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """As Megatron-Core's. `rotary_pos_emb`: float32 [positions, 1, 1, channels]."""
-        if self._kernel_serves(hidden_states, rotary_pos_emb) and kwargs.get("inference_context") is None:
+        if (
+            self._has_kernel
+            and runs_kernels(hidden_states)
+            and isinstance(rotary_pos_emb, Tensor)
+            and rotary_pos_emb.shape[1:] == (1, 1, self.hidden_size_per_attention_head)
+            and kwargs.get("inference_context") is None
+        ):
             self._rotation, rotary_pos_emb = (rotary_pos_emb, _boundaries(packed_seq_params)), None
         kwargs |= {"rotary_pos_emb": rotary_pos_emb, "packed_seq_params": packed_seq_params}
         try:
@@ -76,14 +82,6 @@ class RotarySelfAttention(SelfAttention):
         groups = self.num_query_groups_per_partition
         queries = self.num_attention_heads_per_partition // groups
         return SplitAndRotate.apply(fused, bias, angles, groups, queries, self._yarn_concentration_factor)
-
-    def _kernel_serves(self, hidden: Tensor, angles: Any) -> bool:
-        return (
-            self._has_kernel
-            and runs_kernels(hidden)
-            and isinstance(angles, Tensor)
-            and angles.shape[1:] == (1, 1, self.hidden_size_per_attention_head)
-        )
 
 
 def _boundaries(packing: PackedSeqParams | None) -> Tensor | None:

@@ -63,8 +63,7 @@ class Patch:
 class PatchTable:
     """Patches that are applied together or not at all, and undone together. As a context manager: for the block.
 
-    Undoing restores the names. A module that copied one by `from ... import ...` in the meantime keeps the replacement,
-    so each replacement works without its table, too.
+    A module that copied a name by `from ... import ...` keeps the replacement, which so works without its table, too.
 
     Args:
         purpose: what is impossible without the patches, to complete "cannot ..." in an error.
@@ -95,8 +94,7 @@ class PatchTable:
             Whether they were applied now.
 
         Raises:
-            PatchError: naming each target, constant or name that is gone, and the installed versions. Nothing has been
-                changed then.
+            PatchError: naming what is gone, and the installed versions. Nothing has been changed then.
         """
         with _lock:
             if self._changes:

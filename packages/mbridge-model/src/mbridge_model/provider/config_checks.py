@@ -76,12 +76,9 @@ def check_mrope(text_config: Any) -> None:
 
 
 def check_rotary(hf_config: Any, model: list[nn.Module]) -> None:
-    """Compare the built model's rotary angles and scale with those of transformers.
+    """Raise `ModelError` if the built model's rotary angles or their scale differ from those of transformers.
 
     Only text models with one set of frequencies are compared; others have their own embeddings, and pass.
-
-    Raises:
-        ModelError: they differ, or Megatron-Core cannot compute them.
     """
     from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
     from megatron.core.utils import unwrap_model
@@ -107,8 +104,7 @@ def check_rotary(hf_config: Any, model: list[nn.Module]) -> None:
 def limit_dynamic_rotary(hf_config: Any, model: list[nn.Module]) -> None:
     """Make a model of dynamic RoPE refuse sequences beyond `max_position_embeddings`.
 
-    Up to there its frequencies are the plain ones. Beyond, they depend on the length of the batch, so that a model that
-    samples token by token, and one that reads the whole sequence, compute different things.
+    Beyond, its frequencies depend on the length of the batch, so that sampling and training compute different things.
     """
     from megatron.core.utils import unwrap_model
 

@@ -1,8 +1,7 @@
 """Megatron-Core layers in plain torch, under Transformer Engine's parameter names.
 
-In: a Megatron configuration. Out: the specification of its layers. A checkpoint of this backend loads in a Transformer
-Engine run and vice versa, and Megatron-Bridge's weight mappings apply unchanged, because every parameter has the name
-and the shape that Transformer Engine's layer gives it.
+In: a Megatron configuration. Out: the specification of its layers. Since every parameter has Transformer Engine's name
+and shape, checkpoints load in its runs and vice versa, and Megatron-Bridge's weight mappings apply unchanged.
 
 Uses: `kernels`.
 """

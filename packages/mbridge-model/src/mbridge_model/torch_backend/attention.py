@@ -1,7 +1,7 @@
 """Core attention on `scaled_dot_product_attention`: grouped queries, dense and packed (THD) batches.
 
-Packed sequences are attended to without a Python loop over them: on a GPU in half precision by torch's variable-length
-flash kernel, elsewhere by padding sequences of similar length into one dense call (see `_length_buckets`).
+Packed sequences go to torch's variable-length flash kernel on a GPU in half precision; elsewhere sequences of similar
+length are padded into one dense call (see `_length_buckets`).
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -84,8 +84,7 @@ class TorchDotProductAttention(MegatronModule):
             return self._packed(query, key, value, packed_seq_params, is_causal).flatten(-2)
         # [sequence, batch, heads, channels] -> [batch, heads, sequence, channels]
         query, key, value = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
-        context = self._attend(query, key, value, attention_mask, is_causal)
-        return context.permute(2, 0, 1, 3).flatten(-2)
+        return self._attend(query, key, value, attention_mask, is_causal).permute(2, 0, 1, 3).flatten(-2)
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, is_causal: bool

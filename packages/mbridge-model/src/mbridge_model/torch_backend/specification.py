@@ -80,8 +80,7 @@ def layer_spec(
 def torch_block_spec(config: TransformerConfig, vp_stage: int | None = None) -> TransformerBlockSubmodules:
     """Specify the layers of this pipeline stage and the final norm.
 
-    A bare layer specification would make Megatron-Core choose the final norm itself, and its torch fallback refuses
-    sequence parallelism.
+    Megatron-Core's own choice of the final norm, its torch fallback, refuses sequence parallelism.
 
     Raises:
         ValueError: multi-latent attention, which this backend does not have.

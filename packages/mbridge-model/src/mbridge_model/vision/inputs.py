@@ -14,9 +14,8 @@ from mbridge_model.errors import ModelError
 class VisionInputs:
     """Images and videos in the order of their tokens in the batch, row after row.
 
-    Both are cut into patches by the model's HuggingFace processor, which returns them as `pixel_values` and
-    `image_grid_thw`, or `pixel_values_videos` and `video_grid_thw`. Where a batch has both, they are interleaved as
-    their tokens are.
+    The model's HuggingFace processor cuts both into patches and returns them as `pixel_values` and `image_grid_thw`, or
+    `pixel_values_videos` and `video_grid_thw`, which are interleaved here as their tokens are.
 
     Attributes:
         pixel_values: float32 [patches, features]: normalized pixels, one flattened patch a row.

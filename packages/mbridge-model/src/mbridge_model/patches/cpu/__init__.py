@@ -1,9 +1,4 @@
-"""Megatron-Core on a machine without a GPU, and Megatron-Bridge without Transformer Engine.
-
-`enable_cpu()` makes every hard-coded use of CUDA on Megatron-Core's training paths resolve to the CPU, and does nothing
-where there is a GPU. `allow_missing_transformer_engine()` lets megatron.bridge be imported where Transformer Engine is
-not installed, with or without a GPU.
-"""
+"""Megatron-Core on a machine without a GPU, and Megatron-Bridge without Transformer Engine."""
 
 from mbridge_model.patches.cpu.cpu_patches import CPU, enable_cpu
 from mbridge_model.patches.cpu.missing_transformer_engine import (
