@@ -9,6 +9,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -118,9 +119,7 @@ def _verify(options: argparse.Namespace) -> int:
     with ProgressBar("reading", checkpoint.manifest.total_bytes) as progress:
         report = verify(checkpoint.path, contents=options.full, progress=progress)
     if options.json:
-        print_json({"ok": report.ok, "resumable": report.resumable, **{
-            key: getattr(report, key) for key in ("path", "step", "contents", "files", "bytes", "faults", "notes")
-        }})  # fmt: skip
+        print_json({"ok": report.ok, "resumable": report.resumable, **asdict(report)})
         return FINE if report.ok else NO
     for fault in report.faults:
         print(f"FAULT {fault.message}")
@@ -130,13 +129,8 @@ def _verify(options: argparse.Namespace) -> int:
         "sizes, headers and tensor lists compared; `--full` reads every byte too"
     )  # fmt: skip
     print(f"{report.path.name}: {report.files} files, {size_text(report.bytes)}: {looked_at}")
-    if report.ok:
-        print("fine")
-    else:
-        print(
-            f"{len(report.faults)} faults; "
-            + ("resuming is not affected" if report.resumable else "do not resume from it")
-        )
+    advice = "resuming is not affected" if report.resumable else "do not resume from it"
+    print("fine" if report.ok else f"{len(report.faults)} faults; {advice}")
     return FINE if report.ok else NO
 
 

@@ -1,9 +1,9 @@
 """What the command line prints: aligned columns, readable sizes, JSON, and a progress bar on a terminal."""
 
-import dataclasses
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,11 +31,7 @@ def print_json(value: Any) -> None:
 
 
 def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(type(value).__name__)
+    return str(value) if isinstance(value, Path) else asdict(value)
 
 
 class ProgressBar:
@@ -50,12 +46,8 @@ class ProgressBar:
         if self._shown:
             share = min(self._done / self._total, 1.0)
             bar = "#" * round(30 * share)
-            print(
-                f"\r{self._label} [{bar:<30}] {share:4.0%} of {size_text(self._total)}",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
+            line = f"\r{self._label} [{bar:<30}] {share:4.0%} of {size_text(self._total)}"
+            print(line, end="", file=sys.stderr, flush=True)
 
     def __enter__(self) -> Self:
         return self

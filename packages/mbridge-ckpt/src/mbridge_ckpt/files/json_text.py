@@ -1,12 +1,11 @@
 """Parse and check JSON text that is not trusted."""
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import MISSING, asdict, fields
 from math import isfinite
-from typing import Any
+from typing import Any, get_args
 
-from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError
+from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, LayoutError
 
 
 def parse_json(data: bytes) -> Any:
@@ -30,11 +29,28 @@ def parse_document(data: bytes, name: str, version: int) -> dict[str, Any]:
     return value
 
 
-def wrong_keys(value: dict[str, Any], types: Mapping[str, type], required: Iterable[str]) -> list[str]:
-    """List the keys of `value` that are unknown, missing or of another type than `types` says, in sorted order."""
-    return sorted(
-        {key for key, item in value.items() if type(item) is not types.get(key)} | (set(required) - value.keys())
-    )
+def parse_fields[T](kind: type[T], value: Any, what: str) -> T:
+    """Make a flat dataclass of a JSON object, whose values must have the types of the fields.
+
+    Raises CorruptCheckpointError for a key that is unknown, missing or of the wrong type, or what the class refuses.
+    """
+    if not isinstance(value, dict):
+        raise CorruptCheckpointError(f"{what}: expected objects, found {type(value).__name__}")
+    known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]  # a dataclass
+    wrong = {key for key, item in value.items() if key not in known or type(item) is not _json_type(known[key].type)}
+    wrong |= {name for name, field in known.items() if field.default is MISSING and name not in value}
+    if wrong:
+        raise CorruptCheckpointError(f"{what} {value.get('name')!r}: bad, missing or unknown keys {sorted(wrong)}")
+    try:
+        return kind(**value)
+    except LayoutError as error:
+        raise CorruptCheckpointError(str(error)) from None
+
+
+def _json_type(annotation: Any) -> type:
+    """Return the type that stands in JSON text for `str`, `int | None` or `Literal["a", "b"]`."""
+    first = next(iter(get_args(annotation)), annotation)
+    return first if isinstance(first, type) else type(first)
 
 
 def without_defaults(instance: Any) -> dict[str, Any]:

@@ -11,12 +11,11 @@ and without Megatron:
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, LayoutError
-from mbridge_ckpt.files.json_text import parse_document, without_defaults, wrong_keys
+from mbridge_ckpt.files.json_text import parse_document, parse_fields, without_defaults
 from mbridge_ckpt.formats.tensors import SAFETENSORS_CODES
 
 if TYPE_CHECKING:
@@ -27,9 +26,6 @@ if TYPE_CHECKING:
 RECIPE_FILE = "actor/hf_recipe.json"
 FORMAT, FORMAT_VERSION = "mbridge-hf-recipe", 1
 Part = Literal["whole", "query", "key", "value", "gate", "up"]
-_TYPES = dict.fromkeys(("name", "parameter", "part", "dtype"), str) | dict.fromkeys(
-    ("heads", "groups", "head_dim", "rows"), int
-)
 _ATTENTION = ("query", "key", "value")
 
 
@@ -114,9 +110,6 @@ class HfTensor:
             parameter = grouped[:, begin:end].flatten(0, 2)
         return parameter if self.dtype is None else parameter.to(getattr(torch, self.dtype))
 
-    def to_json(self) -> dict[str, Any]:
-        return without_defaults(self)
-
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class HfRecipe:
@@ -135,7 +128,7 @@ class HfRecipe:
 
     def to_bytes(self) -> bytes:
         """Return JSON text for `RECIPE_FILE`; write it with `Save.write_bytes`."""
-        tensors = [tensor.to_json() for tensor in self.tensors]
+        tensors = [without_defaults(tensor) for tensor in self.tensors]
         value = {"format": FORMAT, "format_version": FORMAT_VERSION, "source": self.source, "tensors": tensors}
         return json.dumps(value, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
@@ -149,7 +142,7 @@ class HfRecipe:
         if not isinstance(tensors, list) or not isinstance(source, (str, type(None))):
             raise CorruptCheckpointError("tensors is no list, or source no text")
         try:
-            return cls(tensors=tuple(_parse(tensors)), source=source)
+            return cls(tensors=tuple(parse_fields(HfTensor, value, "tensor") for value in tensors), source=source)
         except LayoutError as error:
             raise CorruptCheckpointError(str(error)) from None
 
@@ -161,15 +154,6 @@ def read_recipe(checkpoint: "Checkpoint") -> HfRecipe:
         return HfRecipe.from_bytes(path.read_bytes())
     except CheckpointError as error:
         raise type(error)(f"{path}: {error}") from None
-
-
-def _parse(values: list[Any]) -> Iterator[HfTensor]:
-    for value in values:
-        if not isinstance(value, dict):
-            raise CorruptCheckpointError(f"tensors: expected objects, found {type(value).__name__}")
-        if wrong := wrong_keys(value, _TYPES, ("name", "parameter")):
-            raise CorruptCheckpointError(f"tensor {value.get('name')!r}: bad, missing or unknown keys {wrong}")
-        yield HfTensor(**value)
 
 
 def _is_positive(value: object) -> bool:

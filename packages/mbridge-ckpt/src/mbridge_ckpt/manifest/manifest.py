@@ -3,14 +3,13 @@
 import json
 import re
 import stat
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, IncompleteCheckpointError
 from mbridge_ckpt.files.hashing import hash_bytes
-from mbridge_ckpt.files.json_text import parse_document
+from mbridge_ckpt.files.json_text import parse_document, parse_fields, without_defaults
 from mbridge_ckpt.files.paths import relative_path
 from mbridge_ckpt.formats.tensors import TensorRecord
 from mbridge_ckpt.manifest.layout import HF_DIRECTORY, MANIFEST_FILE, Layout
@@ -42,7 +41,7 @@ class FileRecord:
         if self.tensors:
             value["tensors"] = [[tensor.name, list(tensor.shape), tensor.dtype] for tensor in self.tensors]
         if self.placements:
-            value["placements"] = [placement.to_json() for placement in self.placements]
+            value["placements"] = [without_defaults(placement) for placement in self.placements]
         return value
 
 
@@ -150,28 +149,23 @@ def _file(value: Any) -> FileRecord:
         raise CorruptCheckpointError(f"files: {error}") from None
     if size < 0 or not _DIGEST.fullmatch(digest):
         raise CorruptCheckpointError(f"files: {path}: bytes {size} or checksum {digest!r} is malformed")
+    value = {"tensors": [], "placements": [], **value}
     return FileRecord(
         path=path,
         bytes=size,
         xxh3_128=digest,
-        tensors=tuple(_tensors(path, value.get("tensors", []))),
-        placements=tuple(ParameterPlacement.from_json(item) for item in _list(path, value.get("placements", []))),
+        tensors=tuple(_tensor(path, item) for item in _typed(value, "tensors", list)),
+        placements=tuple(
+            parse_fields(ParameterPlacement, item, "placement of") for item in _typed(value, "placements", list)
+        ),
     )
 
 
-def _tensors(path: str, values: Any) -> Iterable[TensorRecord]:
-    for item in _list(path, values):
-        match item:
-            case [str(name), list(shape), str(dtype)] if all(type(size) is int and size >= 0 for size in shape):
-                yield TensorRecord(name, tuple(shape), dtype)
-            case _:
-                raise CorruptCheckpointError(f"files: {path}: malformed tensor record {item!r}")
-
-
-def _list(path: str, value: Any) -> list[Any]:
-    if not isinstance(value, list):
-        raise CorruptCheckpointError(f"files: {path}: expected a list, found {type(value).__name__}")
-    return value
+def _tensor(path: str, value: Any) -> TensorRecord:
+    match value:
+        case [str(name), list(shape), str(dtype)] if all(type(size) is int and size >= 0 for size in shape):
+            return TensorRecord(name, tuple(shape), dtype)
+    raise CorruptCheckpointError(f"files: {path}: malformed tensor record {value!r}")
 
 
 def _typed[T](value: dict[str, Any], key: str, kind: type[T]) -> T:

@@ -2,18 +2,14 @@
 
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
-from mbridge_ckpt.errors import CorruptCheckpointError, LayoutError
-from mbridge_ckpt.files.json_text import without_defaults, wrong_keys
+from mbridge_ckpt.errors import LayoutError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Stage = Literal["first", "layer", "last", "every"]
-_TYPES = dict.fromkeys(("name", "global_name", "stage", "last_stage_copy"), str) | dict.fromkeys(
-    ("layer", "expert", "partition_dim", "partition_stride", "vocabulary_rows"), int
-)
 _LAYER = re.compile(r"((?:^|.*\.)decoder\.layers\.)([0-9]+)(\..*)")
 _EXPERT = re.compile(r"(.*\.local_experts\.)([0-9]+)(\..*)")
 
@@ -49,6 +45,8 @@ class ParameterPlacement:
     last_stage_copy: str | None = None
 
     def __post_init__(self) -> None:
+        if self.stage not in get_args(Stage):
+            raise LayoutError(f"{self.name}: stage {self.stage!r} is none of {', '.join(get_args(Stage))}")
         if (self.layer is not None) != (self.stage == "layer"):
             raise LayoutError(
                 f"{self.name}: layer is {self.layer} but stage is {self.stage!r}; give a layer number with"
@@ -59,24 +57,6 @@ class ParameterPlacement:
                 f"{self.name}: partition_stride {self.partition_stride} with partition_dim"
                 f" {self.partition_dim}; a stride needs a partitioned dimension and is at least 1"
             )
-
-    def to_json(self) -> dict[str, Any]:
-        return without_defaults(self)
-
-    @classmethod
-    def from_json(cls, value: Any) -> "ParameterPlacement":
-        """Raise CorruptCheckpointError if a key is unknown, missing or of the wrong type."""
-        if not isinstance(value, dict):
-            raise CorruptCheckpointError(f"placement: expected an object, found {type(value).__name__}")
-        wrong = wrong_keys(value, _TYPES, ("name", "global_name", "stage"))
-        if not wrong and value["stage"] not in get_args(Stage):
-            wrong = ["stage"]
-        if wrong:
-            raise CorruptCheckpointError(f"placement of {value.get('name')!r}: bad, missing or unknown keys {wrong}")
-        try:
-            return cls(**value)
-        except LayoutError as error:
-            raise CorruptCheckpointError(str(error)) from None
 
 
 def local_name(placement: ParameterPlacement, layer_offset: int) -> str:

@@ -15,7 +15,7 @@ from mbridge_ckpt.errors import CorruptCheckpointError, LayoutError
 from mbridge_ckpt.formats.torch_zip import LazyTensor
 from mbridge_ckpt.manifest.layout import Layout, model_file, optimizer_file
 from mbridge_ckpt.manifest.placement import ParameterPlacement
-from mbridge_ckpt.megatron_lm.names import EMBEDDING, OUTPUT_LAYER, NamedParameter, down_projection
+from mbridge_ckpt.megatron_lm.names import EMBEDDING, OUTPUT_LAYER, NamedParameter
 from mbridge_ckpt.megatron_lm.optimizer import MASTER, MOMENTS, RankOptimizer, read_optimizer
 from mbridge_ckpt.megatron_lm.pickles import argument
 from mbridge_ckpt.megatron_lm.tree import MegatronTree, ModelStage
@@ -172,13 +172,14 @@ def _stride(tree: MegatronTree, stage: ModelStage, parameter: NamedParameter) ->
     if parameter.cut != "gated_rows":
         return 1
     weights = tree.weights(stage, 0)
-    second = weights.get(down_projection(parameter.name))
+    down_projection = parameter.name.replace(".linear_fc1.", ".linear_fc2.").replace(".bias", ".weight")
+    second = weights.get(down_projection)
     rows = weights[parameter.name].shape[0]
     columns = second.shape[1] if second is not None and len(second.shape) == 2 else 0
     if not columns or rows not in (columns, 2 * columns):
         raise LayoutError(
             f"{tree.path((0, stage.pipeline_rank, 0))}: {parameter.name} has {rows} rows and"
-            f" {down_projection(parameter.name)} {columns} columns; expected as many, or half as many"
+            f" {down_projection} {columns} columns; expected as many, or half as many"
         )
     return rows // columns
 

@@ -85,8 +85,3 @@ def parse_name(name: str) -> NamedParameter | None:
             expert_number = int(expert[3] or expert[6]) if expert else None
             return NamedParameter(name, cut, stage, int(layer[1]) if layer else None, expert_number)
     return None
-
-
-def down_projection(name: str) -> str:
-    """Return the name of the second linear layer's weight, given the first one's weight or bias (`linear_fc1`)."""
-    return name.replace(".linear_fc1.", ".linear_fc2.").replace(".bias", ".weight")

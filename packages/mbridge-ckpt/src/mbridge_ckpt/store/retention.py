@@ -117,18 +117,14 @@ def _wanted(manifests: dict[Path, Manifest], retention: Retention) -> dict[Path,
         return dict.fromkeys(paths, "no retention rule was given")
     reasons: dict[Path, str] = {}
     if retention.best is not None:
-        scores = {path: _metric(manifest, retention.metric or "") for path, manifest in manifests.items()}
-        known = [
-            (score if retention.best_is == "max" else -score, path)
-            for path, score in scores.items()
-            if score is not None
-        ]
-        for _, path in sorted(known, key=lambda item: -item[0])[: retention.best]:
+        found = {path: _metric(manifest, retention.metric or "") for path, manifest in manifests.items()}
+        scores = {path: score for path, score in found.items() if score is not None}
+        sign = -1 if retention.best_is == "max" else 1
+        for path in sorted(scores, key=lambda path: sign * scores[path])[: retention.best]:
             reasons[path] = f"among the {retention.best} best by {retention.metric} ({scores[path]:g})"
-        if not known:
-            reasons = dict.fromkeys(
-                paths, f"no checkpoint has the metric {retention.metric!r}, so none is known as worse"
-            )
+        if not scores:
+            reason = f"no checkpoint has the metric {retention.metric!r}, so none is known as worse"
+            reasons = dict.fromkeys(paths, reason)
     if retention.every is not None:
         for path, manifest in manifests.items():
             if manifest.step % retention.every == 0:

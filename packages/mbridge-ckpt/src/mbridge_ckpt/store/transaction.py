@@ -161,7 +161,11 @@ class Save(CheckpointWriter):
         Raises SaveError on every rank, naming the ranks that failed and why; then no checkpoint was made and earlier
         ones are untouched. For the arguments see `CheckpointWriter.commit`.
         """
-        self._hash_external()
+        for path in self._external:
+            try:
+                self._records[path] = _read_back(self.path, path)
+            except (OSError, CheckpointError) as error:
+                self._note(f"cannot read back {self._final / path}: {_text(error)}")
         self._open = False
         records = [record for part in self._agree(list(self._records.values())) for record in part]
         if self._ranks.rank == 0:
@@ -183,20 +187,13 @@ class Save(CheckpointWriter):
             step=self.step,
             created=commit_time(self._final.parent),
             layout=self.layout,
-            writer=writer_versions() | (writer or {}),
+            writer=writer_versions() | writer,
             metadata=metadata,
             files=tuple(sorted(records, key=lambda record: record.path)),
         )
         _write(self.path, MANIFEST_FILE, manifest.to_bytes())
         (self.path / WRITER_FILE).unlink(missing_ok=True)
         publish(self.path, self.step)
-
-    def _hash_external(self) -> None:
-        for path in self._external:
-            try:
-                self._records[path] = _read_back(self.path, path)
-            except (OSError, CheckpointError) as error:
-                self._note(f"cannot read back {self._final / path}: {_text(error)}")
 
     def _new_file(self, path: str) -> Path:
         self._claim(path)

@@ -5,6 +5,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +13,6 @@ from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, Incompl
 from mbridge_ckpt.files.hashing import hash_file
 from mbridge_ckpt.files.paths import files_below, inside
 from mbridge_ckpt.formats.safetensors import read_safetensors_header, read_safetensors_index
-from mbridge_ckpt.formats.tensors import TensorRecord
 from mbridge_ckpt.formats.torch_reader import inspect_torch_file
 from mbridge_ckpt.manifest.layout import HF_DIRECTORY, MANIFEST_FILE
 from mbridge_ckpt.manifest.manifest import FileRecord, read_manifest
@@ -20,6 +20,8 @@ from mbridge_ckpt.store.ranks import Ranks
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+_NAME = attrgetter("name")
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,21 +164,13 @@ def _check_digest(path: Path, record: FileRecord, digest: str) -> None:
 
 
 def _check_header(path: Path, record: FileRecord) -> None:
-    found: tuple[TensorRecord, ...]
-    if path.suffix == ".pt":
-        found = inspect_torch_file(path)
-    elif path.suffix == ".safetensors":
-        found = read_safetensors_header(path)
-    else:
-        if path.name.endswith(".safetensors.index.json"):
-            read_safetensors_index(path)
+    if path.name.endswith(".safetensors.index.json"):
+        read_safetensors_index(path)
+    if path.suffix not in (".pt", ".safetensors"):
         return
-    if record.tensors and sorted(found, key=_name) != sorted(record.tensors, key=_name):
+    found = inspect_torch_file(path) if path.suffix == ".pt" else read_safetensors_header(path)
+    if record.tensors and sorted(found, key=_NAME) != sorted(record.tensors, key=_NAME):
         raise CorruptCheckpointError(f"{path}: holds other tensors than were written")
-
-
-def _name(tensor: TensorRecord) -> str:
-    return tensor.name
 
 
 def _plan(

@@ -71,7 +71,7 @@ def save_checkpoint(
         state = None
         if engine.optimizer is not None:
             state = optimizer_state.collect(engine.optimizer, parameter_names(engine), engine.layout)
-        recipe = _recipe(engine) if file_format == "torch" else None
+        entries = export_recipe(engine.model, engine.handle) if file_format == "torch" else None
         begin = begin_save if saver is None else saver.begin_save
         with begin(directory, step=step, layout=layout) as save:
             if isinstance(save, Save) and file_format == "torch_dist":
@@ -84,16 +84,11 @@ def save_checkpoint(
             save.write_rank_state({"random": capture_random_state(), "streams": get_cuda_rng_tracker().get_states()})
             if torch.distributed.get_rank() == 0:
                 save.write_json(LOOP_FILE, loop_state)
-            if recipe is not None and save.is_first:
+            if entries is not None and save.is_first:
+                # `mbridge-ckpt export-hf` makes the HuggingFace copy by it later and without Megatron.
+                tensors = tuple(HfTensor(**entry) for entry in entries)
+                recipe = HfRecipe(tensors=tensors, source=str(engine.handle.directory.path))
                 save.write_bytes(RECIPE_FILE, recipe.to_bytes())
             if export_hf:
                 write_hf(save, engine.export_weights(), engine.handle.directory.path, max_shard_size=max_shard_size)
             return save.commit({"metrics": metrics or {}})
-
-
-def _recipe(engine: Engine) -> HfRecipe | None:
-    """Return the recipe by which `mbridge-ckpt export-hf` makes the HuggingFace copy later and without Megatron."""
-    entries = export_recipe(engine.model, engine.handle)
-    if entries is None:
-        return None
-    return HfRecipe(tensors=tuple(HfTensor(**entry) for entry in entries), source=str(engine.handle.directory.path))
