@@ -1,5 +1,8 @@
 """The errors of this package: one class for each kind of fault, so that a caller can tell them apart."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import ClassVar
 
 
@@ -35,3 +38,16 @@ class LayoutError(CheckpointError):
 
 class SaverBusyError(SaveError):
     """A save in the background was refused because the one before it is still being written."""
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put `path` before the message of a CheckpointError; a file that cannot be read is a CorruptCheckpointError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CorruptCheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except CheckpointError as error:
+        raise type(error)(f"{path}: {error}") from None

@@ -40,7 +40,8 @@ def parse_fields[T](kind: type[T], value: Any, what: str) -> T:
     wrong = {key for key, item in value.items() if key not in known or type(item) is not _json_type(known[key].type)}
     wrong |= {name for name, field in known.items() if field.default is MISSING and name not in value}
     if wrong:
-        raise CorruptCheckpointError(f"{what} {value.get('name')!r}: bad, missing or unknown keys {sorted(wrong)}")
+        name = f" {value['name']!r}" if "name" in value else ""
+        raise CorruptCheckpointError(f"{what}{name}: bad, missing or unknown keys {sorted(wrong)}")
     try:
         return kind(**value)
     except LayoutError as error:

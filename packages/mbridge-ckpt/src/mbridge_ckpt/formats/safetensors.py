@@ -4,12 +4,11 @@ The format (huggingface/safetensors): 8 bytes little-endian header length, that 
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError
+from mbridge_ckpt.errors import CorruptCheckpointError, UnsafeCheckpointError, naming
 from mbridge_ckpt.files.json_text import parse_json
 from mbridge_ckpt.files.paths import relative_path
 from mbridge_ckpt.formats.tensors import DTYPE_BYTES, SAFETENSORS_CODES, TensorRecord, read_into
@@ -27,7 +26,7 @@ def read_safetensors_header(path: Path) -> tuple[TensorRecord, ...]:
     Raises CorruptCheckpointError, or UnsafeCheckpointError for ranges that overlap or reach beyond the file and for a
     header longer than the file; the message names `path` and the tensor.
     """
-    with _named_errors(path), path.open("rb") as stream:
+    with naming(path), path.open("rb") as stream:
         size = stream.seek(0, 2)
         stream.seek(0)
         length = int.from_bytes(stream.read(8), "little")
@@ -60,7 +59,7 @@ def read_safetensors_index(path: Path) -> dict[str, str]:
 
     Raises CorruptCheckpointError, or UnsafeCheckpointError for a shard that is absolute or outside the directory.
     """
-    with _named_errors(path):
+    with naming(path):
         weight_map = _object(path.read_bytes()).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
             raise CorruptCheckpointError("no weight_map of names to file names")
@@ -70,18 +69,6 @@ def read_safetensors_index(path: Path) -> dict[str, str]:
             except ValueError as error:
                 raise UnsafeCheckpointError(f"weight_map of {name!r}: {error}; shards lie beside the index") from None
         return weight_map
-
-
-@contextmanager
-def _named_errors(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise CorruptCheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    except CheckpointError as error:
-        raise type(error)(f"{path}: {error}") from None
 
 
 def _object(data: bytes) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self
 
-from mbridge_ckpt.errors import CorruptCheckpointError, UnsafeCheckpointError
+from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, UnsafeCheckpointError, naming
 from mbridge_ckpt.files.hashing import HashingReader
 from mbridge_ckpt.formats.tensors import DTYPE_BYTES, TensorRecord, read_into
 from mbridge_ckpt.formats.torch_pickle import StandIns, StoredTensor, unpickle
@@ -107,27 +107,25 @@ def _load(path: Path, source: Path | IO[bytes] | HashingReader, map_location: An
 
     if not isinstance(source, Path):
         source.seek(0)
-    try:
-        return torch.load(source, map_location=map_location, weights_only=True, mmap=mmap)  # type: ignore[arg-type]
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise CorruptCheckpointError(f"{path}: cannot be read: {error}") from None
-    except Exception as error:
-        kind = UnsafeCheckpointError if "weights_only" in str(error).lower() else CorruptCheckpointError
-        raise kind(f"{path}: torch refuses it: {str(error).splitlines()[0]}") from error
+    with naming(path):
+        try:
+            return torch.load(source, map_location=map_location, weights_only=True, mmap=mmap)  # type: ignore[arg-type]
+        except OSError:
+            raise
+        except Exception as error:
+            kind = UnsafeCheckpointError if "weights_only" in str(error).lower() else CorruptCheckpointError
+            raise kind(f"torch refuses it: {str(error).splitlines()[0]}") from error
 
 
 def _read_structure(stream: IO[bytes] | io.RawIOBase, path: Path, stand_ins: StandIns | None = None) -> Structure:
     """Read the structure of an open torch.save file; raises as `inspect_torch_file`."""
-    try:
-        return _read(stream, stand_ins or {})
-    except (CorruptCheckpointError, UnsafeCheckpointError) as error:
-        raise type(error)(f"{path}: {error}") from None
-    except OSError as error:
-        raise CorruptCheckpointError(f"{path}: cannot be read: {error}") from None
-    except Exception as error:  # noqa: BLE001 - a malformed pickle can make the unpickler raise nearly anything
-        raise CorruptCheckpointError(f"{path}: damaged pickle: {type(error).__name__}: {error}") from None
+    with naming(path):
+        try:
+            return _read(stream, stand_ins or {})
+        except (CheckpointError, OSError):
+            raise
+        except Exception as error:  # noqa: BLE001 - a malformed pickle can make the unpickler raise nearly anything
+            raise CorruptCheckpointError(f"damaged pickle: {type(error).__name__}: {error}") from None
 
 
 def _read(stream: Any, stand_ins: StandIns) -> Structure:

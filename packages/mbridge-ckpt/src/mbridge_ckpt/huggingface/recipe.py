@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
-from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, LayoutError
+from mbridge_ckpt.errors import CorruptCheckpointError, LayoutError, naming
 from mbridge_ckpt.files.json_text import parse_document, parse_fields, without_defaults
 from mbridge_ckpt.formats.tensors import SAFETENSORS_CODES
 
@@ -150,10 +150,8 @@ class HfRecipe:
 def read_recipe(checkpoint: "Checkpoint") -> HfRecipe:
     """Read the recipe of a checkpoint that has one; raises CheckpointError's classes, naming the file."""
     path = checkpoint.verified(RECIPE_FILE)
-    try:
+    with naming(path):
         return HfRecipe.from_bytes(path.read_bytes())
-    except CheckpointError as error:
-        raise type(error)(f"{path}: {error}") from None
 
 
 def _is_positive(value: object) -> bool:

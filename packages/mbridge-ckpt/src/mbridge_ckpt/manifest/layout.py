@@ -14,9 +14,8 @@ import os
 import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
 
-from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, LayoutError
+from mbridge_ckpt.errors import CheckpointError, LayoutError
 
 MANIFEST_FILE = "manifest.json"
 LATEST_LINK = "latest"
@@ -54,18 +53,8 @@ class Layout:
         return always + "".join(f", {name} {size}" for name, size in others.items() if size > 1)
 
     def to_json(self) -> dict[str, int]:
+        """Return the sizes by name, all of them."""
         return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Any) -> "Layout":
-        """Raise CorruptCheckpointError for anything but an object of known names and positive integers."""
-        known = {field.name for field in fields(cls)}
-        if not isinstance(value, dict) or not set(value) <= known:
-            raise CorruptCheckpointError(f"layout: expected an object with keys among {sorted(known)}, found {value!r}")
-        try:
-            return cls(**value)
-        except LayoutError as error:
-            raise CorruptCheckpointError(str(error)) from None
 
 
 def step_directory(step: int) -> str:

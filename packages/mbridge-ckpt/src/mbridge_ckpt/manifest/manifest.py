@@ -103,7 +103,7 @@ class Manifest:
         return cls(
             step=_typed(value, "step", int),
             created=_typed(value, "created", str),
-            layout=Layout.from_json(value.get("layout")),
+            layout=parse_fields(Layout, value.get("layout"), "layout"),
             writer=_typed(value, "writer", dict),
             metadata=_typed(value, "metadata", dict),
             files=_files(_typed(value, "files", list)),

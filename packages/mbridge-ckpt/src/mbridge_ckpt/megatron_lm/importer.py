@@ -9,7 +9,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mbridge_ckpt.errors import CorruptCheckpointError, LayoutError
 from mbridge_ckpt.formats.torch_zip import LazyTensor
@@ -65,11 +65,21 @@ def import_megatron(
             data=max(1, argument(tree.arguments, "data_parallel_size", int) or 1),
             context=max(1, argument(tree.arguments, "context_parallel_size", int) or 1),
         )
+        origin = {
+            "format": "megatron-lm torch",
+            "directory": str(tree.directory.absolute()),
+            "pipeline": tree.pipeline,
+            "virtual_pipeline": tree.virtual_pipeline,
+            "expert": tree.expert,
+            "optimizer": optimizer,
+        }
+        samples = argument(tree.arguments, "consumed_train_samples", int)
+        origin |= {"consumed_train_samples": samples} if samples is not None else {}
         with begin_save(directory, step=tree.iteration, layout=layout, existing="refuse") as save:
             for number, stage in enumerate(tree.stages):
                 for tensor_rank in range(tree.tensor):
                     _write(save, tree, stage, placements[number], states, number, tensor_rank, progress)
-            return save.commit({"imported_from": _origin(tree, optimizer)})
+            return save.commit({"imported_from": origin})
 
 
 def _check_ends(tree: MegatronTree) -> bool:
@@ -214,17 +224,3 @@ def _write(
         # Megatron-LM counts the schedule in samples; a step that fp16 skips moves neither it nor Adam.
         counts = {"step": facts.step, "schedule_step": facts.step, "grad_scaler": facts.grad_scaler}
         save.write_torch(optimizer_file(save.step, save.layout, **ranks), state | counts)
-
-
-def _origin(tree: MegatronTree, optimizer: bool) -> dict[str, Any]:
-    """Return what is recorded about the tree in the manifest."""
-    origin: dict[str, Any] = {
-        "format": "megatron-lm torch",
-        "directory": str(tree.directory.absolute()),
-        "pipeline": tree.pipeline,
-        "virtual_pipeline": tree.virtual_pipeline,
-        "expert": tree.expert,
-        "optimizer": optimizer,
-    }
-    samples = argument(tree.arguments, "consumed_train_samples", int)
-    return origin | ({"consumed_train_samples": samples} if samples is not None else {})

@@ -70,14 +70,6 @@ class _Entry:
     def elements(self) -> int:
         return prod(self.weight.shape)
 
-    @property
-    def is_vector(self) -> bool:
-        return len(self.weight.shape) == 1 or self.name.endswith(".bias")
-
-    @property
-    def is_query_key_norm(self) -> bool:
-        return "q_layernorm." in self.name or "k_layernorm." in self.name
-
 
 def read_optimizer(tree: MegatronTree, rank: Rank, *, tied: bool) -> RankOptimizer:
     """Map a rank's optimizer state to its parameters, and compare the master weights with the weights.
@@ -260,8 +252,9 @@ def _from_groups(tree: MegatronTree, rank: Rank, entries: list[_Entry], part: di
     is_single = sum(bool(numbers) for numbers in indices) == 1
     # Megatron-Core applies no weight decay to vectors and biases, and so puts them into a separate group; under its
     # option apply_wd_to_qk_layernorm, not those of the norms of query and key.
-    vectors = {entry.key for entry in entries if entry.is_vector}
-    for undecayed in (vectors, vectors - {entry.key for entry in entries if entry.is_query_key_norm}):
+    vectors = {entry.key for entry in entries if len(entry.weight.shape) == 1 or entry.name.endswith(".bias")}
+    norms = {entry.key for entry in entries if "q_layernorm." in entry.name or "k_layernorm." in entry.name}
+    for undecayed in (vectors, vectors - norms):
         found: State = {}
         for group, numbers, halves in zip(groups, indices, by_group, strict=True):
             no_decay = isinstance(group, dict) and group.get("wd_mult") == 0.0

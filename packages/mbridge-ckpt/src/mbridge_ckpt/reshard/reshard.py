@@ -156,6 +156,13 @@ def _write_rank(
     progress: Callable[[int], None] | None,
 ) -> None:
     step, layout, old = whole.checkpoint.step, save.layout, whole.checkpoint.layout
+
+    def lazy(kind: str, source: str) -> LazyTensor:
+        padded = rows.get(source)
+        shape, dtype = whole.shape(kind, source, size=layout.tensor, rows=padded)
+        read = partial(whole.read, kind, source, rank=rank, size=layout.tensor, rows=padded)
+        return LazyTensor(shape, dtype, read).counted(progress)
+
     for is_model, path_of in ((True, model_file), (False, optimizer_file)):
         first = path_of(step, old, tensor_rank=0)
         if not whole.checkpoint.has(first):
@@ -165,7 +172,7 @@ def _write_rank(
         for key, item in reader.value.items():
             if isinstance(item, dict) and (key == MODEL if is_model else _is_state(whole, key)):
                 kept = [target for target in targets if whole.has(key, target.source)]
-                value[key] = {t.placement.name: _lazy(whole, key, t, rank, layout.tensor, rows, progress) for t in kept}
+                value[key] = {target.placement.name: lazy(key, target.source) for target in kept}
             else:
                 value[key] = layout.to_json() if key == "layout" else map_tensors(item, partial(_unread, reader))
         placements = [target.placement for target in targets] if is_model else []
@@ -178,21 +185,6 @@ def _unread(reader: TorchFileReader, tensor: StoredTensor) -> LazyTensor:
 
 def _is_state(whole: WholeModel, kind: str) -> bool:
     return any(whole.has(kind, name) for name in whole.parameters)
-
-
-def _lazy(
-    whole: WholeModel,
-    kind: str,
-    target: _Target,
-    rank: int,
-    size: int,
-    rows: dict[str, int],
-    progress: Callable[[int], None] | None,
-) -> LazyTensor:
-    padded = rows.get(target.source)
-    shape, dtype = whole.shape(kind, target.source, size=size, rows=padded)
-    read = partial(whole.read, kind, target.source, rank=rank, size=size, rows=padded)
-    return LazyTensor(shape, dtype, read).counted(progress)
 
 
 def _copy_rest(save: Save, checkpoint: Checkpoint, progress: Callable[[int], None] | None) -> None:

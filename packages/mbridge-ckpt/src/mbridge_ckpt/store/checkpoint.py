@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mbridge_ckpt.errors import CheckpointError, CorruptCheckpointError, IncompleteCheckpointError
+from mbridge_ckpt.errors import CheckpointError, IncompleteCheckpointError, naming
 from mbridge_ckpt.files.json_text import parse_json
 from mbridge_ckpt.formats.torch_reader import load_torch, load_torch_hashed
 from mbridge_ckpt.manifest.layout import Layout, rank_state_file, step_of
@@ -58,16 +58,12 @@ class Checkpoint:
     def load_json(self, path: str) -> Any:
         """Load a JSON file."""
         file = self.verified(path)
-        try:
+        with naming(file):
             return parse_json(file.read_bytes())
-        except CorruptCheckpointError as error:
-            raise CorruptCheckpointError(f"{file}: {error}") from None
 
     def _record(self, path: str) -> FileRecord:
-        try:
+        with naming(self.path):
             return self.manifest.file(path)
-        except IncompleteCheckpointError as error:
-            raise IncompleteCheckpointError(f"{self.path}: {error}") from None
 
     def load_rank_state(self, rank: int) -> dict[str, Any] | None:
         """Return what rank `rank` stored with `Save.write_rank_state`; None if the writing job had no such rank."""
