@@ -38,7 +38,7 @@ class StagingBuffer:
             os.close(self.descriptor)
             raise CheckpointError(f"no shared memory: {error.strerror}; `ulimit -f` must be unlimited") from None
         mapping = mmap.mmap(self.descriptor, self.capacity)
-        self._bytes: Tensor | None = torch.frombuffer(mapping, dtype=torch.uint8)
+        self._memory = torch.frombuffer(mapping, dtype=torch.uint8)
         self._used = 0
         self.taken = 0  # bytes of memory allocated; they are kept between saves
         self._pinned: dict[int, int] = {}  # offset of each pinned range, and its address
@@ -90,20 +90,11 @@ class StagingBuffer:
         """Free the memory, once the other process has ended and no tensor in the buffer is left."""
         import torch
 
-        if self._bytes is None:
-            return
         self.synchronize()
         for address in self._pinned.values():
             torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
-        self._pinned.clear()
-        self._bytes = None  # and with it the mapping
+        del self._memory  # and with it the mapping
         os.close(self.descriptor)
-
-    @property
-    def _memory(self) -> "Tensor":
-        if self._bytes is None:
-            raise RuntimeError("the staging buffer is closed")
-        return self._bytes
 
     def _take(self, size: int) -> int:
         """Return the offset of `size` fresh bytes."""

@@ -129,8 +129,7 @@ class _Writer:
     def __init__(self, staging: memoryview, rank: int, size: int, global_rank: int) -> None:
         self._staging = staging
         self._rank, self._size = rank, size
-        self._ranks = Ranks()
-        self._ranks.global_rank = global_rank
+        self._ranks = Ranks(global_rank=global_rank)
         self._store: Any = None  # of the first writer, by which all find each other
 
     def answer(self, request: PendingSave | Meeting) -> Outcome:
@@ -154,7 +153,5 @@ class _Writer:
             return self._store.port if self._store is not None else 0
         store = self._store or dist.TCPStore(host, port, timeout=timeout)
         dist.init_process_group("gloo", store=store, rank=self._rank, world_size=self._size)
-        ranks = Ranks()
-        ranks.global_rank = self._ranks.global_rank
-        self._ranks = ranks
+        self._ranks = Ranks(global_rank=self._ranks.global_rank)
         return port

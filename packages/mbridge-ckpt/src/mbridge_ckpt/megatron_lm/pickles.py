@@ -1,16 +1,14 @@
-"""Open the files of a Megatron-LM checkpoint: torch.save files whose pickles name a few classes of Megatron and NumPy.
+"""The classes of Megatron and NumPy that the pickles in a Megatron-LM checkpoint name, and what stands in for them.
 
-Besides tensors and plain containers, such a file holds the run's arguments (an argparse.Namespace with enumerations),
-NumPy's random state, Transformer Engine's byte streams, and tensors with attributes. The names of these classes are
-listed here with an inert stand-in each; any other name is refused. Nothing named in a file is imported or called.
+Besides tensors and plain containers, these torch.save files hold the run's arguments (an argparse.Namespace with
+enumerations), NumPy's random state, Transformer Engine's byte streams, and tensors with attributes. Each stand-in is
+inert, and any other name is refused. Nothing named in a file is imported or called.
 """
 
-from pathlib import Path
 from typing import Any
 
 from mbridge_ckpt.errors import UnsafeCheckpointError
 from mbridge_ckpt.formats.torch_pickle import Call, StandIns, StoredTensor
-from mbridge_ckpt.formats.torch_reader import TorchFileReader
 
 
 class RunArguments:
@@ -56,22 +54,13 @@ _OPAQUE = (
     "megatron.core.transformer.enums.CudaGraphScope", "megatron.core.transformer.enums.InferenceCudaGraphScope",
 )  # fmt: skip
 
-_STAND_INS: StandIns = {
+STAND_INS: StandIns = {
     ("argparse", "Namespace"): _fresh(RunArguments),
     ("torch._tensor", "_rebuild_from_type_v2"): lambda: Call(_rebuild_typed),
     ("torch._utils", "_rebuild_parameter"): lambda: Call(_rebuild_parameter),
     ("torch._utils", "_rebuild_parameter_with_state"): lambda: Call(_rebuild_parameter),
     **{(name.rpartition(".")[0], name.rpartition(".")[2]): _fresh(_Opaque) for name in _OPAQUE},
 }
-
-
-def open_megatron_file(path: Path) -> TorchFileReader:
-    """Open `model_optim_rng.pt` or `distrib_optim.pt`; no tensor is read.
-
-    Raises CorruptCheckpointError or UnsafeCheckpointError (see `inspect_torch_file`), naming `path`; the latter also
-    for a class that is not in the list above.
-    """
-    return TorchFileReader(path, _STAND_INS)
 
 
 def argument(arguments: Any, name: str, kind: type) -> Any:

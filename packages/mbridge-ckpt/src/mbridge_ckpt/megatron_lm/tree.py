@@ -17,7 +17,7 @@ from mbridge_ckpt.errors import CorruptCheckpointError, IncompleteCheckpointErro
 from mbridge_ckpt.formats.torch_pickle import StoredTensor
 from mbridge_ckpt.formats.torch_reader import TorchFileReader
 from mbridge_ckpt.megatron_lm.names import EMBEDDING, NamedParameter, parse_name
-from mbridge_ckpt.megatron_lm.pickles import argument, open_megatron_file
+from mbridge_ckpt.megatron_lm.pickles import STAND_INS, argument
 
 TRACKER, MODEL_FILE, OPTIMIZER_FILE = "latest_checkpointed_iteration.txt", "model_optim_rng.pt", "distrib_optim.pt"
 _RANK = re.compile(r"mp_rank_([0-9]{2,})(?:_([0-9]{3,}))?(?:_([0-9]{3,}))?")
@@ -85,7 +85,7 @@ class MegatronTree:
             if path.exists() and not path.is_file():  # opening a pipe would wait forever
                 raise CorruptCheckpointError(f"{path}: is no regular file; copy the tree again")
             try:
-                self._readers[path] = self._open.enter_context(open_megatron_file(path))
+                self._readers[path] = self._open.enter_context(TorchFileReader(path, STAND_INS))
             except FileNotFoundError:
                 raise IncompleteCheckpointError(f"{path}: the file is missing; copy the whole tree") from None
         return self._readers[path]

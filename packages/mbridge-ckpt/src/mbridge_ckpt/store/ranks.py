@@ -11,10 +11,11 @@ class Ranks:
     """The ranks that take part in a save or in a verification.
 
     `group` is a torch.distributed group, best a gloo one (objects then never pass through a GPU); None means the
-    default group, or this process alone if torch.distributed is not initialized.
+    default group, or this process alone if torch.distributed is not initialized. `global_rank`, by which messages name
+    this process, is by default its rank in the job.
     """
 
-    def __init__(self, group: "ProcessGroup | None" = None) -> None:
+    def __init__(self, group: "ProcessGroup | None" = None, *, global_rank: int | None = None) -> None:
         # A process that never imported torch.distributed has no process group; importing it here would cost seconds.
         module: Any = sys.modules.get("torch.distributed")
         initialized = module is not None and module.is_available() and module.is_initialized()
@@ -26,6 +27,8 @@ class Ranks:
         if initialized:
             self.rank, self.size = module.get_rank(group), module.get_world_size(group)
             self.global_rank = module.get_rank()
+        if global_rank is not None:
+            self.global_rank = global_rank
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's `value`, on every rank, in rank order."""
