@@ -24,6 +24,9 @@ from mbridge_ckpt.store.transaction import Save, begin_save
 if TYPE_CHECKING:
     from torch import Tensor
 
+Placed = tuple[int, NamedParameter, ParameterPlacement]
+"""An expert rank, a parameter in its file, and the placement in ours."""
+
 
 def import_megatron(
     source: str | Path,
@@ -153,28 +156,23 @@ def _vocabulary_rows(tree: MegatronTree, given: int | None) -> int:
     return given or stored
 
 
-def _placements(
-    tree: MegatronTree, stage: ModelStage, vocabulary_rows: int, tied: bool
-) -> list[list[tuple[NamedParameter, ParameterPlacement]]]:
-    """Return by expert rank each parameter in its file and its placement in ours; the first has all of its file."""
+def _placements(tree: MegatronTree, stage: ModelStage, vocabulary_rows: int, tied: bool) -> list[Placed]:
+    """Return what goes into one file of ours: all parameters of the first expert rank, and the others' experts."""
     local = {parameter.expert for parameter in stage.parameters if parameter.expert is not None}
-    ranks = []
-    for expert_rank in range(tree.expert):
-        own = []
-        for parameter in stage.parameters:
-            if expert_rank and parameter.expert is None:
-                continue
-            placement = parameter.placement(
-                layer_offset=stage.layer_offset,
-                expert_offset=expert_rank * len(local),
-                stride=_stride(tree, stage, parameter),
-            )
-            if parameter.name in (EMBEDDING, OUTPUT_LAYER):
-                copy = OUTPUT_LAYER if tied and parameter.name == EMBEDDING else None
-                placement = replace(placement, vocabulary_rows=vocabulary_rows, last_stage_copy=copy)
-            own.append((parameter, placement))
-        ranks.append(own)
-    return ranks
+    placed = []
+    for expert_rank, parameter in product(range(tree.expert), stage.parameters):
+        if expert_rank and parameter.expert is None:
+            continue
+        placement = parameter.placement(
+            layer_offset=stage.layer_offset,
+            expert_offset=expert_rank * len(local),
+            stride=_stride(tree, stage, parameter),
+        )
+        if parameter.name in (EMBEDDING, OUTPUT_LAYER):
+            copy = OUTPUT_LAYER if tied and parameter.name == EMBEDDING else None
+            placement = replace(placement, vocabulary_rows=vocabulary_rows, last_stage_copy=copy)
+        placed.append((expert_rank, parameter, placement))
+    return placed
 
 
 def _stride(tree: MegatronTree, stage: ModelStage, parameter: NamedParameter) -> int:
@@ -198,7 +196,7 @@ def _write(
     save: Save,
     tree: MegatronTree,
     stage: ModelStage,
-    placements: list[list[tuple[NamedParameter, ParameterPlacement]]],
+    placements: list[Placed],
     states: dict[tuple[int, int, int], RankOptimizer],
     number: int,
     tensor_rank: int,
@@ -207,17 +205,17 @@ def _write(
     ranks = {"tensor_rank": tensor_rank, "pipeline_rank": number}
     model: dict[str, LazyTensor] = {}
     state: dict[str, dict[str, LazyTensor]] = {kind: {} for kind in (MASTER, *MOMENTS)}
-    for expert_rank, own in enumerate(placements):
-        weights = tree.weights(stage, tensor_rank, expert_rank)
-        for parameter, placement in own:
-            stored, read = weights[parameter.name], partial(tree.read, stage, parameter.name, tensor_rank, expert_rank)
-            model[placement.name] = LazyTensor(stored.shape, stored.dtype, read).counted(progress)
-            if states and parameter.cut != "buffer":
-                found = states[tensor_rank, stage.pipeline_rank, expert_rank].state[stage.key, parameter.name]
-                for kind, piece in found.items():
-                    state[kind][placement.name] = piece.counted(progress)
+    weights = [tree.weights(stage, tensor_rank, expert_rank) for expert_rank in range(tree.expert)]
+    for expert_rank, parameter, placement in placements:
+        stored = weights[expert_rank][parameter.name]
+        read = partial(tree.read, stage, parameter.name, tensor_rank, expert_rank)
+        model[placement.name] = LazyTensor(stored.shape, stored.dtype, read).counted(progress)
+        if states and parameter.cut != "buffer":
+            found = states[tensor_rank, stage.pipeline_rank, expert_rank].state[stage.key, parameter.name]
+            for kind, piece in found.items():
+                state[kind][placement.name] = piece.counted(progress)
     content = {"model": model, "iteration": tree.iteration, "layout": save.layout.to_json()}
-    placed = [placement for own in placements for _, placement in own]
+    placed = [placement for _, _, placement in placements]
     save.write_torch(model_file(save.step, save.layout, **ranks), content, placements=placed)
     if states:
         facts = states[tensor_rank, stage.pipeline_rank, 0]
