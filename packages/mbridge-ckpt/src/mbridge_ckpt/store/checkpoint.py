@@ -116,19 +116,15 @@ def list_checkpoints(directory: str | Path) -> list[Path]:
     return [path for _, path in sorted(steps, reverse=True)]
 
 
-def newest_first(directory: str | Path) -> list[Path]:
-    """Return what `list_checkpoints` finds, the last committed first, after those whose manifest cannot be read.
+def _commit_order(path: Path) -> tuple[Any, ...]:
+    """Sort by the time of the commit; a checkpoint whose manifest cannot be read counts as the newest.
 
     A run that went back to an earlier step leaves later steps of an abandoned branch behind; its own are newer.
     """
-    order: dict[Path, tuple[str, int]] = {}
-    unreadable = []
-    for path in list_checkpoints(directory):
-        try:
-            order[path] = read_manifest(path).commit_order
-        except CheckpointError:
-            unreadable.append(path)
-    return unreadable + sorted(order, key=order.__getitem__, reverse=True)
+    try:
+        return 0, *read_manifest(path).commit_order
+    except CheckpointError:
+        return (1,)
 
 
 def find_resume(directory: str | Path, *, group: "ProcessGroup | None" = None) -> Resume:
@@ -139,7 +135,8 @@ def find_resume(directory: str | Path, *, group: "ProcessGroup | None" = None) -
     """
     ranks = Ranks(group)
     root = Path(directory)
-    candidates: list[Path] = ranks.from_first(newest_first(root) if ranks.rank == 0 else None)
+    newest_first = sorted(list_checkpoints(root), key=_commit_order, reverse=True) if ranks.rank == 0 else None
+    candidates: list[Path] = ranks.from_first(newest_first)
     leftovers = ranks.from_first(find_leftovers(root) if ranks.rank == 0 and root.is_dir() else [])
     passed_over = [
         PassedOver(item.path, f"an unfinished save or removal ({item.kind}); `mbridge-ckpt prune` cleans it up")

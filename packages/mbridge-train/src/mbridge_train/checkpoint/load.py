@@ -167,7 +167,11 @@ def _assemble_model(engine: Engine, whole: WholeModel) -> dict[str, Tensor]:
         TrainError: the checkpoint holds other parameters than the model, or in other sizes.
     """
     placed = placements(engine)
-    _check_same_model(engine, whole, placed)
+    if difference := _difference(engine, whole, placed):
+        raise TrainError(
+            f"{whole.checkpoint.path} does not fit this model: it has {difference}; it was written for another model, "
+            "or another vocabulary or depth"
+        )
     unplaced = sorted(set(model_state(engine)) - {placement.name for placement in placed})
     if unplaced:
         layout = whole.checkpoint.layout
@@ -203,14 +207,6 @@ def _stored_name(whole: WholeModel, placement: ParameterPlacement) -> str:
         return placement.global_name
     originals = (n for n, p in whole.parameters.items() if p.placement.last_stage_copy == placement.global_name)
     return next(originals, placement.global_name)
-
-
-def _check_same_model(engine: Engine, whole: WholeModel, placed: list[ParameterPlacement]) -> None:
-    if difference := _difference(engine, whole, placed):
-        raise TrainError(
-            f"{whole.checkpoint.path} does not fit this model: it has {difference}; it was written for another model, "
-            "or another vocabulary or depth"
-        )
 
 
 def _difference(engine: Engine, whole: WholeModel, placed: list[ParameterPlacement]) -> str | None:
