@@ -9,13 +9,13 @@ _MARKUP = re.compile(r"\\(?:text(?:bf|rm|it)?|math(?:bf|rm)|q?quad|[ ,;:!])|[{}$
 _CHOICE = re.compile(
     r"(?:(?i:option|choice)\s)?(?:\(([A-J])\)|([A-J])(?:[.)](?=\s|$)|:(?=\s)(?!.*=)|$))(?!.*\([A-J]\))\s*(.*)"
 )
-_STATEMENT = re.compile(r"(?i)\banswer(?:\s+is\b|\s*:)+")
-_BASED = re.compile(r"\(?([0-9A-Za-z]+)\)?_[{(]*(?:\\text\s*\{\s*)?(\w+)\s*[})]*")
+_STATEMENT = re.compile(r"(?i)\b(?:answer|option|choice)(?:\s+is\b|\s*:)+")
+_BASED = re.compile(r"\(?([0-9A-Za-z]+)\)?_[{(]*(?:\\text\s*\{\s*)?(?:base\s*\}?\s*)?(\w+)\s*[})]*")
 _CLOCK = re.compile(r"(\d{1,2}):(\d\d)\s*(?:([ap])\.?\s?m\b\.?)?", re.IGNORECASE)
 _DATE = re.compile(r"\d{4}-\d\d-\d\d")
 _MODULUS = re.compile(r"\\[pb]?mod\b\W*(\d+)")
-# `6 if n is even`, `5 \to 6`, `\ge 6`: math-verify takes the 6 out of each.
-_MORE_THAN_A_VALUE = re.compile(r"^\W*\\(?:geq?|leq?|neq?)\b|\\(?:to|rightarrow)\b|\bif\b")
+# `6 if n is even`, `6 or more`, `5 \to 6`, `\ge 6`: math-verify takes the 6 out of each.
+_MORE_THAN_A_VALUE = re.compile(r"^\W*\\(?:geq?|leq?|neq?)\b|\\(?:to|rightarrow)\b|\bif\b|\bor (?:more|less|fewer)\b")
 
 
 def split_choice(text: str) -> tuple[str | None, str]:
@@ -23,7 +23,7 @@ def split_choice(text: str) -> tuple[str | None, str]:
 
     The label is None, and the rest all of `text`, where there is none, or where another one follows.
     """
-    match = _CHOICE.fullmatch(_plain(_STATEMENT.split(text)[-1]).rstrip("."))
+    match = _CHOICE.fullmatch(_plain(_STATEMENT.split(text)[-1]).rstrip(". "))
     return (match[1] or match[2], match[3]) if match else (None, text)
 
 

@@ -42,6 +42,8 @@ def math_scorer() -> Scorer:
 
     def right(text: str, solution: str) -> bool:
         given, wanted = _content(text), _content(solution)
+        if given == wanted and len(boxes(text)) == 1:
+            return True
         label, value = split_choice(given if boxes(text) else text)
         wanted_label, wanted_value = split_choice(wanted)
         if label and wanted_label:
