@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from testing.app_runs import assert_same_state, metrics, saved
@@ -24,8 +25,22 @@ def start(program: str, directory: Path, name: str, *overrides: str) -> subproce
     )
 
 
+def children(process: int) -> list[int]:
+    found = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(number) for file in found for number in file.read_text().split()]
+
+
+def descendants(process: int) -> list[int]:
+    """Return the process and all that it started, and so on."""
+    return [process, *(found for child in children(process) for found in descendants(child))]
+
+
 def check_preemption(program: str, directory: Path, to: str, *overrides: str) -> None:
-    """Run `program` to its end; again, with SIGTERM `to` "launcher" or "rank" after the first step; and resume that."""
+    """Run `program` to its end; again, with SIGTERM after the first step; and resume that.
+
+    Args:
+        to: who gets the signal: "launcher", "rank", or "all" processes of the run, as srun does it.
+    """
     unbroken = start(program, directory, "unbroken", *overrides)
     _, errors = unbroken.communicate(timeout=400)
     assert unbroken.returncode == 0, errors
@@ -36,8 +51,10 @@ def check_preemption(program: str, directory: Path, to: str, *overrides: str) ->
         time.sleep(0.005)
     while stopped.poll() is None and not any(step > 0 for step in metrics(run)):
         time.sleep(0.005)
-    children = Path(f"/proc/{stopped.pid}/task/{stopped.pid}/children").read_text().split()
-    os.kill(int(children[-1]) if to == "rank" else stopped.pid, signal.SIGTERM)
+    processes = {"launcher": [stopped.pid], "rank": children(stopped.pid)[-1:], "all": descendants(stopped.pid)}[to]
+    for process in processes:
+        with suppress(ProcessLookupError):
+            os.kill(process, signal.SIGTERM)
     output, errors = stopped.communicate(timeout=400)
     assert stopped.returncode == RESUMABLE, errors
     assert "Traceback" not in errors
