@@ -148,7 +148,9 @@ class AsyncSaver:
                 answer = answer or self._writer.receive(seconds=0.1)
             except EOFError as error:
                 answer = Outcome(str(error))
-            failure = self._named(answer.error) if answer is not None and answer.error is not None else None
+            failure = None
+            if answer is not None and answer.error is not None:
+                failure = self._named(answer.error.partition("\n")[0])  # torch adds a stack
             states = self._ranks.gather((failure, answer.port if answer is not None else None))
             if failures := [failure for failure, _ in states if failure is not None]:
                 self._dead = "; ".join(failures)
