@@ -89,8 +89,7 @@ def write_torch_file(
     archive.add(".storage_alignment", str(ALIGNMENT).encode())
     archive.add("byteorder", sys.byteorder.encode())
     for key, tensor in enumerate(pickler.tensors):
-        size = prod(tensor.shape) * DTYPE_BYTES[dtype_name(tensor)]
-        archive.add_storage(f"data/{key}", size, tensor_bytes(to_host(_real(tensor))))
+        archive.add(f"data/{key}", tensor_bytes(to_host(_real(tensor))), has_crc=False)
     archive.add("version", b"3\n")
     archive.finish()
     return tuple(records)
@@ -174,19 +173,12 @@ class _Archive:
         self._position = 0
         self._directory: list[bytes] = []
 
-    def add(self, name: str, data: bytes) -> None:
-        """Add a small entry, with its CRC-32 so that tools that scan pickles in zips accept it."""
-        self._begin(name, len(data), zlib.crc32(data))
-        self._write(data)
+    def add(self, name: str, data: bytes | memoryview, *, has_crc: bool = True) -> None:
+        """Add an entry, with its CRC-32 so that tools that scan pickles in zips accept it.
 
-    def add_storage(self, name: str, size: int, data: memoryview) -> None:
-        """Add a storage without CRC-32, which would cost more than writing it; the manifest has a checksum."""
-        self._begin(name, size, 0)
-        if data.nbytes != size:
-            raise ValueError(f"{name}: announced {size} bytes, got {data.nbytes}")
-        self._write(data)
-
-    def _begin(self, name: str, size: int, crc: int) -> None:
+        For a storage the CRC would cost more than writing it; the manifest has a checksum.
+        """
+        size, crc = memoryview(data).nbytes, zlib.crc32(data) if has_crc else 0
         encoded = f"archive/{name}".encode()
         offset = self._position
         large, far = size >= WIDE_FROM, offset >= WIDE_FROM
@@ -196,6 +188,7 @@ class _Archive:
         sizes = [_FULL_32, _FULL_32] if large else [size, size]
         header = struct.pack("<4s5H3I2H", b"PK\3\4", 45, 0, 0, 0, 0, crc, *sizes, len(encoded), len(extra))
         self._write(header + encoded + extra)
+        self._write(data)
         wide = [size, size] * large + [offset] * far
         extra = struct.pack(f"<HH{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
         fields = (45, 45, 0, 0, 0, 0, crc, *sizes, len(encoded), len(extra), 0, 0, 0, 0, _FULL_32 if far else offset)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from math import ceil
 from pathlib import Path
@@ -29,6 +29,9 @@ from mbridge_ckpt.store.whole_model import MODEL, WholeModel
 
 # Megatron pads a vocabulary to a multiple of one of these times the tensor-parallel size; tried in this order.
 _VOCABULARY_MULTIPLES = (128, 1, 2, 4, 8, 16, 32, 64, 256, 512, 1024)
+
+Target = tuple[ParameterPlacement, str]
+"""A parameter in a file to be written: its placement there, and the name of the parameter that it is made from."""
 
 
 def reshard(
@@ -72,14 +75,6 @@ def reshard(
             return save.commit(metadata, writer=checkpoint.manifest.writer)
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """One parameter in a file to be written: its placement there, and the parameter it is made from."""
-
-    placement: ParameterPlacement
-    source: str
-
-
 def _refuse_shared_heads(whole: WholeModel, size: int) -> None:
     """Raise LayoutError where Megatron could not load the attention: each rank needs whole query heads, and whole
     groups or an equal share of one. The rows alone could be cut nevertheless.
@@ -102,7 +97,7 @@ def _can_share(heads: int, groups: int, size: int) -> bool:
     return heads % size == 0 and (groups % size == 0 or size % groups == 0)
 
 
-def _stage_parameters(whole: WholeModel, layout: Layout, stage: int) -> list[_Target]:
+def _stage_parameters(whole: WholeModel, layout: Layout, stage: int) -> list[Target]:
     """Return the parameters of a pipeline stage: those before the layers, the layers, those after them."""
     layers, last = whole.layers, layout.pipeline - 1
     if layers % layout.pipeline:
@@ -117,16 +112,16 @@ def _stage_parameters(whole: WholeModel, layout: Layout, stage: int) -> list[_Ta
         if placement.stage == "layer":
             assert placement.layer is not None
             if placement.layer // each == stage:
-                inside.append(_Target(replace(placement, name=local_name(placement, stage * each)), name))
+                inside.append((replace(placement, name=local_name(placement, stage * each)), name))
         elif placement.stage == "every" or (placement.stage == "first" and stage == 0):
-            before.append(_Target(replace(placement, name=name), name))
+            before.append((replace(placement, name=name), name))
         elif placement.stage == "last" and stage == last:
-            after.append(_Target(replace(placement, name=name), name))
+            after.append((replace(placement, name=name), name))
         if placement.last_stage_copy and stage == last and stage != 0:
             copy = placement.last_stage_copy
             own = replace(placement, name=copy, global_name=copy, stage="last", last_stage_copy=None)
-            copied.append(_Target(own, name))
-    inside.sort(key=lambda target: target.placement.layer or 0)  # stable: the order inside a layer stays
+            copied.append((own, name))
+    inside.sort(key=lambda target: target[0].layer or 0)  # stable: the order inside a layer stays
     return before + inside + after + copied
 
 
@@ -149,7 +144,7 @@ def _padded_rows(whole: WholeModel, size: int, multiple: int | None) -> dict[str
 def _write_rank(
     save: Save,
     whole: WholeModel,
-    targets: list[_Target],
+    targets: list[Target],
     rank: int,
     stage: int,
     rows: dict[str, int],
@@ -171,11 +166,11 @@ def _write_rank(
         value: dict[str, Any] = {}
         for key, item in reader.value.items():
             if isinstance(item, dict) and (key == MODEL if is_model else _is_state(whole, key)):
-                kept = [target for target in targets if whole.has(key, target.source)]
-                value[key] = {target.placement.name: lazy(key, target.source) for target in kept}
+                kept = ((placement.name, source) for placement, source in targets if whole.has(key, source))
+                value[key] = {name: lazy(key, source) for name, source in kept}
             else:
                 value[key] = layout.to_json() if key == "layout" else map_tensors(item, partial(_unread, reader))
-        placements = [target.placement for target in targets] if is_model else []
+        placements = [placement for placement, _ in targets] if is_model else []
         save.write_torch(path_of(step, layout, tensor_rank=rank, pipeline_rank=stage), value, placements=placements)
 
 
