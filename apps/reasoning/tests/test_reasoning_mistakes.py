@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from mbridge_ckpt import Layout, begin_save
+from mbridge_config.schema.reasoning import QuickstartConfig
 from mbridge_reasoning import cli
-from mbridge_reasoning.quickstart.model import TinyGeometry, write_tiny_model
+from mbridge_reasoning.quickstart.model import write_tiny_model
 
 from testing.app_runs import tree
 
@@ -23,7 +24,7 @@ TP = "actor.model.tensor_model_parallel_size"
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    geometry = TinyGeometry(hidden_size=64, intermediate_size=64, num_attention_heads=2, num_hidden_layers=1)
+    geometry = QuickstartConfig(hidden_size=64, intermediate_size=64, num_attention_heads=2, num_hidden_layers=1)
     return write_tiny_model(tmp_path_factory.mktemp("tiny") / "model", ["3 + 4 = 7"], seed=1, geometry=geometry)
 
 

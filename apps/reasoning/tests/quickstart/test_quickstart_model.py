@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from mbridge_reasoning.quickstart.model import ANSWER_TAGS, END_OF_TURN, TinyGeometry, write_tiny_model
+from mbridge_config.schema.reasoning import QuickstartConfig
+from mbridge_reasoning.quickstart.model import ANSWER_TAGS, END_OF_TURN, write_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 CORPUS = [f"Calculate {a} + {b} - {a}. {a}+{b}={a + b}" for a in range(11) for b in range(11)]
@@ -10,7 +11,7 @@ CORPUS = [f"Calculate {a} + {b} - {a}. {a}+{b}={a + b}" for a in range(11) for b
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_directory_loads_and_is_reproducible(tmp_path, tied):
-    geometry = TinyGeometry(tie_word_embeddings=tied)
+    geometry = QuickstartConfig(tie_word_embeddings=tied)
     state = torch.random.get_rng_state()
     one = write_tiny_model(tmp_path / "one", CORPUS, seed=1, geometry=geometry)
     assert torch.equal(torch.random.get_rng_state(), state)
@@ -36,9 +37,9 @@ def test_tokenizer_round_trips_and_knows_its_marks(tmp_path):
     assert len(ids) == 5  # tag, one token a digit, tag, end
     assert tokenizer.decode(ids, skip_special_tokens=True) == "<answer>13</answer>"
     assert all(tag not in tokenizer.all_special_tokens for tag in ANSWER_TAGS)
-    assert max(ids) < TinyGeometry().vocab_size >= len(tokenizer)
+    assert max(ids) < QuickstartConfig().vocab_size >= len(tokenizer)
 
 
-def test_head_dim_other_than_32_is_refused():
+def test_head_dim_other_than_32_is_refused(tmp_path):
     with pytest.raises(ValueError, match="set hidden_size to 128"):
-        TinyGeometry(hidden_size=64, num_attention_heads=4)
+        write_tiny_model(tmp_path, CORPUS, seed=1, geometry=QuickstartConfig(hidden_size=64, num_attention_heads=4))

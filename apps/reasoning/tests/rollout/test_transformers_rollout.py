@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from mbridge_config.schema.reasoning import QuickstartConfig
 from mbridge_reasoning.errors import RolloutError
-from mbridge_reasoning.quickstart.model import TinyGeometry, write_tiny_model
+from mbridge_reasoning.quickstart.model import write_tiny_model
 from mbridge_reasoning.rollout.base import Completion, Request, SamplingParams
 from mbridge_reasoning.rollout.transformers import TransformersRollout, draw, end_token_ids
 from mbridge_train.data.hf_files import from_directory
@@ -17,7 +18,7 @@ LENGTHS = [3, 7, 7, 1, 12, 5, 9, 7, 2]
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     path = tmp_path_factory.mktemp("rollout") / "model"
-    return write_tiny_model(path, ["some text"], seed=3, geometry=TinyGeometry(vocab_size=320))
+    return write_tiny_model(path, ["some text"], seed=3, geometry=QuickstartConfig(vocab_size=320))
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +216,7 @@ def test_files_that_cannot_be_read(tmp_path, file, name):
 
 
 def test_tied_weights_may_come_once_or_twice(tmp_path, prompts):
-    path = write_tiny_model(tmp_path, ["a"], seed=0, geometry=TinyGeometry(tie_word_embeddings=True))
+    path = write_tiny_model(tmp_path, ["a"], seed=0, geometry=QuickstartConfig(tie_word_embeddings=True))
     weights = load_file(path / "model.safetensors")
     sampling = SamplingParams(max_new_tokens=4, greedy=True)
     once = answers(rollout(path, weights=weights), prompts, sampling, seed=0)

@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mbridge_sft.quickstart.model import END_OF_TURN, TinyVisionGeometry, write_tiny_vision_model
+from mbridge_config.schema.sft import SFTQuickstartConfig
+from mbridge_sft.quickstart.model import END_OF_TURN, write_tiny_vision_model
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 
 CORPUS = ["Which digit is this?\nChoose one:\n"]
@@ -16,7 +17,7 @@ def test_directory_loads_and_is_reproducible(tmp_path: Path) -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
     two = write_tiny_vision_model(tmp_path / "two", CORPUS, seed=1)
     other = write_tiny_vision_model(
-        tmp_path / "other", CORPUS, seed=2, geometry=TinyVisionGeometry(tie_word_embeddings=True)
+        tmp_path / "other", CORPUS, seed=2, geometry=SFTQuickstartConfig(tie_word_embeddings=True)
     )
     files = sorted(path.name for path in one.iterdir())
     assert all((one / name).read_bytes() == (two / name).read_bytes() for name in files)
@@ -32,8 +33,8 @@ def test_directory_loads_and_is_reproducible(tmp_path: Path) -> None:
 
 
 def test_geometry_is_what_was_asked_for(tmp_path: Path) -> None:
-    geometry = TinyVisionGeometry(
-        hidden_size=64, num_hidden_layers=3, vision_depth=4, deepstack_visual_indexes=(0, 2, 3)
+    geometry = SFTQuickstartConfig(
+        hidden_size=64, num_hidden_layers=3, vision_depth=4, deepstack_visual_indexes=[0, 2, 3]
     )
     config = AutoConfig.from_pretrained(write_tiny_vision_model(tmp_path, CORPUS, seed=1, geometry=geometry))
     assert config.text_config.head_dim == 32
@@ -54,6 +55,6 @@ def test_processor_round_trips_and_knows_its_marks(tiny_vision_model: Path) -> N
     marks = f"<|im_start|>{processor.image_token}{processor.video_token}<|vision_start|><|vision_end|>{END_OF_TURN}"
     assert len(tokenizer(marks)["input_ids"]) == 6
     assert tokenizer.decode(tokenizer(f"7{marks}")["input_ids"], skip_special_tokens=True) == "7"
-    assert len(tokenizer) <= TinyVisionGeometry().vocab_size
+    assert len(tokenizer) <= SFTQuickstartConfig().vocab_size
     config = AutoConfig.from_pretrained(tiny_vision_model)
     assert (config.image_token_id, config.video_token_id) == (processor.image_token_id, processor.video_token_id)

@@ -22,7 +22,7 @@ from torch import distributed
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mbridge_reasoning.data.prompts import Prompt, tokenize_prompts
-from mbridge_reasoning.quickstart.model import TinyGeometry, write_tiny_model
+from mbridge_reasoning.quickstart.model import write_tiny_model
 from mbridge_reasoning.quickstart.warmup import warmup_answers
 
 
@@ -46,11 +46,8 @@ def prepare_quickstart(config: ReasoningConfig, prompts: Sequence[Prompt], outpu
     with tempfile.TemporaryDirectory(prefix=".untrained-", dir=target.parent) as directory:
         untrained = Path(broadcast(directory))  # every rank reads rank 0's
         if distributed.get_rank() == 0:
-            geometry = TinyGeometry(
-                **{field.name: getattr(made, field.name) for field in dataclasses.fields(TinyGeometry)}
-            )
             texts = [_text(prompt.content) for prompt in prompts]
-            write_tiny_model(untrained, texts, seed=config.actor.seed, geometry=geometry)
+            write_tiny_model(untrained, texts, seed=config.actor.seed, geometry=made)
         distributed.barrier()
         engine = build_engine(warmup_actor(config), config.runner, untrained, optimizer_steps=made.warmup_steps)
         tokenizer = AutoTokenizer.from_pretrained(untrained)

@@ -4,11 +4,10 @@ The run then reads the directory as it would read a downloaded model.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from mbridge_config.schema.sft import SFTQuickstartConfig
 from transformers import (
     GenerationConfig,
     Qwen2Tokenizer,
@@ -18,6 +17,7 @@ from transformers import (
     Qwen3VLProcessor,
     Qwen3VLVideoProcessor,
 )
+from transformers.utils import logging
 
 END_OF_TURN = "<|im_end|>"
 PADDING = "<|endoftext|>"
@@ -50,29 +50,6 @@ CHAT_TEMPLATE = """\
 """
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TinyVisionGeometry:
-    """Sizes of the tiny model. Its heads have 32 channels, the fewest that all attention kernels support.
-
-    An image token covers 16 x 16 pixels: 2 x 2 patches of 8 x 8. So a 32 x 32 image has 16 patches and 4 tokens.
-    """
-
-    hidden_size: int = 128
-    intermediate_size: int = 256
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 4
-    num_key_value_heads: int = 2
-    vision_depth: int = 3
-    vision_hidden_size: int = 64
-    vision_intermediate_size: int = 128
-    vision_num_heads: int = 2
-    deepstack_visual_indexes: tuple[int, ...] = (0, 1)
-    tie_word_embeddings: bool = False
-    max_position_embeddings: int = 2048
-    vocab_size: int = 384
-    initializer_range: float = 0.02
-
-
 def build_processor(corpus: Iterable[str], vocab_size: int) -> Qwen3VLProcessor:
     """Return a processor like that of Qwen3-VL: byte-level BPE trained on `corpus`, and patches of 8 x 8 pixels.
 
@@ -96,75 +73,64 @@ def build_processor(corpus: Iterable[str], vocab_size: int) -> Qwen3VLProcessor:
 
 
 def write_tiny_vision_model(
-    directory: str | Path, corpus: Iterable[str], *, seed: int, geometry: TinyVisionGeometry | None = None
+    directory: str | Path, corpus: Iterable[str], *, seed: int, geometry: SFTQuickstartConfig | None = None
 ) -> Path:
     """Write configs, fp32 `model.safetensors`, and the files of tokenizer and processor to `directory`, and return it.
 
     The same `corpus`, `seed` and `geometry` give the same bytes. The caller's random state is restored.
+
+    Heads have 32 channels, the fewest that all attention kernels support. An image token covers 16 x 16 pixels: 2 x 2
+    patches of 8 x 8. So a 32 x 32 image has 16 patches and 4 tokens.
     """
-    geometry = geometry or TinyVisionGeometry()
-    directory = Path(directory)
-    processor = build_processor(corpus, geometry.vocab_size)
-    config = _config(geometry, processor)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = Qwen3VLForConditionalGeneration(config)
-    tokenizer = processor.tokenizer
-    directory.mkdir(parents=True, exist_ok=True)
-    config.save_pretrained(directory)
-    GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, do_sample=False
-    ).save_pretrained(directory)
-    tensors = model.state_dict()
-    if geometry.tie_word_embeddings:
-        del tensors["lm_head.weight"]
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    processor.save_pretrained(directory)
-    return directory
-
-
-def _config(geometry: TinyVisionGeometry, processor: Qwen3VLProcessor) -> Qwen3VLConfig:
+    made = geometry or SFTQuickstartConfig()
+    processor = build_processor(corpus, made.vocab_size)
+    ends = {"eos_token_id": processor.tokenizer.eos_token_id, "pad_token_id": processor.tokenizer.pad_token_id}
     config = Qwen3VLConfig(
         text_config={
             # All requested rows, used or not, so that tensor-parallel ranks get equal shares of the embedding.
-            "vocab_size": geometry.vocab_size,
-            "hidden_size": geometry.hidden_size,
-            "intermediate_size": geometry.intermediate_size,
-            "num_hidden_layers": geometry.num_hidden_layers,
-            "num_attention_heads": geometry.num_attention_heads,
-            "num_key_value_heads": geometry.num_key_value_heads,
+            "vocab_size": made.vocab_size,
+            "hidden_size": made.hidden_size,
+            "intermediate_size": made.intermediate_size,
+            "num_hidden_layers": made.num_hidden_layers,
+            "num_attention_heads": made.num_attention_heads,
+            "num_key_value_heads": made.num_key_value_heads,
             "head_dim": 32,
-            "max_position_embeddings": geometry.max_position_embeddings,
-            "initializer_range": geometry.initializer_range,
+            "max_position_embeddings": made.max_position_embeddings,
+            "initializer_range": made.initializer_range,
             "rope_parameters": {
                 "rope_type": "default",
                 "rope_theta": 10000.0,
                 "mrope_section": [6, 5, 5],
                 "mrope_interleaved": True,
             },
-            "tie_word_embeddings": geometry.tie_word_embeddings,
-            "eos_token_id": processor.tokenizer.eos_token_id,
-            "pad_token_id": processor.tokenizer.pad_token_id,
+            "tie_word_embeddings": made.tie_word_embeddings,
+            **ends,
         },
         vision_config={
-            "depth": geometry.vision_depth,
-            "hidden_size": geometry.vision_hidden_size,
-            "intermediate_size": geometry.vision_intermediate_size,
-            "num_heads": geometry.vision_num_heads,
+            "depth": made.vision_depth,
+            "hidden_size": made.vision_hidden_size,
+            "intermediate_size": made.vision_intermediate_size,
+            "num_heads": made.vision_num_heads,
             "patch_size": PATCH_SIZE,
             "spatial_merge_size": MERGE_SIZE,
             "temporal_patch_size": 2,
-            "out_hidden_size": geometry.hidden_size,
+            "out_hidden_size": made.hidden_size,
             "num_position_embeddings": 16,
-            "deepstack_visual_indexes": list(geometry.deepstack_visual_indexes),
-            "initializer_range": geometry.initializer_range,
+            "deepstack_visual_indexes": list(made.deepstack_visual_indexes),
+            "initializer_range": made.initializer_range,
         },
         image_token_id=processor.image_token_id,
         video_token_id=processor.video_token_id,
         vision_start_token_id=processor.vision_start_token_id,
         vision_end_token_id=processor.vision_end_token_id,
-        tie_word_embeddings=geometry.tie_word_embeddings,
+        tie_word_embeddings=made.tie_word_embeddings,
         dtype="float32",
     )
-    config.architectures = ["Qwen3VLForConditionalGeneration"]
-    return config
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = Qwen3VLForConditionalGeneration(config)
+    model.generation_config = GenerationConfig(**ends, do_sample=False)
+    logging.disable_progress_bar()  # of a single file
+    model.save_pretrained(directory)
+    processor.save_pretrained(directory)
+    return Path(directory)

@@ -1,6 +1,5 @@
 """Making the data and the model of the quickstart unless they exist."""
 
-import dataclasses
 from collections.abc import Callable, Iterator
 
 from mbridge_config import SFTConfig, hf_directory
@@ -9,7 +8,7 @@ from mbridge_train.data.rows import read_examples
 from torch import distributed
 
 from mbridge_sft.quickstart.digits import write_digits
-from mbridge_sft.quickstart.model import TinyVisionGeometry, write_tiny_vision_model
+from mbridge_sft.quickstart.model import write_tiny_vision_model
 from mbridge_sft.start import data_paths, read_settings
 
 
@@ -28,11 +27,7 @@ def prepare_quickstart(config: SFTConfig, say: Callable[[str], None]) -> None:
             say(f"using the tiny model that an earlier run made in {target}")
         else:
             say(f"making a tiny random Qwen3-VL in {target}")
-            made = config.quickstart
-            values = {field.name: getattr(made, field.name) for field in dataclasses.fields(TinyVisionGeometry)}
-            values["deepstack_visual_indexes"] = tuple(made.deepstack_visual_indexes)
-            geometry = TinyVisionGeometry(**values)
-            write_tiny_vision_model(target, _texts(config), seed=config.actor.seed, geometry=geometry)
+            write_tiny_vision_model(target, _texts(config), seed=config.actor.seed, geometry=config.quickstart)
     distributed.barrier()
 
 
