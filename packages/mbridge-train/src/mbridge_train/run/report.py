@@ -8,16 +8,16 @@ import html
 import io
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import pairwise
 from pathlib import Path
-from string import Template
 from typing import Any, Literal
 
 import matplotlib
 from cycler import cycler
+from jinja2 import Environment, PackageLoader
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
@@ -56,6 +56,11 @@ class _Curve:
     steps: list[int]
     values: list[float]
 
+    def best(self, kind: Literal["max", "min"]) -> tuple[int, float]:
+        """Return the first step with the largest or smallest value, and the value."""
+        value = max(self.values) if kind == "max" else min(self.values)
+        return self.steps[self.values.index(value)], value
+
 
 def write_report(
     metrics: Path,
@@ -83,23 +88,18 @@ def write_report(
     records = read_metrics(metrics)
     curves = {chart: _curves(chart, records) for chart in charts}
     drawn = [chart for chart in charts if curves[chart]]
-    missing = [chart.title for chart in charts if not curves[chart]]
-    parts = [
-        f'<p class="note">Steps: {records[0]["step"]} to {records[-1]["step"]}.</p>' if records else "",
-        _warning(records),
-        '<div class="charts">',
-        *(_figure(number, chart, curves[chart]) for number, chart in enumerate(drawn)),
-        "</div>",
-        '<p class="note">Thin curves show each step, thick ones a moving average.</p>'
-        if len(records) >= SMOOTHING_STEPS
-        else "",
-        f'<p class="note">Not recorded: {html.escape(", ".join(missing))}.</p>' if missing else "",
-        _summary(drawn, curves),
-        section,
-        f"<details><summary>Configuration</summary><pre>{html.escape(config)}</pre></details>" if config else "",
-    ]
-    page = _PAGE.substitute(title=html.escape(title), body="\n".join(part for part in parts if part))
-    replace_text(out, page)
+    templates = Environment(loader=PackageLoader("mbridge_train.run", "."), autoescape=True, trim_blocks=True)
+    templates.filters["figure"] = format_figure
+    page = templates.get_template("report.html.jinja").render(
+        title=title,
+        records=records,
+        drawn=[(chart, curves[chart], _draw(number, chart, curves[chart])) for number, chart in enumerate(drawn)],
+        missing=[chart.title for chart in charts if not curves[chart]],
+        smoothing_steps=SMOOTHING_STEPS,
+        section=section,
+        config=config,
+    )
+    replace_text(out, page + "\n")
 
 
 def _curves(chart: Chart, records: list[dict[str, Any]]) -> list[_Curve]:
@@ -109,12 +109,6 @@ def _curves(chart: Chart, records: list[dict[str, Any]]) -> list[_Curve]:
         points = [(line["step"], float(line[name])) for line in records if line.get(name) is not None]
         curves.append(_Curve(name, [step for step, _ in points], [value for _, value in points]))
     return curves
-
-
-def _figure(number: int, chart: Chart, curves: list[_Curve]) -> str:
-    unit = f' <span class="unit">{html.escape(chart.unit)}</span>' if chart.unit else ""
-    caption = f"<figcaption>{html.escape(chart.title)}{unit}</figcaption>"
-    return f"<figure>{caption}{_draw(number, chart, curves)}</figure>"
 
 
 def _draw(number: int, chart: Chart, curves: list[_Curve]) -> str:
@@ -185,80 +179,3 @@ def _moving_average(values: list[float], window: int) -> list[float]:
     half = window // 2
     slices = (values[max(0, index - half) : index + half + 1] for index in range(len(values)))
     return [math.fsum(part) / len(part) for part in slices]
-
-
-def _warning(records: list[dict[str, Any]]) -> str:
-    affected = [record for record in records if "nonfinite" in record]
-    if not affected:
-        return ""
-    names = ", ".join(f"{name} = {value}" for name, value in affected[0]["nonfinite"].items())
-    return (
-        f'<p class="warning">Values are not finite in {len(affected)} step{"s" * (len(affected) > 1)}, '
-        f"the first at step {affected[0]['step']}: {html.escape(names)}.</p>"
-    )
-
-
-def _summary(charts: Sequence[Chart], curves: Mapping[Chart, list[_Curve]]) -> str:
-    rows = []
-    for chart in charts:
-        for curve in curves[chart]:
-            best = ""
-            if chart.best is not None:
-                value = (max if chart.best == "max" else min)(curve.values)
-                step = curve.steps[curve.values.index(value)]
-                best = f'{format_figure(value)} <span class="unit">at step {step}</span>'
-            first, last = (format_figure(curve.values[index]) for index in (0, -1))
-            rows.append(
-                f"<tr><td>{html.escape(chart.title)}</td><td><code>{html.escape(curve.metric)}</code></td>"
-                f"<td>{first}</td><td>{last}</td><td>{best}</td></tr>"
-            )
-    if not rows:
-        return '<p class="note">No metrics yet.</p>'
-    head = "<tr><th>Chart</th><th>Metric</th><th>First</th><th>Last</th><th>Best</th></tr>"
-    return f'<h2>Summary</h2><div class="wide"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
-
-
-_PAGE = Template("""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>$title</title>
-<style>
-:root { --ink: #1c2330; --soft: #667085; --page: #f6f7f9; --card: #ffffff; --line: #e1e5ea; --warn: #fff3d6; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e3e7ee; --soft: #97a1b1; --page: #12151b; --card: #1b2029; --line: #2c333f; --warn: #43371a; }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1180px; padding: 32px 24px 64px; background: var(--page); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
-h1 { font-size: 26px; margin: 0 0 12px; }
-h2 { font-size: 18px; margin: 36px 0 10px; }
-.unit, .note { color: var(--soft); }
-.unit { font-weight: normal; font-size: 13px; }
-.warning { background: var(--warn); border-radius: 8px; padding: 10px 14px; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 440px), 1fr)); gap: 16px; }
-figure { margin: 0; padding: 14px 16px 8px; background: var(--card); border: 1px solid var(--line);
-  border-radius: 10px; }
-figcaption { font-weight: 600; margin-bottom: 6px; }
-figure svg { display: block; width: 100%; height: auto; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; background: var(--card); border: 1px solid var(--line);
-  font-variant-numeric: tabular-nums; }
-th, td { padding: 6px 12px; text-align: left; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th { color: var(--soft); font-weight: 600; font-size: 13px; }
-th:nth-child(n + 3), td:nth-child(n + 3) { text-align: right; }
-code, pre { font: 13px/1.5 ui-monospace, "DejaVu Sans Mono", monospace; }
-details { margin-top: 32px; }
-summary { cursor: pointer; font-weight: 600; }
-pre { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: 12px 16px;
-  overflow-x: auto; }
-</style>
-</head>
-<body>
-<h1>$title</h1>
-$body
-</body>
-</html>
-""")
