@@ -81,12 +81,7 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
     steps = length.steps
 
     resume = find_checkpoint(config.runner.resume_dir, output.checkpoints, output.message)
-    engine = build_engine(
-        config.actor,
-        config.runner,
-        model_directory,
-        optimizer_steps=length.optimizer_steps,
-    )
+    engine = build_engine(config.actor, config.runner, model_directory, optimizer_steps=length.optimizer_steps)
     # Taken before resuming, because the reference is the policy that the run began with.
     reference = Snapshot(engine) if config.algorithm.kl_beta > 0 else None
     data_state = _data_state(config, train)
@@ -97,7 +92,7 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
         first = state["step"]
         say_if_finished(length, step=first, say=output.message)
     trainer = GRPOTrainer(
-        config,
+        config=config,
         engine=engine,
         rollout=TransformersRollout(
             model_directory,

@@ -5,6 +5,7 @@ state leaves the GPU during generation; with `offload_weight`, the rollout engin
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -32,48 +33,35 @@ from mbridge_reasoning.rollout.base import RolloutEngine, SamplingParams
 _VALIDATION_STREAM = 2**40
 
 
+@dataclass(kw_only=True)
 class GRPOTrainer:
     """The policy, the engine that samples from it, and its rewards. Every method is collective over all ranks.
 
-    Args:
-        config: checked.
-        engine: trains the policy.
-        rollout: samples from the policy.
-        rewards: score this rank's answers.
-        tokenizer: turns answers into text.
+    Attributes:
         reference: weights of the reference policy; None if `algorithm.kl_beta` is 0.
         throughput: counts the operations of training.
         show: prints a line on the terminal; every rank calls it, for each answer if `rollout.print_outputs` is set.
     """
 
-    def __init__(
-        self,
-        config: ReasoningConfig,
-        *,
-        engine: Engine,
-        rollout: RolloutEngine,
-        rewards: RewardPool,
-        tokenizer: PreTrainedTokenizerBase,
-        reference: Snapshot | None,
-        throughput: Throughput,
-        show: Callable[[str], None],
-    ) -> None:
-        self.config = config
-        self.engine = engine
-        self.rollout = rollout
-        self.tokenizer = tokenizer
-        self.reference = reference
-        self.throughput = throughput
-        self.show = show
+    config: ReasoningConfig
+    engine: Engine
+    rollout: RolloutEngine
+    rewards: RewardPool
+    tokenizer: PreTrainedTokenizerBase
+    reference: Snapshot | None
+    throughput: Throughput
+    show: Callable[[str], None]
+
+    def __post_init__(self) -> None:
         self.phases = Phases()
-        actor = config.actor
+        actor = self.config.actor
         chosen: dict[Part, bool] = {
             "weights": actor.offload_weight,
             "gradients": actor.offload_grad,
             "optimizer": actor.offload_optimizer,
         }
         self.offloaded = frozenset(part for part, is_offloaded in chosen.items() if is_offloaded)
-        sampling = config.algorithm.sampling_params
+        sampling = self.config.algorithm.sampling_params
         self.sampling = SamplingParams(
             max_new_tokens=filled(sampling.max_new_tokens),
             min_new_tokens=sampling.min_new_tokens,
@@ -84,7 +72,11 @@ class GRPOTrainer:
             repetition_penalty=sampling.repetition_penalty,
         )
         self.environment = SingleTurn(
-            rollout=rollout, rewards=rewards, tokenizer=tokenizer, sampling=self.sampling, timed=self.phases.timed
+            rollout=self.rollout,
+            rewards=self.rewards,
+            tokenizer=self.tokenizer,
+            sampling=self.sampling,
+            timed=self.phases.timed,
         )
         self._weights_streamed = False
 
@@ -207,37 +199,28 @@ class GRPOTrainer:
             kl_beta=algorithm.kl_beta,
             entropy_bonus=algorithm.entropy_bonus,
         )
+        head = LogprobHead(
+            temperature=self.sampling.temperature,
+            with_entropy=algorithm.calculate_entropy or algorithm.entropy_bonus != 0,
+        )
         collected: list[dict[str, float]] = []
         for chosen in order.chunk(algorithm.n_minibatches):
-            indices = chosen.tolist()
             batch = make_samples(
-                [episodes[index] for index in indices],
+                [episodes[index] for index in chosen],
                 advantages[chosen],
                 aggregation=algorithm.loss_agg_func,
-                old_logprobs=[old_logprobs[index] for index in indices],
-                reference_logprobs=None
-                if reference_logprobs is None
-                else [reference_logprobs[index] for index in indices],
+                old_logprobs=[old_logprobs[index] for index in chosen],
+                reference_logprobs=reference_logprobs and [reference_logprobs[index] for index in chosen],
             )
-            metrics = self.engine.forward_backward(
-                batch,
-                loss,
-                head=LogprobHead(
-                    temperature=self.sampling.temperature,
-                    with_entropy=algorithm.calculate_entropy or algorithm.entropy_bonus != 0,
-                ),
-            )
+            metrics = self.engine.forward_backward(batch, loss, head=head)
             limit = algorithm.early_stop_imp_ratio
-            if limit is not None and metrics["ratio"] > limit:
-                collected.append({f"policy/{name}": value for name, value in metrics.items()} | {"policy/skipped": 1.0})
-                continue
-            result = self.engine.step()
-            collected.append(
-                {f"policy/{name}": value for name, value in metrics.items()}
-                | {
-                    "policy/grad_norm": result.grad_norm,
-                    "policy/learning_rate": result.learning_rate,
-                    "policy/skipped": float(not result.applied),
+            outcome = {"skipped": 1.0}
+            if limit is None or not metrics["ratio"] > limit:
+                result = self.engine.step()
+                outcome = {
+                    "grad_norm": result.grad_norm,
+                    "learning_rate": result.learning_rate,
+                    "skipped": float(not result.applied),
                 }
-            )
+            collected.append({f"policy/{name}": value for name, value in {**metrics, **outcome}.items()})
         return minibatch_metrics(collected)

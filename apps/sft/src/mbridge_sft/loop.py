@@ -144,7 +144,7 @@ def _evaluated(trainer: SFTTrainer, examples: Examples, output: RunOutput) -> di
 
 def _trainer(config: SFTConfig, engine: Engine, output: RunOutput) -> SFTTrainer:
     throughput = Throughput(HFFacts.load(hf_directory(config)), config.actor.model)
-    return SFTTrainer(config, engine=engine, encoder=_encoder(config), throughput=throughput, say=output.message)
+    return SFTTrainer(config=config, engine=engine, encoder=_encoder(config), throughput=throughput, say=output.message)
 
 
 def _engine(config: SFTConfig, *, optimizer_steps: int | None) -> Engine:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 
 from mbridge_config import SFTConfig
 from mbridge_config.schema.keys import filled
@@ -16,31 +17,20 @@ from mbridge_train.losses.policy import sft_loss
 from mbridge_sft.evaluation import Evaluation, Question, QuestionEncoder, as_sample, evaluate
 
 
+@dataclass(kw_only=True)
 class SFTTrainer:
     """Trains and evaluates the model. Every method is collective over all ranks.
 
-    Args:
-        config: the checked config.
-        engine: the model.
-        encoder: the encoder of examples.
+    Attributes:
         throughput: counts the operations of a step.
         say: called with a line for the terminal for each row that is left out.
     """
 
-    def __init__(
-        self,
-        config: SFTConfig,
-        *,
-        engine: Engine,
-        encoder: Encoder,
-        throughput: Throughput,
-        say: Callable[[str], None],
-    ) -> None:
-        self.config = config
-        self.engine = engine
-        self.encoder = encoder
-        self.throughput = throughput
-        self.say = say
+    config: SFTConfig
+    engine: Engine
+    encoder: Encoder
+    throughput: Throughput
+    say: Callable[[str], None]
 
     def batches(self, examples: Examples, *, first_step: int, bad_rows: Iterable[int]) -> EncodedBatches[Encoded]:
         """Return the endless training batches from step `first_step` (from 0) on."""

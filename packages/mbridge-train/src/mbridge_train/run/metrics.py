@@ -12,7 +12,7 @@ from contextlib import suppress
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, NamedTuple, Self
 
 from mbridge_train.errors import TrainError
 from mbridge_train.run.files import replace_text, writing
@@ -20,12 +20,11 @@ from mbridge_train.run.files import replace_text, writing
 METRICS_FILE = "metrics.jsonl"
 
 
-class MetricsBackend(Protocol):
-    """A tracking service. It receives finite numbers only."""
+class MetricsBackend(NamedTuple):
+    """A tracking service: the functions that log the finite metrics of a step, and that end the run."""
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None: ...
-
-    def close(self) -> None: ...
+    log: Callable[[int, Mapping[str, float]], None]
+    close: Callable[[], None]
 
 
 class MetricsWriter:
@@ -188,48 +187,34 @@ def _not_installed(package: str, why: object) -> TrainError:
     )
 
 
-class _TensorBoard:
-    def __init__(self, directory: Path, project: str, experiment: str, config: dict[str, Any]) -> None:
-        module = _import_backend("torch.utils.tensorboard", "tensorboard")
-        self._writer = module.SummaryWriter(log_dir=str(directory / "tensorboard"))
-        self._writer.add_text("config", f"```json\n{json.dumps(config, indent=2, default=str)}\n```")
+def _tensorboard(directory: Path, project: str, experiment: str, config: dict[str, Any]) -> MetricsBackend:
+    module = _import_backend("torch.utils.tensorboard", "tensorboard")
+    writer = module.SummaryWriter(log_dir=str(directory / "tensorboard"))
+    writer.add_text("config", f"```json\n{json.dumps(config, indent=2, default=str)}\n```")
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+    def log(step: int, metrics: Mapping[str, float]) -> None:
         for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-        self._writer.flush()
+            writer.add_scalar(name, value, step)
+        writer.flush()
 
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _WeightsAndBiases:
-    def __init__(self, directory: Path, project: str, experiment: str, config: dict[str, Any]) -> None:
-        module = _import_backend("wandb", "wandb")
-        self._run = module.init(project=project, name=experiment, dir=str(directory), config=config)
-
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._run.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
+    return MetricsBackend(log, writer.close)
 
 
-class _SwanLab:
-    def __init__(self, directory: Path, project: str, experiment: str, config: dict[str, Any]) -> None:
-        self._module = _import_backend("swanlab", "swanlab")
-        self._module.init(project=project, experiment_name=experiment, logdir=str(directory / "swanlab"), config=config)
+def _wandb(directory: Path, project: str, experiment: str, config: dict[str, Any]) -> MetricsBackend:
+    module = _import_backend("wandb", "wandb")
+    run = module.init(project=project, name=experiment, dir=str(directory), config=config)
+    return MetricsBackend(lambda step, metrics: run.log(dict(metrics), step=step), run.finish)
 
-    def log(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._module.log(dict(metrics), step=step)
 
-    def close(self) -> None:
-        self._module.finish()
+def _swanlab(directory: Path, project: str, experiment: str, config: dict[str, Any]) -> MetricsBackend:
+    module = _import_backend("swanlab", "swanlab")
+    module.init(project=project, experiment_name=experiment, logdir=str(directory / "swanlab"), config=config)
+    return MetricsBackend(lambda step, metrics: module.log(dict(metrics), step=step), module.finish)
 
 
 BACKENDS: dict[str, Callable[[Path, str, str, dict[str, Any]], MetricsBackend]] = {
-    "tensorboard": _TensorBoard,
-    "wandb": _WeightsAndBiases,
-    "swanlab": _SwanLab,
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "swanlab": _swanlab,
 }
 """Tracking services by name. Each is imported on first use."""
