@@ -64,25 +64,19 @@ def make_samples(
     old_logprobs: Sequence[Tensor],
     reference_logprobs: Sequence[Tensor] | None,
 ) -> list[Sample]:
-    """Make the global batch of one optimizer step.
+    """Make the global batch of one optimizer step, whose loss is over the tokens that the policy wrote.
 
     Args:
-        episodes: of this optimizer step; the loss is aggregated over the tokens that the policy wrote.
         advantages: float32 [len(episodes)], one for all tokens of an episode.
-        aggregation: of the token losses.
         old_logprobs: float32 [length] per episode, of the policy in the denominator of the ratio.
         reference_logprobs: the same of the reference policy; None without a KL penalty.
     """
     weights = aggregation_weights([episode.policy_mask for episode in episodes], aggregation)
-    return [
-        Sample(
-            tokens=episode.tokens,
-            weights=weights[index],
-            fields={
-                "advantages": torch.full((len(episode.tokens),), float(advantages[index])),
-                "old_logprobs": old_logprobs[index],
-            }
-            | ({} if reference_logprobs is None else {"reference_logprobs": reference_logprobs[index]}),
-        )
-        for index, episode in enumerate(episodes)
-    ]
+    samples = []
+    for index, episode in enumerate(episodes):
+        advantage = torch.full((len(episode.tokens),), float(advantages[index]))
+        fields = {"advantages": advantage, "old_logprobs": old_logprobs[index]}
+        if reference_logprobs is not None:
+            fields["reference_logprobs"] = reference_logprobs[index]
+        samples.append(Sample(tokens=episode.tokens, weights=weights[index], fields=fields))
+    return samples

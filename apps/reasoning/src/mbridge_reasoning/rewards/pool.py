@@ -1,9 +1,8 @@
 """Scores answers in worker processes, so that a scorer that hangs or crashes does not harm the run.
 
-This file starts its processes itself instead of using `concurrent.futures` or `multiprocessing.Pool`, because their
-spawned children import the trainer's main module with torch, a single one that hangs cannot be killed, and their
-replies are unpickled. Threads of the trainer wait for the workers, so that answers are scored while others are still
-generated.
+The processes are not those of `concurrent.futures` or `multiprocessing.Pool`, whose spawned children import the
+trainer's main module with torch, cannot be killed one by one, and send replies that are unpickled. Threads of the
+trainer wait for the workers, so that answers are scored while others are still generated.
 """
 
 import json
@@ -19,7 +18,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from threading import Event
-from typing import Any, NamedTuple
+from typing import Any, Self
 
 from mbridge_config import ReasoningConfig
 
@@ -41,8 +40,7 @@ class RewardPool:
     """Scores answers in `workers` persistent processes.
 
     Answers are scored by the user's `function`, else by the scorer of the reasoning-gym `task`, else by math-verify.
-    The processes start at once and in the background, so make the pool early. They do not import torch. Close the
-    pool, or leave its `with` block.
+    The processes start at once and in the background, so make the pool early. Close it, or leave its `with` block.
 
     Args:
         timeout: seconds that one answer, or one call of a batched function, may take.
@@ -63,13 +61,7 @@ class RewardPool:
             raise RewardError(f"reward.timeout is {timeout}: set it above 0 seconds")
         if workers < 1:
             raise RewardError(f"the reward pool has {workers} workers: it needs at least 1")
-        settings = WorkerSettings(
-            timeout=timeout,
-            memory_limit=memory_limit,
-            function=function,
-            task=task,
-            parameters=dict(parameters or {}),
-        )
+        settings = WorkerSettings(timeout, memory_limit, function, task, dict(parameters or {}))
         self._closed = Event()
         self._workers = [_Worker(settings, self._closed) for _ in range(workers)]
         self._idle: SimpleQueue[_Worker] = SimpleQueue()
@@ -80,7 +72,7 @@ class RewardPool:
         self._failure: BaseException | None = None
 
     @classmethod
-    def of(cls, config: ReasoningConfig) -> "RewardPool":
+    def of(cls, config: ReasoningConfig) -> Self:
         """Make the pool that `reward` asks for. `reward.function` takes precedence over `reward.reward_type`."""
         reward, gym = config.reward, config.data.reasoning_gym
         uses_gym = reward.function is None and reward.reward_type == "reasoning_gym"
@@ -120,7 +112,7 @@ class RewardPool:
                 worker.kill()
             self._threads.shutdown(wait=True)
 
-    def __enter__(self) -> "RewardPool":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -155,34 +147,23 @@ class RewardPool:
 
     def _scores(self, worker: "_Worker", answers: list[Answer]) -> list[Score]:
         reply = worker.ask(answers)
-        if reply.status == "died" and len(answers) == 1:
+        if reply is None and len(answers) == 1:
             # Killed from outside, perhaps: only an answer that does it twice is to blame.
             reply = worker.ask(answers)
-        if reply.status == "scored":
-            return [Score(value) for value in reply.values]
+        if reply is not None and "values" in reply:
+            return [Score(value) for value in reply["values"]]
         if len(answers) > 1:  # one of them is to blame
             return [score for answer in answers for score in self._scores(worker, [answer])]
-        return [Score(0.0, "timeout" if reply.status == "timeout" else "failed")]
-
-
-class _Reply(NamedTuple):
-    """`status`: "scored", "timeout", "failed" or "died"."""
-
-    status: str
-    values: Sequence[float] = ()
+        return [Score(0.0, "failed" if reply is None else reply["status"])]
 
 
 class _Worker:
-    """One worker process and the connection to it. Used by one thread at a time.
-
-    Attributes:
-        batched: it takes several answers at once; known once it is ready.
-    """
+    """One worker process and the connection to it. Used by one thread at a time."""
 
     def __init__(self, settings: WorkerSettings, closed: Event) -> None:
         self._settings = settings
         self._closed = closed
-        self.batched = False
+        self.batched = False  # known once it is ready
         self._ready = False
         self._start()
 
@@ -209,8 +190,11 @@ class _Worker:
                 f"run `{sys.executable} -c 'import math_verify, reasoning_gym'` to see whether its libraries import"
             )
 
-    def ask(self, answers: list[Answer]) -> _Reply:
-        """Have `answers` scored. A worker that hangs or dies is replaced."""
+    def ask(self, answers: list[Answer]) -> dict[str, Any] | None:
+        """Have `answers` scored; return `values` or a `status`, or None if the worker died.
+
+        A worker that hangs or dies is replaced.
+        """
         self.ensure_ready()
         request = pickle.dumps(answers)
         try:
@@ -223,13 +207,12 @@ class _Worker:
             message = self._receive(self._settings.timeout + GRACE)
         except TimeoutError:
             self._restart()
-            return _Reply("timeout")
+            return {"status": "timeout"}
         if message is None:
             self._restart()
-            return _Reply("died")
-        if "error" in message:
+        elif "error" in message:
             raise RewardError(message["error"])
-        return _Reply(message.get("status", "scored"), message.get("values", ()))
+        return message
 
     def kill(self) -> None:
         self._process.kill()

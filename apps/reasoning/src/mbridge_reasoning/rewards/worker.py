@@ -14,32 +14,23 @@ import resource
 import signal
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from mbridge_reasoning.errors import RewardError
-from mbridge_reasoning.rewards.base import Answer, Scorer
+from mbridge_reasoning.rewards.base import Answer, Scorer, one_by_one
+from mbridge_reasoning.rewards.extraction import final_answer
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class WorkerSettings:
-    """The settings of a reward worker.
-
-    Attributes:
-        timeout: seconds that one call of the scorer may take.
-        memory_limit: bytes of address space: an answer such as 9**9**9**9 exhausts these and not the machine.
-        function: `FILE.py:NAME` or `MODULE:NAME`; if None, the scorer of `task`, and without a task math-verify.
-        task, parameters: of reasoning-gym.
-    """
+class WorkerSettings(NamedTuple):
+    """The arguments of `RewardPool`. An answer such as 9**9**9**9 exhausts the memory limit and not the machine."""
 
     timeout: float
     memory_limit: int
-    function: str | None = None
-    task: str | None = None
+    function: str | None
+    task: str | None
     parameters: Mapping[str, Any]
 
 
@@ -47,7 +38,7 @@ class TimeUp(BaseException):
     """The time of an answer is over. Not an `Exception`, so that a library's `except Exception` lets it pass."""
 
 
-def _raise_time_up(signal_number: int, frame: FrameType | None) -> None:
+def _raise_time_up(*_: object) -> None:
     raise TimeUp
 
 
@@ -81,9 +72,14 @@ def _scorer(connection: Connection, settings: WorkerSettings) -> Scorer | None:
 
             scorer = function_scorer(settings.function)
         elif settings.task is not None:
-            from mbridge_reasoning.rewards.gym import task_scorer
+            from mbridge_reasoning.data.gym import create_task
 
-            scorer = task_scorer(settings.task, settings.parameters)
+            task = create_task(settings.task, settings.parameters)
+
+            def score(answer: Answer) -> float:  # what is unfinished counts as no answer
+                return float(task.score_answer(final_answer(answer.text) or None, dict(answer.prompt.row)))
+
+            scorer = one_by_one(score)
         else:
             from mbridge_reasoning.rewards.math import math_scorer
 

@@ -37,26 +37,20 @@ class SamplingParams:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        problems = []
-        if self.max_new_tokens < 1:
-            problems.append(f"max_new_tokens is {self.max_new_tokens}: set it to 1 or more")
-        if not 0 <= self.min_new_tokens <= self.max_new_tokens:
-            problems.append(
-                f"min_new_tokens is {self.min_new_tokens}: set it between 0 and max_new_tokens={self.max_new_tokens}"
-            )
-        if not self.temperature > 0:
-            problems.append(
-                f"temperature is {self.temperature}: set it above 0, and greedy=true for the most likely token"
-            )
-        if self.top_k < -1:
-            problems.append(f"top_k is {self.top_k}: set it to 1 or more, or to -1 (off)")
-        if not 0 < self.top_p <= 1:
-            problems.append(f"top_p is {self.top_p}: set it above 0 and at most 1.0 (off)")
-        if self.repetition_penalty != 1.0:
-            problems.append(
-                f"repetition_penalty is {self.repetition_penalty}: set it to 1.0, because with a penalty the sampled "
-                "tokens come from a distribution that the trainer cannot recompute"
-            )
+        longest = self.max_new_tokens
+        valid_and_fix = {
+            "max_new_tokens": (longest >= 1, "set it to 1 or more"),
+            "min_new_tokens": (0 <= self.min_new_tokens <= longest, f"set it between 0 and max_new_tokens={longest}"),
+            "temperature": (self.temperature > 0, "set it above 0, and greedy=true for the most likely token"),
+            "top_k": (self.top_k >= -1, "set it to 1 or more, or to -1 (off)"),
+            "top_p": (0 < self.top_p <= 1, "set it above 0 and at most 1.0 (off)"),
+            "repetition_penalty": (
+                self.repetition_penalty == 1.0,
+                "set it to 1.0, because with a penalty the sampled tokens come from a distribution that the trainer "
+                "cannot recompute",
+            ),
+        }
+        problems = [f"{key} is {getattr(self, key)}: {fix}" for key, (valid, fix) in valid_and_fix.items() if not valid]
         if problems:
             raise RolloutError("cannot sample with these settings:\n" + "\n".join(f"  {line}" for line in problems))
 
