@@ -41,8 +41,8 @@ takes a sixth of a second."""
 LossFunction = Callable[[LossInputs], LossOutputs]
 """Maps the tokens of one micro-batch to a weighted sum and metrics (see `losses.policy`)."""
 
+# Maps a micro-batch and the outputs of its head to a loss, a number of tokens and results, for the schedule.
 _Finish = Callable[[ModelInputs, Mapping[str, Tensor]], tuple[Tensor, Tensor, dict[str, Any]]]
-"""Maps a micro-batch and the outputs of its head to a loss, a number of tokens and results, for the schedule."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -129,25 +129,22 @@ class Engine:
                 the token budget; the weights are offloaded.
             ValueError: a sample lacks a field that others have.
         """
-        if self.optimizer is None:
-            raise TrainError("this engine was built without an optimizer and cannot train")
+        optimizer = self._trained_with()
         self.memory.require("weights")
         self.memory.onload("gradients")
         for chunk in self.model:
             chunk.zero_grad_buffer()
-        self.optimizer.megatron.zero_grad()
-        _, per_micro_batch = self._run(
-            batch, head or LogprobHead(), partial(_loss_and_metrics, loss), forward_only=False
-        )
+        optimizer.megatron.zero_grad()
+        finish = partial(_loss_and_metrics, loss)
+        _, per_micro_batch = self._run(batch, head or LogprobHead(), finish, forward_only=False)
         return reduce_metrics(per_micro_batch, self.layout, self.device)
 
     @record_function("optimizer_step")
     def step(self) -> StepResult:
         """Apply the gradients. Collective over all ranks."""
-        if self.optimizer is None:
-            raise TrainError("this engine was built without an optimizer and cannot train")
+        optimizer = self._trained_with()
         self.memory.require(*PARTS)
-        return self.optimizer.step()
+        return optimizer.step()
 
     @record_function("forward")
     def forward(self, batch: list[Sample], head: Head) -> dict[str, list[Tensor]]:
@@ -244,6 +241,11 @@ class Engine:
                 chunk.grad_accs.clear()
         self.config.grad_scale_func = self.config.finalize_model_grads_func = self.config.no_sync_func = None
 
+    def _trained_with(self) -> Optimizer:
+        if self.optimizer is None:
+            raise TrainError("this engine was built without an optimizer and cannot train")
+        return self.optimizer
+
     def _plan(self, lengths: list[int]) -> Plan:
         return plan_micro_batches(
             lengths,
@@ -268,17 +270,26 @@ class Engine:
     def _run(
         self, batch: list[Sample], head: Head, finish: _Finish, *, forward_only: bool
     ) -> tuple[Plan, list[dict[str, Any]]]:
-        """Run the pipeline schedule over this rank's micro-batches.
-
-        Returns:
-            The plan, and on the last stage the results of `finish` for each micro-batch.
-        """
+        """Run the pipeline schedule; return the plan, and on the last stage the results of `finish` by micro-batch."""
         self.memory.require("weights")
         check_agreement(batch, self.layout)
         plan = self._plan([sample.length for sample in batch])
         micro_batches = plan[self.layout.data.rank]
         for chunk in self.model:
             chunk.train(not forward_only)
+
+        field_names = common_fields(batch)
+
+        def collated() -> Iterator[ModelInputs]:
+            """Collate micro-batches one at a time, when the schedule asks for them."""
+            for micro_batch in micro_batches:
+                yield collate(
+                    [batch[index] for index in micro_batch],
+                    packed=self._is_packed,
+                    pad_to_multiple=self._length_multiple,
+                    field_names=field_names,
+                    with_vision=self.layout.is_first_stage,
+                )
 
         def forward_step(iterator: Iterator[ModelInputs], model: nn.Module) -> tuple[Any, Callable[..., Any]]:
             inputs = next(iterator).to(self.device)
@@ -292,22 +303,10 @@ class Engine:
             )
             return output, partial(finish, inputs)
 
-        collate_samples = partial(
-            collate,
-            packed=self._is_packed,
-            pad_to_multiple=self._length_multiple,
-            field_names=common_fields(batch),
-            with_vision=self.layout.is_first_stage,
-        )
-        # Micro-batches are collated one at a time, when the schedule asks for them.
-        iterators = [
-            (collate_samples([batch[index] for index in micro_batch]) for micro_batch in micro_batches)
-            for _ in self.model
-        ]
         with torch.set_grad_enabled(not forward_only):
             results = get_forward_backward_func()(
                 forward_step_func=forward_step,
-                data_iterator=iterators,
+                data_iterator=[collated() for _ in self.model],
                 model=self.model,
                 num_microbatches=len(micro_batches),
                 # Stages exchange the real shapes (variable_seq_lengths), so these two are placeholders.

@@ -30,9 +30,9 @@ class Application[Config: (ReasoningConfig, SFTConfig)]:
 
 
 def run_application[Config: (ReasoningConfig, SFTConfig)](app: Application[Config], words: Sequence[str]) -> int:
-    """Run the command line `words` (without the program's name) and return the exit code of the run.
+    """Run the command line `words` (without the program's name) and return the exit code, as `launch` does.
 
-    The exit codes are those of `launch`. User errors are printed without a traceback.
+    User errors are printed without a traceback.
     """
     try:
         return _run(app, list(words))

@@ -13,7 +13,7 @@ LOCK_FILE = ".lock"
 
 
 class RunLock:
-    """Lock that keeps other runs out of `directory` until `release`; a no-op on file systems without locks."""
+    """Lock that keeps other runs out of `directory` until `close`; a no-op on file systems without locks."""
 
     def __init__(self, directory: Path) -> None:
         self._path = directory / LOCK_FILE
@@ -29,7 +29,7 @@ class RunLock:
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.release()
+            self.close()
             owner = self._path.read_text(encoding="utf-8").strip() or "another process"
             return (
                 f"{self._path.parent} is in use by another run ({owner}): wait until that run ends, or give this one "
@@ -42,7 +42,7 @@ class RunLock:
             os.write(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
         return None
 
-    def release(self) -> None:
+    def close(self) -> None:
         """Let another run use the directory. Idempotent."""
         if self._descriptor is not None:
             os.close(self._descriptor)

@@ -13,7 +13,6 @@ import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -23,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from rich.console import Console
 
 from mbridge_train.errors import TrainError
 from mbridge_train.run.launch_rank import PREEMPTIBLE_FILE, RESUMABLE, USER_ERROR, Failure, run_entry
@@ -239,25 +240,22 @@ def _pass_on_termination(directory: Path, count: int) -> None:
 
 
 def _silence_agent() -> None:
-    """Silence the agent's own report of a failure, which repeats ours in the agent's terms, unless LOGLEVEL is set.
-
-    Each of the agent's modules sets the level of its own logger, so the level of their parent has no effect.
-    """
+    """Silence the agent's own report of a failure, which repeats ours in the agent's terms, unless LOGLEVEL is set."""
     if "LOGLEVEL" not in os.environ:
-        for name in list(logging.root.manager.loggerDict):
+        for name in list(logging.root.manager.loggerDict):  # each sets its own level, so their parent's has no effect
             if name.startswith(("torch.distributed.elastic", "torch.distributed.launcher")):
                 logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _interrupted(number: signal.Signals) -> int:
-    _show_cursor()
+    Console(stderr=True).show_cursor()  # which a rank that ended inside a progress display has hidden
     print("interrupted" if number == signal.SIGINT else f"ended by {number.name}", file=sys.stderr)
     return 128 + number
 
 
 def _report_failure(directory: Path, exit_codes: dict[int, int], count: int) -> int:
     """Print the failure that happened first, of which all others follow, and return the exit code of the run."""
-    _show_cursor()
+    Console(stderr=True).show_cursor()
     if RESUMABLE in exit_codes.values():
         return RESUMABLE
     if 128 + signal.SIGTERM in exit_codes.values():  # a rank has said why
@@ -282,10 +280,3 @@ def _report_failure(directory: Path, exit_codes: dict[int, int], count: int) -> 
     rank, code = next((it for it in exit_codes.items() if it[1] > 0), next(iter(exit_codes.items())))
     print(f"error: rank {rank} of {count} ended with exit code {code}.", file=sys.stderr)
     return code if code > 0 else 128 - code
-
-
-def _show_cursor() -> None:
-    """Show the terminal's cursor, which a rank that ended inside a progress display has left hidden."""
-    if sys.stderr.isatty():
-        with contextlib.suppress(OSError, subprocess.SubprocessError):
-            subprocess.run(["tput", "cnorm"], stdout=sys.stderr, check=False, timeout=5)

@@ -4,7 +4,7 @@ import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,13 +33,7 @@ RESUME_KEYS = ("runner.experiment_name", "runner.resume_dir", "runner.max_steps"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Display:
-    """How an app shows its runs.
-
-    Attributes:
-        description: label of the progress bar.
-        figures: labels of the metrics in the line of a step on the terminal, by name.
-        charts: charts of the report.
-    """
+    """How an app shows its runs: the label of the progress bar, labels of a step's metrics by name, and charts."""
 
     description: str
     figures: Mapping[str, str]
@@ -50,10 +44,8 @@ class RunOutput:
     """The files and the terminal of one run.
 
     Args:
-        config: config of the run.
         directory: directory of the run; created with its first file.
         command: words of the command that started the run.
-        display: which metrics to show, and how.
     """
 
     def __init__(self, config: RunConfig, directory: Path, command: list[str], display: Display) -> None:
@@ -75,11 +67,9 @@ class RunOutput:
 
     def message(self, text: str) -> None:
         """Print one line to the terminal."""
-        if not self.is_writer:
-            return
         if self._progress is not None:
             self._progress.message(text)
-        else:
+        elif self.is_writer:
             print(text, flush=True)
 
     @contextmanager
@@ -91,15 +81,15 @@ class RunOutput:
         """
         if reason := broadcast(self._lock.take() if self.is_writer else None):
             raise TrainError(reason)
-        try:
-            with self._written(total_steps, first_step, resumed_from) if self.is_writer else nullcontext():
-                yield
-        finally:
-            self._lock.release()
+        with closing(self._lock), self._written(total_steps, first_step, resumed_from):
+            yield
 
     @contextmanager
     def _written(self, total_steps: int, first_step: int, resumed_from: Checkpoint | None) -> Iterator[None]:
-        """Write the files of the run while the block lasts, and its report and results at the end."""
+        """On rank 0, write the files of the run while the block lasts, and its report and results at the end."""
+        if not self.is_writer:
+            yield
+            return
         logger = self.config.runner.logger
         values = plain(self.config)
         self._writer = MetricsWriter(
@@ -136,7 +126,6 @@ class RunOutput:
             self._progress.step(number, metrics)
 
     def _finish(self, config_text: str) -> None:
-        """Close the metrics and write the report from them."""
         assert self._writer is not None
         self._progress = None
         self._writer.close()

@@ -27,31 +27,25 @@ def join(timeout_minutes: float = 30.0) -> torch.device:
         TrainError: this host has more ranks than GPUs.
     """
     enable_cpu()
-    if not torch.cuda.is_available():
-        if not distributed.is_initialized():
-            distributed.init_process_group("gloo", timeout=timedelta(minutes=timeout_minutes))
-        return torch.device("cpu")
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    if local_rank >= torch.cuda.device_count():
-        raise TrainError(
-            f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}; "
-            "start one process per GPU (launcher.nproc_per_node)"
-        )
-    torch.cuda.set_device(local_rank)
-    device = torch.device("cuda", local_rank)
-    if not distributed.is_initialized():
+    device, backend = torch.device("cpu"), "gloo"
+    if torch.cuda.is_available():
+        local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+        if local_rank >= torch.cuda.device_count():
+            raise TrainError(
+                f"local rank {local_rank} has no GPU: this host has {torch.cuda.device_count()}; "
+                "start one process per GPU (launcher.nproc_per_node)"
+            )
+        torch.cuda.set_device(local_rank)
         # gloo beside nccl: checkpoints and Python objects are exchanged on the CPU.
-        distributed.init_process_group(
-            "cpu:gloo,cuda:nccl", timeout=timedelta(minutes=timeout_minutes), device_id=device
-        )
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+    if not distributed.is_initialized():
+        bound = device if device.type == "cuda" else None
+        distributed.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes), device_id=bound)
     return device
 
 
 def seed_all(seed: int) -> None:
-    """Seed Python, numpy and torch with the same seed on every rank.
-
-    Megatron-Core's random streams are seeded when its groups are created.
-    """
+    """Seed Python, numpy and torch; Megatron-Core's random streams are seeded when its groups are created."""
     random.seed(seed)
     numpy.random.seed(seed % 2**32)
     torch.manual_seed(seed)

@@ -14,9 +14,8 @@ class TrainingProgress:
     If the output is not a terminal (a log file, CI), lines are plain text without a bar or escape sequences.
 
     Args:
-        total_steps: number of steps of the whole run, including those before a resume.
+        total_steps: number of steps of the whole run, including the `first_step` ones before a resume.
         figures: labels by the names of metrics, in the order of display. Metrics that a step lacks are left out.
-        first_step: number of steps done before this process.
         description: label of the bar.
         console: None: standard output.
     """
@@ -52,12 +51,13 @@ class TrainingProgress:
         for name, label in self._figures.items():
             if name in metrics:
                 line.append("  ").append(f"{label} ", style="dim").append(format_figure(metrics[name]))
-        self._print(line)
+        self.message(line)
         self._bar.update(self._task, completed=step)
 
-    def message(self, text: str) -> None:
+    def message(self, text: str | Text) -> None:
         """Print a line of text, without markup, above the bar."""
-        self._print(Text(text))
+        # Rich would wrap lines in a log, whose width it assumes.
+        self._console.print(text, markup=False, emoji=False, soft_wrap=True, highlight=False)
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -65,10 +65,6 @@ class TrainingProgress:
 
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
-
-    def _print(self, line: Text) -> None:
-        # Rich would wrap lines in a log, whose width it assumes.
-        self._console.print(line, soft_wrap=True, highlight=False)
 
 
 def format_figure(value: float) -> str:
