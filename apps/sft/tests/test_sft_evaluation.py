@@ -3,12 +3,13 @@
 import io
 import math
 import pickle
+from functools import partial
 from typing import cast
 
 import pytest
 import torch
 from mbridge_sft.display import LONGEST_TEXT, example_grid
-from mbridge_sft.evaluation import SHOWN, Question, QuestionEncoder, evaluate
+from mbridge_sft.evaluation import SHOWN, Question, encode_question, evaluate
 from mbridge_sft.trainer import training_samples
 from mbridge_train.data.encode import Encoded, Encoder
 from mbridge_train.data.examples import Example, ImageReference, Message
@@ -88,7 +89,7 @@ class _Encoder:
 
 
 def test_questions_of_examples() -> None:
-    make = pickle.loads(pickle.dumps(QuestionEncoder(cast(Encoder, _Encoder()))))
+    make = pickle.loads(pickle.dumps(partial(encode_question, cast(Encoder, _Encoder()))))
     made = make(example("b", ("a", "b", "c")))
     assert made.right == 1 and [int(candidate.tokens[1]) for candidate in made.candidates] == [97, 98, 99]
     made = make(example("z", None))

@@ -10,12 +10,9 @@ from mbridge_reasoning.rewards.pool import RewardPool
 
 
 def check_start(config: ReasoningConfig) -> None:
-    """Check data, reward function and directories before any rank starts. Nothing is left behind.
+    """Raise a user error for data, reward function or directories that would stop the run later.
 
-    Raises:
-        DataError: a data file cannot be used.
-        ConfigError: the run is too short for its schedule, or cannot write to its directory.
-        RewardError: `reward.function` cannot be imported.
+    Nothing is left behind.
     """
     if config.data.type == "math":
         training, _ = read_data_files(config)

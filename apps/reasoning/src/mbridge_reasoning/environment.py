@@ -34,7 +34,6 @@ class SingleTurn:
         """Return one episode per prompt, in order. Collective over all ranks; every rank gets all of them.
 
         Args:
-            prompts: the same on every rank.
             seed: together with the position of a prompt, it names the random stream of the answer.
 
         Raises:

@@ -1,10 +1,11 @@
 """Showing an SFT run: figures on the terminal, curves in the report, and a grid of evaluated examples."""
 
 import base64
-import html
 import io
 from collections.abc import Sequence
 
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 from mbridge_train.data.errors import RowError
 from mbridge_train.data.examples import ImageReference
 from mbridge_train.data.images import decode
@@ -49,44 +50,27 @@ DISPLAY = Display(
     ),
 )
 
-_STYLE = """<style>
-.examples { display: grid; grid-template-columns: repeat(auto-fill, minmax(220px, 1fr)); gap: 12px; }
-.example { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 12px; }
-.example img { max-width: 100%; display: block; margin-bottom: 8px; }
-.example p { margin: 0 0 4px; white-space: pre-wrap; overflow-wrap: anywhere; font-size: 13px; }
-.right { color: #2e8b57; } .wrong { color: #cf4646; }
-</style>"""
-
 
 def example_grid(predictions: Sequence[Prediction]) -> str:
     """Return self-contained HTML with each example's images, question, right answer and prediction."""
     if not predictions:
         return ""
-    cells = "\n".join(f'<div class="example">{_cell(prediction)}</div>' for prediction in predictions)
-    return f'{_STYLE}<h2>Evaluated examples</h2><div class="examples">{cells}</div>'
+    templates = Environment(loader=PackageLoader("mbridge_sft", "."), autoescape=True, trim_blocks=True)
+    templates.filters |= {"shortened": _shortened, "picture": _picture}
+    return templates.get_template("examples.html.jinja").render(predictions=predictions)
 
 
-def _cell(prediction: Prediction) -> str:
-    example = prediction.example
-    lines = [_image(image, example.source) for image in example.images]
-    lines += [f"<p>{_text(example.messages[-1].text)}</p>", f"<p>answer: <b>{_text(example.answer)}</b></p>"]
-    if prediction.predicted is not None:
-        kind = "right" if prediction.is_right else "wrong"
-        lines.append(f'<p>prediction: <b class="{kind}">{_text(prediction.predicted)}</b></p>')
-    lines.append(f'<p class="note">{_text(example.source)}</p>')
-    return "".join(lines)
-
-
-def _image(image: ImageReference, source: str) -> str:
+def _picture(image: ImageReference, source: str) -> Markup:
     try:
         picture = decode(image, source)
     except RowError as error:  # the file has disappeared since the evaluation
-        return f'<p class="note">{_text(str(error))}</p>'
+        return Markup('<p class="note">{}</p>').format(_shortened(str(error)))
     picture.thumbnail((IMAGE_SIDE, IMAGE_SIDE))
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG")
-    return f'<img alt="" src="data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}">'
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return Markup('<img alt="" src="data:image/png;base64,{}">').format(data)
 
 
-def _text(text: str) -> str:
-    return html.escape(text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…")
+def _shortened(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT else text[: LONGEST_TEXT - 1] + "…"

@@ -21,17 +21,12 @@ SHOWN = 24
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Question:
-    """An example with the sequences to score.
-
-    Attributes:
-        example: the example.
-        candidates: a sequence for each choice; only that of the right answer if there are no choices.
-        right: index of the candidate with the right answer.
-    """
+    """An example with a sequence to score for each choice, or only that of the right answer if there are no choices."""
 
     example: Example
     candidates: list[Encoded]
     right: int
+    """Index of the candidate with the right answer."""
 
     @property
     def images(self) -> RowImages | None:
@@ -59,17 +54,12 @@ class Evaluation:
     shown: list[Prediction]
 
 
-@dataclass(frozen=True, slots=True)
-class QuestionEncoder:
-    """Encodes an example as a `Question`. Can be pickled if `encoder` can. Raises what `encoder` raises."""
-
-    encoder: Encoder
-
-    def __call__(self, example: Example) -> Question:
-        if example.choices is None:
-            return Question(example=example, candidates=[self.encoder.encode(example)], right=0)
-        right = example.choices.index(example.answer)
-        return Question(example=example, candidates=self.encoder.encode_choices(example), right=right)
+def encode_question(encoder: Encoder, example: Example) -> Question:
+    """Return an example with its sequences. Raises what `encoder` raises."""
+    if example.choices is None:
+        return Question(example=example, candidates=[encoder.encode(example)], right=0)
+    right = example.choices.index(example.answer)
+    return Question(example=example, candidates=encoder.encode_choices(example), right=right)
 
 
 def as_sample(encoded: Encoded, weights: Tensor) -> Sample:

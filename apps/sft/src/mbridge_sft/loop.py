@@ -148,15 +148,13 @@ def _trainer(config: SFTConfig, engine: Engine, output: RunOutput) -> SFTTrainer
 
 
 def _engine(config: SFTConfig, *, optimizer_steps: int | None) -> Engine:
-    model = config.actor.model
+    actor, model = config.actor, config.actor.model
     freeze = Freeze(
         language_model=model.freeze_language_model,
         vision_model=model.freeze_vision_model,
         vision_projection=model.freeze_vision_projection,
     )
-    return build_engine(
-        config.actor, config.runner, hf_directory(config), optimizer_steps=optimizer_steps, freeze=freeze
-    )
+    return build_engine(actor, config.runner, hf_directory(config), optimizer_steps=optimizer_steps, freeze=freeze)
 
 
 def _encoder(config: SFTConfig) -> Encoder:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from mbridge_config import SFTConfig
 from mbridge_config.schema.keys import filled
@@ -14,7 +15,7 @@ from mbridge_train.engine.engine import Engine
 from mbridge_train.engine.throughput import Throughput
 from mbridge_train.losses.policy import sft_loss
 
-from mbridge_sft.evaluation import Evaluation, Question, QuestionEncoder, as_sample, evaluate
+from mbridge_sft.evaluation import Evaluation, Question, as_sample, encode_question, evaluate
 
 
 @dataclass(kw_only=True)
@@ -79,7 +80,7 @@ class SFTTrainer:
         data, actor = self.config.data, self.config.actor
         questions = EncodedBatches(
             examples,
-            QuestionEncoder(self.encoder),
+            partial(encode_question, self.encoder),
             batch_size=filled(actor.eval_batch_size),
             seed=None,
             epochs=1,

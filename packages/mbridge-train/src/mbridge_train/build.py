@@ -142,10 +142,7 @@ def _overrides(actor: ActorConfig) -> dict[str, Any]:
         "attention_dropout": model.attention_dropout,
         "hidden_dropout": model.hidden_dropout,
     }
-    split = ("num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage")
-    values |= {name: layers for name in split if (layers := getattr(model, name)) is not None}
+    names = ["num_layers_in_first_pipeline_stage", "num_layers_in_last_pipeline_stage"]
     if model.recompute_granularity is not None:
-        values["recompute_granularity"] = model.recompute_granularity
-        values["recompute_method"] = model.recompute_method
-        values["recompute_num_layers"] = model.recompute_num_layers
-    return values
+        names += ["recompute_granularity", "recompute_method", "recompute_num_layers"]
+    return values | {name: value for name in names if (value := getattr(model, name)) is not None}

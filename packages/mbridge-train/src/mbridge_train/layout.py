@@ -16,13 +16,7 @@ from torch.distributed import ProcessGroup
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """One parallel axis as this rank sees it.
-
-    Attributes:
-        group: this rank and those that differ from it on this axis alone.
-        size: number of ranks in the group.
-        rank: index of this rank in the group.
-    """
+    """One parallel axis: the group of this rank and those that differ from it on this axis alone; its rank in it."""
 
     group: ProcessGroup
     size: int
@@ -30,7 +24,6 @@ class Axis:
 
     @classmethod
     def of(cls, group: ProcessGroup) -> "Axis":
-        """Return the axis of `group`."""
         return cls(group, group.size(), group.rank())
 
     @property
@@ -74,12 +67,7 @@ class RankLayout:
 
     @classmethod
     def of_model(cls, config: TransformerConfig, *, chunks: int) -> "RankLayout":
-        """Return the layout of a model built on Megatron-Core's process groups. Collective over all ranks.
-
-        Args:
-            config: of the model.
-            chunks: number of model chunks on this rank.
-        """
+        """Return the layout of a model of `chunks` chunks on each rank. Collective over all ranks."""
         return cls(
             tensor=Axis.of(parallel_state.get_tensor_model_parallel_group()),
             pipeline=Axis.of(parallel_state.get_pipeline_model_parallel_group()),

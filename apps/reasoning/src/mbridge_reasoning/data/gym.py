@@ -2,9 +2,7 @@
 
 Some tasks choose from sets of texts, whose order differs between Python processes unless `PYTHONHASHSEED` is set before
 they start. So the prompts are made in a separate process: `python -m mbridge_reasoning.data.gym`. It is trusted (no
-words of a model reach it), so pickle goes both ways.
-
-reasoning-gym takes seconds to import, so only the functions that need it import it.
+words of a model reach it), so pickle goes both ways. Importing reasoning-gym takes seconds; only functions do.
 """
 
 import difflib
@@ -40,13 +38,8 @@ def make_prompts(
     """
     command = [sys.executable, "-W", "ignore", "-m", "mbridge_reasoning.data.gym"]
     arguments = (task, train_size, validation_size, seed, dict(parameters or {}))
-    done = subprocess.run(
-        command,
-        input=pickle.dumps(arguments),
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONHASHSEED": "0"},
-        check=False,
-    )
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    done = subprocess.run(command, input=pickle.dumps(arguments), stdout=subprocess.PIPE, env=environment, check=False)
     if done.returncode:
         raise DataError(
             f"reasoning-gym task {task!r} ended with status {done.returncode} while it made problems, see above; "
@@ -86,11 +79,7 @@ def _make_prompts(
 
 
 def create_task(task: str | None, parameters: Mapping[str, Any]) -> "ProceduralDataset":
-    """Create the data set of a reasoning-gym task, which also scores answers to it.
-
-    Raises:
-        DataError: the task is unknown or refuses the parameters.
-    """
+    """Create the data set of a reasoning-gym task, which also scores answers to it, or raise `DataError`."""
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 

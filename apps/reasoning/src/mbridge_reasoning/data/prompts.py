@@ -40,19 +40,16 @@ class Prompt:
 def read_data_files(config: "ReasoningConfig") -> tuple[list[Prompt], list[Prompt]]:
     """Return the (training, validation) prompts of the files that `data` names; validation may be empty."""
     data = config.data
-    training, validation = (
-        [Path(path).expanduser() for path in paths] for paths in (data.train_data_paths, data.val_data_paths)
-    )
 
-    def read(paths: list[Path]) -> list[Prompt]:
+    def read(paths: list[str]) -> list[Prompt]:
         return read_prompts(
-            paths,
+            [Path(path).expanduser() for path in paths],
             prompt_key=data.prompt_key,
             solutions_key=data.answer_key,
             need_solutions=config.reward.function is None,
         )
 
-    return read(training), read(validation) if validation else []
+    return read(data.train_data_paths), read(data.val_data_paths) if data.val_data_paths else []
 
 
 def read_prompts(
@@ -62,20 +59,18 @@ def read_prompts(
     solutions_key: str = "solutions",
     need_solutions: bool = True,
 ) -> list[Prompt]:
-    """Read prompts from `.jsonl` files (one JSON object per line) and `.json` files (one array of objects).
+    """Read prompts, in order, from `.jsonl` files (one JSON object per line) and `.json` files (an array of objects).
 
-    The order of files and of their records is kept. Without `need_solutions` a record may lack
-    `solutions_key`.
+    Without `need_solutions` a record may lack `solutions_key`.
 
     Raises:
         DataError: a file or record cannot be used, with the file and the line or record.
     """
-    prompts: list[Prompt] = []
-    for path in map(Path, paths):
-        records = JsonRecords(path)
-        for index in range(len(records)):
-            source = records.source(index)
-            prompts.append(_prompt(records[index], source, prompt_key, solutions_key, need_solutions))
+    prompts = [
+        _prompt(records[index], records.source(index), prompt_key, solutions_key, need_solutions)
+        for records in map(JsonRecords, map(Path, paths))
+        for index in range(len(records))
+    ]
     if not prompts:
         raise DataError("no data files are given: set data.train_data_paths and data.val_data_paths")
     return prompts
@@ -128,10 +123,9 @@ def _tokenize(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase", apply_chat_t
         tokens: list[int] = tokenizer(content)["input_ids"]
     else:
         if tokenizer.chat_template is None:
-            reason = (
-                "data.apply_chat_template is true" if isinstance(content, str) else "the prompt is a list of messages"
-            )
-            fix = "set it to false" if isinstance(content, str) else "write the prompt as plain text"
+            reason, fix = "the prompt is a list of messages", "write the prompt as plain text"
+            if isinstance(content, str):
+                reason, fix = "data.apply_chat_template is true", "set it to false"
             raise DataError(
                 f"{prompt.source}: {reason}, but the tokenizer has no chat template; {fix}, or put a "
                 "chat_template.jinja beside the tokenizer's files"
@@ -180,17 +174,10 @@ def _refuse_half_characters(texts: Iterable[str], source: str, key: str) -> None
 def _content(value: Any, source: str, key: str) -> str | list[Message]:
     if isinstance(value, str) and value.strip():
         return value
-    if (
-        isinstance(value, list)
-        and value
-        and all(
-            isinstance(message, dict)
-            and isinstance(message.get("role"), str)
-            and isinstance(message.get("content"), str)
-            for message in value
-        )
-    ):
-        return [{"role": message["role"], "content": message["content"]} for message in value]
+    if isinstance(value, list) and value and all(isinstance(message, dict) for message in value):
+        messages = [{key: message.get(key) for key in ("role", "content")} for message in value]
+        if all(isinstance(text, str) for message in messages for text in message.values()):
+            return messages
     raise DataError(
         f"{source}: {key!r} is {json.dumps(value)[:60]}: write text that is not empty, or a list of messages "
         'such as {"role": "user", "content": "…"}'
@@ -201,7 +188,7 @@ def _solutions(value: Any, source: str, key: str) -> tuple[str, ...]:
     values = value if isinstance(value, list) else [value]
     valid = all(map(_is_answer, values))
     solutions = tuple(str(item) for item in values) if valid else ()
-    if not solutions or not all(solution.strip() for solution in solutions):
+    if not solutions or not all(map(str.strip, solutions)):
         raise DataError(
             f"{source}: {key!r} is {json.dumps(value)[:60]}: write the right answer as text, or a list of such texts"
         )

@@ -22,18 +22,12 @@ from torch import distributed
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from mbridge_reasoning.data.prompts import Prompt, tokenize_prompts
-from mbridge_reasoning.quickstart.model import write_tiny_model
+from mbridge_reasoning.quickstart.model import END_OF_TURN, write_tiny_model
 from mbridge_reasoning.quickstart.warmup import warmup_answers
 
 
 def prepare_quickstart(config: ReasoningConfig, prompts: Sequence[Prompt], output: RunOutput) -> None:
-    """Make the model directory unless it exists. Collective over all ranks.
-
-    Args:
-        config: with `quickstart.enabled`.
-        prompts: to train on; the warm-up sees their solutions.
-        output: prints progress now and then.
-    """
+    """Make the model directory unless it exists. Collective over all ranks. The warm-up sees the prompts' solutions."""
     target = hf_directory(config)
     if broadcast((target / "config.json").is_file()):
         output.message(f"using the tiny model that an earlier run made in {target}")
@@ -99,10 +93,8 @@ def warmup_actor(config: ReasoningConfig) -> ActorConfig:
 
 def _batch(prompts: Sequence[Prompt], answers: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
     """Return each prompt with the answer to teach; only the answer and its end token are trained."""
-    answer_tokens = [
-        [*tokenizer(answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for answer in answers
-    ]
-    tokens = [torch.tensor([*prompt.tokens, *answer]) for prompt, answer in zip(prompts, answer_tokens, strict=True)]
+    taught = tokenizer([answer + END_OF_TURN for answer in answers], add_special_tokens=False)["input_ids"]
+    tokens = [torch.tensor([*prompt.tokens, *answer]) for prompt, answer in zip(prompts, taught, strict=True)]
     masks = [torch.arange(len(row)) >= len(prompt.tokens) for prompt, row in zip(prompts, tokens, strict=True)]
     weights = aggregation_weights(masks, "token-mean")
     return [Sample(tokens=row, weights=weight) for row, weight in zip(tokens, weights, strict=True)]

@@ -19,16 +19,11 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The score of an answer.
-
-    Attributes:
-        value: 1.0 for a right answer; reasoning-gym tasks and reward functions may give other values.
-        status: "timeout" and "failed" (the scorer raised, ran out of memory, or took its process down twice) have
-            value 0.0.
-    """
+    """The score of an answer: 1.0 if it is right; reasoning-gym tasks and reward functions may give other values."""
 
     value: float
     status: Literal["scored", "timeout", "failed"] = "scored"
+    """The last two have value 0.0. Failed: the scorer raised, ran out of memory, or took its process down twice."""
 
     @property
     def right(self) -> bool:
@@ -36,15 +31,11 @@ class Score:
 
 
 class Scorer(NamedTuple):
-    """The function that a reward worker runs.
-
-    Attributes:
-        score: returns one value per answer.
-        batched: whether it takes several answers at once.
-    """
+    """The function that a reward worker runs, which returns one value per answer."""
 
     score: Callable[[Sequence[Answer]], list[float]]
     batched: bool = False
+    """Whether it takes several answers at once."""
 
 
 def one_by_one(score: Callable[[Answer], float]) -> Scorer:

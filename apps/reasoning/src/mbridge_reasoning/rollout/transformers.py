@@ -6,7 +6,7 @@ recomputes, and a random stream for each sequence, so that a sequence does not d
 on the rank that sampled it.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +53,9 @@ def end_token_ids(model_directory: str | Path, tokenizer: PreTrainedTokenizerBas
 class TransformersRollout:
     """The rollout engine on transformers' own model, with eager kernels, on CPU or one GPU.
 
-    The model is built from `config.json` alone; its weights come through `update_weights`.
+    The model is built from `config.json` in `model_directory`; its weights come through `update_weights`.
 
     Args:
-        model_directory: HuggingFace directory of the policy.
         end_tokens: ids that end an answer.
         batch_size: the largest number of sequences decoded at once. A batch loses rows as they finish, so one
             long answer is decoded in a batch of one.
@@ -110,7 +109,22 @@ class TransformersRollout:
 
         def pairs() -> Iterator[tuple[Tensor, Tensor]]:
             for name, tensor in weights:
-                target = self._target(name, tensor, live)
+                if name not in live:
+                    raise RolloutError(
+                        f"weight {name!r} is not part of {type(self.model).__name__}: "
+                        "the stream must use the names of the model's own HuggingFace checkpoint"
+                    )
+                target = live[name]
+                if target.shape != tensor.shape:
+                    raise RolloutError(
+                        f"weight {name!r} has shape {tuple(tensor.shape)}, the rollout model expects "
+                        f"{tuple(target.shape)}: config.json and the trained model disagree"
+                    )
+                if target.is_floating_point() != tensor.is_floating_point():
+                    raise RolloutError(
+                        f"weight {name!r} has dtype {tensor.dtype}, the rollout model expects {target.dtype}: "
+                        "stream the tensor in a floating-point dtype"
+                    )
                 missing.pop(id(target), None)
                 yield target, tensor
 
@@ -123,26 +137,6 @@ class TransformersRollout:
             )
         self._has_weights = True
         self.weights_version += 1
-
-    def _target(self, name: str, tensor: Tensor, live: Mapping[str, Tensor]) -> Tensor:
-        """Return the live tensor that `tensor` is copied into, if it fits."""
-        target = live.get(name)
-        if target is None:
-            raise RolloutError(
-                f"weight {name!r} is not part of {type(self.model).__name__}: "
-                "the stream must use the names of the model's own HuggingFace checkpoint"
-            )
-        if target.shape != tensor.shape:
-            raise RolloutError(
-                f"weight {name!r} has shape {tuple(tensor.shape)}, the rollout model expects "
-                f"{tuple(target.shape)}: config.json and the trained model disagree"
-            )
-        if target.is_floating_point() != tensor.is_floating_point():
-            raise RolloutError(
-                f"weight {name!r} has dtype {tensor.dtype}, the rollout model expects {target.dtype}: "
-                "stream the tensor in a floating-point dtype"
-            )
-        return target
 
     def sleep(self) -> None:
         """See `RolloutEngine.sleep`."""
@@ -188,16 +182,12 @@ class TransformersRollout:
 
 
 class _Batch:
-    """Requests with the same sampling settings that are decoded together. A row leaves when its answer ends.
-
-    Attributes:
-        alive: positions of the requests that are still being answered, one per row.
-    """
+    """Requests with the same sampling settings that are decoded together. A row leaves when its answer ends."""
 
     @torch.inference_mode()
     def __init__(self, engine: TransformersRollout, positions: list[int], requests: list[Request]) -> None:
         self.engine = engine
-        self.alive = positions
+        self.alive = positions  # of the requests that are still being answered, one per row
         self.sampling = requests[0].sampling
         rows, width = len(requests), max(len(request.tokens) for request in requests)
         input_ids = torch.zeros(rows, width, dtype=torch.long)

@@ -6,9 +6,8 @@ them as it would read that data set.
 """
 
 import io
-import os
 import random
-import tempfile
+import uuid
 from collections import Counter
 from pathlib import Path
 
@@ -80,14 +79,9 @@ def _write(path: Path, table: pa.Table) -> None:
     except (OSError, pa.ArrowException):
         pass  # missing or damaged
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}")
     try:
-        with os.fdopen(descriptor, "wb") as file:
-            pq.write_table(table, file, row_group_size=_ROWS_IN_GROUP)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        pq.write_table(table, temporary, row_group_size=_ROWS_IN_GROUP)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

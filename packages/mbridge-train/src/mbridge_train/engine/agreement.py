@@ -22,9 +22,8 @@ _COMPARED = ("number of samples", "lengths", "tokens", "weights", "names of fiel
 def check_agreement(batch: Sequence[Sample], layout: RankLayout) -> None:
     """Compare the batch with those of all other ranks. Collective over all ranks.
 
-    Checksums of lengths, tokens, weights, names of fields and sizes of images are compared, which takes about 50 ms of
-    a CPU core per million tokens. Values of fields and pixels are left out, because a rank may have only those of its
-    own samples.
+    Checksums take about 50 ms of a CPU core per million tokens. Values of fields and pixels are left out, because a
+    rank may have only those of its own samples.
 
     Raises:
         TrainError: on every rank, naming the ranks whose batch differs from that of the majority.

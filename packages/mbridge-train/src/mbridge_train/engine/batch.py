@@ -133,23 +133,19 @@ def aggregation_weights(loss_masks: Sequence[Tensor], mode: Aggregation) -> list
     Raises:
         ValueError: unknown mode; a mask is not one-dimensional, not 0/1, or true at position 0.
     """
-    if mode not in get_args(Aggregation):
-        raise ValueError(f"unknown loss aggregation {mode!r}: use one of {', '.join(get_args(Aggregation))}")
     masks = [_as_bool(index, mask) for index, mask in enumerate(loss_masks)]
     counts = [int(mask.sum()) for mask in masks]
-    trained_tokens = sum(counts)
     trained_sequences = sum(count > 0 for count in counts)
-
-    def token_weight(count: int) -> float:
-        if count == 0:
-            return 0.0
-        if mode == "token-mean":
-            return 1 / trained_tokens
-        if mode == "seq-mean-token-sum":
-            return 1 / trained_sequences
-        return 1 / (trained_sequences * count)
-
-    return [mask.to(torch.float32) * token_weight(count) for mask, count in zip(masks, counts, strict=True)]
+    match mode:
+        case "token-mean":
+            shares = [sum(counts)] * len(counts)
+        case "seq-mean-token-sum":
+            shares = [trained_sequences] * len(counts)
+        case "seq-mean-token-mean":
+            shares = [trained_sequences * count for count in counts]
+        case _:
+            raise ValueError(f"unknown loss aggregation {mode!r}: use one of {', '.join(get_args(Aggregation))}")
+    return [mask.to(torch.float32) * (1 / max(1, share)) for mask, share in zip(masks, shares, strict=True)]
 
 
 def _as_bool(index: int, mask: Tensor) -> Tensor:

@@ -98,7 +98,6 @@ def collate(
     runs the same code and collectives as the others.
 
     Args:
-        samples: the micro-batch.
         packed: whether to lay the samples end to end in one row (THD), each padded on the right, or in a row each,
             padded on the right to the longest one.
         pad_to_multiple: padded lengths are multiples of this, so that sequence and context parallelism can split them.

@@ -59,17 +59,12 @@ class MicroBatching:
     token_budget: int | None = None
     packed: bool = False
 
-    def __post_init__(self) -> None:
-        if (self.micro_batch_size is None) == (self.token_budget is None):
-            raise TrainError("give exactly one of micro_batch_size and token_budget (max_tokens_per_mbs)")
-
 
 class Engine:
     """A Megatron model and its optimizer.
 
     Args:
-        model: chunks from `mbridge_model.load` with the override `calculate_per_token_loss`.
-        handle: from `mbridge_model.load`.
+        model, handle: from `mbridge_model.load` with the override `calculate_per_token_loss`.
         micro_batching: for training and forward passes alike.
         optimizer: None makes an engine that only evaluates.
 
@@ -117,8 +112,7 @@ class Engine:
 
         Args:
             batch: the global batch, the same on every rank.
-            loss: function of the head's outputs and the samples' fields.
-            head: computes the outputs from the last hidden states; None: `LogprobHead()`.
+            head: computes the outputs that `loss` reads from the last hidden states; None: `LogprobHead()`.
 
         Returns:
             On every rank, the metrics of the loss over the global batch, as `results.mean_metrics` returns them. Read
@@ -152,7 +146,6 @@ class Engine:
 
         Args:
             batch: the global batch, the same on every rank; weights are not used.
-            head: computes the outputs from the last hidden states.
 
         Returns:
             On every rank, for each output of the head, one float32 CPU tensor [length, ...] per sample, in the order of
@@ -172,14 +165,11 @@ class Engine:
     def padding_share(self, batch: list[Sample]) -> float:
         """Return the share of padding among the positions that all ranks compute in a pass over `batch`."""
         lengths = [sample.length for sample in batch]
-        return padding_share(
-            self._plan(lengths), lengths, packed=self._is_packed, pad_each_to_multiple=self._length_multiple
-        )
+        plan, multiple = self._plan(lengths), self._length_multiple
+        return padding_share(plan, lengths, packed=self._is_packed, pad_each_to_multiple=multiple)
 
     def reads_vision(self, lengths: list[int]) -> set[int]:
-        """Return the indices of the samples whose images and videos this rank reads.
-
-        These are the rank's samples on the first pipeline stage, and none on other stages.
+        """Return the indices of the samples whose images and videos this rank reads; only a first stage reads any.
 
         Args:
             lengths: number of tokens of each sample of the global batch.

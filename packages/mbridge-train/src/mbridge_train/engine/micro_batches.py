@@ -4,6 +4,7 @@ It is a deterministic function of the lengths, so every rank computes the same p
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 from mbridge_train.errors import TrainError
 
@@ -21,17 +22,14 @@ def plan_micro_batches(
 ) -> Plan:
     """Spread samples evenly by tokens over data-parallel ranks, and cut each rank's share into micro-batches.
 
-    Every sample is used exactly once. All ranks get the same number of micro-batches, the smallest that fits, some of
-    which may be empty. The assignment is longest-processing-time-first (Graham 1969): the longest remaining sample goes
-    to the rank with the fewest tokens.
+    All ranks get the same number of micro-batches, the smallest that fits, some of which may be empty. The assignment
+    is longest-processing-time-first (Graham 1969): the longest remaining sample goes to the rank with the fewest
+    tokens.
 
     Args:
         lengths: number of tokens of each sample.
-        data_parallel_size: number of ranks to spread over.
-        micro_batch_size: largest number of samples in a micro-batch. Samples of similar length share a micro-batch, so
-            there is little padding.
-        token_budget: instead, largest number of tokens in a packed micro-batch. The micro-batches of a rank are
-            balanced by tokens.
+        micro_batch_size: largest number of samples in a micro-batch; samples of similar length share one.
+        token_budget: instead, largest number of tokens in a packed micro-batch; those of a rank are balanced by tokens.
         pad_each_to_multiple: lengths are rounded up to a multiple of this.
 
     Raises:
@@ -75,14 +73,11 @@ def padding_share(plan: Plan, lengths: Sequence[int], *, packed: bool, pad_each_
     """Return the share of padding, in [0, 1), among the positions of all micro-batches of all ranks.
 
     Args:
-        plan: from `plan_micro_batches`.
-        lengths: number of tokens of each sample.
         packed: whether samples are laid out end to end or in rows (`collate`).
         pad_each_to_multiple: multiple to which each sample, if packed, or each row is padded.
     """
-    micro_batches = [micro_batch for rank in plan for micro_batch in rank if micro_batch]
     positions = 0
-    for micro_batch in micro_batches:
+    for micro_batch in filter(None, chain.from_iterable(plan)):
         padded = [round_up(lengths[index], pad_each_to_multiple) for index in micro_batch]
         positions += sum(padded) if packed else len(padded) * max(padded)
     return 1 - sum(lengths) / positions

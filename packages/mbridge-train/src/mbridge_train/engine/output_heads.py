@@ -13,19 +13,15 @@ from mbridge_train.losses.logprob import vocab_parallel_logprob_and_entropy
 
 @dataclass(frozen=True, slots=True)
 class HeadInputs:
-    """The inputs of a head, on the last pipeline stage.
-
-    Attributes:
-        micro_batch: with its tensors on the device.
-        last_stage: hidden states and logits in Megatron-Core's order, [sequence, batch, ...].
-        layout: of the engine; the vocabulary is split over its `tensor` axis.
-        vocab_size: true size of the vocabulary; columns after it are padding.
-    """
+    """The inputs of a head, on the last pipeline stage."""
 
     micro_batch: ModelInputs
     last_stage: LastStage
+    """Hidden states and logits in Megatron-Core's order, [sequence, batch, ...]."""
     layout: RankLayout
+    """The vocabulary is split over its `tensor` axis."""
     vocab_size: int
+    """True size of the vocabulary; columns after it are padding."""
 
     def hidden_states(self) -> Tensor:
         """Return the output of the final norm, [batch * sequence, hidden] in the model's dtype.
@@ -49,9 +45,7 @@ layer if the head does not read the logits.
 class LogprobHead:
     """Head that returns `logprobs`, the natural log probability of each next token, and optionally `entropy`, in nats.
 
-    Attributes:
-        temperature: divides the logits.
-        with_entropy: whether to return the entropy of the distribution at each position.
+    `temperature` divides the logits.
     """
 
     temperature: float = 1.0

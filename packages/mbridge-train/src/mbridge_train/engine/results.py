@@ -15,12 +15,8 @@ def combine_metrics(parts: Iterable[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     for part in parts:
         for name, value in part.items():
-            if name not in total:
-                total[name] = value
-            elif is_maximum(name):
-                total[name] = torch.maximum(total[name], value)
-            else:
-                total[name] = total[name] + value
+            combine = torch.maximum if is_maximum(name) else torch.add
+            total[name] = combine(total[name], value) if name in total else value
     return total
 
 
@@ -48,11 +44,7 @@ class Metrics(Mapping[str, float]):
     """The result of `mean_metrics`, whose copy from the device stays in flight until it is first read.
 
     So the optimizer step can be launched while the GPU still computes gradients. The copy is issued at once; issued
-    later, it would wait for that step, too.
-
-    Args:
-        names: names of the combined metrics.
-        values: float64 [names] on the device.
+    later, it would wait for that step, too. `values`: float64 [names] on the device.
     """
 
     def __init__(self, names: Sequence[str], values: Tensor) -> None:

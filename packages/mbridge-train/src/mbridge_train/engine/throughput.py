@@ -47,12 +47,7 @@ def peak_tflops(device_name: str) -> float | None:
 
 
 class Throughput:
-    """Metrics of steps from their samples and durations.
-
-    Args:
-        facts: geometry of the model.
-        model: section of the config, for the precision and the frozen parts.
-    """
+    """Metrics of steps from their samples and durations. `model` tells the precision and the frozen parts."""
 
     def __init__(self, facts: HFFacts, model: ModelConfig) -> None:
         self.facts = facts
@@ -64,11 +59,8 @@ class Throughput:
     def metrics(self, batch: Sequence[Sample], seconds: float) -> dict[str, float]:
         """Return metrics of forward and backward passes over a global batch that took `seconds`.
 
-        Only lengths on the host are read, so nothing waits for a GPU.
-
-        Returns:
-            `tflops_per_second` per GPU, and `mfu`, its share of the peak, if that is known. Empty for a model whose
-            operations cannot be counted.
+        They are `tflops_per_second` per GPU, and `mfu`, its share of the peak, if that is known; none for a model whose
+        operations cannot be counted. Only lengths on the host are read, so nothing waits for a GPU.
         """
         images = [grid for sample in batch if sample.vision is not None for grid in sample.vision.grid_thw.tolist()]
         work = forward_flops(self.facts, [sample.length for sample in batch], images)

@@ -35,28 +35,19 @@ class LossInputs:
     """float32 [tokens] each: `Sample.fields` by name."""
 
     def output(self, name: str) -> Tensor:
-        """Return an output of the head, with zeros where the weight is 0.
-
-        Raises:
-            ValueError: the head has no output of that name.
-        """
+        """Return an output of the head, with zeros where the weight is 0. Raise `ValueError` if there is none."""
         return self._trained(self.outputs, name, "output of the head")
 
     def field(self, name: str) -> Tensor:
-        """Return a field of the samples, with zeros where the weight is 0.
-
-        Raises:
-            ValueError: the samples have no field of that name.
-        """
+        """Return a field of the samples, with zeros where the weight is 0. Raise `ValueError` if there is none."""
         return self._trained(self.fields, name, "field of the samples")
 
     def _trained(self, values: Mapping[str, Tensor], name: str, kind: str) -> Tensor:
-        """Return a value by name, with zeros where the weight is 0, because 0 * NaN is NaN."""
         if name not in values:
             raise ValueError(f"this loss needs the {kind} {name!r}; there are: {', '.join(sorted(values)) or 'none'}")
         value = values[name]
         trained = (self.weights > 0).view(-1, *[1] * (value.dim() - 1))
-        return torch.where(trained, value, 0)
+        return torch.where(trained, value, 0)  # because 0 * NaN is NaN
 
 
 @dataclass(kw_only=True, slots=True)

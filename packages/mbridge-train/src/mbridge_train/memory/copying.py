@@ -15,10 +15,8 @@ GROUP_BYTES = 256 << 20
 def copy_tensors(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
     """Copy the second tensor of each pair into the first, cast to its dtype.
 
-    On a GPU, copying a model's small tensors one by one takes longer to launch than to run.
-
-    Args:
-        pairs: (target, source) of equal shapes. Small sources are held until they add up to `GROUP_BYTES`.
+    On a GPU, copying a model's small tensors one by one takes longer to launch than to run, so small sources are held
+    until they add up to `GROUP_BYTES`.
     """
     targets: list[Tensor] = []
     sources: list[Tensor] = []

@@ -13,9 +13,6 @@ _ALIGNMENT = 64
 class HostCopy:
     """The values of some tensors' storages in host memory, which is pinned if there is a GPU, and kept for reuse.
 
-    Storages are emptied in place, so that all their views are valid again once they are refilled. On a CPU, too, they
-    are copied to other memory.
-
     Args:
         device: storages on other devices are left alone.
         stream: stream of the copies of `take` and `give_back`; None: the current stream.
@@ -35,12 +32,9 @@ class HostCopy:
         return self._freed is not None
 
     def take(self, tensors: Iterable[Tensor], *, excluding: Iterable[Tensor] = (), keeps_values: bool = True) -> None:
-        """Empty the storages of `tensors`.
+        """Empty the storages of `tensors` but not those of `excluding`.
 
-        Args:
-            tensors: may share storages.
-            excluding: tensors whose storages are left alone.
-            keeps_values: copy the values first; otherwise `give_back` leaves the storages uninitialized.
+        Without `keeps_values`, `give_back` leaves them uninitialized.
 
         Raises:
             RuntimeError: there is not enough host memory; nothing was emptied.
@@ -86,10 +80,7 @@ class HostCopy:
 
     @torch.no_grad()
     def exchange(self, tensors: Iterable[Tensor]) -> None:
-        """Swap the values of `tensors`, those of `save`, with the values in host memory, on the current stream.
-
-        This needs device memory for two pieces of at most 64 MiB.
-        """
+        """Swap the values of `tensors`, those of `save`, with the values in host memory, on the current stream."""
         for data, host in self._pairs(_storages(tensors, self.device)):
             held = data.clone()
             data.copy_(host, non_blocking=True)

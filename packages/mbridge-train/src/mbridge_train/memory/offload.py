@@ -29,10 +29,7 @@ PARTS: tuple[Part, ...] = (*KEPT, "gradients")
 class Offload:
     """The parts of an engine that are offloaded, and the host memory that holds them.
 
-    Args:
-        model: the chunks, wrapped for data parallelism if they are trained.
-        optimizer: None for an engine that only evaluates and so has only weights.
-        device: the model's device.
+    Without an optimizer, an engine has only weights.
     """
 
     def __init__(self, model: Sequence[Any], optimizer: Optimizer | None, device: torch.device) -> None:

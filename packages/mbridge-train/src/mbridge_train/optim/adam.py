@@ -23,13 +23,9 @@ class Adam(torch.optim.Optimizer):
     int.
 
     Args:
-        params: parameters or groups of them, of a floating dtype.
-        lr: learning rate, a float.
-        betas: decay rates of the first and second moment.
-        eps: added to the root of the second moment.
         adam_w_mode: decay weights directly; if False, add `weight_decay` times the weight to the gradient.
-        weight_decay: coefficient of the decay.
         capturable: must be False; capturing the step in a CUDA graph needs Transformer Engine.
+        params, lr, betas, eps, weight_decay: as of `torch.optim.AdamW`.
 
     Raises:
         ValueError: a hyper-parameter is out of its range, or `capturable` is True.

@@ -100,25 +100,17 @@ def _refuse_router_losses(config: Any) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """The outcome of one optimizer step.
-
-    Attributes:
-        grad_norm: global L2 norm before clipping; 0.0 if the update was skipped.
-        learning_rate: of this step.
-        applied: False when an fp16 overflow made the optimizer skip the update.
-    """
+    """The outcome of one optimizer step."""
 
     grad_norm: float
+    """Global L2 norm before clipping; 0.0 if the update was skipped."""
     learning_rate: float
     applied: bool
+    """False when an fp16 overflow made the optimizer skip the update."""
 
 
 class Optimizer:
-    """Megatron-Core's optimizer and the learning-rate schedule.
-
-    Args:
-        model: chunks from `wrap_data_parallel`.
-        settings: as given to `wrap_data_parallel`.
+    """Megatron-Core's optimizer and the learning-rate schedule, with the arguments and result of `wrap_data_parallel`.
 
     Raises:
         TrainError: every parameter of the model is frozen.
@@ -162,10 +154,7 @@ class Optimizer:
 
     @property
     def parts(self) -> list[Any]:
-        """The optimizers of the chain that Megatron-Core always returns; usually one.
-
-        Optimizers for which no rank has a parameter are left out: they are stubs without state.
-        """
+        """The optimizers of Megatron-Core's chain, usually one, without stubs for which no rank has a parameter."""
         chained = getattr(self.megatron, "chained_optimizers", [self.megatron])
         return [part for part in chained if part.optimizer is not None]
 
@@ -174,8 +163,8 @@ class Optimizer:
         found: list[Tensor] = []
         for part in self.parts:
             found += [parameter for group in part.optimizer.param_groups for parameter in group["params"]]
-            found += [value for state in part.optimizer.state.values() for value in state.values()]
-        return [value for value in found if isinstance(value, Tensor)]
+            found += [v for state in part.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)]
+        return found
 
     def step(self) -> StepResult:
         """Clip, update and advance the schedule. Collective over all ranks.

@@ -14,19 +14,14 @@ from mbridge_train.run.metrics import require_backends
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Application[Config: (ReasoningConfig, SFTConfig)]:
-    """An app whose ranks call `<package>.loop.run(config, command)`.
-
-    Attributes:
-        program: name of the command.
-        package: import name of the package that contains the configs, of which `quickstart` is the default.
-        schema: dataclass of the configs.
-        check_start: called before any rank starts; raises a user error for mistakes that would stop the run later.
-    """
+    """An app whose ranks call `<package>.loop.run(config, command)`."""
 
     program: str
     package: str
+    """Import name of the package that contains the configs, of which `quickstart` is the default."""
     schema: type[Config]
     check_start: Callable[[Config], None]
+    """Called before any rank starts; raises a user error for mistakes that would stop the run later."""
 
 
 def run_application[Config: (ReasoningConfig, SFTConfig)](app: Application[Config], words: Sequence[str]) -> int:

@@ -94,11 +94,7 @@ def launch(entry: str, args: tuple[Any, ...] = (), nproc_per_node: int | None = 
 
 
 def outside_group(environment: Mapping[str, str]) -> Group | None:
-    """Return the process group that the variables of torchrun, else of SLURM's ``srun``, describe, or None.
-
-    Raises:
-        TrainError: some of the variables are missing.
-    """
+    """Return the process group that the variables of torchrun, else of SLURM's ``srun``, describe, or None."""
     if "RANK" in environment and "WORLD_SIZE" in environment:
         names, source = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), "torchrun"
     elif "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
@@ -123,11 +119,7 @@ def outside_group(environment: Mapping[str, str]) -> Group | None:
 
 
 def rank_count(nproc_per_node: int | None) -> int:
-    """Return how many ranks `launch` starts on this machine: `nproc_per_node`, else one per GPU, else one.
-
-    Raises:
-        TrainError: `nproc_per_node` is less than one, or more than there are GPUs.
-    """
+    """Return how many ranks `launch` starts on this machine: `nproc_per_node`, else one per GPU, else one."""
     if nproc_per_node is not None and nproc_per_node < 1:
         raise TrainError(f"launcher.nproc_per_node is {nproc_per_node}: give 1 or more, or leave it empty.")
     import torch

@@ -70,11 +70,7 @@ class Failure:
 
 
 def run_entry(entry: str, args: tuple[Any, ...]) -> Failure | None:
-    """Call ``"module:function"`` with `args` and return why it failed, or None.
-
-    Raises:
-        ValueError: `entry` is not of that form.
-    """
+    """Call ``"module:function"`` with `args` and return why it failed, or None."""
     module_name, separator, function_name = entry.partition(":")
     if not separator:
         raise ValueError(f"entry {entry!r} is not of the form 'module:function'")
@@ -97,11 +93,7 @@ def run_entry(entry: str, args: tuple[Any, ...]) -> Failure | None:
 
 
 def _quiet_upstream() -> None:
-    """Hide warnings that no user can act on.
-
-    On import Megatron-Core lists a dozen optional GPU libraries that are missing, and torch's checkpoints complain
-    about the way Megatron-Core calls them.
-    """
+    """Hide warnings that no user can act on: optional GPU libraries that are missing, and how Megatron calls torch."""
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.checkpoint")
     warnings.filterwarnings("ignore", category=SyntaxWarning)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)

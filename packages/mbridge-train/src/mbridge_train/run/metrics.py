@@ -8,9 +8,9 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from importlib import import_module
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -41,9 +41,7 @@ class MetricsWriter:
         resume_metrics: metrics of that step from its checkpoint, written if the run was killed after saving the
             checkpoint and before writing their line.
         backends: names from :data:`BACKENDS`.
-        project: name of the project in the tracking service.
-        experiment: name of the run in the tracking service.
-        config: configuration of the run, shown in the tracking service.
+        project, experiment, config: names of project and run, and its configuration, for the tracking services.
         backend_directory: directory for the files of the backends; None: `directory`.
 
     Raises:
@@ -77,8 +75,9 @@ class MetricsWriter:
         existed = self.path.exists()
         if existed and resume_step is not None:
             self._last_step = _drop_after(self.path, resume_step)
-        elif existed:
-            _set_aside(self.path)
+        elif existed and self.path.stat().st_size:  # else the run ended before its first step
+            names = (self.path.with_name(f"metrics.{number}.jsonl") for number in count(1))
+            self.path.rename(next(name for name in names if not name.exists()))
         with writing(self.path):
             self._file = self.path.open("a", encoding="utf-8")
         if existed and resume_step is not None and resume_metrics and self._last_step < resume_step:
@@ -150,15 +149,6 @@ def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
         yield record, line
 
 
-def _set_aside(path: Path) -> None:
-    if not path.stat().st_size:
-        return  # the run ended before its first step
-    number = 1
-    while (target := path.with_name(f"metrics.{number}.jsonl")).exists():
-        number += 1
-    path.rename(target)
-
-
 def _drop_after(path: Path, step: int) -> int:
     """Drop the lines after ``step``, and return the step of the last line, or -1 if none is left."""
     kept = [(record["step"], line) for record, line in _lines(path) if record["step"] <= step]
@@ -169,27 +159,26 @@ def _drop_after(path: Path, step: int) -> int:
 def require_backends(names: Sequence[str]) -> None:
     """Raise `TrainError` if a backend is not installed, without importing it."""
     for name in names:
-        if find_spec(name) is None:
-            raise _not_installed(name, "there is no such package")
+        with _importing(name):
+            if find_spec(name) is None:
+                raise ImportError("there is no such package")
 
 
-def _import_backend(module: str, package: str) -> Any:
+@contextmanager
+def _importing(package: str) -> Iterator[None]:
     try:
-        return import_module(module)
+        yield
     except ImportError as error:
-        raise _not_installed(package, error) from None
-
-
-def _not_installed(package: str, why: object) -> TrainError:
-    return TrainError(
-        f"metrics backend {package!r} is not installed ({why}): pip install {package}, or take it out of "
-        "runner.logger.logger_backends"
-    )
+        raise TrainError(
+            f"metrics backend {package!r} is not installed ({error}): pip install {package}, or take it out of "
+            "runner.logger.logger_backends"
+        ) from None
 
 
 def _tensorboard(directory: Path, project: str, experiment: str, config: dict[str, Any]) -> MetricsBackend:
-    module = _import_backend("torch.utils.tensorboard", "tensorboard")
-    writer = module.SummaryWriter(log_dir=str(directory / "tensorboard"))
+    with _importing("tensorboard"):
+        from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(log_dir=str(directory / "tensorboard"))
     writer.add_text("config", f"```json\n{json.dumps(config, indent=2, default=str)}\n```")
 
     def log(step: int, metrics: Mapping[str, float]) -> None:
@@ -201,15 +190,17 @@ def _tensorboard(directory: Path, project: str, experiment: str, config: dict[st
 
 
 def _wandb(directory: Path, project: str, experiment: str, config: dict[str, Any]) -> MetricsBackend:
-    module = _import_backend("wandb", "wandb")
-    run = module.init(project=project, name=experiment, dir=str(directory), config=config)
+    with _importing("wandb"):
+        import wandb
+    run = wandb.init(project=project, name=experiment, dir=str(directory), config=config)
     return MetricsBackend(lambda step, metrics: run.log(dict(metrics), step=step), run.finish)
 
 
 def _swanlab(directory: Path, project: str, experiment: str, config: dict[str, Any]) -> MetricsBackend:
-    module = _import_backend("swanlab", "swanlab")
-    module.init(project=project, experiment_name=experiment, logdir=str(directory / "swanlab"), config=config)
-    return MetricsBackend(lambda step, metrics: module.log(dict(metrics), step=step), module.finish)
+    with _importing("swanlab"):
+        import swanlab
+    swanlab.init(project=project, experiment_name=experiment, logdir=str(directory / "swanlab"), config=config)
+    return MetricsBackend(lambda step, metrics: swanlab.log(dict(metrics), step=step), swanlab.finish)
 
 
 BACKENDS: dict[str, Callable[[Path, str, str, dict[str, Any]], MetricsBackend]] = {

@@ -45,12 +45,11 @@ class Preemption:
 
     def agreed(self) -> bool:
         """Return whether the run is to end after this step; collective over all ranks, with one integer over gloo."""
-        if self._seconds <= 0:
-            return False
-        flag = torch.tensor([int(self._requested.is_set())])
-        if distributed.is_initialized() and distributed.get_world_size() > 1:
-            distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
-        self._stopped = bool(flag.item())
+        if self._seconds > 0:
+            flag = torch.tensor([int(self._requested.is_set())])
+            if distributed.is_initialized():
+                distributed.all_reduce(flag, op=distributed.ReduceOp.MAX)
+            self._stopped = bool(flag.item())
         return self._stopped
 
     def __enter__(self) -> Self:

@@ -22,9 +22,6 @@ def join(timeout_minutes: float = 30.0) -> torch.device:
 
     Returns:
         The device of this rank: its own GPU with nccl, or the CPU with gloo where there is no GPU.
-
-    Raises:
-        TrainError: this host has more ranks than GPUs.
     """
     enable_cpu()
     device, backend = torch.device("cpu"), "gloo"

@@ -22,14 +22,9 @@ _ACTIVITIES = {"cpu": ProfilerActivity.CPU, "cuda": ProfilerActivity.CUDA}
 
 
 class StepProfiler:
-    """Profiler of the steps that `settings` choose.
+    """Profiler of the steps that `settings` choose; None: of none.
 
-    Args:
-        settings: None: record nothing.
-        directory: directory of the traces, unless `settings.output_dir` names another.
-
-    Raises:
-        TrainError: `settings` ask only for GPU activities, and there is no GPU.
+    The traces go to `directory`, unless `settings.output_dir` names another.
     """
 
     def __init__(self, settings: ProfilerConfig | None, directory: Path) -> None:

@@ -71,12 +71,9 @@ def write_report(
     section: str = "",
     config: str | None = None,
 ) -> None:
-    """Write the report; an existing file is replaced atomically.
+    """Write the report on ``metrics.jsonl`` to `out`; an existing file is replaced atomically.
 
     Args:
-        metrics: ``metrics.jsonl`` of the run.
-        out: the HTML file.
-        title: heading of the page.
         charts: charts in the order of display. Charts without recorded metrics are listed by title.
         section: HTML to show below the curves; its texts must be escaped.
         config: the configuration of the run, shown verbatim.
