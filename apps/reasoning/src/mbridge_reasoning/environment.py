@@ -17,18 +17,14 @@ from mbridge_reasoning.rollout.base import Completion, Request, RolloutEngine, S
 
 @dataclass(kw_only=True)
 class SingleTurn:
-    """One answer to each prompt, scored while others are still generated.
-
-    Attributes:
-        tokenizer: turns answers into the text that is scored.
-        timed: opens a context that adds its duration to the phase it is given, "generate" or "reward".
-    """
+    """One answer to each prompt, scored while others are still generated."""
 
     rollout: RolloutEngine
     rewards: RewardPool
     tokenizer: PreTrainedTokenizerBase
     sampling: SamplingParams
     timed: Callable[[str], AbstractContextManager[None]]
+    """Opens a context that adds its duration to the phase it is given, "generate" or "reward"."""
 
     def episodes(self, prompts: Sequence[Prompt], *, seed: int) -> list[Episode]:
         """Return one episode per prompt, in order. Collective over all ranks; every rank gets all of them.

@@ -2,7 +2,7 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from mbridge_train.engine.weight_snapshot import Snapshot
 from mbridge_train.run.output import RunOutput
 from mbridge_train.run.preemption import Preemption
 from mbridge_train.run.process_group import broadcast, join, leave, seed_all
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer
 
 from mbridge_reasoning.data.gym import make_prompts
 from mbridge_reasoning.data.prompts import Prompt, read_data_files, tokenize_prompts
@@ -69,8 +69,22 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
         use_fast=config.actor.tokenizer.use_fast,
         trust_remote_code=config.actor.tokenizer.trust_remote_code,
     )
-    train = _tokenized(config, train, "training", tokenizer, output.message)
-    validation = _tokenized(config, validation, "validation", tokenizer, output.message)
+    sets = {"training": train, "validation": validation}
+    for name, prompts in sets.items():
+        if prompts:
+            sets[name] = tokenize_prompts(
+                prompts,
+                tokenizer,
+                max_prompt_length=config.data.max_prompt_length,
+                apply_chat_template=config.data.apply_chat_template,
+                filter_long=config.data.filter_prompt_by_length,
+            )
+        if missing := len(prompts) - len(sets[name]):
+            output.message(
+                f"left out {missing} of {len(prompts)} {name} prompts that are longer than "
+                f"data.max_prompt_length={config.data.max_prompt_length} tokens"
+            )
+    train, validation = sets.values()
     order = RowOrder(
         size=len(train),
         batch_size=config.data.rollout_batch_size,
@@ -139,32 +153,6 @@ def _run(config: ReasoningConfig, command: list[str], device: torch.device, rewa
             output.step(number, metrics)
             if preempted:
                 break
-
-
-def _tokenized(
-    config: ReasoningConfig,
-    prompts: list[Prompt],
-    name: str,
-    tokenizer: PreTrainedTokenizerBase,
-    say: Callable[[str], None],
-) -> list[Prompt]:
-    """Tokenize the prompts of the set that messages call `name`, and report how many are too long."""
-    if not prompts:
-        return []
-    data = config.data
-    tokenized = tokenize_prompts(
-        prompts,
-        tokenizer,
-        max_prompt_length=data.max_prompt_length,
-        apply_chat_template=data.apply_chat_template,
-        filter_long=data.filter_prompt_by_length,
-    )
-    if missing := len(prompts) - len(tokenized):
-        say(
-            f"left out {missing} of {len(prompts)} {name} prompts that are longer than "
-            f"data.max_prompt_length={data.max_prompt_length} tokens"
-        )
-    return tokenized
 
 
 def _data_state(config: ReasoningConfig, prompts: Sequence[Prompt]) -> dict[str, Any]:

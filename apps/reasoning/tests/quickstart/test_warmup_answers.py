@@ -2,7 +2,7 @@
 
 import pytest
 from mbridge_reasoning.data.prompts import Prompt
-from mbridge_reasoning.quickstart.warmup import warmup_answers, worked_answer
+from mbridge_reasoning.quickstart.prepare import warmup_answers, worked_answer
 from mbridge_train.data.errors import DataError
 
 

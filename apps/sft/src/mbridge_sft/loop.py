@@ -143,8 +143,16 @@ def _evaluated(trainer: SFTTrainer, examples: Examples, output: RunOutput) -> di
 
 
 def _trainer(config: SFTConfig, engine: Engine, output: RunOutput) -> SFTTrainer:
+    data = config.data
+    encoder = Encoder(
+        tokenizer_directory(config),
+        max_length=config.runner.seq_length,
+        train_on=data.train_on,
+        limits=PixelLimits(min_pixels=data.min_pixels, max_pixels=data.max_pixels, oversized=data.oversized),
+        trust_remote_code=config.actor.tokenizer.trust_remote_code,
+    )
     throughput = Throughput(HFFacts.load(hf_directory(config)), config.actor.model)
-    return SFTTrainer(config=config, engine=engine, encoder=_encoder(config), throughput=throughput, say=output.message)
+    return SFTTrainer(config=config, engine=engine, encoder=encoder, throughput=throughput, say=output.message)
 
 
 def _engine(config: SFTConfig, *, optimizer_steps: int | None) -> Engine:
@@ -155,17 +163,6 @@ def _engine(config: SFTConfig, *, optimizer_steps: int | None) -> Engine:
         vision_projection=model.freeze_vision_projection,
     )
     return build_engine(actor, config.runner, hf_directory(config), optimizer_steps=optimizer_steps, freeze=freeze)
-
-
-def _encoder(config: SFTConfig) -> Encoder:
-    data = config.data
-    return Encoder(
-        tokenizer_directory(config),
-        max_length=config.runner.seq_length,
-        train_on=data.train_on,
-        limits=PixelLimits(min_pixels=data.min_pixels, max_pixels=data.max_pixels, oversized=data.oversized),
-        trust_remote_code=config.actor.tokenizer.trust_remote_code,
-    )
 
 
 def _data_state(config: SFTConfig, training: Examples) -> dict[str, Any]:

@@ -44,27 +44,21 @@ __all__ = [
 ]
 
 # Importing Megatron takes seconds, so a name's module is imported when the name is first used.
-_HOME = {
-    "Engine": "engine.engine",
-    "LossInputs": "losses.policy",
-    "LossOutputs": "losses.policy",
-    "MetricsWriter": "run.metrics",
-    "MicroBatching": "engine.engine",
-    "OptimizerSettings": "optim.optimizer",
-    "Sample": "engine.batch",
-    "Schedule": "optim.schedule",
-    "Snapshot": "engine.weight_snapshot",
-    "StepResult": "optim.optimizer",
-    "TrainError": "errors",
-    "aggregation_weights": "engine.batch",
-    "build_engine": "build",
-    "grpo_advantages": "losses.advantages",
-    "load_checkpoint": "checkpoint.load",
-    "load_model": "checkpoint.load",
-    "policy_loss": "losses.policy",
-    "save_checkpoint": "checkpoint.save",
-    "sft_loss": "losses.policy",
+_NAMES = {
+    "build": ["build_engine"],
+    "checkpoint.load": ["load_checkpoint", "load_model"],
+    "checkpoint.save": ["save_checkpoint"],
+    "engine.batch": ["Sample", "aggregation_weights"],
+    "engine.engine": ["Engine", "MicroBatching"],
+    "engine.weight_snapshot": ["Snapshot"],
+    "errors": ["TrainError"],
+    "losses.advantages": ["grpo_advantages"],
+    "losses.policy": ["LossInputs", "LossOutputs", "policy_loss", "sft_loss"],
+    "optim.optimizer": ["OptimizerSettings", "StepResult"],
+    "optim.schedule": ["Schedule"],
+    "run.metrics": ["MetricsWriter"],
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

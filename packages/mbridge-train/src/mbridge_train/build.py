@@ -31,12 +31,10 @@ def build_engine(
 ) -> Engine:
     """Load the model under the layout of `actor.model` and build its optimizer. Collective over all ranks.
 
-    The weights come from `model_directory` with `actor.megatron.use_hf_ckpt`, else from
+    The weights come from the HuggingFace `model_directory` with `actor.megatron.use_hf_ckpt`, else from
     `actor.model.megatron_checkpoint`. Without either they are random, for a run that is resumed.
 
     Args:
-        actor, runner: sections of a checked config.
-        model_directory: HuggingFace directory of the model.
         optimizer_steps: length of the run, for a learning-rate schedule without a length. None: an engine that only
             evaluates.
         freeze: parts of a vision-language model that are not trained.

@@ -2,7 +2,8 @@ import io
 import math
 
 import pytest
-from mbridge_train.run.progress import TrainingProgress, format_figure
+from mbridge_train.run.output import TrainingProgress
+from mbridge_train.run.report import format_figure
 from rich.console import Console
 
 FIGURES = {"loss": "loss", "reward/mean": "reward", "time/step": "seconds"}

@@ -125,7 +125,6 @@ def aggregation_weights(loss_masks: Sequence[Tensor], mode: Aggregation) -> list
     Args:
         loss_masks: one per sequence, bool or 0/1 of any dtype, [length]; true for trained tokens. The first entry must
             be false.
-        mode: the aggregation.
 
     Returns:
         float32 [length] CPU tensors, one per sequence, in the same order.

@@ -122,6 +122,7 @@ def collate(
         return row.view(position_ids.shape)
 
     names = common_fields(samples) if field_names is None else field_names
+    visions = [sample.vision for sample in samples if sample.vision is not None and with_vision]
     return ModelInputs(
         tokens=place([sample.tokens for sample in samples], torch.int64),
         position_ids=_place_positions(samples, starts, position_ids),
@@ -133,13 +134,10 @@ def collate(
         cu_seqlens=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32) if packed else None,
         cu_seqlens_padded=torch.tensor(boundaries, dtype=torch.int32) if packed else None,
         max_seqlen=max(segments) if packed else None,
-        vision=_materialize_vision(samples) if with_vision else None,
+        vision=VisionInputs.concatenate(
+            [part if isinstance(part, VisionInputs) else part.materialize() for part in visions]
+        ),
     )
-
-
-def _materialize_vision(samples: Sequence[Sample]) -> VisionInputs | None:
-    parts = [sample.vision for sample in samples if sample.vision is not None]
-    return VisionInputs.concatenate([part if isinstance(part, VisionInputs) else part.materialize() for part in parts])
 
 
 def _place_positions(samples: Sequence[Sample], starts: list[int], position_ids: Tensor) -> Tensor:

@@ -103,14 +103,13 @@ def gather_samples(
 ) -> dict[str, list[Tensor]]:
     """Return the values of all samples of a global batch, on every rank.
 
+    By name, these are one float32 CPU tensor [length, ...] per sample, in the order of the batch.
+
     Args:
         per_micro_batch: on the last stage, for each micro-batch of this rank, by name: an empty tensor, which has the
             shape, and a tensor [length, ...] per sample.
         micro_batches: indices of the samples of each micro-batch.
         lengths: number of tokens of each sample of the global batch.
-
-    Returns:
-        By name, one float32 CPU tensor [length, ...] per sample, in the order of the batch.
     """
     first = per_micro_batch[0] if per_micro_batch else {}
     shapes = _from_last_stage({name: tuple(values[0].shape[1:]) for name, values in first.items()}, layout)

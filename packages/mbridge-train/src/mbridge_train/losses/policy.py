@@ -190,7 +190,6 @@ def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, kind: KLPenalty) -
     Args:
         logprobs: float [tokens], differentiable.
         reference_logprobs: float [tokens].
-        kind: the estimator.
 
     Returns:
         float [tokens], in nats.

@@ -69,7 +69,12 @@ def wrap_data_parallel(model: list[nn.Module], settings: OptimizerSettings) -> l
         TrainError: the model adds router losses.
     """
     config = get_model_config(model[0])
-    _refuse_router_losses(config)
+    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
+        # Megatron-Core multiplies these losses by the tokens of a micro-batch, and divides by those of the step later.
+        # Here the weights of the tokens already include that division, so router losses would outgrow the loss.
+        value = getattr(config, name, None)
+        if config.num_moe_experts and (any(value) if isinstance(value, list) else value):
+            raise TrainError(f"the override {name}={value} cannot be trained with: leave it out, or set it to 0")
     assert config.calculate_per_token_loss, "the model must be built with calculate_per_token_loss, else DDP averages"
     data_parallel = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -84,18 +89,6 @@ def wrap_data_parallel(model: list[nn.Module], settings: OptimizerSettings) -> l
         DistributedDataParallel(config=config, ddp_config=data_parallel, module=chunk, disable_bucketing=number > 0)
         for number, chunk in enumerate(model)
     ]
-
-
-def _refuse_router_losses(config: Any) -> None:
-    """Raise `TrainError` if the model adds losses of its routers.
-
-    Megatron-Core multiplies them by the number of tokens of a micro-batch, and divides by that of the step later. Here
-    the weights of the tokens already include that division, so router losses would outgrow the loss.
-    """
-    for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
-        value = getattr(config, name, None)
-        if config.num_moe_experts and (any(value) if isinstance(value, list) else value):
-            raise TrainError(f"the override {name}={value} cannot be trained with: leave it out, or set it to 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

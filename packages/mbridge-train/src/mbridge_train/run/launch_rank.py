@@ -18,7 +18,7 @@ import sys
 import time
 import traceback
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -32,14 +32,14 @@ PREEMPTIBLE_FILE = "preemptible"
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
-@dataclass(kw_only=True, slots=True, frozen=True)
+@dataclass(slots=True, frozen=True)
 class Failure:
     """Why an entry failed. `text` is the message of a user error, else a traceback; `time` is in seconds."""
 
-    rank: int
     exit_code: int
     text: str
-    time: float
+    rank: int = field(default_factory=lambda: int(os.environ.get("RANK", "0")))
+    time: float = field(default_factory=time.time)
 
     def show(self, *, world_size: int) -> None:
         """Print the failure to standard error."""
@@ -74,33 +74,25 @@ def run_entry(entry: str, args: tuple[Any, ...]) -> Failure | None:
     module_name, separator, function_name = entry.partition(":")
     if not separator:
         raise ValueError(f"entry {entry!r} is not of the form 'module:function'")
-    _quiet_upstream()
-    try:
-        getattr(importlib.import_module(module_name), function_name)(*args)
-    except KeyboardInterrupt:
-        return _failure(128 + signal.SIGINT, "interrupted")
-    except SystemExit as error:
-        if error.code is None or error.code == 0:
-            return None
-        return _failure(error.code, "") if isinstance(error.code, int) else _failure(1, str(error.code))
-    except BaseException as error:  # noqa: BLE001 - reported with its traceback
-        if getattr(error, "exit_code", None) == USER_ERROR:
-            return _failure(USER_ERROR, str(error))
-        # Without the frames above the entry.
-        frames = error.__traceback__.tb_next if error.__traceback__ is not None else None
-        return _failure(1, "".join(traceback.format_exception(error.with_traceback(frames or error.__traceback__))))
-    return None
-
-
-def _quiet_upstream() -> None:
-    """Hide warnings that no user can act on: optional GPU libraries that are missing, and how Megatron calls torch."""
+    # Upstream warns of optional GPU libraries that are missing, and of the way in which Megatron-Core calls torch.
     warnings.filterwarnings("ignore", module=r"megatron\.|torch\.distributed\.checkpoint")
     warnings.filterwarnings("ignore", category=SyntaxWarning)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-
-
-def _failure(exit_code: int, text: str) -> Failure:
-    return Failure(rank=int(os.environ.get("RANK", "0")), exit_code=exit_code, text=text, time=time.time())
+    try:
+        getattr(importlib.import_module(module_name), function_name)(*args)
+    except KeyboardInterrupt:
+        return Failure(128 + signal.SIGINT, "interrupted")
+    except SystemExit as error:
+        if error.code is None or error.code == 0:
+            return None
+        return Failure(error.code, "") if isinstance(error.code, int) else Failure(1, str(error.code))
+    except BaseException as error:  # noqa: BLE001 - reported with its traceback
+        if getattr(error, "exit_code", None) == USER_ERROR:
+            return Failure(USER_ERROR, str(error))
+        # Without the frames above the entry.
+        frames = error.__traceback__.tb_next if error.__traceback__ is not None else None
+        return Failure(1, "".join(traceback.format_exception(error.with_traceback(frames or error.__traceback__))))
+    return None
 
 
 def main() -> None:

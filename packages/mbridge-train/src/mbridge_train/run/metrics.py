@@ -132,28 +132,25 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     Raises:
         TrainError: a line, named with its file and number, is not a JSON object with an integer ``step``.
     """
-    return [record for record, _ in _lines(Path(path))]
-
-
-def _lines(path: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    text = path.read_text(encoding="utf-8")
-    for number, line in enumerate(text.splitlines(keepends=True), start=1):
+    records = []
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(keepends=True), start=1):
         if not line.endswith("\n"):
-            return  # the process was killed while it wrote this line
+            break  # the process was killed while it wrote this line
         try:
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise TrainError(f"{path}:{number}: not JSON ({error.msg}): delete or repair this line") from None
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             raise TrainError(f"{path}:{number}: not an object with an integer step: delete or repair this line")
-        yield record, line
+        records.append(record)
+    return records
 
 
 def _drop_after(path: Path, step: int) -> int:
     """Drop the lines after ``step``, and return the step of the last line, or -1 if none is left."""
-    kept = [(record["step"], line) for record, line in _lines(path) if record["step"] <= step]
-    replace_text(path, "".join(line for _, line in kept))
-    return kept[-1][0] if kept else -1
+    kept = [record for record in read_metrics(path) if record["step"] <= step]
+    replace_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+    return kept[-1]["step"] if kept else -1
 
 
 def require_backends(names: Sequence[str]) -> None:

@@ -18,8 +18,6 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from mbridge_train.errors import TrainError
 
-_ACTIVITIES = {"cpu": ProfilerActivity.CPU, "cuda": ProfilerActivity.CUDA}
-
 
 class StepProfiler:
     """Profiler of the steps that `settings` choose; None: of none.
@@ -37,7 +35,7 @@ class StepProfiler:
             raise TrainError(
                 "actor.megatron.profiler.activities=[cuda] has nothing to record: torch sees no GPU; add cpu"
             )
-        self.activities = [_ACTIVITIES[name] for name in names]
+        self.activities = [getattr(ProfilerActivity, name.upper()) for name in names]
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:

@@ -24,7 +24,6 @@ from matplotlib.ticker import MaxNLocator
 
 from mbridge_train.run.files import replace_text
 from mbridge_train.run.metrics import read_metrics
-from mbridge_train.run.progress import format_figure
 
 SMOOTHING_STEPS = 20
 """Smallest number of points of a curve that is drawn with a moving average."""
@@ -176,3 +175,10 @@ def _moving_average(values: list[float], window: int) -> list[float]:
     half = window // 2
     slices = (values[max(0, index - half) : index + half + 1] for index in range(len(values)))
     return [math.fsum(part) / len(part) for part in slices]
+
+
+def format_figure(value: float) -> str:
+    """Format `value` with at most four significant digits, whole numbers in full."""
+    if isinstance(value, int) or (value.is_integer() and abs(value) < 1e9):
+        return str(int(value))
+    return f"{value:.4g}"
