@@ -100,7 +100,6 @@ class Phases:
         self.begin()
 
     def begin(self) -> None:
-        """Begin a step."""
         self.seconds: dict[str, float] = {}
         self._started = time.perf_counter()
 

@@ -71,8 +71,7 @@ def evaluate(logprobs: Callable[[list[Sample]], list[Tensor]], batches: Iterable
     """Score all questions. Collective over all ranks if `logprobs` is.
 
     Args:
-        logprobs: `Engine.logprobs`.
-        batches: batches of questions, the same on every rank.
+        batches: of questions, the same on every rank.
 
     Returns:
         `validation/loss` (nats per token of the right answers, over all examples), `validation/examples` and, if there

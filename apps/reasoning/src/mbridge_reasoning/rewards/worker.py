@@ -84,12 +84,12 @@ def _scorer(connection: Connection, settings: WorkerSettings) -> Scorer | None:
             from mbridge_reasoning.rewards.math import math_scorer
 
             scorer = math_scorer()
-    except RewardError as error:
-        _reply(connection, {"error": str(error)})
-        return None
     except Exception as error:  # noqa: BLE001 (reported to the parent)
-        hint = f"run `{sys.executable} -c 'import math_verify, reasoning_gym'` to see whether its libraries import"
-        _reply(connection, {"error": f"a reward worker cannot start: {type(error).__name__}: {error}; {hint}"})
+        message = str(error)
+        if not isinstance(error, RewardError):
+            hint = f"run `{sys.executable} -c 'import math_verify, reasoning_gym'` to see whether its libraries import"
+            message = f"a reward worker cannot start: {type(error).__name__}: {error}; {hint}"
+        _reply(connection, {"error": message})
         return None
     _reply(connection, {"batched": scorer.batched})
     return scorer

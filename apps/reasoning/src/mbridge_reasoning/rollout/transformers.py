@@ -74,8 +74,6 @@ class TransformersRollout:
         world_size: int = 1,
         trust_remote_code: bool = False,
     ) -> None:
-        if batch_size < 1:
-            raise RolloutError(f"rollout batch size is {batch_size}: set it to 1 or more")
         config = from_directory(AutoConfig, Path(model_directory), "config.json", trust_remote_code=trust_remote_code)
         self.device = torch.device(device)
         self.batch_size = batch_size

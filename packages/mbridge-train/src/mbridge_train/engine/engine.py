@@ -253,9 +253,8 @@ class Engine:
     def _length_multiple(self) -> int:
         # Sequence parallelism divides the sequence evenly over the tensor-parallel ranks.
         ranks = self.layout.tensor.size if self.layout.sequence else 1
-        if self.handle.backend == "te" and not self._is_packed:
-            return math.lcm(ranks, PLANNED_LENGTHS)
-        return ranks
+        planned = PLANNED_LENGTHS if self.handle.backend == "te" and not self._is_packed else 1
+        return math.lcm(ranks, planned)
 
     def _run(
         self, batch: list[Sample], head: Head, finish: _Finish, *, forward_only: bool

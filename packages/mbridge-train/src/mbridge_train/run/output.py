@@ -103,12 +103,7 @@ class TrainingProgress:
 
 
 class RunOutput:
-    """The files and the terminal of one run.
-
-    Args:
-        directory: directory of the run; created with its first file.
-        command: words of the command that started the run.
-    """
+    """The files and the terminal of the run that `command` started; `directory` is created with the first file."""
 
     def __init__(self, config: RunConfig, directory: Path, command: list[str], display: Display) -> None:
         self.config = config

@@ -30,10 +30,8 @@ class Preemption:
     """A context manager around the steps of a run, on every rank.
 
     Its end after a step at which `agreed` returned True raises `SystemExit` with the code `RESUMABLE`, on all ranks
-    together, when every rank has come so far.
-
-    Args:
-        seconds: from the first signal until this process ends, saved or not; 0: signals end it at once.
+    together, when every rank has come so far. `seconds` after the first signal this process ends, saved or not; with 0
+    signals end it at once.
     """
 
     def __init__(self, seconds: float) -> None:
