@@ -7,8 +7,9 @@ null and are listed under ``"nonfinite"``.
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from importlib import import_module
 from importlib.util import find_spec
 from itertools import count
 from pathlib import Path
@@ -156,26 +157,27 @@ def _drop_after(path: Path, step: int) -> int:
 def require_backends(names: Sequence[str]) -> None:
     """Raise `TrainError` if a backend is not installed, without importing it."""
     for name in names:
-        with _importing(name):
-            if find_spec(name) is None:
-                raise ImportError("there is no such package")
+        if find_spec(name) is None:
+            raise _not_installed(name, "there is no such package")
 
 
-@contextmanager
-def _importing(package: str) -> Iterator[None]:
+def _imported(module: str, package: str) -> Any:
     try:
-        yield
+        return import_module(module)
     except ImportError as error:
-        raise TrainError(
-            f"metrics backend {package!r} is not installed ({error}): pip install {package}, or take it out of "
-            "runner.logger.logger_backends"
-        ) from None
+        raise _not_installed(package, error) from None
+
+
+def _not_installed(package: str, why: object) -> TrainError:
+    return TrainError(
+        f"metrics backend {package!r} is not installed ({why}): pip install {package}, or take it out of "
+        "runner.logger.logger_backends"
+    )
 
 
 def _tensorboard(directory: Path, project: str, experiment: str, config: dict[str, Any]) -> MetricsBackend:
-    with _importing("tensorboard"):
-        from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(log_dir=str(directory / "tensorboard"))
+    module = _imported("torch.utils.tensorboard", "tensorboard")
+    writer = module.SummaryWriter(log_dir=str(directory / "tensorboard"))
     writer.add_text("config", f"```json\n{json.dumps(config, indent=2, default=str)}\n```")
 
     def log(step: int, metrics: Mapping[str, float]) -> None:
@@ -187,15 +189,12 @@ def _tensorboard(directory: Path, project: str, experiment: str, config: dict[st
 
 
 def _wandb(directory: Path, project: str, experiment: str, config: dict[str, Any]) -> MetricsBackend:
-    with _importing("wandb"):
-        import wandb
-    run = wandb.init(project=project, name=experiment, dir=str(directory), config=config)
+    run = _imported("wandb", "wandb").init(project=project, name=experiment, dir=str(directory), config=config)
     return MetricsBackend(lambda step, metrics: run.log(dict(metrics), step=step), run.finish)
 
 
 def _swanlab(directory: Path, project: str, experiment: str, config: dict[str, Any]) -> MetricsBackend:
-    with _importing("swanlab"):
-        import swanlab
+    swanlab = _imported("swanlab", "swanlab")
     swanlab.init(project=project, experiment_name=experiment, logdir=str(directory / "swanlab"), config=config)
     return MetricsBackend(lambda step, metrics: swanlab.log(dict(metrics), step=step), swanlab.finish)
 
