@@ -25,13 +25,13 @@ def start(program: str, directory: Path, name: str, *overrides: str) -> subproce
     )
 
 
-def children(process: int) -> list[int]:
-    found = Path(f"/proc/{process}/task").glob("*/children")
+def children(process: int, thread: int | str = "*") -> list[int]:
+    found = Path(f"/proc/{process}/task").glob(f"{thread}/children")
     return [int(number) for file in found for number in file.read_text().split()]
 
 
 def descendants(process: int) -> list[int]:
-    """Return the process and all that it started, and so on."""
+    """Return the process and all that its threads started, and so on."""
     return [process, *(found for child in children(process) for found in descendants(child))]
 
 
@@ -51,8 +51,8 @@ def check_preemption(program: str, directory: Path, to: str, *overrides: str) ->
         time.sleep(0.005)
     while stopped.poll() is None and not any(step > 0 for step in metrics(run)):
         time.sleep(0.005)
-    processes = {"launcher": [stopped.pid], "rank": children(stopped.pid)[-1:], "all": descendants(stopped.pid)}[to]
-    for process in processes:
+    rank = children(stopped.pid, stopped.pid)[-1:]
+    for process in {"launcher": [stopped.pid], "rank": rank, "all": descendants(stopped.pid)}[to]:
         with suppress(ProcessLookupError):
             os.kill(process, signal.SIGTERM)
     output, errors = stopped.communicate(timeout=400)
