@@ -36,21 +36,18 @@ __all__ = [
 
 # Importing Megatron takes seconds, so a name's module is imported when the name is first used. No module is called like
 # a function of the API: importing it would replace the function in this namespace.
-_HOME = {
-    "Freeze": "vision.family",
-    "ModelError": "errors",
-    "ModelHandle": "loading",
-    "MropeSettings": "positions",
-    "Parallel": "parallel",
-    "VisionInputs": "vision.inputs",
-    "enable_cpu": "patches.cpu",
-    "export": "exporting",
-    "export_recipe": "exporting",
-    "forward": "forward_pass",
-    "load": "loading",
-    "mrope_position_ids": "positions",
-    "save_hf": "exporting",
+_NAMES = {
+    "errors": ["ModelError"],
+    "exporting": ["export", "export_recipe", "save_hf"],
+    "forward_pass": ["forward"],
+    "loading": ["ModelHandle", "load"],
+    "parallel": ["Parallel"],
+    "patches.cpu": ["enable_cpu"],
+    "positions": ["MropeSettings", "mrope_position_ids"],
+    "vision.family": ["Freeze"],
+    "vision.inputs": ["VisionInputs"],
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

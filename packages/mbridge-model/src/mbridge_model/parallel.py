@@ -38,9 +38,6 @@ class Parallel:
 def initialize_parallel(parallel: Parallel, seed: int) -> None:
     """Make Megatron-Core's process groups for `parallel` and seed its random streams, unless they exist already.
 
-    Without a process group this process joins the one that torchrun's variables describe; without those it becomes a
-    world of one, so that a notebook needs no launcher.
-
     Raises:
         ModelError: the world size is not a multiple of tensor x pipeline, groups of other sizes exist, or torchrun's
             variables are incomplete.
@@ -77,7 +74,10 @@ def initialize_parallel(parallel: Parallel, seed: int) -> None:
 
 
 def _join_world() -> None:
-    """Initialize torch.distributed from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or as a world of one."""
+    """Initialize torch.distributed from RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT, or as a world of one.
+
+    So a notebook needs no launcher.
+    """
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     if os.environ.get("WORLD_SIZE", "1") == "1":
         torch.distributed.init_process_group(backend, store=HashStore(), rank=0, world_size=1)

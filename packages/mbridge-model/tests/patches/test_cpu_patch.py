@@ -36,12 +36,12 @@ def plain():
 def test_constants_are_rewritten_wherever_the_function_is_held(victim: types.ModuleType) -> None:
     held = victim.Thing.device
     patch = Patch(target="patch_victim:Thing.device", reason="test", constants={"cuda": "cpu"})
-    PatchTable("run without a GPU", (patch,)).apply()
+    PatchTable("run without a GPU", patch).apply()
     # In a nested function and in a list, but neither inside another text nor a constant of another type.
     assert held(None) == ["cpu", False, "cuda:0", True]
     assert held(None, "cpu") == ["cpu", True, "cuda:0", True]
     with pytest.raises(PatchError, match="patch_victim:Thing.device: its code no longer has 'cuda'"):
-        PatchTable("run without a GPU", (patch,)).apply()
+        PatchTable("run without a GPU", patch).apply()
 
 
 def test_constants_of_another_type_stay() -> None:
@@ -60,7 +60,7 @@ def test_whatever_has_gone_is_named_and_nothing_is_applied(victim: types.ModuleT
         Patch(target="patch_victim:Thing", reason="why six", constants={"cuda": "cpu"}),
     )
     with pytest.raises(PatchError) as caught:
-        PatchTable("run without a GPU", patches).apply()
+        PatchTable("run without a GPU", *patches).apply()
     message = str(caught.value)
     for text in (
         f"torch {torch.__version__.partition('+')[0]}",

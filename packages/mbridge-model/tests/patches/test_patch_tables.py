@@ -56,7 +56,7 @@ def test_the_command_lists_every_table() -> None:
 
 
 def test_a_table_of_one_object() -> None:
-    table = PatchTable("add", (Patch(target="inner.add", reason="test", wrapper=lambda add: lambda: add() + 1),))
+    table = PatchTable("add", Patch(target="inner.add", reason="test", wrapper=lambda add: lambda: add() + 1))
     one, other = (SimpleNamespace(inner=SimpleNamespace(add=lambda: 1)) for _ in range(2))
     with table.on(one):
         assert (one.inner.add(), other.inner.add()) == (2, 1)
@@ -73,7 +73,7 @@ def test_what_a_class_defines_is_found_again() -> None:
     class Derived(Base):
         pass
 
-    table = PatchTable("test", (Patch(target="name", reason="test", replacement=lambda self: "new"),), owner=Derived)
+    table = PatchTable("test", Patch(target="name", reason="test", replacement=lambda self: "new"), owner=Derived)
     with table, table:  # the inner one neither applies nor undoes
         assert Derived().name() == "new"
         with table:

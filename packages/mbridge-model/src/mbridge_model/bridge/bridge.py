@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from mbridge_model.bridge.conversion_tasks import has_vocabulary, hf_names, load_only, task_parts
-from mbridge_model.bridge.hf_views import part_views
+from mbridge_model.bridge.conversion_tasks import has_vocabulary, hf_names, load_only, part_views, task_parts
 from mbridge_model.bridge.install import require_bridge
 from mbridge_model.bridge.read_slices import SlicedReader
 from mbridge_model.directory import HFDirectory
@@ -23,12 +22,10 @@ from mbridge_model.patches.quiet import quiet
 
 MISTRAL_YARN = PatchTable(
     "read a Mistral with YaRN",
-    (
-        Patch(
-            target="megatron.bridge.models.mistral.mistral_bridge:MistralModelProvider",
-            reason="it is given an argument that it lacks, scale_factor; YaRN's fields are set from config.json later",
-            wrapper=lambda provider: lambda *, scale_factor=None, **fields: provider(**fields),
-        ),
+    Patch(
+        target="megatron.bridge.models.mistral.mistral_bridge:MistralModelProvider",
+        reason="it is given an argument that it lacks, scale_factor; YaRN's fields are set from config.json later",
+        wrapper=lambda provider: lambda *, scale_factor=None, **fields: provider(**fields),
     ),
 )
 
@@ -182,7 +179,7 @@ class Bridge:
         """
         found: set[str] = set()
         for task in self._conversion_tasks(model):
-            if task is None or task.megatron_module is None or not task.param_weight.numel():
+            if task.megatron_module is None or not task.param_weight.numel():
                 continue
             if not torch.isfinite(torch.stack(task.param_weight.detach().aminmax())).all():
                 tensors = self._bridge.hf_pretrained.state.source.load_tensors(hf_names(task))
@@ -203,8 +200,7 @@ class Bridge:
         """
         from megatron.core import parallel_state
 
-        # Megatron-Bridge has no task for what the HuggingFace format lacks, such as the head of a critic.
-        tasks = [task for task in self._conversion_tasks(model) if task is not None]
+        tasks = self._conversion_tasks(model)
         for task in tasks:
             weight = task.param_weight
             if weight is not None and weight.numel() and not weight.untyped_storage().nbytes():
@@ -254,7 +250,8 @@ class Bridge:
         known, tasks = self._tasks
         if len(known) != len(model) or any(one is not other for one, other in zip(known, model, strict=True)):
             with quiet():
-                tasks = self._bridge.get_conversion_tasks(model)
+                # None stands for what the HuggingFace format lacks, such as the head of a critic.
+                tasks = [task for task in self._bridge.get_conversion_tasks(model) if task is not None]
             self._tasks = list(model), tasks
             self._views = {}
         return tasks
@@ -268,10 +265,7 @@ class Bridge:
         """Return the recipe of `mbridge_model.export_recipe`. Collective over all ranks."""
         entries: list[dict[str, Any]] = []
         for task in self._conversion_tasks(model):
-            if task is None:
-                continue
-            parts = task_parts(task)
-            if parts is None:
+            if (parts := task_parts(task)) is None:
                 return None
             for part, name in parts.items():
                 entry = {"name": name, "parameter": task.global_param_name, "part": part}
@@ -294,7 +288,7 @@ class Bridge:
         from megatron.core.utils import get_model_config
 
         tied = get_model_config(model[0]).share_embeddings_and_output_weights
-        tasks = [task for task in self._conversion_tasks(model) if task is not None]
+        tasks = self._conversion_tasks(model)
         expected = {name for task in tasks for name in hf_names(task)}
         present = set(self._bridge.hf_pretrained.state.source.get_all_keys())
         ignored = {"lm_head.weight"} if tied else set()

@@ -1,6 +1,6 @@
-"""Megatron-Bridge's conversion tasks: each maps one Megatron parameter to its HuggingFace tensors."""
+"""Megatron-Bridge's conversion tasks: each maps one Megatron parameter to its HuggingFace tensors, as views of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -33,7 +33,8 @@ def load_only(model_bridge: Any, tasks: list[Any]) -> PatchTable:
 
         return read_padded
 
-    patches = (
+    return PatchTable(
+        "load the rest of the weights",
         Patch(
             target="maybe_modify_loaded_hf_weight",
             reason="it pads the vocabulary of text models only",
@@ -44,8 +45,8 @@ def load_only(model_bridge: Any, tasks: list[Any]) -> PatchTable:
             reason="it makes a task of every parameter, those that are filled included",
             replacement=lambda *_: tasks,
         ),
+        owner=model_bridge,
     )
-    return PatchTable("load the rest of the weights", patches, owner=model_bridge)
 
 
 def hf_names(task: Any) -> list[str]:
@@ -70,3 +71,26 @@ def task_parts(task: Any) -> dict[str, str] | None:
         return {"whole": names} if is_plain else None
     parts = _FUSED_MAPPINGS.get(kind)
     return {parts[key]: name for key, name in names.items()} if parts and names.keys() == parts.keys() else None
+
+
+def part_views(parameter: Tensor, parts: Iterable[str], *, queries: int, groups: int) -> dict[str, Tensor]:
+    """Return views of the parts of a parameter, or of a tensor-parallel rank's shard of it.
+
+    Args:
+        parameter: the whole parameter or a shard.
+        parts: as `export_recipe` names them: "whole" alone; "query", "key" and "value"; or "gate" and "up".
+        queries: query heads in a group of a fused attention.
+        groups: number of such groups in `parameter`.
+
+    Returns:
+        A view for each part: rows as in the HuggingFace tensor; for an attention [groups, rows of a group, ...].
+    """
+    names = set(parts)
+    if names == {"whole"}:
+        return {"whole": parameter}
+    if names == {"gate", "up"}:
+        gate, up = parameter.chunk(2)
+        return {"gate": gate, "up": up}
+    # Megatron-Core keeps the queries of a group, its key and its value next to each other.
+    grouped = parameter.unflatten(0, (groups, queries + 2, -1))
+    return {"query": grouped[:, :queries].flatten(1, 2), "key": grouped[:, queries], "value": grouped[:, queries + 1]}

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mbridge_model.bridge.hf_views import part_views
+from mbridge_model.bridge.conversion_tasks import part_views
 
 
 class SlicedReader:

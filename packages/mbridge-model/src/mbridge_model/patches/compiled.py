@@ -22,23 +22,19 @@ logger = logging.getLogger("mbridge_model")
 
 MANY_VARIANTS = PatchTable(
     "compile a function for many shapes",
-    (
-        Patch(
-            target="torch._dynamo.config:recompile_limit",
-            reason="a function has a variant per dtype, memory layout, gradient mode and number of sequences; beyond "
-            "torch's limit of eight it would run uncompiled",
-            wrapper=lambda limit: max(64, limit),
-        ),
+    Patch(
+        target="torch._dynamo.config:recompile_limit",
+        reason="a function has a variant per dtype, memory layout, gradient mode and number of sequences; beyond "
+        "torch's limit of eight it would run uncompiled",
+        wrapper=lambda limit: max(64, limit),
     ),
 )
 UNCOMPILED = PatchTable(
     "run without a C compiler",
-    (
-        Patch(
-            target="torch._dynamo.config:disable",
-            reason="Triton builds its launchers with a C compiler, and torch would fail in the first step",
-            replacement=True,
-        ),
+    Patch(
+        target="torch._dynamo.config:disable",
+        reason="Triton builds its launchers with a C compiler, and torch would fail in the first step",
+        replacement=True,
     ),
 )
 

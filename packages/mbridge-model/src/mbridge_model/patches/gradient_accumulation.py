@@ -79,30 +79,26 @@ def mark_tied_embeddings(model: list[nn.Module]) -> None:
 _LAYERS = "megatron.core.tensor_parallel.layers"
 EMBEDDING_GRADIENTS = PatchTable(
     "add the gradients of tied embeddings to the fp32 buffer",
-    (
-        Patch(
-            target=f"{_LAYERS}:F",
-            reason="torch's embedding writes a gradient of all rows of the vocabulary",
-            replacement=SimpleNamespace(embedding=embedding),  # the only function of it that the module uses
-        ),
+    Patch(
+        target=f"{_LAYERS}:F",
+        reason="torch's embedding writes a gradient of all rows of the vocabulary",
+        replacement=SimpleNamespace(embedding=embedding),  # the only function of it that the module uses
     ),
 )
 WEIGHT_GRADIENTS = PatchTable(
     "add weight gradients to the fp32 buffer without Apex",
-    (
-        Patch(
-            target=f"{_LAYERS}:fused_weight_gradient_mlp_cuda",
-            reason="the kernel is Apex's, which no package index has",
-            replacement=SimpleNamespace(
-                wgrad_gemm_accum_fp32=accumulate_weight_gradient, wgrad_gemm_accum_fp16=accumulate_weight_gradient
-            ),
-            adds=True,
+    Patch(
+        target=f"{_LAYERS}:fused_weight_gradient_mlp_cuda",
+        reason="the kernel is Apex's, which no package index has",
+        replacement=SimpleNamespace(
+            wgrad_gemm_accum_fp32=accumulate_weight_gradient, wgrad_gemm_accum_fp16=accumulate_weight_gradient
         ),
-        Patch(
-            target=f"{_LAYERS}:_grad_accum_fusion_available",
-            reason="it says that the kernel is missing",
-            replacement=True,
-        ),
+        adds=True,
+    ),
+    Patch(
+        target=f"{_LAYERS}:_grad_accum_fusion_available",
+        reason="it says that the kernel is missing",
+        replacement=True,
     ),
 )
 

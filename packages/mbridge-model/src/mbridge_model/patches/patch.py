@@ -71,7 +71,7 @@ class PatchTable:
         owner: the object in which targets without a module are looked up.
     """
 
-    def __init__(self, purpose: str, patches: tuple[Patch, ...], *, owner: Any = None) -> None:
+    def __init__(self, purpose: str, *patches: Patch, owner: Any = None) -> None:
         self.purpose = purpose
         self.patches = patches
         self._owner = owner
@@ -80,7 +80,7 @@ class PatchTable:
 
     def on(self, owner: Any) -> Self:
         """Return the table for one object, with a state of its own."""
-        return type(self)(self.purpose, self.patches, owner=owner)
+        return type(self)(self.purpose, *self.patches, owner=owner)
 
     @property
     def is_applied(self) -> bool:

@@ -23,12 +23,10 @@ def _divert(handle: Callable[..., None]) -> Callable[..., None]:
 
 DIVERTED_LOGS = PatchTable(
     "log quietly",
-    (
-        Patch(
-            target="logging:Logger.handle",
-            reason="some of upstream's loggers set their own level and handler, so no configuration reaches them all",
-            wrapper=_divert,
-        ),
+    Patch(
+        target="logging:Logger.handle",
+        reason="some of upstream's loggers set their own level and handler, so no configuration reaches them all",
+        wrapper=_divert,
     ),
 )
 

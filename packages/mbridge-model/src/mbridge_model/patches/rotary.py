@@ -33,17 +33,15 @@ def rotate_packed(t: Tensor, cu_seqlens: Tensor, freqs: Tensor, *args: Any, **kw
 _ROPE_UTILS = "megatron.core.models.common.embeddings.rope_utils"
 ROTARY = PatchTable(
     "rotate queries and keys in one kernel",
-    (
-        Patch(
-            target=f"{_ROPE_UTILS}:_apply_rotary_pos_emb_bshd",
-            reason="it launches ten kernels a layer",
-            replacement=_rotate,
-        ),
-        Patch(
-            target=f"{_ROPE_UTILS}:_apply_rotary_pos_emb_thd",
-            reason="it loops over the packed sequences and waits for the GPU",
-            replacement=rotate_packed,
-        ),
+    Patch(
+        target=f"{_ROPE_UTILS}:_apply_rotary_pos_emb_bshd",
+        reason="it launches ten kernels a layer",
+        replacement=_rotate,
+    ),
+    Patch(
+        target=f"{_ROPE_UTILS}:_apply_rotary_pos_emb_thd",
+        reason="it loops over the packed sequences and waits for the GPU",
+        replacement=rotate_packed,
     ),
 )
 """Apply it before a module imports the functions by name."""

@@ -24,11 +24,9 @@ def with_kernel(original: Any) -> SimpleNamespace:
 
 SWIGLU = PatchTable(
     "compute SwiGLU in one kernel",
-    (
-        Patch(
-            target="megatron.core.fusions.fused_bias_swiglu:SwiGLUFunction",
-            reason="its compiled kernels reach a third of the memory's bandwidth where lengths change",
-            wrapper=with_kernel,
-        ),
+    Patch(
+        target="megatron.core.fusions.fused_bias_swiglu:SwiGLUFunction",
+        reason="its compiled kernels reach a third of the memory's bandwidth where lengths change",
+        wrapper=with_kernel,
     ),
 )

@@ -67,15 +67,8 @@ def configure_provider(
 ) -> None:
     """Change `provider` in place and finalize it.
 
-    Args:
-        provider: as Megatron-Bridge returned it.
-        family: whose forced fields apply.
-        parallel: tensor and pipeline sizes, sequence parallelism.
-        dtype: of parameters and activations: float32, bfloat16 or float16.
-        backend: which layers are built.
-        config_fields: provider field -> value, from config.json, where Megatron-Bridge drops it.
-        overrides: provider field -> value, from the user. They take precedence over everything but a family's forces.
-        freeze: parts of a vision-language model that are not trained; none by default.
+    Provider field -> value: `config_fields` are those of config.json that Megatron-Bridge drops, and the user's
+    `overrides` take precedence over everything but a family's forces. The other arguments are those of `load`.
 
     Raises:
         ModelError: an override names no field, or contradicts the family, or Megatron-Core refuses the combination.

@@ -19,8 +19,7 @@ from megatron.core.transformer.transformer_layer import (
 
 from mbridge_model.kernels.self_attention import RotarySelfAttention
 from mbridge_model.torch_backend.attention import TorchDotProductAttention
-from mbridge_model.torch_backend.linears import TorchLayerNormColumnParallelLinear
-from mbridge_model.torch_backend.norms import TorchNorm
+from mbridge_model.torch_backend.norms import TorchLayerNormColumnParallelLinear, TorchNorm
 
 
 class TorchSpecProvider(LocalSpecProvider):

@@ -59,14 +59,8 @@ class VisionLanguageModel(MegatronModule):
     ) -> Any:
         """Compute the logits of the next token, or the tensor that the next stage needs.
 
-        Args:
-            input_ids: int64 [batch, sequence], needed on the first stage; images and videos appear as placeholders.
-            position_ids: int64 [3, batch, sequence], from `mrope_position_ids`, needed on every stage. For text only,
-                [batch, sequence] is accepted too.
-            attention_mask: None for causal attention.
-            packed_seq_params: boundaries of the sequences of a packed batch, needed on every stage.
-            vision: the images and videos of the batch, read on the first stage only; None for text alone.
-            output_processor: replaces the output layer, as in Megatron-Core's GPT model.
+        The arguments are those of `mbridge_model.forward` and of Megatron-Core's GPT model, whose `output_processor`
+        replaces the output layer. Of text only, positions [batch, sequence] are accepted too.
 
         Returns:
             [batch, sequence, vocabulary / TP] on the last stage, or the result of `output_processor`.

@@ -110,12 +110,10 @@ def checkpoint_layers(
 # On each merger.
 MERGER_ACTIVATION = PatchTable(
     "compute the mergers of Qwen3-VL",
-    (
-        Patch(
-            target="activation_func",
-            reason="transformers' mergers have the exact GELU, Megatron-Bridge's the tanh approximation of the layers",
-            replacement=torch.nn.functional.gelu,
-        ),
+    Patch(
+        target="activation_func",
+        reason="transformers' mergers have the exact GELU, Megatron-Bridge's the tanh approximation of the layers",
+        replacement=torch.nn.functional.gelu,
     ),
 )
 
@@ -124,13 +122,11 @@ def recomputing(decoder: nn.Module) -> PatchTable:
     """The patch of a tower's decoder with which it recomputes activations."""
     return PatchTable(
         "recompute the activations of Qwen3-VL's tower",
-        (
-            Patch(
-                target="_checkpointed_forward",
-                reason="it returns the deepstack features of the checkpointed function in a list, of which autograd "
-                "knows nothing: neither the mergers nor the layers below would learn from them",
-                replacement=partial(checkpoint_layers, decoder),
-            ),
+        Patch(
+            target="_checkpointed_forward",
+            reason="it returns the deepstack features of the checkpointed function in a list, of which autograd "
+            "knows nothing: neither the mergers nor the layers below would learn from them",
+            replacement=partial(checkpoint_layers, decoder),
         ),
         owner=decoder,
     )

@@ -98,16 +98,12 @@ _NO_ADAM = "it holds torch's AdamW where neither Transformer Engine nor Apex is 
 _NO_STATE = "it takes the state of this Adam for that of torch's AdamW"
 ADAM = PatchTable(
     "train with Adam that resumes",
-    (
-        Patch(target="megatron.core.optimizer:Adam", reason=_NO_ADAM, replacement=Adam),
-        Patch(target="megatron.core.optimizer:USING_PYTORCH_OPTIMIZER", reason=_NO_STATE, replacement=False),
-        Patch(target="megatron.core.optimizer.distrib_optimizer:Adam", reason=_NO_ADAM, replacement=Adam),
-        Patch(target="megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE", reason=_NO_STATE, replacement=True),
-        # Of the two FusedAdams that keep the step in the group, Apex's has no features that this class lacks.
-        Patch(
-            target="megatron.core.optimizer.distrib_optimizer:USING_APEX_OPTIMIZER", reason=_NO_STATE, replacement=True
-        ),
-    ),
+    Patch(target="megatron.core.optimizer:Adam", reason=_NO_ADAM, replacement=Adam),
+    Patch(target="megatron.core.optimizer:USING_PYTORCH_OPTIMIZER", reason=_NO_STATE, replacement=False),
+    Patch(target="megatron.core.optimizer.distrib_optimizer:Adam", reason=_NO_ADAM, replacement=Adam),
+    Patch(target="megatron.core.optimizer.distrib_optimizer:HAVE_APEX_OR_TE", reason=_NO_STATE, replacement=True),
+    # Of the two FusedAdams that keep the step in the group, Apex's has no features that this class lacks.
+    Patch(target="megatron.core.optimizer.distrib_optimizer:USING_APEX_OPTIMIZER", reason=_NO_STATE, replacement=True),
 )
 
 

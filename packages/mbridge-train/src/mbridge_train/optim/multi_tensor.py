@@ -25,17 +25,15 @@ def scale(chunk_size: int, overflow: Tensor, tensors: list[list[Tensor]], factor
 _CLIP_GRADS = "megatron.core.optimizer.clip_grads"
 MULTI_TENSOR = PatchTable(
     "clip all gradients at once",
-    (
-        Patch(
-            target=f"{_CLIP_GRADS}:l2_norm_impl",
-            reason="its substitute for a fused kernel waits for the GPU after each tensor",
-            replacement=l2_norm,
-        ),
-        Patch(
-            target=f"{_CLIP_GRADS}:multi_tensor_scale_impl",
-            reason="its substitute for a fused kernel launches a kernel for each tensor",
-            replacement=scale,
-        ),
+    Patch(
+        target=f"{_CLIP_GRADS}:l2_norm_impl",
+        reason="its substitute for a fused kernel waits for the GPU after each tensor",
+        replacement=l2_norm,
+    ),
+    Patch(
+        target=f"{_CLIP_GRADS}:multi_tensor_scale_impl",
+        reason="its substitute for a fused kernel launches a kernel for each tensor",
+        replacement=scale,
     ),
 )
 

@@ -5,6 +5,7 @@ stays in other places (CUDA graphs, FP8, Megatron-FSDP, inference) raises torch'
 """
 
 import functools
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -35,9 +36,10 @@ _NVTX = "it raises in builds of torch without CUDA"
 
 # What becomes of functions and classes, and the reason. Dynamo wants another object for each function that it knows.
 _REPLACED: tuple[tuple[str, Any, str], ...] = (
-    ("torch.cuda:current_device", equivalents.current_device, _RAISES),
-    ("torch.cuda:set_device", equivalents.set_device, _RAISES),
-    ("torch.cuda:synchronize", equivalents.synchronize, _RAISES),
+    # On a GPU the device is an int; Megatron passes either straight to `device=`.
+    ("torch.cuda:current_device", lambda: torch.device("cpu"), _RAISES),
+    ("torch.cuda:set_device", lambda device: None, _RAISES),
+    ("torch.cuda:synchronize", lambda device=None: None, _RAISES),
     ("torch.cuda:Stream", equivalents.Stream, _RAISES),
     ("torch.cuda:Event", equivalents.Event, "recording it raises"),
     ("torch.cuda:current_stream", equivalents.current_stream, _RAISES),
@@ -48,9 +50,9 @@ _REPLACED: tuple[tuple[str, Any, str], ...] = (
     ("torch.cuda:manual_seed", equivalents.manual_seed, _SEEDS),
     ("torch.cuda:get_rng_state", equivalents.get_rng_state, _RAISES),
     ("torch.cuda:set_rng_state", equivalents.set_rng_state, _SEEDS),
-    ("torch.cuda:initial_seed", equivalents.initial_seed, _RAISES),
-    ("torch.cuda:memory_stats", equivalents.memory_stats, "it has no keys where there is no GPU"),
-    ("torch.cuda:mem_get_info", equivalents.mem_get_info, _RAISES),
+    ("torch.cuda:initial_seed", lambda: torch.initial_seed(), _RAISES),
+    ("torch.cuda:memory_stats", lambda device=None: defaultdict(int), "it has no keys where there is no GPU"),
+    ("torch.cuda:mem_get_info", lambda device=None: (0, 0), _RAISES),
     ("torch.cuda:reset_peak_memory_stats", equivalents.nothing, _RAISES),
     ("torch.cuda.nvtx:range_push", equivalents.nothing, _NVTX),
     ("torch.cuda.nvtx:range_pop", equivalents.nothing, _NVTX),
@@ -99,7 +101,8 @@ _CONSTANTS: tuple[tuple[str, dict[Any, Any], str], ...] = (
     ("dist_checkpointing.strategies.state_dict_saver:verify_global_md_reuse", _DEVICE, "it reduces a flag on a GPU"),
 )
 
-PATCHES: tuple[Patch, ...] = (
+CPU = PatchTable(
+    "run without a GPU",
     *(Patch(target=target, replacement=replacement, reason=reason) for target, replacement, reason in _REPLACED),
     *(
         Patch(target=f"megatron.core.{target}", reason=reason, constants=constants)
@@ -126,8 +129,6 @@ PATCHES: tuple[Patch, ...] = (
         names={"is_cuda": "is_cpu"},
     ),
 )
-
-CPU = PatchTable("run without a GPU", PATCHES)
 
 
 def enable_cpu() -> None:

@@ -66,12 +66,10 @@ def _serving(find_spec: Callable[..., ModuleSpec | None]) -> Any:
 
 PLACEHOLDER = PatchTable(
     "import megatron.bridge without Transformer Engine",
-    (
-        Patch(
-            target="importlib.machinery:PathFinder.find_spec",
-            reason="two modules of megatron.bridge import transformer_engine unconditionally",
-            wrapper=_serving,
-        ),
+    Patch(
+        target="importlib.machinery:PathFinder.find_spec",
+        reason="two modules of megatron.bridge import transformer_engine unconditionally",
+        wrapper=_serving,
     ),
 )
 

@@ -6,7 +6,6 @@ one random generator, the CPU's: `torch.cuda.get_rng_state()` and `torch.get_rng
 
 import contextlib
 import time
-from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any, Self
 
@@ -86,31 +85,8 @@ def stream(stream: Stream | None) -> Iterator[None]:
         yield
 
 
-def current_device() -> torch.device:
-    """Return the CPU as a device. On a GPU this is an int; Megatron passes either straight to `device=`."""
-    return torch.device("cpu")
-
-
-def set_device(device: Any) -> None:
-    """Each process has one CPU device, which is always set."""
-
-
-def synchronize(device: Any = None) -> None:
-    """Return at once."""
-
-
 def nothing(*args: Any, **kwargs: Any) -> None:
     """For statistics to reset and profiler ranges to mark, of which there are none."""
-
-
-def memory_stats(device: Any = None) -> dict[str, int]:
-    """Return zero for every key that may be asked for."""
-    return defaultdict(int)
-
-
-def mem_get_info(device: Any = None) -> tuple[int, int]:
-    """Return the (free, total) bytes of GPU memory: none."""
-    return (0, 0)
 
 
 def manual_seed(seed: int) -> None:
@@ -126,10 +102,6 @@ def get_rng_state(device: Any = "cuda", clone: bool = False, graph_safe: bool = 
 def set_rng_state(new_state: Tensor, device: Any = "cuda", graph_safe: bool = False) -> None:
     _refuse_graphs(graph_safe)
     torch.set_rng_state(new_state)
-
-
-def initial_seed() -> int:
-    return torch.initial_seed()
 
 
 def _refuse_graphs(graph_safe: bool) -> None:
