@@ -61,9 +61,7 @@ def twin(directory: Path, batch: list[Sample], options: dict[str, Any]) -> tuple
 
 
 def build(directory: Path, model: dict[str, Any], runner: dict[str, Any], micro_batch_size: int) -> Any:
-    from mbridge_config.schema.actor import ActorConfig
-    from mbridge_config.schema.model import ModelConfig
-    from mbridge_config.schema.optimizer import LrScheduleConfig, OptimizerConfig
+    from mbridge_config.schema.actor import ActorConfig, LrScheduleConfig, ModelConfig, OptimizerConfig
     from mbridge_config.schema.runner import RunnerConfig
     from mbridge_train.build import build_engine
 

@@ -14,8 +14,7 @@ from pathlib import Path
 
 import torch
 from mbridge_config import HFFacts
-from mbridge_config.schema.megatron import ProfilerConfig
-from mbridge_config.schema.model import ModelConfig
+from mbridge_config.schema.actor import ModelConfig, ProfilerConfig
 from mbridge_train.engine.throughput import Throughput
 from mbridge_train.run.process_group import join, leave
 from mbridge_train.run.profiler import StepProfiler

@@ -10,7 +10,7 @@ from typing import Any
 from mbridge_config.facts.vision import VisionFacts, vision_facts
 from mbridge_config.paths import is_directory, is_file, is_there, user_path
 from mbridge_config.problems import ConfigError, Problem, Where, refusal, shown
-from mbridge_config.schema.model import MOST_LAYERS
+from mbridge_config.schema.actor import MOST_LAYERS
 
 # config.json omits this field if it has the family's default, which is true for these families only.
 _TIED_BY_DEFAULT = ("gemma", "gemma2", "gemma3", "gemma3_text", "gpt2")

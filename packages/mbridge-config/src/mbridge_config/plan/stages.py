@@ -3,7 +3,7 @@
 import dataclasses
 
 from mbridge_config.facts.model import HFFacts
-from mbridge_config.schema.model import ModelConfig
+from mbridge_config.schema.actor import ModelConfig
 
 
 def planned_sizes(model: ModelConfig, facts: HFFacts) -> tuple[int, ...] | None:

@@ -6,7 +6,7 @@ Uses: `compat`, `facts`, `paths`, `plan`, `problems`, `run`, `schema`.
 
 from types import ModuleType
 
-from mbridge_config.rules import batches, geometry, optimizer, parallel, precision, profiler, reasoning, run, sft, start
+from mbridge_config.rules import batches, geometry, optimizer, parallel, precision, reasoning, run, sft, start
 from mbridge_config.rules.base import Context, Finding, Rule, rule
 
 
@@ -15,7 +15,7 @@ def _rules_in(*modules: ModuleType) -> tuple[Rule, ...]:
     return tuple(value for module in modules for value in vars(module).values() if isinstance(value, Rule))
 
 
-_BOTH = _rules_in(start, geometry, parallel, batches, precision, optimizer, run, profiler)
+_BOTH = _rules_in(start, geometry, parallel, batches, precision, optimizer, run)
 REASONING = (*_BOTH, *_rules_in(reasoning))
 SFT = (*_BOTH, *_rules_in(sft))
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from mbridge_config.problems import Severity
 from mbridge_config.rules.base import Context, Finding, rule
 from mbridge_config.run.steps import LENGTH_KEYS, decay_steps, longest_run, warmup_steps
-from mbridge_config.schema.optimizer import LrScheduleConfig
+from mbridge_config.schema.actor import LrScheduleConfig
 
 OPTIM = "actor.optim."
 SCHEDULE = "actor.lr_sched."

@@ -6,7 +6,7 @@ from mbridge_config.facts.model import HFFacts
 from mbridge_config.plan.stages import planned_sizes, stage_sizes
 from mbridge_config.problems import Severity
 from mbridge_config.rules.base import Context, Finding, rule
-from mbridge_config.schema.model import ModelConfig
+from mbridge_config.schema.actor import ModelConfig
 
 TP = "actor.model.tensor_model_parallel_size"
 PP = "actor.model.pipeline_model_parallel_size"

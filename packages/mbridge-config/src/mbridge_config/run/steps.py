@@ -6,8 +6,7 @@ Rules, apps and the engine all count here, so that they agree.
 import dataclasses
 from typing import Any
 
-from mbridge_config.schema.megatron import ProfilerConfig
-from mbridge_config.schema.optimizer import LrScheduleConfig
+from mbridge_config.schema.actor import LrScheduleConfig, ProfilerConfig
 from mbridge_config.schema.sft import SFTConfig
 
 LENGTH_KEYS = (

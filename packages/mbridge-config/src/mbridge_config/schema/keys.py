@@ -140,11 +140,17 @@ def filled(value: Value | None) -> Value:
     return value
 
 
+def union_parts(hint: Any) -> tuple[Any, ...]:
+    """Return the types that a union joins, or the type itself."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
 def describe_type(kind: Any) -> str:
     """Return the type as text: `integer | null`, `fp32 | bf16`, `list of text`."""
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        return " | ".join(describe_type(part) for part in typing.get_args(kind))
+    origin, parts = typing.get_origin(kind), union_parts(kind)
+    if len(parts) > 1:
+        return " | ".join(map(describe_type, parts))
     if origin is typing.Literal:
         return " | ".join(str(choice) for choice in typing.get_args(kind))
     if origin is list:

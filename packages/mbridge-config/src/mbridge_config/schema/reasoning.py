@@ -3,10 +3,9 @@
 import dataclasses
 from typing import Any, Literal
 
-from mbridge_config.schema.actor import ActorConfig, TokenizerConfig
+from mbridge_config.schema.actor import MOST_LAYERS, ActorConfig, TokenizerConfig
 from mbridge_config.schema.algorithm import AlgorithmConfig
 from mbridge_config.schema.keys import Status, key, section
-from mbridge_config.schema.model import MOST_LAYERS
 from mbridge_config.schema.provenance import Provenance
 from mbridge_config.schema.rollout import RewardConfig, RolloutConfig
 from mbridge_config.schema.runner import ClusterConfig, LauncherConfig, RunnerConfig

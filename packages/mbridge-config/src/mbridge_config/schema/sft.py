@@ -3,9 +3,8 @@
 import dataclasses
 from typing import Literal
 
-from mbridge_config.schema.actor import ActorConfig, TokenizerConfig
+from mbridge_config.schema.actor import MOST_LAYERS, ActorConfig, ModelConfig, TokenizerConfig
 from mbridge_config.schema.keys import key, section
-from mbridge_config.schema.model import MOST_LAYERS, ModelConfig
 from mbridge_config.schema.provenance import Provenance
 from mbridge_config.schema.runner import OTHER_TASKS, ClusterConfig, LauncherConfig, RunnerConfig
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from mbridge_config import HFFacts
 from mbridge_config.plan.flops import PARTS, forward_flops
-from mbridge_config.schema.model import ModelConfig
+from mbridge_config.schema.actor import ModelConfig
 from torch import distributed
 
 from mbridge_train.engine.batch import Sample

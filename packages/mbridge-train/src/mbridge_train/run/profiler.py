@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from mbridge_config.run.steps import is_recorded, is_warmup
-from mbridge_config.schema.megatron import ProfilerConfig
+from mbridge_config.schema.actor import ProfilerConfig
 from torch import distributed
 from torch.profiler import ProfilerActivity, profile, record_function
 
