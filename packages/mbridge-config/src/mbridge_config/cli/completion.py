@@ -6,7 +6,6 @@ The answers come from the schema, without Hydra, which would take most of a seco
 """
 
 import os
-import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Any
 from mbridge_config.compat.keys import known_keys
 from mbridge_config.load.catalog import config_directory, config_names, given_directory, installed_directories, locate
 from mbridge_config.problems import ConfigError, refusal
-from mbridge_config.schema.keys import Status, describe_type, known_sections
+from mbridge_config.schema.keys import Status, describe_type, known_sections, union_parts
 from mbridge_config.schema.run_kinds import SCHEMAS, schema_of
 
 FLAGS = ("-sc", "--shell-completion")
@@ -139,6 +138,6 @@ def _overrides(schemas: Sequence[type], word: str) -> Iterable[str]:
 
 
 def _values(hint: Any) -> list[str]:
-    parts = typing.get_args(hint) if typing.get_origin(hint) is types.UnionType else (hint,)
+    parts = union_parts(hint)
     listed = [part for part in parts if part in (bool, type(None)) or typing.get_origin(part) is typing.Literal]
     return [word for part in listed for word in describe_type(part).split(" | ")]

@@ -7,14 +7,13 @@ be an interpolation (`${…}`) or left open (`???`).
 """
 
 import json
-import types
 import typing
 from collections.abc import Sequence
 from typing import Any
 
 from mbridge_config.cli.arguments import Parser
 from mbridge_config.compat.keys import compat_keys
-from mbridge_config.schema.keys import KeyInfo, KeySpec, Status, declarations, is_section
+from mbridge_config.schema.keys import KeyInfo, KeySpec, Status, declarations, is_section, union_parts
 from mbridge_config.schema.run_kinds import SCHEMAS
 
 OPEN = r"\$\{.+\}|^\?\?\?$"
@@ -69,18 +68,13 @@ def _key(info: KeyInfo) -> dict[str, Any]:
         found["deprecated"] = True
     if spec.alias_of is None and not (default is None or default == {}):
         found["default"] = default
-    kinds = [_open(_value(part, spec)) for part in _parts(info.type)]
+    kinds = [_open(_value(part, spec)) for part in union_parts(info.type)]
     return found | (kinds[0] if len(kinds) == 1 else {"anyOf": kinds})
 
 
 def _description(spec: KeySpec) -> str:
     text = f"No effect: {spec.why or 'not used'}." if spec.status is Status.NO_EFFECT else spec.doc
     return f"{text} [{spec.unit}]" if spec.unit else text
-
-
-def _parts(hint: Any) -> tuple[Any, ...]:
-    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if union else (hint,)
 
 
 def _value(hint: Any, spec: KeySpec) -> dict[str, Any]:
@@ -96,9 +90,8 @@ def _value(hint: Any, spec: KeySpec) -> dict[str, Any]:
         several = {"type": "array", "items": _open(item)}
         if "enum" in item:
             return {"anyOf": [several, item]}
-        return (
-            {"type": ["array", "string"], "items": _open(item)} if "string" in item.get("type", ["string"]) else several
-        )
+        is_text = "string" in item.get("type", ["string"])
+        return several | {"type": ["array", "string"]} if is_text else several
     if hint is str:
         return {"type": ["string", "number"]}
     found: dict[str, Any] = {"type": _TYPES[origin or hint]}

@@ -103,15 +103,8 @@ def _sentence(doc: str) -> str:
 
 def _row(info: KeyInfo, runs: str) -> str:
     spec = info.spec
-    return _table_row(
-        f"`{info.path.rpartition('.')[2]}`",
-        _type(info),
-        f"`{yaml_text(info.default)}`",
-        spec.unit or "",
-        spec.status.value,
-        runs,
-        _meaning(spec),
-    )
+    name, default = f"`{info.path.rpartition('.')[2]}`", f"`{yaml_text(info.default)}`"
+    return _table_row(name, _type(info), default, spec.unit or "", spec.status.value, runs, _meaning(spec))
 
 
 def _table_row(*cells: str) -> str:

@@ -27,19 +27,10 @@ HIGH_BUBBLE = 0.25
 DISTRIBUTED = "actor.optim.use_distributed_optimizer"
 NODES, PROCESSES = "cluster.num_nodes", "launcher.nproc_per_node"
 KEYS = (
-    TP,
-    PP,
-    FIRST_STAGE,
-    LAST_STAGE,
-    SP,
-    GRANULARITY,
-    METHOD,
-    RECOMPUTED,
-    MICRO,
-    BUDGET,
-    DISTRIBUTED,
-    NODES,
-    PROCESSES,
+    *(TP, PP, FIRST_STAGE, LAST_STAGE, SP),
+    *(GRANULARITY, METHOD, RECOMPUTED),
+    *(MICRO, BUDGET),
+    *(DISTRIBUTED, NODES, PROCESSES),
 )
 """The keys that a layout may set. A rule that reads none of them finds the same in all layouts."""
 
@@ -84,13 +75,8 @@ class ProposedLayout:
 def layouts(config: RunConfig, report: Report, gpus: int) -> list[ProposedLayout]:
     """Return all layouts on `gpus` GPUs that pass every rule, best first, regardless of memory.
 
-    Args:
-        config: the run.
-        report: the report of `check` on it, whose facts are used.
-        gpus: the ranks of the run.
-
-    Raises:
-        ConfigError: the model is unknown, or its parameters are not counted.
+    `report` is that of `check`, whose facts are used. Raises `ConfigError` if the model is unknown, or its parameters
+    are not counted.
     """
     facts = report.facts
     if facts is None or not can_count(facts):

@@ -3,14 +3,13 @@
 import copy
 import difflib
 import math
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 from mbridge_config.compat.keys import known_keys
 from mbridge_config.problems import Severity
-from mbridge_config.schema.keys import KeyInfo, KeySpec, Status, describe_type, hints, known_sections
+from mbridge_config.schema.keys import KeyInfo, KeySpec, Status, describe_type, hints, known_sections, union_parts
 from mbridge_config.schema.provenance import Provenance
 
 
@@ -126,11 +125,12 @@ def fit(raw: Any, hint: Any, spec: KeySpec) -> Any:
     if hint is Any:
         return raw
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if raw is None and type(None) in parts:
+    union = union_parts(hint)
+    if len(union) > 1:
+        if raw is None and type(None) in union:
             return None
         failures = []
-        for part in parts:
+        for part in union:
             if part is not type(None):
                 try:
                     return fit(raw, part, spec)

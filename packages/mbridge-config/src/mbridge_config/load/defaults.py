@@ -5,11 +5,9 @@ from typing import Any
 from mbridge_config.compat.keys import known_keys, set_value, value_of
 from mbridge_config.load.convert import Unfit, check_range, fit
 from mbridge_config.problems import Where
-from mbridge_config.schema.actor import ActorConfig
-from mbridge_config.schema.algorithm import AlgorithmConfig
 from mbridge_config.schema.provenance import Provenance
-from mbridge_config.schema.reasoning import DataConfig, ReasoningConfig
-from mbridge_config.schema.runner import RunnerConfig
+from mbridge_config.schema.reasoning import ReasoningConfig
+from mbridge_config.schema.run_kinds import RunConfig
 from mbridge_config.schema.sft import SFTConfig
 
 
@@ -18,12 +16,9 @@ def fill_defaults(config: Any) -> None:
     _move_aliases(config, config.provenance)
     if isinstance(config, SFTConfig):
         _fill_sft(config)
-    _fill_runner(config.runner)
-    _fill_actor(config.actor, config.runner)
+    _fill_common(config)
     if isinstance(config, ReasoningConfig):
-        _fill_algorithm(config.algorithm, config.runner, config.data)
-        minibatches_set = config.provenance.was_set("algorithm.n_minibatches")
-        _fill_batches(config.actor, config.algorithm, config.data, minibatches_set=minibatches_set)
+        _fill_reasoning(config)
 
 
 def _move_aliases(config: Any, provenance: Provenance) -> None:
@@ -59,16 +54,21 @@ def _is_argument(place: Where | None) -> bool:
     return place is not None and place.argument is not None
 
 
-def _fill_runner(runner: RunnerConfig) -> None:
-    """Fill in directory and name of the logs, and the token budget of a dynamic batch."""
+def _fill_sft(config: SFTConfig) -> None:
+    """Fill in the longest sequence (it has two names), the evaluation batch and the directory of the tokenizer."""
+    actor, runner = config.actor, config.runner
+    if actor.model.seq_length is not None and not config.provenance.was_set("runner.seq_length"):
+        runner.seq_length = actor.model.seq_length
+    actor.eval_batch_size = actor.eval_batch_size or actor.global_batch_size
+    actor.tokenizer.tokenizer_model = actor.tokenizer.tokenizer_model or actor.model.model_path
+
+
+def _fill_common(config: RunConfig) -> None:
+    """Fill in token budget, directory and name of the logs, lengths, number formats, learning rates, weight decay."""
+    runner, model, optim, schedule = config.runner, config.actor.model, config.actor.optim, config.actor.lr_sched
     runner.max_tokens_per_mbs = runner.max_tokens_per_mbs or runner.seq_length
     runner.logger.experiment_name = runner.logger.experiment_name or runner.experiment_name
     runner.logger.log_path = runner.logger.log_path or f"{runner.output_dir}/{runner.experiment_name}"
-
-
-def _fill_actor(actor: ActorConfig, runner: RunnerConfig) -> None:
-    """Fill in lengths, number formats, learning rates, weight decay."""
-    model, optim, schedule = actor.model, actor.optim, actor.lr_sched
     model.seq_length = model.seq_length or runner.seq_length
     optim.bf16 = model.precision == "bf16" if optim.bf16 is None else optim.bf16
     optim.fp16 = model.precision == "fp16" if optim.fp16 is None else optim.fp16
@@ -80,30 +80,20 @@ def _fill_actor(actor: ActorConfig, runner: RunnerConfig) -> None:
         schedule.end_weight_decay = schedule.start_weight_decay
 
 
-def _fill_algorithm(algorithm: AlgorithmConfig, runner: RunnerConfig, data: DataConfig) -> None:
-    """Fill in clip ranges and the longest answer."""
+def _fill_reasoning(config: ReasoningConfig) -> None:
+    """Fill in clip ranges, the longest answer, and of global batch and number of minibatches the one that is not set.
+
+    Minibatches are equal shares of the step's answers.
+    """
+    actor, algorithm, data = config.actor, config.algorithm, config.data
     if algorithm.clip_ratio_low is None:
         algorithm.clip_ratio_low = algorithm.ratio_clip_eps
     if algorithm.clip_ratio_high is None:
         algorithm.clip_ratio_high = algorithm.ratio_clip_eps
-    sampling = algorithm.sampling_params
-    if sampling.max_new_tokens is None:
-        sampling.max_new_tokens = max(1, runner.seq_length - data.max_prompt_length)
-
-
-def _fill_batches(actor: ActorConfig, algorithm: AlgorithmConfig, data: DataConfig, *, minibatches_set: bool) -> None:
-    """Fill in the global batch from the number of minibatches, or the reverse: equal shares of the step's answers."""
+    if algorithm.sampling_params.max_new_tokens is None:
+        algorithm.sampling_params.max_new_tokens = max(1, config.runner.seq_length - data.max_prompt_length)
     answers = data.rollout_batch_size * algorithm.group_size
     if actor.global_batch_size is None:
         actor.global_batch_size = max(1, answers // algorithm.n_minibatches)
-    elif not minibatches_set:
+    elif not config.provenance.was_set("algorithm.n_minibatches"):
         algorithm.n_minibatches = max(1, answers // actor.global_batch_size)
-
-
-def _fill_sft(config: SFTConfig) -> None:
-    """Fill in the longest sequence (it has two names), the evaluation batch and the directory of the tokenizer."""
-    actor, runner = config.actor, config.runner
-    if actor.model.seq_length is not None and not config.provenance.was_set("runner.seq_length"):
-        runner.seq_length = actor.model.seq_length
-    actor.eval_batch_size = actor.eval_batch_size or actor.global_batch_size
-    actor.tokenizer.tokenizer_model = actor.tokenizer.tokenizer_model or actor.model.model_path
