@@ -66,10 +66,8 @@ def make_samples(
 ) -> list[Sample]:
     """Make the global batch of one optimizer step, whose loss is over the tokens that the policy wrote.
 
-    Args:
-        advantages: float32 [len(episodes)], one for all tokens of an episode.
-        old_logprobs: float32 [length] per episode, of the policy in the denominator of the ratio.
-        reference_logprobs: the same of the reference policy; None without a KL penalty.
+    `advantages`: float32 [len(episodes)]. `old_logprobs`: float32 [length] per episode, of the policy in the
+    denominator of the ratio. `reference_logprobs`: the same of the reference policy; None without a KL penalty.
     """
     weights = aggregation_weights([episode.policy_mask for episode in episodes], aggregation)
     samples = []

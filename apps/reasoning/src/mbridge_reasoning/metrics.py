@@ -73,10 +73,8 @@ def mismatch_metrics(episodes: Sequence[Episode], trainer_logprobs: Sequence[Ten
     """Measure how far the rollout engine's log probabilities are from the trainer's for the same weights and tokens.
 
     Both should be of the same distribution, so this measures differences of kernels and precision, and reveals stale or
-    damaged weights at once. The KL estimate is k3 (Schulman 2020) of rollout from trainer.
-
-    Args:
-        trainer_logprobs: float32 [length] per episode; only tokens that the policy wrote are compared.
+    damaged weights at once. The KL estimate is k3 (Schulman 2020) of rollout from trainer. `trainer_logprobs`: float32
+    [length] per episode, of which only tokens that the policy wrote are compared.
     """
     differences = torch.cat(
         [

@@ -37,11 +37,10 @@ from mbridge_sft.trainer import SFTTrainer
 
 
 def run(config: SFTConfig, command: list[str]) -> None:
-    """Train, or only evaluate, as `config` says.
+    """Train, or only evaluate, as the checked `config` says.
 
-    Args:
-        config: the checked config. All ranks use that of rank 0, since `${now:}` and the like differ between processes.
-        command: the words of the command line, to show how to resume the run.
+    All ranks use that of rank 0, since `${now:}` and the like differ between processes. `command` holds the words of
+    the command line, to show how to resume the run.
     """
     join(config.actor.megatron.distributed_timeout_minutes)
     try:

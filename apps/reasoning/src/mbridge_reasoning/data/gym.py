@@ -31,10 +31,8 @@ def make_prompts(
     """Make `train_size` and `validation_size` prompts of a reasoning-gym task: (training, validation).
 
     No question occurs twice, neither within a set nor in both. Equal arguments give equal prompts, in any process, and
-    a larger training set does not change the validation prompts.
-
-    Raises:
-        DataError: the task is unknown, refuses the parameters, has too few different questions with them, or fails.
+    a larger training set does not change the validation prompts. Raises `DataError` if the task is unknown, refuses the
+    parameters, has too few different questions with them, or fails.
     """
     command = [sys.executable, "-W", "ignore", "-m", "mbridge_reasoning.data.gym"]
     arguments = (task, train_size, validation_size, seed, dict(parameters or {}))

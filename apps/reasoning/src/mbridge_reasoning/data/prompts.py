@@ -61,10 +61,8 @@ def read_prompts(
 ) -> list[Prompt]:
     """Read prompts, in order, from `.jsonl` files (one JSON object per line) and `.json` files (an array of objects).
 
-    Without `need_solutions` a record may lack `solutions_key`.
-
-    Raises:
-        DataError: a file or record cannot be used, with the file and the line or record.
+    Without `need_solutions` a record may lack `solutions_key`. Raises `DataError`, with the file and the line or
+    record, if one of them cannot be used.
     """
     prompts = [
         _prompt(records[index], records.source(index), prompt_key, solutions_key, need_solutions)
@@ -88,11 +86,8 @@ def tokenize_prompts(
 
     A text becomes one user message if `apply_chat_template` is set, and is tokenized as it is otherwise; a list of
     messages always goes through the template. `max_prompt_length` counts tokens, including those of the template.
-    Longer prompts are left out if `filter_long` is set.
-
-    Raises:
-        DataError: a prompt is longer and `filter_long` is not set, all of them are longer, a prompt gives no tokens,
-            or the chat template is missing or refuses one.
+    Longer prompts are left out if `filter_long` is set. Raises `DataError` if a prompt is longer and `filter_long` is
+    not set, all of them are longer, a prompt gives no tokens, or the chat template is missing or refuses one.
     """
     tokenized = []
     for prompt in prompts:

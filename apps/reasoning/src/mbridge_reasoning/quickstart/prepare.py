@@ -98,8 +98,7 @@ def warmup_actor(config: ReasoningConfig) -> ActorConfig:
 def worked_answer(prompt: Prompt) -> str:
     """Work out a sum of a reasoning-gym arithmetic task from left to right: `3+4=7 +5=12 <answer>12</answer>`.
 
-    Raises:
-        DataError: the prompt's row holds no chain of additions and subtractions.
+    Raises `DataError` if the prompt's row holds no chain of additions and subtractions.
     """
     expression = str(prompt.row.get("metadata", {}).get("expression", ""))
     words = expression.split()

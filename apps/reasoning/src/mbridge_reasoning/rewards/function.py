@@ -29,9 +29,8 @@ from mbridge_reasoning.rewards.base import Answer, Scorer
 def function_scorer(spec: str) -> Scorer:
     """Load the function that `spec` names.
 
-    Raises:
-        RewardError: the file, module or name does not exist, or importing it fails; and, when called, the function
-            raises or does not return finite numbers. The message has the user's own part of the traceback.
+    Raises `RewardError` if the file, module or name does not exist or importing it fails; when called, if the function
+    raises or does not return finite numbers. The message has the user's own part of the traceback.
     """
     setting = f"reward.function={spec}"
     place, _, name = spec.rpartition(":")

@@ -41,10 +41,8 @@ class RewardPool:
 
     Answers are scored by the user's `function`, else by the scorer of the reasoning-gym `task`, else by math-verify.
     The processes start at once and in the background, so make the pool early. Close it, or leave its `with` block.
-
-    Args:
-        timeout: seconds that one answer, or one call of a batched function, may take.
-        memory_limit: bytes of address space of a process.
+    `timeout` is in seconds, for one answer or one call of a batched function; `memory_limit` is in bytes of address
+    space of a process.
     """
 
     def __init__(

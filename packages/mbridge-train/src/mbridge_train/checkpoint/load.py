@@ -91,8 +91,7 @@ def load_start(engine: Engine, path: Path) -> None:
 def load_model(engine: Engine, checkpoint: Checkpoint) -> None:
     """Load only the weights, under any layout. Every data-parallel rank reads for itself.
 
-    Raises:
-        TrainError: the checkpoint was written for another model.
+    Raises `TrainError` if the checkpoint was written for another model.
     """
     reads_own = [False] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(reads_own, _reads_only_own_file(engine, checkpoint))
@@ -161,11 +160,7 @@ def _iteration(checkpoint: Checkpoint) -> Path:
 
 
 def _assemble_model(engine: Engine, whole: WholeModel) -> dict[str, Tensor]:
-    """Read the weights of this rank by its own names, CPU tensors in the shapes of its parameters.
-
-    Raises:
-        TrainError: the checkpoint holds other parameters than the model, or in other sizes.
-    """
+    """Read the weights of this rank by its own names, CPU tensors in the shapes of its parameters."""
     placed = placements(engine)
     if difference := _difference(engine, whole, placed):
         raise TrainError(

@@ -74,10 +74,7 @@ def restore(
 ) -> None:
     """Put a state of `collect` back; the model's weights must be loaded already. Collective over data-parallel ranks.
 
-    Args:
-        optimizer: freshly built, or in use.
-        names, layout: as in `collect`.
-        state: on data-parallel rank 0; ignored on the others.
+    `names` and `layout` are those of `collect`; `state` is needed on data-parallel rank 0 alone.
     """
     # Every data-parallel rank needs the small facts; Megatron-Core scatters the tensors.
     small = {key: value for key, value in (state or {}).items() if key not in _FLAT_KEYS}

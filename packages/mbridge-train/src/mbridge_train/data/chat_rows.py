@@ -29,8 +29,7 @@ from mbridge_train.data.json_records import JsonRecords
 class ChatFile:
     """A `.jsonl` file of chats, whose rows are the lines that are not blank; see `Examples`.
 
-    Raises:
-        DataError: the file cannot be read, or has no rows.
+    Raises `DataError` if the file cannot be read, or has no rows.
     """
 
     def __init__(self, path: Path, settings: ReadSettings) -> None:

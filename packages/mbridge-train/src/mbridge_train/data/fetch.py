@@ -20,8 +20,7 @@ FETCH_SECONDS = 30.0
 def fetch(url: str, *, networks: Sequence[str], most_bytes: int) -> bytes:
     """Return the first `most_bytes` + 1 bytes at an http(s) URL, from a public address or one of `networks`.
 
-    Raises:
-        OSError: the server does not give them in `FETCH_SECONDS`, or is at an address that is not allowed.
+    Raises `OSError` if the server does not give them in `FETCH_SECONDS`, or is at an address that is not allowed.
     """
     transfer = _Transfer(url, networks, most_bytes)
     # A thread can be left behind wherever it waits, in the name lookup, too, which has no timeout.

@@ -9,8 +9,7 @@ from mbridge_train.data.errors import DataError
 def from_directory(kind: Any, directory: Path, name: str, **options: Any) -> Any:
     """Return ``kind.from_pretrained(directory, **options)``, of a class of transformers, such as `AutoTokenizer`.
 
-    Raises:
-        DataError: a file of the part `name`, such as "tokenizer", is missing or broken.
+    Raises `DataError` if a file of the part `name`, such as "tokenizer", is missing or broken.
     """
     try:
         return kind.from_pretrained(directory, **options)

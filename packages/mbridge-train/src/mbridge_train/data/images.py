@@ -72,8 +72,7 @@ class RowImages:
 def image_size(image: ImageReference, source: str, *, most_pixels: int = LARGEST) -> tuple[int, int]:
     """Return the (width, height) of the image that `decode` with the same arguments returns, from the header.
 
-    Raises:
-        RowError: the image cannot be read, has no header of a known format, or is too large.
+    Raises `RowError` if the image cannot be read, has no header of a known format, or is too large.
     """
     with _opened(image, source, most_pixels) as opened:
         width, height = opened.size
@@ -90,8 +89,7 @@ def image_size(image: ImageReference, source: str, *, most_pixels: int = LARGEST
 def decode(image: ImageReference, source: str, *, most_pixels: int = LARGEST) -> Image.Image:
     """Decode an image: upright by its EXIF orientation, RGB, transparency on white, 16 bits reduced to 8.
 
-    Raises:
-        RowError: the image, named by `source`, cannot be read or decoded, or has more than `most_pixels`.
+    Raises `RowError`, naming `source`, if it cannot be read or decoded, or has more than `most_pixels`.
     """
     with _opened(image, source, most_pixels) as opened:
         return _rgb(ImageOps.exif_transpose(opened))
@@ -100,8 +98,7 @@ def decode(image: ImageReference, source: str, *, most_pixels: int = LARGEST) ->
 def fetched(image: ImageReference, source: str) -> ImageReference:
     """Return an image that is given by URL with its bytes fetched, and any other image unchanged.
 
-    Raises:
-        RowError: the server does not give them in time, or is at an address that is not allowed.
+    Raises `RowError` if the server does not give them in time, or is at an address that is not allowed.
     """
     location = image.location or ""
     if image.data is not None or not location.startswith(("http://", "https://")):

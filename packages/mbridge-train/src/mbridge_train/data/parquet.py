@@ -35,8 +35,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 class ParquetFile:
     """A `.parquet` file of questions; see `Examples`. Without the column of choices, answers are free text.
 
-    Raises:
-        DataError: the file cannot be read, has no rows, or lacks one of the columns.
+    Raises `DataError` if the file cannot be read, has no rows, or lacks one of the columns.
     """
 
     def __init__(self, path: Path, settings: ReadSettings) -> None:

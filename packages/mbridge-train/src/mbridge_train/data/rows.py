@@ -19,11 +19,8 @@ def read_examples(paths: Sequence[str | Path], settings: ReadSettings | None = N
     """Open `.parquet` files of questions with images and `.jsonl` files of chats, or directories of them.
 
     The order is that of the paths, of the names in a directory, and of the rows in a file. Only what gives the number
-    of rows is read here: the footer of a parquet file, the line ends of a jsonl file.
-
-    Raises:
-        DataError: a path does not exist, cannot be read or holds no rows, a parquet file lacks a column, or a private
-            network is not one.
+    of rows is read here: the footer of a parquet file, the line ends of a jsonl file. Raises `DataError` if a path does
+    not exist, cannot be read or holds no rows, a parquet file lacks a column, or a private network is not one.
     """
     settings = settings or ReadSettings()
     for network in settings.private_networks:

@@ -69,9 +69,8 @@ class WorkerPool:
     def submit(self, task: str, argument: Any, source: str) -> Future[Any]:
         """Run a task on `argument`, which belongs to the row `source`.
 
-        Returns:
-            A future whose result is the task's result or an error: a `RowError` for a bad row, a `DataError` for any
-            other failure, the death of the worker included.
+        The result of the future is the task's or an error: a `RowError` for a bad row, a `DataError` for any other
+        failure, the death of the worker included.
         """
         if self._workers:
             return self._threads.submit(self._ask, task, argument, source)

@@ -23,10 +23,8 @@ def check_agreement(batch: Sequence[Sample], layout: RankLayout) -> None:
     """Compare the batch with those of all other ranks. Collective over all ranks.
 
     Checksums take about 50 ms of a CPU core per million tokens. Values of fields and pixels are left out, because a
-    rank may have only those of its own samples.
-
-    Raises:
-        TrainError: on every rank, naming the ranks whose batch differs from that of the majority.
+    rank may have only those of its own samples. Raises `TrainError` on every rank, naming the ranks whose batch differs
+    from that of the majority.
     """
     if distributed.get_world_size() == 1:
         return

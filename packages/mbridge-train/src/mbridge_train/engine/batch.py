@@ -39,11 +39,8 @@ class Sample:
 
     Per-token values are aligned to their token *as a target*: entry ``t`` concerns the prediction of ``tokens[t]`` from
     ``tokens[:t]``. Nothing predicts the first token, so ``weights[0]`` is 0. Fields may be NaN where the weight is 0,
-    so a loss must not read them there.
-
-    Raises:
-        ValueError: wrong dtype, shape or device; a negative or non-finite weight; a trained first token; a field that
-            is not finite on a trained token.
+    so a loss must not read them there. Raises `ValueError` for a wrong dtype, shape or device, a negative or non-finite
+    weight, a trained first token, and a field that is not finite on a trained token.
     """
 
     tokens: Tensor
@@ -80,11 +77,7 @@ class Sample:
 
 
 def common_fields(samples: Sequence[Sample]) -> list[str]:
-    """Return the sorted names of the samples' fields.
-
-    Raises:
-        ValueError: a sample lacks a field that another one has.
-    """
+    """Return the sorted names of the samples' fields; raise `ValueError` if a sample lacks one that another one has."""
     names: dict[str, int] = {name: index for index, sample in enumerate(samples) for name in sample.fields}
     for index, sample in enumerate(samples):
         for name, owner in names.items():

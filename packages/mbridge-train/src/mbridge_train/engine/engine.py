@@ -171,8 +171,7 @@ class Engine:
     def reads_vision(self, lengths: list[int]) -> set[int]:
         """Return the indices of the samples whose images and videos this rank reads; only a first stage reads any.
 
-        Args:
-            lengths: number of tokens of each sample of the global batch.
+        `lengths` are the numbers of tokens of the samples of the global batch.
         """
         if not self.layout.is_first_stage:
             return set()
@@ -194,10 +193,7 @@ class Engine:
         """Free the device memory of `parts` until `onload`, and of "gradients" until `forward_backward`.
 
         Tensors from `export_weights` may be views of the weights and must no longer be used. Other processes get the
-        freed memory after `torch.cuda.empty_cache()`.
-
-        Raises:
-            TrainError: there is not enough host memory.
+        freed memory after `torch.cuda.empty_cache()`. Raises `TrainError` if there is not enough host memory.
         """
         if "weights" in parts and "weights" not in self.memory.away:
             self.synchronize_weights()

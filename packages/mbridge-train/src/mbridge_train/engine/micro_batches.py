@@ -72,9 +72,8 @@ def plan_micro_batches(
 def padding_share(plan: Plan, lengths: Sequence[int], *, packed: bool, pad_each_to_multiple: int = 1) -> float:
     """Return the share of padding, in [0, 1), among the positions of all micro-batches of all ranks.
 
-    Args:
-        packed: whether samples are laid out end to end or in rows (`collate`).
-        pad_each_to_multiple: multiple to which each sample, if packed, or each row is padded.
+    Samples are laid out end to end if `packed`, else in rows (`collate`), and each sample or row is padded to a
+    multiple of `pad_each_to_multiple`.
     """
     positions = 0
     for micro_batch in filter(None, chain.from_iterable(plan)):

@@ -166,8 +166,7 @@ def policy_loss(
 def sft_loss(inputs: LossInputs) -> LossOutputs:
     """Return the negative log likelihood of the targets, ``sum(weights * -logprobs)``.
 
-    Returns:
-        The loss and the metrics ``loss``, ``weight`` (sum of weights), and ``entropy`` if the head returns it.
+    The metrics are ``loss``, ``weight`` (sum of weights), and ``entropy`` if the head returns it.
     """
     loss = -(inputs.weights * inputs.output("logprobs")).sum()
     metrics = {"loss": loss.detach().clone(), "weight": inputs.weights.sum()}

@@ -13,9 +13,7 @@ _ALIGNMENT = 64
 class HostCopy:
     """The values of some tensors' storages in host memory, which is pinned if there is a GPU, and kept for reuse.
 
-    Args:
-        device: storages on other devices are left alone.
-        stream: stream of the copies of `take` and `give_back`; None: the current stream.
+    Storages that are not on `device` are left alone. `take` and `give_back` copy on `stream`; None: the current one.
     """
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream | None = None) -> None:
@@ -34,10 +32,8 @@ class HostCopy:
     def take(self, tensors: Iterable[Tensor], *, excluding: Iterable[Tensor] = (), keeps_values: bool = True) -> None:
         """Empty the storages of `tensors` but not those of `excluding`.
 
-        Without `keeps_values`, `give_back` leaves them uninitialized.
-
-        Raises:
-            RuntimeError: there is not enough host memory; nothing was emptied.
+        Without `keeps_values`, `give_back` leaves them uninitialized. Raises `RuntimeError` if there is not enough host
+        memory; then nothing was emptied.
         """
         kept = {tensor.untyped_storage().data_ptr() for tensor in excluding}
         storages = [

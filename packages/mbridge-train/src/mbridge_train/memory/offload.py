@@ -64,11 +64,7 @@ class Offload:
             self._copies[part].give_back()
 
     def require(self, *parts: Part) -> None:
-        """Make all work that is issued from now on wait until the parts are on the device.
-
-        Raises:
-            TrainError: a part is offloaded.
-        """
+        """Make all work issued from now on wait until the parts are on the device; `TrainError` if one is offloaded."""
         for part in parts:
             if self._copies[part].is_away:
                 remedy = "forward_backward" if part == "gradients" else f"onload({part!r})"

@@ -110,10 +110,8 @@ ADAM = PatchTable(
 def enable_adam() -> None:
     """Make Megatron-Core build this Adam if it found neither Transformer Engine's nor Apex's. Idempotent.
 
-    Call it before an optimizer is built, on CPUs and GPUs alike.
-
-    Raises:
-        PatchError: the installed megatron-core lacks a name to patch; none is patched.
+    Call it before an optimizer is built, on CPUs and GPUs alike. Raises `PatchError` if the installed megatron-core
+    lacks a name to patch; then none is patched.
     """
     from megatron.core import optimizer
 

@@ -63,10 +63,8 @@ class OptimizerSettings:
 def wrap_data_parallel(model: list[nn.Module], settings: OptimizerSettings) -> list[DistributedDataParallel]:
     """Wrap the model chunks with fp32 gradient buffers, which are reduced over data-parallel ranks.
 
-    Gradients are summed, not averaged, because the loss is a sum over the global batch (see `batch`).
-
-    Raises:
-        TrainError: the model adds router losses.
+    Gradients are summed, not averaged, because the loss is a sum over the global batch (see `batch`). Raises
+    `TrainError` if the model adds router losses.
     """
     config = get_model_config(model[0])
     for name in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):
@@ -105,8 +103,7 @@ class StepResult:
 class Optimizer:
     """Megatron-Core's optimizer and the learning-rate schedule, with the arguments and result of `wrap_data_parallel`.
 
-    Raises:
-        TrainError: every parameter of the model is frozen.
+    Raises `TrainError` if every parameter of the model is frozen.
     """
 
     def __init__(self, model: list[DistributedDataParallel], settings: OptimizerSettings) -> None:
@@ -162,10 +159,8 @@ class Optimizer:
     def step(self) -> StepResult:
         """Clip, update and advance the schedule. Collective over all ranks.
 
-        A step that is skipped because of an fp16 overflow does not count in the schedule.
-
-        Raises:
-            TrainError: on every rank, if the gradients are not finite; nothing was updated.
+        A step that is skipped because of an fp16 overflow does not count in the schedule. Raises `TrainError` on every
+        rank if the gradients are not finite; nothing was updated.
         """
         learning_rate = self.settings.schedule.learning_rate(self.steps)
         for group in self.megatron.param_groups:

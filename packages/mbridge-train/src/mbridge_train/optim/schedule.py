@@ -18,8 +18,7 @@ WSDDecayStyle = Literal["linear", "cosine", "exponential", "minus_sqrt"]
 class Schedule:
     """Linear warm-up from ``init_lr`` to ``max_lr``, then decay to ``min_lr``. Lengths are in optimizer steps.
 
-    Raises:
-        TrainError: a value is out of its range.
+    Raises `TrainError` if a value is out of its range.
     """
 
     max_lr: float
@@ -69,10 +68,7 @@ class Schedule:
 
         With a warm-up, step 0 therefore has ``init_lr`` and step ``warmup_steps`` has ``max_lr``; from ``decay_steps``
         on the rate is ``min_lr``. inverse-square-root is max_lr * sqrt(warmup_steps / step) (Vaswani et al. 2017, 5.3),
-        and drops to ``min_lr`` after ``decay_steps``.
-
-        Raises:
-            ValueError: ``step`` is negative.
+        and drops to ``min_lr`` after ``decay_steps``. Raises `ValueError` if ``step`` is negative.
         """
         if step < 0:
             raise ValueError(f"step must not be negative, got {step}")

@@ -130,8 +130,7 @@ class MetricsWriter:
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """Return the lines of a ``metrics.jsonl`` in order of steps, without a truncated last line.
 
-    Raises:
-        TrainError: a line, named with its file and number, is not a JSON object with an integer ``step``.
+    Raises `TrainError` if a line, named with its file and number, is not a JSON object with an integer ``step``.
     """
     records = []
     for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(keepends=True), start=1):

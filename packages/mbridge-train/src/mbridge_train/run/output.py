@@ -47,12 +47,8 @@ class TrainingProgress:
     """Context manager that prints the key figures of each step.
 
     If the output is not a terminal (a log file, CI), lines are plain text without a bar or escape sequences.
-
-    Args:
-        total_steps: number of steps of the whole run, including the `first_step` ones before a resume.
-        figures: labels by the names of metrics, in the order of display. Metrics that a step lacks are left out.
-        description: label of the bar.
-        console: None: standard output.
+    `total_steps` are those of the whole run, including the `first_step` ones before a resume. `figures` are labels by
+    the names of metrics, in the order of display; metrics that a step lacks are left out. `description` is the bar's.
     """
 
     def __init__(
@@ -133,8 +129,7 @@ class RunOutput:
     def recording(self, *, total_steps: int, first_step: int, resumed_from: Checkpoint | None = None) -> Iterator[None]:
         """Record and show the steps of the block, and write the report at its end, even after an error.
 
-        Raises:
-            TrainError: on every rank, another run uses the directory; on rank 0, a file cannot be written.
+        Raises `TrainError` on every rank if another run uses the directory; on rank 0 if a file cannot be written.
         """
         if reason := broadcast(self._lock.take() if self.is_writer else None):
             raise TrainError(reason)

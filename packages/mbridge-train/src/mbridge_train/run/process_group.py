@@ -18,10 +18,8 @@ from mbridge_train.errors import TrainError
 def join(timeout_minutes: float = 30.0) -> torch.device:
     """Join the process group that the launcher describes in the environment (RANK, WORLD_SIZE, MASTER_ADDR, ...).
 
-    Idempotent: a group that this process has already joined is kept.
-
-    Returns:
-        The device of this rank: its own GPU with nccl, or the CPU with gloo where there is no GPU.
+    Idempotent: a group that this process has already joined is kept. Returns the device of this rank: its own GPU with
+    nccl, or the CPU with gloo where there is no GPU.
     """
     enable_cpu()
     device, backend = torch.device("cpu"), "gloo"
