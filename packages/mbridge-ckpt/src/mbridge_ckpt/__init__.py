@@ -34,14 +34,7 @@ from mbridge_ckpt.manifest.placement import ParameterPlacement, place_parameter
 from mbridge_ckpt.megatron_lm.importer import import_megatron
 from mbridge_ckpt.megatron_lm.tree import find_iteration
 from mbridge_ckpt.reshard.reshard import reshard
-from mbridge_ckpt.store.checkpoint import (
-    Checkpoint,
-    PassedOver,
-    Resume,
-    find_resume,
-    list_checkpoints,
-    open_checkpoint,
-)
+from mbridge_ckpt.store.checkpoint import Checkpoint, PassedOver, Resume, find_resume, list_checkpoints, open_checkpoint
 from mbridge_ckpt.store.checkpoint_writer import CheckpointWriter
 from mbridge_ckpt.store.rank_state import capture_random_state, restore_random_state
 from mbridge_ckpt.store.retention import PruneReport, Retention, prune

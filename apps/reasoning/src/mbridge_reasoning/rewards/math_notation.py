@@ -77,10 +77,7 @@ _ANYWHERE: tuple[Rule, ...] = (
 _EXPRESSION: tuple[Rule, ...] = (
     (re.compile(r"\\(?:boldsymbol|bm|underline|checkmark)(?![a-zA-Z])"), ""),
     (re.compile(r"^\\text\s*\{[^{}]*(?:\bis|:)\s*\}"), ""),  # \text{The answer is } 5
-    (
-        re.compile(r"^(?:\\text\s*\{)?([A-Za-z]+)\}?$"),
-        lambda match: str(NUMBER_WORDS.get(match[1].lower(), match[0])),
-    ),
+    (re.compile(r"^(?:\\text\s*\{)?([A-Za-z]+)\}?$"), lambda match: str(NUMBER_WORDS.get(match[1].lower(), match[0]))),
     (
         re.compile(rf"^(-?\d+(?:\.\d+)?)\s*(?:\\text\s*\{{)?\s*({'|'.join(_LARGE)})\b"),
         lambda match: f"{Fraction(match[1]) * _LARGE[match[2]]} " + ("\\text{" if "{" in match[0] else ""),

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from mbridge_ckpt.background.staging import StagingBuffer
@@ -113,9 +112,7 @@ class SnapshotSave(CheckpointWriter):
         self._open = False
         return self._pending.directory / step_directory(self.step)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         if not self._open:
             return
         self._open = False

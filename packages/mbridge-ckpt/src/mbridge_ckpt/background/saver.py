@@ -3,7 +3,6 @@
 import os
 import socket
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Self
 
 from mbridge_ckpt.background.pending_save import PendingSave, SnapshotSave
@@ -66,12 +65,7 @@ class AsyncSaver:
         return self._writer.process_id if self._writer is not None else None
 
     def begin_save(
-        self,
-        directory: str | Path,
-        *,
-        step: int,
-        layout: Layout,
-        existing: Literal["replace", "refuse"] = "replace",
+        self, directory: str | Path, *, step: int, layout: Layout, existing: Literal["replace", "refuse"] = "replace"
     ) -> SnapshotSave:
         """Begin a save, with the arguments of the function `begin_save`; collective.
 
@@ -191,9 +185,7 @@ class AsyncSaver:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         try:
             self.close()
         except SaveError as failure:

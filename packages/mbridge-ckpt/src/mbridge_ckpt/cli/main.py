@@ -13,9 +13,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mbridge_ckpt.cli.diff import diff
 from mbridge_ckpt.cli.output import ProgressBar, print_columns, print_json, size_text
 from mbridge_ckpt.errors import CheckpointError
+from mbridge_ckpt.huggingface.export import export_hf
 from mbridge_ckpt.manifest.manifest import read_manifest
+from mbridge_ckpt.megatron_lm.importer import import_megatron
+from mbridge_ckpt.megatron_lm.tree import find_iteration
+from mbridge_ckpt.reshard.reshard import reshard
 from mbridge_ckpt.store.checkpoint import list_checkpoints, open_checkpoint
 from mbridge_ckpt.store.publish import find_leftovers
 from mbridge_ckpt.store.retention import Retention, prune
@@ -154,8 +159,6 @@ def _prune(options: argparse.Namespace) -> int:
 
 
 def _diff(options: argparse.Namespace) -> int:
-    from mbridge_ckpt.cli.diff import diff
-
     total = sum(open_checkpoint(path).manifest.total_bytes for path in (options.path, options.other))
     with ProgressBar("reading", 2 * total) as progress:  # verified, then compared
         differences = diff(options.path, options.other, progress=progress)
@@ -172,8 +175,6 @@ def _diff(options: argparse.Namespace) -> int:
 
 
 def _reshard(options: argparse.Namespace) -> int:
-    from mbridge_ckpt.reshard.reshard import reshard
-
     checkpoint = open_checkpoint(options.path)
     with ProgressBar("reading and writing", 2 * checkpoint.manifest.total_bytes) as progress:
         path = reshard(
@@ -188,9 +189,6 @@ def _reshard(options: argparse.Namespace) -> int:
 
 
 def _import_megatron(options: argparse.Namespace) -> int:
-    from mbridge_ckpt.megatron_lm.importer import import_megatron
-    from mbridge_ckpt.megatron_lm.tree import find_iteration
-
     total = sum(file.stat().st_size for file in find_iteration(options.path).glob("mp_rank_*/*.pt"))
     with ProgressBar("writing", total) as progress:
         path = import_megatron(
@@ -204,8 +202,6 @@ def _import_megatron(options: argparse.Namespace) -> int:
 
 
 def _export_hf(options: argparse.Namespace) -> int:
-    from mbridge_ckpt.huggingface.export import export_hf
-
     checkpoint = open_checkpoint(options.path)
     with ProgressBar("writing", checkpoint.manifest.total_bytes) as progress:
         report = export_hf(

@@ -53,14 +53,11 @@ class HashingFile:
                 count = os.write(self._descriptor, block)
                 self.bytes += count
                 block = block[count:]
-            if self.bytes - self._started >= WRITE_BLOCK:
-                self._start_writing()
+            # The disk starts now rather than at fsync: Linux begins to write pages that it is told to drop.
+            if (waiting := self.bytes - self._started) >= WRITE_BLOCK:
+                os.posix_fadvise(self._descriptor, self._started, waiting, os.POSIX_FADV_DONTNEED)
+                self._started = self.bytes
         return len(view)
-
-    def _start_writing(self) -> None:
-        """Have the disk start now rather than at fsync: Linux begins to write pages that it is told to drop."""
-        os.posix_fadvise(self._descriptor, self._started, self.bytes - self._started, os.POSIX_FADV_DONTNEED)
-        self._started = self.bytes
 
     def close(self) -> str:
         """fsync and close; returns the checksum as 32 hexadecimal digits."""
@@ -77,71 +74,51 @@ class HashingFile:
             self._descriptor = -1
 
 
-class HashingReader(io.RawIOBase):
+class HashingReader(io.FileIO):
     """A file that is hashed while it is read.
 
     The reader may seek: bytes are hashed if they continue the hashed part, short gaps (headers, padding) are filled,
     and `digest` reads the rest. A file that is read in order is therefore read once.
     """
 
+    # FileIO has faster ones, which do not call `readinto`.
+    read, readall = io.RawIOBase.read, io.RawIOBase.readall  # type: ignore[assignment]  # typeshed's take no None
+
     def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._size = os.fstat(self._descriptor).st_size
+        super().__init__(path)
         self._hash = xxhash.xxh3_128()
         self._hashed = 0
-        self._position = 0
 
     def readinto(self, buffer: "memoryview | bytearray", /) -> int:  # type: ignore[override]
         """Fill `buffer`; short only at the end of the file."""
         view = memoryview(buffer).cast("B")
         if len(view) >= HUGE_PAGES_FROM:
             _use_huge_pages(view)
-        gap = self._position - self._hashed
+        gap = self.tell() - self._hashed
         if 0 < gap <= LARGEST_GAP and len(view) > gap:
-            self._hash.update(os.pread(self._descriptor, gap, self._hashed))
-            self._hashed = self._position
+            self._hash.update(os.pread(self.fileno(), gap, self._hashed))
+            self._hashed += gap
         done = 0
-        while done < len(view):
-            count = self._read(view[done : done + BLOCK])
-            if not count:
-                break
+        while count := self._read(view[done : done + BLOCK]):
             done += count
         return done
 
     def _read(self, block: memoryview) -> int:
-        count = os.preadv(self._descriptor, [block], self._position)
-        begin, self._position = self._position, self._position + count
-        if begin <= self._hashed < self._position:
+        begin = self.tell()
+        count = os.preadv(self.fileno(), [block], begin)
+        end = self.seek(begin + count)
+        if begin <= self._hashed < end:
             self._hash.update(block[self._hashed - begin : count])
-            self._hashed = self._position
+            self._hashed = end
         return count
 
     def digest(self) -> str:
         """Return the checksum of the whole file, as 32 hexadecimal digits."""
         self.seek(self._hashed)
-        buffer = bytearray(min(BLOCK, max(self._size - self._hashed, 1)))
+        buffer = bytearray(BLOCK)
         while self.readinto(buffer):
             pass
         return self._hash.hexdigest()
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        self._position = offset + (0, self._position, self._size)[whence]
-        return self._position
-
-    def tell(self) -> int:
-        return self._position
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._descriptor)
-        super().close()
 
 
 def _use_huge_pages(view: memoryview) -> None:

@@ -109,7 +109,7 @@ def _load(path: Path, source: Path | IO[bytes] | HashingReader, map_location: An
         source.seek(0)
     with naming(path):
         try:
-            return torch.load(source, map_location=map_location, weights_only=True, mmap=mmap)  # type: ignore[arg-type]
+            return torch.load(source, map_location=map_location, weights_only=True, mmap=mmap)
         except OSError:
             raise
         except Exception as error:

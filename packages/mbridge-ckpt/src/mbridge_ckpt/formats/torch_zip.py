@@ -14,25 +14,20 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from mbridge_ckpt.errors import CheckpointError
 from mbridge_ckpt.formats.tensors import DTYPE_BYTES, TORCH_STORAGES, TensorRecord, dtype_name, tensor_bytes
 from mbridge_ckpt.formats.torch_reader import MAXIMUM_DEPTH
 
 if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
     from torch import Tensor
 
 ALIGNMENT = 64
 WIDE_FROM = 0xFFFFFFFF  # sizes and offsets from here on need the 64-bit fields
 _FULL_32 = 0xFFFFFFFF
 _FULL_16 = 0xFFFF
-
-
-class Writer(Protocol):
-    """A destination of bytes that is only appended to."""
-
-    def write(self, data: bytes | memoryview, /) -> int: ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,7 +64,7 @@ def host_tensor(tensor: "Tensor") -> "Tensor":
 
 
 def write_torch_file(
-    out: Writer, value: Any, to_host: "Callable[[Tensor], Tensor]" = host_tensor
+    out: "SupportsWrite[bytes | memoryview]", value: Any, to_host: "Callable[[Tensor], Tensor]" = host_tensor
 ) -> tuple[TensorRecord, ...]:
     """Write `value` in torch.save's format; returns the tensors in it.
 
@@ -168,7 +163,7 @@ class _Pickler(pickle.Pickler):
 class _Archive:
     """A zip archive of stored entries (PKWARE APPNOTE 6.3, with its 64-bit extensions where sizes need them)."""
 
-    def __init__(self, out: Writer) -> None:
+    def __init__(self, out: "SupportsWrite[bytes | memoryview]") -> None:
         self._out = out
         self._position = 0
         self._directory: list[bytes] = []

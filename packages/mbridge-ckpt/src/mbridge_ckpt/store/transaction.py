@@ -14,7 +14,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from fcntl import LOCK_EX, LOCK_NB, flock
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
 from mbridge_ckpt.errors import CheckpointError, RanksLostError, SaveError
@@ -68,13 +67,7 @@ class Save(CheckpointWriter):
     """
 
     def __init__(
-        self,
-        directory: Path,
-        *,
-        step: int,
-        layout: Layout,
-        ranks: Ranks,
-        existing: Literal["replace", "refuse"],
+        self, directory: Path, *, step: int, layout: Layout, ranks: Ranks, existing: Literal["replace", "refuse"]
     ) -> None:
         super().__init__(step, layout, ranks)
         self._final = directory / step_directory(step)
@@ -234,9 +227,7 @@ class Save(CheckpointWriter):
             os.close(self._lock)
             self._lock = -1
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         if not self._open:
             return
         if error is None:

@@ -4,7 +4,6 @@ import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
@@ -48,13 +47,9 @@ def is_due(step: int, interval: int) -> bool:
 class RunSaver:
     """Saves an engine when a save is due, and prunes its checkpoints. Every method is collective over all ranks.
 
-    A context manager: its end waits for a save in the background.
-
-    Args:
-        engine: with an optimizer.
-        directory: `<output_dir>/<experiment_name>/checkpoints`.
-        settings: how to save.
-        resumed_from: never removed, so that the run can be started from it again.
+    A context manager: its end waits for a save in the background. `directory` is
+    `<output_dir>/<experiment_name>/checkpoints`. `resumed_from` is never removed, so that the run can be started from
+    it again.
     """
 
     def __init__(
@@ -72,13 +67,7 @@ class RunSaver:
         return last or is_due(step, self.settings.interval)
 
     def save(
-        self,
-        step: int,
-        *,
-        last: bool,
-        loop_state: dict[str, Any],
-        metrics: dict[str, float],
-        preempted: bool = False,
+        self, step: int, *, last: bool, loop_state: dict[str, Any], metrics: dict[str, float], preempted: bool = False
     ) -> Path | None:
         """Write `global_step_<step>` and return it; None if `when_busy` skipped it.
 
@@ -116,8 +105,7 @@ class RunSaver:
     def check(self, *, wait: bool = False) -> None:
         """Notice the end of a save in the background, or wait for it; call it once per step.
 
-        Raises:
-            mbridge_ckpt.SaveError: it failed.
+        Raises `mbridge_ckpt.SaveError` if it failed.
         """
         if self._background is None:
             return
@@ -127,9 +115,7 @@ class RunSaver:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
         if self._background is not None:
             self._background.__exit__(kind, error, traceback)
             if error is None:

@@ -143,14 +143,11 @@ class Encoder:
     def decode(self, images: RowImages) -> VisionInputs:
         """Decode the images of a row, resize them, and cut them into patches.
 
-        Raises:
-            RowError: an image cannot be decoded, or does not have the size that its header states.
+        Raises `RowError` if an image cannot be decoded, or does not have the size that its header states.
         """
         decoded = [decode(image, images.source, most_pixels=self._most_pixels) for image in images.references]
         patches = self._image_processor(
-            images=decoded,
-            size={"shortest_edge": self._smallest, "longest_edge": self._largest},
-            return_tensors="pt",
+            images=decoded, size={"shortest_edge": self._smallest, "longest_edge": self._largest}, return_tensors="pt"
         )
         grid_thw: Tensor = patches["image_grid_thw"]
         if not torch.equal(grid_thw, images.grid_thw):

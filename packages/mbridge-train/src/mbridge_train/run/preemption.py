@@ -15,7 +15,6 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import torch
@@ -63,9 +62,7 @@ class Preemption:
                 self._file.write_text(str(os.getpid()))
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
         if error is None and self._stopped and distributed.is_initialized():
             distributed.barrier()  # the first rank that exits ends the others, which may be writing the report
         if self._is_on:

@@ -62,13 +62,7 @@ class _Curve:
 
 
 def write_report(
-    metrics: Path,
-    out: Path,
-    *,
-    title: str,
-    charts: Sequence[Chart],
-    section: str = "",
-    config: str | None = None,
+    metrics: Path, out: Path, *, title: str, charts: Sequence[Chart], section: str = "", config: str | None = None
 ) -> None:
     """Write the report on ``metrics.jsonl`` to `out`; an existing file is replaced atomically.
 
