@@ -14,14 +14,13 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from mbridge_ckpt.errors import CheckpointError
 from mbridge_ckpt.formats.tensors import DTYPE_BYTES, TORCH_STORAGES, TensorRecord, dtype_name, tensor_bytes
 from mbridge_ckpt.formats.torch_reader import MAXIMUM_DEPTH
 
 if TYPE_CHECKING:
-    from _typeshed import SupportsWrite
     from torch import Tensor
 
 ALIGNMENT = 64
@@ -63,8 +62,14 @@ def host_tensor(tensor: "Tensor") -> "Tensor":
     return tensor.detach().cpu().contiguous()
 
 
+class Writer(Protocol):
+    """A binary file, or what hashes on the way to one."""
+
+    def write(self, data: bytes | memoryview, /) -> object: ...
+
+
 def write_torch_file(
-    out: "SupportsWrite[bytes | memoryview]", value: Any, to_host: "Callable[[Tensor], Tensor]" = host_tensor
+    out: Writer, value: Any, to_host: "Callable[[Tensor], Tensor]" = host_tensor
 ) -> tuple[TensorRecord, ...]:
     """Write `value` in torch.save's format; returns the tensors in it.
 
@@ -163,7 +168,7 @@ class _Pickler(pickle.Pickler):
 class _Archive:
     """A zip archive of stored entries (PKWARE APPNOTE 6.3, with its 64-bit extensions where sizes need them)."""
 
-    def __init__(self, out: "SupportsWrite[bytes | memoryview]") -> None:
+    def __init__(self, out: Writer) -> None:
         self._out = out
         self._position = 0
         self._directory: list[bytes] = []
