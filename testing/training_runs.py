@@ -121,7 +121,7 @@ def leave() -> None:
 
 def train(engine: Any, first: int, last: int) -> list[tuple[float, float, float, bool]]:
     """Return loss, gradient norm, learning rate, and whether it was applied, for steps `first` to `last` - 1."""
-    from mbridge_train.losses.policy import sft_loss
+    from mbridge_train.losses.sft import sft_loss
 
     record = []
     for step in range(first, last):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from mbridge_model import ModelError
-from mbridge_model.bridge import install
+from mbridge_model.bridge import installed
 
 from testing.tiny_models import make_model
 
@@ -89,8 +89,8 @@ assert "torch" not in sys.modules
 
 
 def test_another_version_of_megatron_bridge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(install, "VERSION", "0.9.9")
+    monkeypatch.setattr(installed, "VERSION", "0.9.9")
     with pytest.raises(
         ModelError, match=r"^megatron-bridge 0\.6\.2 is installed, and mbridge-model needs 0\.9\.9; run"
     ):
-        install.require_bridge()
+        installed.require_bridge()

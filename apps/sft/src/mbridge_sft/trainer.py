@@ -13,7 +13,7 @@ from mbridge_train.data.loader import EncodedBatches
 from mbridge_train.engine.batch import Sample, aggregation_weights
 from mbridge_train.engine.engine import Engine
 from mbridge_train.engine.throughput import Throughput
-from mbridge_train.losses.policy import sft_loss
+from mbridge_train.losses.sft import sft_loss
 
 from mbridge_sft.evaluation import Evaluation, Question, as_sample, encode_question, evaluate
 

@@ -3,8 +3,8 @@
 Importing this does not import torch; writing or reading a tensor does.
 """
 
+from mbridge_ckpt.background.async_saver import AsyncSaver
 from mbridge_ckpt.background.pending_save import SnapshotSave
-from mbridge_ckpt.background.saver import AsyncSaver
 from mbridge_ckpt.errors import (
     CheckpointError,
     CorruptCheckpointError,

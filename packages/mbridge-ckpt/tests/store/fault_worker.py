@@ -32,7 +32,7 @@ import torch
 import torch.distributed
 from fault_interceptor import intercept
 from mbridge_ckpt import AsyncSaver, Layout, Save, begin_save, model_file, optimizer_file
-from mbridge_ckpt.background import writer as writer_process
+from mbridge_ckpt.background import writer_process as writer_process
 
 real_write = os.write
 

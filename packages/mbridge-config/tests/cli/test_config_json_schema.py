@@ -15,7 +15,7 @@ from mbridge_config import ReasoningConfig, SFTConfig, key_table
 from mbridge_config.cli.json_schema import json_schema
 from mbridge_config.cli.main import main
 from mbridge_config.load.catalog import config_names, installed_directories
-from mbridge_config.load.convert import Unfit, check_range, fit
+from mbridge_config.load.validate import Unfit, check_range, fit
 from mbridge_config.schema.keys import KeyInfo, Status
 from mbridge_config.schema.run_kinds import SCHEMAS, schema_of
 

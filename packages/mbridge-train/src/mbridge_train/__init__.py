@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from mbridge_train.engine.weight_snapshot import Snapshot
     from mbridge_train.errors import TrainError
     from mbridge_train.losses.advantages import grpo_advantages
-    from mbridge_train.losses.policy import LossInputs, LossOutputs, policy_loss, sft_loss
+    from mbridge_train.losses.base import LossInputs, LossOutputs
+    from mbridge_train.losses.policy import policy_loss
+    from mbridge_train.losses.sft import sft_loss
     from mbridge_train.optim.optimizer import OptimizerSettings, StepResult
     from mbridge_train.optim.schedule import Schedule
     from mbridge_train.run.metrics import MetricsWriter
@@ -53,7 +55,9 @@ _NAMES = {
     "engine.weight_snapshot": ["Snapshot"],
     "errors": ["TrainError"],
     "losses.advantages": ["grpo_advantages"],
-    "losses.policy": ["LossInputs", "LossOutputs", "policy_loss", "sft_loss"],
+    "losses.base": ["LossInputs", "LossOutputs"],
+    "losses.policy": ["policy_loss"],
+    "losses.sft": ["sft_loss"],
     "optim.optimizer": ["OptimizerSettings", "StepResult"],
     "optim.schedule": ["Schedule"],
     "run.metrics": ["MetricsWriter"],

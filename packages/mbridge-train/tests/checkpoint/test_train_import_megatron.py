@@ -52,7 +52,7 @@ def build(directory: Path, parallel: Parallel, optimizer: dict[str, Any], dtype:
 
 def train(engine: Any, first: int, last: int) -> list[tuple[float, float]]:
     """Return loss and gradient norm of steps `first` to `last` - 1."""
-    from mbridge_train.losses.policy import sft_loss
+    from mbridge_train.losses.sft import sft_loss
 
     record = []
     for step in range(first, last):

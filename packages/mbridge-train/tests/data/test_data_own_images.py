@@ -66,7 +66,7 @@ def eager(encoder: Encoder, data: Path) -> list[list[Encoded]]:
 
 
 def train(model: Path, data: Path, parallel: Parallel, is_eager: bool) -> dict[str, Any]:
-    from mbridge_train.losses.policy import sft_loss
+    from mbridge_train.losses.sft import sft_loss
 
     engine = build(model, parallel, SHARDED, batching=BATCHING)
     encoder = Encoder(model)

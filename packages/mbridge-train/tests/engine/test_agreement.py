@@ -22,7 +22,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_with(directory: Path, parallel: Parallel, change: str) -> Any:
     """Log probabilities and loss, or the errors, of passes in which rank 1 has a changed batch."""
     from mbridge_train.errors import TrainError
-    from mbridge_train.losses.policy import sft_loss
+    from mbridge_train.losses.sft import sft_loss
 
     batch = make_batch(0)
     if torch.distributed.get_rank() == 1:

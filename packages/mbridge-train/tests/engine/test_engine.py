@@ -38,7 +38,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def twin(directory: Path) -> dict[str, Any]:
     """The same training with transformers, autograd over one sequence at a time, and torch's AdamW."""
-    from mbridge_train.losses.policy import LossInputs, policy_loss
+    from mbridge_train.losses.base import LossInputs
+    from mbridge_train.losses.policy import policy_loss
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)

@@ -41,7 +41,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def twin(directory: Path, batch: list[Sample], options: dict[str, Any]) -> tuple[float, float]:
     """Loss and gradient norm with transformers and autograd, one sequence at a time."""
-    from mbridge_train.losses.policy import LossInputs, policy_loss
+    from mbridge_train.losses.base import LossInputs
+    from mbridge_train.losses.policy import policy_loss
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
@@ -211,7 +212,8 @@ def test_batches_with_nothing_in_them(gang2: Gang, models: Path, model: dict[str
 def without_a_gradient(directory: Path, model: dict[str, Any]) -> tuple[str, list[str]]:
     """The error of a step whose loss is not a number on the rank that has the first sample, and what it changed."""
     from mbridge_train.errors import TrainError
-    from mbridge_train.losses.policy import LossInputs, LossOutputs, sft_loss
+    from mbridge_train.losses.base import LossInputs, LossOutputs
+    from mbridge_train.losses.sft import sft_loss
     from megatron.core import parallel_state
 
     def broken(inputs: LossInputs) -> LossOutputs:
@@ -243,7 +245,7 @@ def forgotten(directory: Path, close: bool) -> bool:
     import gc
     import weakref
 
-    from mbridge_train.losses.policy import sft_loss
+    from mbridge_train.losses.sft import sft_loss
     from megatron.core import parallel_state
 
     engine = build(directory, layout(), {}, 2)

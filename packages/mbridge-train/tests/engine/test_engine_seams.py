@@ -35,7 +35,7 @@ def make_batch(step: int) -> list[Sample]:
 
 def tidal_loss(inputs: Any) -> Any:
     """Likelihoods weighted by one field, pulled towards the other one."""
-    from mbridge_train.losses.policy import LossOutputs
+    from mbridge_train.losses.base import LossOutputs
 
     logprobs, tide = inputs.output("logprobs"), inputs.field("tide")
     token_loss = -inputs.field("moon") * logprobs + 0.01 * (logprobs - tide).square()
@@ -44,7 +44,7 @@ def tidal_loss(inputs: Any) -> Any:
 
 def value_loss(inputs: Any) -> Any:
     """Squared error of a value at each position."""
-    from mbridge_train.losses.policy import LossOutputs
+    from mbridge_train.losses.base import LossOutputs
 
     error = inputs.output("values") - inputs.field("moon")
     return LossOutputs(loss=(inputs.weights * error.square()).sum(), metrics={})
@@ -115,7 +115,7 @@ def train(directory: Path, parallel: Parallel, batching: dict[str, Any], *, valu
 
 def twin(directory: Path, *, values: bool) -> dict[str, Any]:
     """The same with transformers, autograd over one sequence at a time, and torch's AdamW."""
-    from mbridge_train.losses.policy import LossInputs
+    from mbridge_train.losses.base import LossInputs
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)

@@ -55,7 +55,7 @@ def make_batch(directory: Path, step: int, layouts: Iterable[str] = LAYOUTS) -> 
 def train(
     engine: Any, directory: Path, first: int, last: int, layouts: Iterable[str] = LAYOUTS
 ) -> list[tuple[float, float]]:
-    from mbridge_train.losses.policy import sft_loss
+    from mbridge_train.losses.sft import sft_loss
 
     record = []
     for step in range(first, last):

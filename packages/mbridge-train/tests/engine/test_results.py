@@ -3,7 +3,8 @@
 import pytest
 import torch
 from mbridge_model import enable_cpu
-from mbridge_train.losses.policy import LossInputs, policy_loss
+from mbridge_train.losses.base import LossInputs
+from mbridge_train.losses.policy import policy_loss
 
 enable_cpu()
 from mbridge_train.engine.results import Metrics, combine_metrics, mean_metrics  # noqa: E402

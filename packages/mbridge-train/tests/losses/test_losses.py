@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from mbridge_train.losses.policy import LossInputs, kl_estimate, policy_loss, sft_loss
+from mbridge_train.losses.base import LossInputs
+from mbridge_train.losses.policy import kl_estimate, policy_loss
+from mbridge_train.losses.sft import sft_loss
 from torch import Tensor
 
 NAN, INF = math.nan, math.inf

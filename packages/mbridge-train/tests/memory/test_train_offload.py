@@ -98,7 +98,7 @@ def while_offloaded(directory: Path, output: Path) -> Any:
     from mbridge_train.checkpoint.load import load_checkpoint
     from mbridge_train.checkpoint.save import save_checkpoint
     from mbridge_train.errors import TrainError
-    from mbridge_train.losses.policy import sft_loss
+    from mbridge_train.losses.sft import sft_loss
 
     messages = {}
 

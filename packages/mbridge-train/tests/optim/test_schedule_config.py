@@ -11,7 +11,8 @@ from mbridge_config.load.compose import from_tree
 from mbridge_config.schema.provenance import Provenance
 from mbridge_train.build import optimizer_settings
 from mbridge_train.errors import TrainError
-from mbridge_train.losses.policy import LossInputs, policy_loss
+from mbridge_train.losses.base import LossInputs
+from mbridge_train.losses.policy import policy_loss
 
 STYLES = ["constant", "cosine", "inverse-square-root", "WSD"]
 WARMUPS: list[dict[str, Any]] = [

@@ -6,12 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mbridge_train.run.files import RunLock
+from mbridge_train.run.run_directory import RunLock
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from mbridge_train.run.files import RunLock
+from mbridge_train.run.run_directory import RunLock
 lock = RunLock(Path(sys.argv[1]))
 print(lock.take(), flush=True)
 time.sleep(60)

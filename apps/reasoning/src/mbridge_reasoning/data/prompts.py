@@ -111,7 +111,7 @@ def tokenize_prompts(
 
 def _tokenize(prompt: Prompt, tokenizer: "PreTrainedTokenizerBase", apply_chat_template: bool) -> list[int]:
     import jinja2
-    from mbridge_train.data.chat import render_chat
+    from mbridge_train.data.render_chat import render_chat
 
     content = prompt.content
     if isinstance(content, str) and not apply_chat_template:

@@ -20,7 +20,7 @@ from mbridge_train.build import build_engine
 from mbridge_train.data.errors import DataError
 from mbridge_train.data.order import RowOrder
 from mbridge_train.engine.batch import Sample, aggregation_weights
-from mbridge_train.losses.policy import sft_loss
+from mbridge_train.losses.sft import sft_loss
 from mbridge_train.run.output import RunOutput
 from mbridge_train.run.process_group import broadcast
 from torch import distributed

@@ -14,9 +14,9 @@ from typing import Any, TypeVar, overload
 
 from mbridge_config.compat.keys import known_keys
 from mbridge_config.load.catalog import locate
-from mbridge_config.load.convert import convert
 from mbridge_config.load.defaults import fill_defaults
 from mbridge_config.load.interpolations import resolve_interpolations
+from mbridge_config.load.validate import convert
 from mbridge_config.problems import ConfigError, Severity
 from mbridge_config.schema.keys import nested
 from mbridge_config.schema.provenance import Provenance

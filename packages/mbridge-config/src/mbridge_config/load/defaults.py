@@ -3,7 +3,7 @@
 from typing import Any
 
 from mbridge_config.compat.keys import known_keys, set_value, value_of
-from mbridge_config.load.convert import Unfit, check_range, fit
+from mbridge_config.load.validate import Unfit, check_range, fit
 from mbridge_config.problems import Where
 from mbridge_config.schema.provenance import Provenance
 from mbridge_config.schema.reasoning import ReasoningConfig

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from mbridge_model.bridge.conversion_tasks import has_vocabulary, hf_names, load_only, part_views, task_parts
-from mbridge_model.bridge.install import require_bridge
+from mbridge_model.bridge.installed import require_bridge
 from mbridge_model.bridge.read_slices import SlicedReader
 from mbridge_model.directory import HFDirectory
 from mbridge_model.errors import ModelError

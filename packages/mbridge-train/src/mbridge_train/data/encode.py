@@ -22,7 +22,7 @@ from mbridge_train.data.errors import DataError, LongRowError, RowError
 from mbridge_train.data.examples import Example
 from mbridge_train.data.hf_files import from_directory
 from mbridge_train.data.images import LARGEST, PixelLimits, RowImages, decode, fetched, image_size
-from mbridge_train.data.template import ChatTemplate
+from mbridge_train.data.trained_text import ChatTemplate
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 

@@ -12,7 +12,7 @@ from torch.utils.data import ConcatDataset
 from mbridge_train.data.chat_rows import ChatFile
 from mbridge_train.data.errors import DataError, missing_file
 from mbridge_train.data.examples import Example, Examples, ReadSettings
-from mbridge_train.data.parquet import ParquetFile
+from mbridge_train.data.question_rows import QuestionFile
 
 
 def read_examples(paths: Sequence[str | Path], settings: ReadSettings | None = None) -> Examples:
@@ -36,7 +36,7 @@ def read_examples(paths: Sequence[str | Path], settings: ReadSettings | None = N
     return _Concatenation([_OPEN[file.suffix](file, settings) for file in files])
 
 
-_OPEN: dict[str, Callable[[Path, ReadSettings], Any]] = {".parquet": ParquetFile, ".jsonl": ChatFile}
+_OPEN: dict[str, Callable[[Path, ReadSettings], Any]] = {".parquet": QuestionFile, ".jsonl": ChatFile}
 
 
 def _files(path: Path) -> list[Path]:

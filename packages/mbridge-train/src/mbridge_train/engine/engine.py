@@ -30,7 +30,7 @@ from mbridge_train.engine.output_heads import Head, HeadInputs, LogprobHead
 from mbridge_train.engine.results import gather_samples, reduce_metrics
 from mbridge_train.errors import TrainError
 from mbridge_train.layout import RankLayout
-from mbridge_train.losses.policy import LossInputs, LossOutputs
+from mbridge_train.losses.base import LossInputs, LossOutputs
 from mbridge_train.memory.offload import KEPT, PARTS, KeptPart, Offload, Part
 from mbridge_train.optim.optimizer import Optimizer, OptimizerSettings, StepResult, wrap_data_parallel
 
@@ -39,7 +39,7 @@ PLANNED_LENGTHS = 128
 takes a sixth of a second."""
 
 LossFunction = Callable[[LossInputs], LossOutputs]
-"""Maps the tokens of one micro-batch to a weighted sum and metrics (see `losses.policy`)."""
+"""Maps the tokens of one micro-batch to a weighted sum and metrics (see `losses.base`)."""
 
 # Maps a micro-batch and the outputs of its head to a loss, a number of tokens and results, for the schedule.
 _Finish = Callable[[ModelInputs, Mapping[str, Tensor]], tuple[Tensor, Tensor, dict[str, Any]]]

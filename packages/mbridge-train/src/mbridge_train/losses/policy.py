@@ -1,16 +1,11 @@
-"""Losses as pure functions of per-token tensors.
+"""The clipped policy loss of PPO and GRPO, and estimators of the KL divergence."""
 
-Every loss is ``sum(weights * token_loss)`` with the weights of :mod:`mbridge_train.engine.batch`, so losses and
-gradients of micro-batches and data-parallel ranks add up to those of the global batch. Metrics are weighted sums, too,
-except those named ``max_…``, which are combined by maximum (:mod:`mbridge_train.engine.results`).
-"""
-
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from mbridge_train.losses.base import LossInputs, LossOutputs
 
 KLPenalty = Literal["k1", "abs", "k2", "k3"]
 """How the KL divergence from the reference is estimated; see :func:`kl_estimate`."""
@@ -21,44 +16,6 @@ does not overflow. Beyond the limit, a ratio of 5e8, the gradient of the ratio i
 
 KL_LIMIT = 10.0
 """Limit of the k3 estimate of a token, which grows exponentially. Beyond it the gradient is zero."""
-
-
-@dataclass(kw_only=True, slots=True)
-class LossInputs:
-    """Per-token values on one device. Where the weight is 0, the other values may be NaN or infinite."""
-
-    weights: Tensor
-    """float32 [tokens]: loss weights over the global batch; 0 for padding and tokens that are not trained."""
-    outputs: Mapping[str, Tensor]
-    """float [tokens, ...] each, differentiable: outputs of the head, such as `logprobs` and `entropy`."""
-    fields: Mapping[str, Tensor] = field(default_factory=dict)
-    """float32 [tokens] each: `Sample.fields` by name."""
-
-    def output(self, name: str) -> Tensor:
-        """Return an output of the head, with zeros where the weight is 0. Raise `ValueError` if there is none."""
-        return self._trained(self.outputs, name, "output of the head")
-
-    def field(self, name: str) -> Tensor:
-        """Return a field of the samples, with zeros where the weight is 0. Raise `ValueError` if there is none."""
-        return self._trained(self.fields, name, "field of the samples")
-
-    def _trained(self, values: Mapping[str, Tensor], name: str, kind: str) -> Tensor:
-        if name not in values:
-            raise ValueError(f"this loss needs the {kind} {name!r}; there are: {', '.join(sorted(values)) or 'none'}")
-        value = values[name]
-        trained = (self.weights > 0).view(-1, *[1] * (value.dim() - 1))
-        return torch.where(trained, value, 0)  # because 0 * NaN is NaN
-
-
-@dataclass(kw_only=True, slots=True)
-class LossOutputs:
-    """A differentiable scalar, and detached scalars to log: weighted sums, and maxima under names ``max_…``.
-
-    The engine adds ``loss`` and ``weight``, the sum of weights, and divides the other sums by the latter.
-    """
-
-    loss: Tensor
-    metrics: dict[str, Tensor]
 
 
 def policy_loss(
@@ -161,18 +118,6 @@ def policy_loss(
             "max_abs_log_ratio": max_abs_log_ratio,
         },
     )
-
-
-def sft_loss(inputs: LossInputs) -> LossOutputs:
-    """Return the negative log likelihood of the targets, ``sum(weights * -logprobs)``.
-
-    The metrics are ``loss``, ``weight`` (sum of weights), and ``entropy`` if the head returns it.
-    """
-    loss = -(inputs.weights * inputs.output("logprobs")).sum()
-    metrics = {"loss": loss.detach().clone(), "weight": inputs.weights.sum()}
-    if "entropy" in inputs.outputs:
-        metrics["entropy"] = (inputs.weights * inputs.output("entropy").detach()).sum()
-    return LossOutputs(loss=loss, metrics=metrics)
 
 
 def kl_estimate(logprobs: Tensor, reference_logprobs: Tensor, kind: KLPenalty) -> Tensor:

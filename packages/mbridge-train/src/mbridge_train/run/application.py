@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mbridge_config import ConfigError, Problem, ReasoningConfig, SFTConfig, check, compose, parse_arguments
-from mbridge_model.bridge.install import require_bridge
+from mbridge_model.bridge.installed import require_bridge
 
 from mbridge_train.run.launch import launch, outside_group, rank_count
 from mbridge_train.run.metrics import require_backends

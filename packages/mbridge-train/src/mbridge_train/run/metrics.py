@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 from mbridge_train.errors import TrainError
-from mbridge_train.run.files import replace_text, writing
+from mbridge_train.run.run_directory import replace_text, writing
 
 METRICS_FILE = "metrics.jsonl"
 

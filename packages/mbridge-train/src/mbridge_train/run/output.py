@@ -19,11 +19,11 @@ from rich.text import Text
 from torch import distributed
 
 from mbridge_train.errors import TrainError
-from mbridge_train.run.files import RunLock, replace_text
 from mbridge_train.run.metrics import METRICS_FILE, MetricsWriter
 from mbridge_train.run.process_group import broadcast
 from mbridge_train.run.profiler import StepProfiler
 from mbridge_train.run.report import Chart, format_figure, write_report
+from mbridge_train.run.run_directory import RunLock, replace_text
 
 THROUGHPUT_CHARTS = (
     Chart(title="Model operations", metrics=("tflops_per_second",), unit="TFLOP/s per GPU"),

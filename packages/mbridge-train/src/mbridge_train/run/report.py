@@ -22,8 +22,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mbridge_train.run.files import replace_text
 from mbridge_train.run.metrics import read_metrics
+from mbridge_train.run.run_directory import replace_text
 
 SMOOTHING_STEPS = 20
 """Smallest number of points of a curve that is drawn with a moving average."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal, Self
 
 from mbridge_ckpt.background.pending_save import PendingSave, SnapshotSave
 from mbridge_ckpt.background.staging import StagingBuffer
-from mbridge_ckpt.background.writer import Meeting, Outcome, WriterProcess
+from mbridge_ckpt.background.writer_process import Meeting, Outcome, WriterProcess
 from mbridge_ckpt.errors import SaveError, SaverBusyError
 from mbridge_ckpt.manifest.layout import Layout, step_directory
 from mbridge_ckpt.store.ranks import Ranks

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
-from mbridge_train.data.chat import render_chat
 from mbridge_train.data.errors import DataError, RowError
 from mbridge_train.data.examples import Message
+from mbridge_train.data.render_chat import render_chat
 
 
 class ChatTemplate:

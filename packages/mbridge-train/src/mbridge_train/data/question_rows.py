@@ -32,7 +32,7 @@ LONGEST_CHOICES = 100_000
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-class ParquetFile:
+class QuestionFile:
     """A `.parquet` file of questions; see `Examples`. Without the column of choices, answers are free text.
 
     Raises `DataError` if the file cannot be read, has no rows, or lacks one of the columns.
@@ -79,7 +79,7 @@ class ParquetFile:
         return tuple(found)
 
     def __reduce__(self) -> Any:
-        return ParquetFile, (self._path, self._settings)
+        return QuestionFile, (self._path, self._settings)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0

@@ -5,7 +5,7 @@ import pickle
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from mbridge_train.data import parquet
+from mbridge_train.data import question_rows
 from mbridge_train.data.errors import DataError, RowError
 from mbridge_train.data.examples import ImageReference, ReadSettings, readable
 from mbridge_train.data.rows import read_examples
@@ -115,13 +115,13 @@ def test_row_groups_are_read_when_needed_and_few_are_kept(tmp_path, monkeypatch)
         "read_row_group",
         lambda self, group, **k: opened.append(group) or read_row_group(self, group, **k),
     )
-    monkeypatch.setattr(parquet, "KEPT_BYTES", 2 * 5500)
+    monkeypatch.setattr(question_rows, "KEPT_BYTES", 2 * 5500)
     examples = read(path)
     assert opened == []
     asked = [0, 4, 7, 1, 22, 3, 8]
     assert [examples[index].images[0].data for index in asked] == [bytes([index]) * 1000 for index in asked]
     assert opened == [0, 1, 4, 0, 1]
-    monkeypatch.setattr(parquet, "KEPT_BYTES", 5000)  # every group is larger, and is read up to the row
+    monkeypatch.setattr(question_rows, "KEPT_BYTES", 5000)  # every group is larger, and is read up to the row
     copy = pickle.loads(pickle.dumps(examples))
     assert [copy[index].messages[0].text[:3].strip("?\n") for index in (21, 19, 0)] == ["21", "19", "0"]
     assert opened == [0, 1, 4, 0, 1]

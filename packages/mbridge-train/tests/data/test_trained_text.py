@@ -4,7 +4,7 @@ import pytest
 from mbridge_sft.quickstart.model import CHAT_TEMPLATE, build_processor
 from mbridge_train.data.errors import DataError, RowError
 from mbridge_train.data.examples import ImageReference, Message
-from mbridge_train.data.template import ChatTemplate
+from mbridge_train.data.trained_text import ChatTemplate
 
 # Like Qwen3's: thoughts are taken out of past turns, and the last answer gets a think block of its own.
 THINKING = """\

@@ -24,7 +24,7 @@ from mbridge_ckpt.background.staging import map_staging
 from mbridge_ckpt.errors import RanksLostError, SaveError
 from mbridge_ckpt.store.ranks import Ranks
 
-_PROGRAM = "import sys; from mbridge_ckpt.background.writer import main; main(*map(int, sys.argv[1:]))"
+_PROGRAM = "import sys; from mbridge_ckpt.background.writer_process import main; main(*map(int, sys.argv[1:]))"
 _GONE = (BrokenPipeError, ConnectionResetError, EOFError)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
