@@ -1,4 +1,4 @@
-"""Whole runs of the app: what they leave, and that a run which was stopped goes on as if it had not been."""
+"""Whole runs of the app: their files, and resuming as if the run had not been stopped."""
 
 import gzip
 import json
@@ -48,7 +48,7 @@ def test_resumed_run_has_the_state_of_the_unbroken_one(runs: tuple[Path, str], f
 
 
 def test_training_changes_tower_and_language_model(runs: tuple[Path, str]) -> None:
-    """Or the comparisons above would hold of runs that do nothing."""
+    """Otherwise the comparisons above would also hold for runs that do nothing."""
     directory, _ = runs
     before, after = (saved(directory / "unbroken", step, "model_optim_rng.pt")["model"] for step in (2, 4))
     same = [name for name in before if torch.equal(before[name], after[name])]

@@ -1,4 +1,4 @@
-"""What is said before a rank starts about a run whose length the data decides."""
+"""Messages before a rank starts, for a run whose length depends on the data."""
 
 import json
 from pathlib import Path

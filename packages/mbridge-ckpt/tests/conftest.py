@@ -1,4 +1,4 @@
-"""The process in which saves are killed and starved, and a place for what they leave."""
+"""The process in which saves are killed and starved, and a directory for the files that they leave."""
 
 import os
 from collections.abc import Iterator

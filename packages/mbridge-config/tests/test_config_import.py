@@ -1,4 +1,4 @@
-"""What importing costs: time, and modules."""
+"""The cost of importing the package: time and modules."""
 
 import statistics
 from collections.abc import Callable

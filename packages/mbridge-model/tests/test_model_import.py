@@ -1,4 +1,4 @@
-"""What a process of its own shows: imports are cheap, loading is silent, a missing megatron-bridge is one error."""
+"""Tests in separate processes: imports are cheap, loading is silent, a missing megatron-bridge is one error."""
 
 import subprocess
 import sys

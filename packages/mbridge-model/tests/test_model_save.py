@@ -1,4 +1,4 @@
-"""`save_hf`: what transformers opens again, and what is left when writing fails."""
+"""`save_hf`: transformers opens the result, and the files that remain after a failed write."""
 
 import json
 import shutil

@@ -8,7 +8,7 @@ from testing.gang import Gang
 
 
 def layout_of(sizes: dict[str, int], experts: int | None = None, chunks: int = 1) -> dict[str, Any]:
-    """What a rank sees of a model of `experts` and `chunks` under the given Megatron-Core sizes."""
+    """Return the layout that a rank sees, for a model of `experts` and `chunks` under the given Megatron-Core sizes."""
     from mbridge_train.layout import RankLayout
     from megatron.core import parallel_state
     from megatron.core.transformer.transformer_config import TransformerConfig

@@ -22,7 +22,7 @@ def test_public_names_are_there() -> None:
 
 
 def test_import_is_light() -> None:
-    """Neither torch nor Megatron comes with the import of the package, or of what starts the ranks."""
+    """Importing the package, or the modules that start ranks, imports neither torch nor Megatron."""
     code = "import sys, mbridge_train, mbridge_train.run.launch; print({'torch', 'megatron'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "set()"

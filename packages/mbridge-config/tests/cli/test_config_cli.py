@@ -171,7 +171,7 @@ GIVEN = [f"{key}=x" for key in ("actor.model.model_path", "data.train_data_paths
 def test_commands_of_the_readme_run_as_written(
     readme: Path, tmp_path: Path, real_model: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In a directory with data files, and a model's in place of the word that stands for it."""
+    """Run in a directory with data files, with a model directory in place of the placeholder."""
     text = readme.read_text(encoding="utf-8").replace("\\\n", " ")
     commands = re.findall(r"^(?:\./uvw run )?mbridge-config ((?:check|fit|init|explain|schema) .*)", text, re.MULTILINE)
     monkeypatch.chdir(tmp_path)

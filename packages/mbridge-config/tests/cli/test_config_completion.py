@@ -112,7 +112,7 @@ def test_wrong_requests(words: list[str], capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_in_bash(yaml: Path, tmp_path: Path) -> None:
-    """What `eval "$(mbridge-config -sc install=bash)"` does to a real bash."""
+    """The effect of `eval "$(mbridge-config -sc install=bash)"` on a real bash."""
     command = tmp_path / "bin" / "mbridge-config"
     command.parent.mkdir()
     command.write_text(f"#!{sys.executable}\nimport sys\nfrom mbridge_config.cli.main import main\nsys.exit(main())\n")

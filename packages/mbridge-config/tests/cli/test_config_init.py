@@ -119,7 +119,7 @@ def test_a_model_without_weights_is_told(real_model: Callable[[str], Path], caps
 
 @pytest.mark.parametrize(("task", "name"), [("reasoning", "qwen2.5-1.5b"), ("sft", "qwen3-vl-4b")])
 def test_the_app_starts_with_it(real_model: Callable[[str], Path], here: Path, task: str, name: str) -> None:
-    """What the app's command does before it starts ranks: its own schema, its rules, its look at data and disk."""
+    """Do what the app's command does before it starts ranks: check schema, rules, data and disk."""
     start = pytest.importorskip(f"mbridge_{task}.start")
     main(["init", task, "--model", str(real_model(name))])
     schema = ReasoningConfig if task == "reasoning" else SFTConfig

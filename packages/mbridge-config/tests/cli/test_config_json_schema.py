@@ -1,4 +1,4 @@
-"""The JSON schema for editors says of a value what the loader says of it."""
+"""The JSON schema for editors accepts the values that the loader accepts."""
 
 import json
 import math

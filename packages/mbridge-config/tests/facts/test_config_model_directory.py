@@ -99,7 +99,7 @@ def test_directories_that_disagree(checked: Checked, model: Path, make_model: Ma
     # the same place under another name is no disagreement
     (tmp_path / "link").symlink_to(model)
     assert disagreements(checked(f"rollout.model.model_path={tmp_path / 'link'}", f"{TOKENIZER}={model}/")) == []
-    # and another directory with the same tokens is none either
+    # and neither is another directory with the same tokens
     assert disagreements(checked(f"{TOKENIZER}={other}")) == []
 
 
@@ -113,7 +113,7 @@ def test_the_tokenizer_of_another_model(checked: Checked, make_model: MakeModel,
     (problem,) = disagreements(checked(f"{TOKENIZER}={other}"))
     assert (problem.id, problem.severity) == ("tokenizer-directory", Severity.ERROR)
     assert "token 't1' is 2 here and 1 there" in problem.reason and HF in problem.fix
-    # tokens that the model's own tokenizer has not got are allowed: there are rows for them
+    # tokens that the model's own tokenizer lacks are allowed: the embedding has rows for them
     write_tokens(other, {"t0": 0, "new": 205}, [{"id": 199, "content": "<end>"}])
     assert disagreements(checked(f"{TOKENIZER}={other}")) == []
     write_tokens(other, {"t0": 0}, [{"id": 150, "content": "<end>"}])

@@ -1,4 +1,4 @@
-"""Layouts that fit: all pass the rules and the memory, in an order that can be told, and nothing else is lost."""
+"""Layouts that fit: all of them pass the rules and fit into memory, in a defined order, and none is lost."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""What messages about the layout propose, given as arguments, mends it."""
+"""The proposals of messages about the layout, given as arguments, correct it."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +24,7 @@ def test_tensor_sizes_that_messages_propose(checked: Checked, model: Path, make_
 
 
 def test_split_that_the_message_proposes(checked: Checked) -> None:
-    """What the fix says, given as arguments, mends it."""
+    """The proposed fix, given as arguments, corrects the config."""
     for given in (
         [f"{PP}=4"],
         [f"{PP}=3", f"{LAST}=3"],

@@ -115,7 +115,7 @@ def test_place_of_a_section_that_an_argument_makes(yaml: Path) -> None:
 
 
 def test_each_wrong_interpolation_is_told(yaml: Path) -> None:
-    """Of a chain the end alone; of two that are wrong by themselves both."""
+    """Of a chain, only the end is reported; of two independent mistakes, both are."""
     wrong = ["actor.seed=${nothing.here}", "runner.max_epochs=${nothing.here}", "runner.max_steps=${actor.seed}"]
     problems = compose("run", yaml, wrong, strict=False).provenance.problems
     assert {problem.key for problem in problems} == {"actor.seed", "runner.max_epochs"}

@@ -1,4 +1,4 @@
-"""Whatever is written into a config, the answer is a config or a ConfigError."""
+"""Any content of a config results in a config or a ConfigError."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""Paths that are none, or that may not be looked at, are told like those of files that are not there."""
+"""Invalid and unreadable paths are reported like paths of missing files."""
 
 import os
 from collections.abc import Callable

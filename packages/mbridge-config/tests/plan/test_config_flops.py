@@ -1,4 +1,4 @@
-"""Counted operations, beside torch's counter of those that transformers' models run."""
+"""Counted operations, compared with torch's counter on transformers' models."""
 
 import dataclasses
 from collections.abc import Callable

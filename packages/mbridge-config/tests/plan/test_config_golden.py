@@ -1,4 +1,4 @@
-"""What `check` prints of the apps' example configs, beside files that show the reader of a change what it changes.
+"""The output of `check` on the apps' example configs, compared with files whose diff shows the effect of a change.
 
     MBRIDGE_WRITE_GOLDEN=1 ./uvw run pytest packages/mbridge-config/tests/plan/test_config_golden.py
 

@@ -1,4 +1,4 @@
-"""Estimated memory beside peaks that were measured on GPUs, and beside what autograd really keeps."""
+"""Estimated memory, compared with peaks measured on GPUs and with the tensors that autograd keeps."""
 
 from collections.abc import Callable
 from typing import Any

@@ -1,4 +1,4 @@
-"""Numbers of parameters, beside those of transformers' own modules on the meta device."""
+"""Numbers of parameters, compared with those of transformers' modules on the meta device."""
 
 import dataclasses
 import json

@@ -138,7 +138,7 @@ def test_memory_that_is_enough(words: Callable[..., list[str]], capsys: pytest.C
 def test_memory_that_is_not(
     words: Callable[..., list[str]], capsys: pytest.CaptureFixture[str], yaml: Path, dynamic: bool
 ) -> None:
-    """The fix that is printed, given as arguments, mends it."""
+    """The printed fix, given as arguments, corrects the config."""
     settings = ["actor.micro_batch_size=8"]
     if dynamic:
         settings = ["runner.enable_dynamic_batch_size=true", "runner.max_tokens_per_mbs=32768"]

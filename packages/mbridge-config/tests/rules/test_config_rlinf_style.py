@@ -36,7 +36,7 @@ RANKS = {
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with the configs and what they name: models and data."""
+    """A directory with the configs, and the models and data that they name."""
     root = tmp_path_factory.mktemp("rlinf_style")
     for name, config in MODELS.items():
         directory = root / "models" / name

@@ -1,4 +1,4 @@
-"""Rules: each speaks where it should, with the right words, and not on a good config."""
+"""Each rule reports its mistake with the right message, and is silent on a good config."""
 
 import json
 from collections.abc import Callable
@@ -381,7 +381,7 @@ def test_schedules_that_fit(checked: Checked, given: list[str]) -> None:
 
 
 def test_a_run_as_long_as_its_data(checked: Checked) -> None:
-    """Whether it is long enough the app says, which reads the data."""
+    """The app, which reads the data, says whether it is long enough."""
     assert checked(*sched("cosine", warmup=10**6)).errors == []
 
 

@@ -160,7 +160,7 @@ def test_rules_of_sft_are_tried_and_documented() -> None:
 
 
 def test_a_schedule_is_checked_against_the_rows_of_the_data(sft: Path) -> None:
-    """What `check` cannot know, an app asks for once it has read the data."""
+    """The app checks what `check` cannot know, once it has read the data."""
     given = ("actor.lr_sched.lr_decay_style=cosine", "actor.lr_sched.lr_warmup_iters=5", "runner.max_epochs=2")
     config = compose("tune", sft, given)
     assert check(config).errors == []

@@ -1,4 +1,4 @@
-"""What the reference says of a key is what happens: a key is honoured, or refused, never the one and then the other."""
+"""The documented status of a key is its behavior: a key is honoured or refused, never both."""
 
 import types
 import typing

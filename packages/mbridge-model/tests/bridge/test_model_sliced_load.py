@@ -1,5 +1,5 @@
-"""What each rank reads of the safetensors file: its own share under tensor parallelism, its own layers under pipeline
-parallelism. That the weights are right is what `test_parity` says, bit for bit, of the same loading."""
+"""Each rank reads its own share of the safetensors file under tensor parallelism, and its own layers under pipeline
+parallelism. `test_parity` shows that the weights loaded in this way are right, bit for bit."""
 
 from pathlib import Path
 from typing import Any

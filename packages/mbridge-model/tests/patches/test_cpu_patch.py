@@ -100,7 +100,7 @@ assert not any(name.startswith("megatron") for name in sys.modules)
 
 
 def describe_enabled_process() -> dict[str, object]:
-    """Runs in a worker. What the table has become there, after two calls and with Megatron imported before."""
+    """Runs in a worker. Return the state of the patches after two calls, with Megatron imported before."""
     import megatron.core.optimizer.optimizer as imported_before
 
     by_name = imported_before.get_grad_norm_fp32

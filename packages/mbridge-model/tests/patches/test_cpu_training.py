@@ -30,7 +30,7 @@ class Case:
 
 @dataclass(kw_only=True, slots=True)
 class Steps:
-    """What a run logged: on every rank the same, whatever the layout."""
+    """The log of a run: the same on every rank, whatever the layout."""
 
     losses: list[float]
     gradient_norms: list[float]

@@ -1,4 +1,4 @@
-"""What is compiled, and what happens where nothing can be."""
+"""Which functions are compiled, and the fallback where none can be."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What Megatron-Bridge gets wrong in these models, shown first, and that it is right here."""
+"""Faults of Megatron-Bridge in these models: each test shows the fault first, then the correct result here."""
 
 from collections.abc import Callable
 from functools import cache

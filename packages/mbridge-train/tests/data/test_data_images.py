@@ -1,4 +1,4 @@
-"""Images of any format, depth and orientation become upright RGB; what is none is named."""
+"""Images of any format, depth and orientation become upright RGB; anything else is refused by name."""
 
 import http.server
 import io

@@ -1,4 +1,4 @@
-"""Records of json and jsonl files: which there are, where each is, and what is said of one that cannot be read."""
+"""Records of json and jsonl files: their content and place, and the message for one that cannot be read."""
 
 import pickle
 

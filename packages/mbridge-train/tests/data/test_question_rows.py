@@ -1,4 +1,4 @@
-"""Questions in parquet files: every way to write choices and answers, and a message for what is none."""
+"""Questions in parquet files: every way to write choices and answers, and a message for anything else."""
 
 import pickle
 

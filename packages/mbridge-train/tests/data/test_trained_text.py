@@ -1,4 +1,4 @@
-"""What is trained of a conversation: the answer and its end token, under templates of several habits."""
+"""The trained part of a conversation: the answer and its end token, under templates of several kinds."""
 
 import pytest
 from mbridge_sft.quickstart.model import CHAT_TEMPLATE, build_processor

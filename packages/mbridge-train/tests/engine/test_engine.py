@@ -105,7 +105,7 @@ def train(
     optimizer: dict[str, Any],
     dtype: str = "float32",
 ) -> dict[str, Any]:
-    """STEPS steps on each rank; what the twin returns."""
+    """Train for STEPS steps on each rank; return the same as the twin."""
     from mbridge_train.engine.output_heads import LogprobHead
     from mbridge_train.losses.policy import policy_loss
     from megatron.core import parallel_state

@@ -83,7 +83,7 @@ def measure(
     batch: list[Sample],
     options: dict[str, Any],
 ) -> dict[str, Any]:
-    """What one forward and backward pass finds, and how the model was built."""
+    """Return the results of one forward and backward pass, and how the model was built."""
     from mbridge_train.losses.policy import policy_loss
     from megatron.core import parallel_state
 

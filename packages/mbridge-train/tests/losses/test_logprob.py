@@ -33,7 +33,7 @@ def make_case(tokens: int, padded_vocab: int, vocab_size: int, dtype: torch.dtyp
 
 
 def run_slice(case: tuple[Tensor, Tensor, Any], vocab_size: int, temperature: float, with_entropy: bool) -> Any:
-    """What this rank gets for its slice of the vocabulary; runs in the workers of a gang."""
+    """Return the results of this rank for its slice of the vocabulary; runs in the workers of a gang."""
     logits, targets, gradients = case
     width = logits.shape[1] // dist.get_world_size()
     start = dist.get_rank() * width

@@ -67,7 +67,7 @@ def test_schedules(run: str) -> None:
 @pytest.mark.parametrize("both", [0.0, 1.0, 1.5])
 @pytest.mark.parametrize("dual", [None, 1.0, 1.5])
 def test_clip_ranges(low: float | None, high: float | None, both: float, dual: float | None) -> None:
-    """The same of the policy loss."""
+    """Return the same for the policy loss."""
     given = {"clip_ratio_low": low, "clip_ratio_high": high, "ratio_clip_eps": both, "clip_ratio_c": dual}
     config = from_tree({"algorithm": given}, Provenance(), ReasoningConfig, strict=False)
     refused = [problem for problem in check(config).errors if "clip" in str(problem.key)]

@@ -50,7 +50,7 @@ def crash(which: int) -> None:
 
 
 def killed(which: int) -> None:
-    """What the kernel does to a rank when memory runs out. Its peer's connection breaks in the collective."""
+    """Die as the kernel kills a rank when memory runs out. Its peer's connection breaks in the collective."""
     import torch.distributed as dist
 
     dist.init_process_group("gloo", timeout=timedelta(seconds=300))
@@ -72,7 +72,7 @@ def wait(directory: Path) -> None:
 
 
 def preemptible(directory: Path, seconds: float, step_seconds: float) -> None:
-    """Steps without end, each with a collective; `saved_<rank>` holds the step after which the run ended."""
+    """Run steps until stopped, each with a collective; `saved_<rank>` holds the step after which the run ended."""
     import torch
     import torch.distributed as dist
     from mbridge_train.run.preemption import Preemption
