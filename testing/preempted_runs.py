@@ -10,7 +10,7 @@ from pathlib import Path
 
 from testing.app_runs import assert_same_state, metrics, saved
 
-STEPS = 4
+STEPS = 8  # so many that a run on a busy machine is not at its end when the signal comes
 RESUMABLE = 75
 
 
