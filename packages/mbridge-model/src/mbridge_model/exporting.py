@@ -155,9 +155,12 @@ def _write_tensors(tensors: Iterator[tuple[str, Tensor]], directory: Path, max_s
         shards.append(list(shard))
         shard.clear()
 
+    held = 0  # bytes of `shard`
     for name, tensor in tensors:
-        if shard and sum(other.nbytes for other in shard.values()) + tensor.nbytes > max_shard_bytes:
+        if shard and held + tensor.nbytes > max_shard_bytes:
             flush()
+            held = 0
+        held += tensor.nbytes
         # A copy, since the exporter may hand out a view of a live parameter or reuse its buffer.
         shard[name] = tensor.detach().to("cpu", copy=True).contiguous()
         bytes_by_dtype[str(tensor.dtype).removeprefix("torch.")] += tensor.nbytes
