@@ -6,9 +6,9 @@ from pathlib import Path
 
 from mbridge_ckpt.store.checkpoint import open_checkpoint
 from mbridge_ckpt.store.verify import require_whole
-from mbridge_ckpt.store.whole_model import MODEL, WholeModel
+from mbridge_ckpt.store.whole_model import MASTER, MODEL, MOMENTS, WholeModel
 
-KINDS = (MODEL, "fp32_param", "exp_avg", "exp_avg_sq")
+KINDS = (MODEL, MASTER, *MOMENTS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,10 +16,11 @@ from mbridge_ckpt.formats.torch_zip import LazyTensor
 from mbridge_ckpt.manifest.layout import Layout, model_file, optimizer_file
 from mbridge_ckpt.manifest.placement import ParameterPlacement
 from mbridge_ckpt.megatron_lm.names import EMBEDDING, OUTPUT_LAYER, NamedParameter
-from mbridge_ckpt.megatron_lm.optimizer import MASTER, MOMENTS, RankOptimizer, read_optimizer
+from mbridge_ckpt.megatron_lm.optimizer import RankOptimizer, read_optimizer
 from mbridge_ckpt.megatron_lm.pickles import argument
 from mbridge_ckpt.megatron_lm.tree import MegatronTree, ModelStage
 from mbridge_ckpt.store.transaction import Save, begin_save
+from mbridge_ckpt.store.whole_model import MASTER, MOMENTS
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -29,12 +29,13 @@ from mbridge_ckpt.formats.torch_zip import LazyTensor
 from mbridge_ckpt.megatron_lm.names import EMBEDDING, OUTPUT_LAYER
 from mbridge_ckpt.megatron_lm.pickles import argument
 from mbridge_ckpt.megatron_lm.tree import OPTIMIZER_FILE, MegatronTree, ModelStage, Rank
+from mbridge_ckpt.store.whole_model import MASTER, MOMENTS
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MASTER, MOMENTS = "fp32_param", ("exp_avg", "exp_avg_sq")
-_FLAT_KEYS = {MASTER: "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+FLAT_KEYS = {MASTER: "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+"""Megatron-Core's name for each kind of the distributed optimizer's flat state."""
 _FIX = "import the weights alone with --no-optimizer"
 _ALIGNMENTS = (64, 1)
 _DEFAULT_BUCKET = 40_000_000
@@ -164,7 +165,7 @@ def _from_buffers(tree: MegatronTree, rank: Rank, entries: list[_Entry], flat: A
         world = next(iter(by_dtype.values())) if isinstance(by_dtype, dict) and len(by_dtype) == 1 else None
         if not isinstance(world, dict):
             raise LayoutError(f"{where} is of unknown form; {_FIX}")
-        segments = {kind: _segments(world.get(key), f"{where}: {key}") for kind, key in _FLAT_KEYS.items()}
+        segments = {kind: _segments(world.get(key), f"{where}: {key}") for kind, key in FLAT_KEYS.items()}
         totals = {kind: sum(segment.shape[0] for segment in parts) for kind, parts in segments.items()}
         for offsets in _offsets(tree, members, totals):
             found: State = {}
@@ -172,7 +173,7 @@ def _from_buffers(tree: MegatronTree, rank: Rank, entries: list[_Entry], flat: A
                 shape = entry.weight.shape
                 found[entry.key] = {
                     kind: LazyTensor(shape, "float32", partial(_read_flat, reader, segments[kind], offset, shape))
-                    for kind in _FLAT_KEYS
+                    for kind in FLAT_KEYS
                 }
             if _proves(tree, rank, members, found):
                 state |= found

@@ -18,7 +18,8 @@ from mbridge_ckpt.store.checkpoint import Checkpoint
 if TYPE_CHECKING:
     from torch import Tensor
 
-MODEL = "model"
+MODEL, MASTER, MOMENTS = "model", "fp32_param", ("exp_avg", "exp_avg_sq")
+"""Kinds of parameters in a checkpoint: the weights, and of the optimizer the master weights and Adam's moments."""
 _MODEL_FILE = re.compile(r"(actor/iter_[0-9]{7}/mp_rank_)([0-9]{2,})((?:_[0-9]{3,})*)/model_optim_rng\.pt")
 
 
@@ -33,9 +34,8 @@ class _Parameter:
 class WholeModel:
     """The parameters of a checkpoint by global name; a context manager that keeps the files open.
 
-    Parameter kinds are "model" (the weights) and those of the optimizer ("fp32_param", "exp_avg", "exp_avg_sq").
-    Raises LayoutError for a checkpoint without placements or with expert parallelism. Checksums are not compared here;
-    `verify` the checkpoint first.
+    Parameter kinds are `MODEL` and those of the optimizer, `MASTER` and `MOMENTS`. Raises LayoutError for a checkpoint
+    without placements or with expert parallelism. Checksums are not compared here; `verify` the checkpoint first.
     """
 
     def __init__(self, checkpoint: Checkpoint) -> None:

@@ -25,12 +25,11 @@ from mbridge_ckpt import (
     restore_random_state,
     verify,
 )
-from mbridge_ckpt.store.whole_model import MODEL
+from mbridge_ckpt.store.whole_model import MASTER, MODEL, MOMENTS
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from torch import Tensor
 
 from mbridge_train.checkpoint import optimizer_state, torch_dist
-from mbridge_train.checkpoint.optimizer_state import MASTER, MOMENTS
 from mbridge_train.checkpoint.placement import model_parallel_ranks, model_state, parameter_names, placements
 from mbridge_train.checkpoint.save import LOOP_FILE
 from mbridge_train.engine.engine import Engine

@@ -11,15 +11,13 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from mbridge_ckpt.megatron_lm.optimizer import FLAT_KEYS
+from mbridge_ckpt.store.whole_model import MASTER, MOMENTS
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor, nn
 
 from mbridge_train.layout import RankLayout
 from mbridge_train.optim.optimizer import Optimizer
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-MASTER = "fp32_param"
-_FLAT_KEYS = {MASTER: "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}  # Megatron-Core's names
 
 
 def collect(optimizer: Optimizer, names: dict[nn.Parameter, str], layout: RankLayout) -> dict[str, Any] | None:
@@ -77,7 +75,7 @@ def restore(
     `names` and `layout` are those of `collect`; `state` is needed on data-parallel rank 0 alone.
     """
     # Every data-parallel rank needs the small facts; Megatron-Core scatters the tensors.
-    small = {key: value for key, value in (state or {}).items() if key not in _FLAT_KEYS}
+    small = {key: value for key, value in (state or {}).items() if key not in FLAT_KEYS}
     shared = _broadcast(small, layout)
     for part in optimizer.parts:
         _ensure_moments(part)
@@ -129,7 +127,7 @@ def _flat_slices(part: DistributedOptimizer, state: dict[Any, Any]) -> Iterator[
         starts = [0, *accumulate(bucket.numel_unpadded for bucket in buffer.buckets)]
         for parameter, (start, end, bucket) in buffer.param_index_map.items():
             begin = starts[bucket] + start - buffer.buckets[bucket].offset
-            for key, flat_key in _FLAT_KEYS.items():
+            for key, flat_key in FLAT_KEYS.items():
                 yield parameter, key, flat[flat_key][begin : begin + end - start]
 
 
@@ -138,7 +136,7 @@ def _flatten(part: DistributedOptimizer, names: dict[nn.Parameter, str], state: 
     flat_state: dict[Any, Any] = {"buckets_coalesced": True}
     for number, (buffer, ranges) in enumerate(zip(part.buffers, part.gbuf_ranges, strict=True)):
         size = buffer.numel_unpadded
-        flat: dict[str, Any] = {flat_key: torch.zeros(size) for flat_key in _FLAT_KEYS.values()}
+        flat: dict[str, Any] = {flat_key: torch.zeros(size) for flat_key in FLAT_KEYS.values()}
         flat_state[number] = {next(iter(ranges)): flat | {"numel_unpadded": size}}
     for parameter, key, flat_slice in _flat_slices(part, flat_state):
         flat_slice.copy_(state[key][names[parameter]].flatten())

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from mbridge_ckpt import CorruptCheckpointError, Save, UnsafeCheckpointError
+from mbridge_ckpt.store.whole_model import MASTER, MOMENTS
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -25,7 +26,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from mbridge_train.checkpoint import optimizer_state
-from mbridge_train.checkpoint.optimizer_state import MASTER, MOMENTS
 from mbridge_train.checkpoint.placement import named_chunks, parameter_names
 from mbridge_train.engine.engine import Engine
 from mbridge_train.errors import TrainError
